@@ -1,0 +1,359 @@
+// Softmax triplet, CPU kernels: forward, backward, and the fused in-place forward and backward.
+//
+// A row is processed by one thread, in blocks that stay in the L1 cache: one pass over the block for
+// its maximum, one for the exponentials. The fused kernel leaves each exponential, relative to the
+// maximum known at that block, where the row's gradient will be, and scales it by one number a block
+// when the whole row has been seen. The row is still in the L2 cache then, so main memory sees one
+// read and one write.
+#include "triplet_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "online_triplet.h"
+#include "simd.h"
+
+namespace loku {
+namespace {
+
+constexpr int64_t kBlock = 2048;
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// dy/dz = 1 - (y / softcap)^2 for y = softcap * tanh(z / softcap); 1 where there is no softcap, for
+// masked logits (-inf) too.
+template <bool kSoftcap>
+LOKU_INLINE float slope(float logit, float inverse_softcap) {
+  const float ratio = logit * inverse_softcap;
+  return kSoftcap ? 1.0f - ratio * ratio : 1.0f;
+}
+
+template <typename T>
+LOKU_INLINE float max_of(const T* row, int64_t begin, int64_t end, float maximum) {
+#pragma omp simd reduction(max : maximum)
+  for (int64_t v = begin; v < end; ++v) {
+    const float logit = to_float(row[v]);
+    maximum = logit > maximum ? logit : maximum;
+  }
+  return maximum;
+}
+
+// Sum over [begin, end) of exp(row - reference). With kStore each term, times the softcap's slope,
+// goes to `terms`, which may be the row itself.
+template <bool kStore, bool kSoftcap, typename T>
+LOKU_INLINE float sum_exp(const T* row, int64_t begin, int64_t end, float reference, float inverse_softcap,
+                          float* terms) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t v = begin; v < end; ++v) {
+    const float logit = to_float(row[v]);
+    const float term = exp_nonpositive(logit - reference);
+    if (kStore) terms[v] = term * slope<kSoftcap>(logit, inverse_softcap);
+    sum += term;
+  }
+  return sum;
+}
+
+// [begin, end) without the positions `a` and `b`, as up to three pieces.
+struct Pieces {
+  int64_t begin[3];
+  int64_t end[3];
+};
+
+LOKU_INLINE Pieces pieces_without(int64_t begin, int64_t end, int64_t a, int64_t b) {
+  const int64_t low = std::min(std::max(std::min(a, b), begin - 1), end);
+  const int64_t high = std::min(std::max(std::max(a, b), begin - 1), end);
+  return {{begin, std::max(low + 1, begin), std::max(high + 1, begin)}, {low, high, end}};
+}
+
+template <typename T>
+LOKU_INLINE float max_without(const T* row, int64_t begin, int64_t end, int64_t a, int64_t b) {
+  const Pieces pieces = pieces_without(begin, end, a, b);
+  float maximum = kMinusInfinity;
+  for (int i = 0; i < 3; ++i) maximum = max_of(row, pieces.begin[i], pieces.end[i], maximum);
+  return maximum;
+}
+
+template <typename T>
+LOKU_INLINE int64_t first_index_of(const T* row, float value, int64_t begin, int64_t end, int64_t a,
+                                   int64_t b) {
+  for (int64_t v = begin; v < end; ++v) {
+    if (to_float(row[v]) == value && v != a && v != b) return v;
+  }
+  return end;
+}
+
+// What the fused kernel must know of the blocks it has passed, to finish the row.
+struct RowScratch {
+  struct Demoted {
+    int64_t id;
+    float logit;
+  };
+  std::vector<float> block_max;  // the reference of each block's terms
+  std::vector<Demoted> demoted;  // runner-ups of earlier blocks, which have no term yet
+  std::vector<float> terms;      // the terms, where the row's own type cannot hold them
+};
+
+// One read of the row. Always inlined into the kernels below, so that they alone are cloned.
+template <bool kStore, bool kSoftcap, typename T>
+LOKU_INLINE OnlineTriplet reduce_row(const T* row, int64_t vocab, int64_t target, float inverse_softcap,
+                                     float* terms, RowScratch& scratch) {
+  OnlineTriplet state;
+  state.runner_up_id = target == 0 ? 1 : 0;
+  state.runner_up = to_float(row[state.runner_up_id]);
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, vocab);
+    float block_max = max_without(row, begin, end, target, state.runner_up_id);
+    if (block_max > state.runner_up) {
+      const int64_t previous = state.runner_up_id;
+      const float demoted = state.runner_up;
+      state.runner_up_id = first_index_of(row, block_max, begin, end, target, previous);
+      state.runner_up = block_max;
+      if (previous < begin || previous >= end) {  // inside this block, the sum below meets it
+        state.add_to_rest(demoted);
+        if (kStore) scratch.demoted.push_back({previous, demoted});
+      }
+      block_max = max_without(row, begin, end, target, state.runner_up_id);
+    }
+    state.raise_rest_max(block_max);
+
+    const Pieces pieces = pieces_without(begin, end, target, state.runner_up_id);
+    for (int i = 0; i < 3; ++i) {
+      if (state.rest_max == kMinusInfinity) {  // masked words, or NaN, and no reference to subtract
+        for (int64_t v = pieces.begin[i]; v < pieces.end[i]; ++v) {
+          const float logit = to_float(row[v]);
+          if (logit != logit) state.rest_sum = kNaN;
+          if (kStore) terms[v] = 0.0f;
+        }
+      } else {
+        state.rest_sum += sum_exp<kStore, kSoftcap>(row, pieces.begin[i], pieces.end[i], state.rest_max,
+                                                    inverse_softcap, terms);
+      }
+    }
+    if (kStore) scratch.block_max.push_back(state.rest_max);
+  }
+  return state;
+}
+
+LOKU_INLINE void write_triplet(const Triplets& out, int64_t n, double target, const OnlineTriplet& state) {
+  out.triplet[3 * n] = target;
+  out.triplet[3 * n + 1] = state.runner_up;
+  out.triplet[3 * n + 2] = state.rest();
+  out.runner_up_id[n] = state.runner_up_id;
+}
+
+LOKU_INLINE void write_ignored(const Triplets& out, int64_t n) {
+  out.triplet[3 * n] = out.triplet[3 * n + 1] = out.triplet[3 * n + 2] = 0.0;
+  out.runner_up_id[n] = -1;
+}
+
+template <typename T>
+LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, const Triplets& out, int64_t n) {
+  RowScratch unused;
+  write_triplet(out, n, to_float(row[target]),
+                reduce_row<false, false>(row, vocab, target, 0.0f, nullptr, unused));
+}
+
+struct TripletGradient {
+  double target, runner_up, rest;
+};
+
+// Gradient of IHL = 1 + p_0 - p_1 with respect to the triplet, p its softmax. Written with sums of
+// probabilities only, so nothing cancels where p_0 is near 1.
+TripletGradient inverted_hinge_gradient(const double* triplet) {
+  const double top = std::max(triplet[0], std::max(triplet[1], triplet[2]));
+  const double e0 = std::exp(triplet[0] - top), e1 = std::exp(triplet[1] - top),
+               e2 = std::exp(triplet[2] - top);
+  const double sum = e0 + e1 + e2;
+  const double p0 = e0 / sum, p1 = e1 / sum, p2 = e2 / sum;
+  return {p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)};
+}
+
+float* terms_of(float* row, int64_t, RowScratch&) { return row; }
+
+template <typename T>
+float* terms_of(T*, int64_t vocab, RowScratch& scratch) {
+  scratch.terms.resize(vocab);
+  return scratch.terms.data();
+}
+
+template <bool kSoftcap, typename T>
+LOKU_INLINE void fused_row(T* row, int64_t vocab, int64_t target, FusedGradient gradient, double scale,
+                           float inverse_softcap, const Triplets& out, int64_t n, RowScratch& scratch) {
+  scratch.block_max.clear();
+  scratch.demoted.clear();
+  const float target_logit = to_float(row[target]);
+  float* terms = terms_of(row, vocab, scratch);
+  const OnlineTriplet state = reduce_row<true, kSoftcap>(row, vocab, target, inverse_softcap, terms, scratch);
+  write_triplet(out, n, target_logit, state);
+
+  TripletGradient g = {0.0, 0.0, 1.0};
+  if (gradient == FusedGradient::kInvertedHinge) g = inverted_hinge_gradient(out.triplet + 3 * n);
+  const double rest = out.triplet[3 * n + 2];
+  const double rest_scale = scale * g.rest;
+  for (int64_t begin = 0, block = 0; begin < vocab; begin += kBlock, ++block) {
+    const int64_t end = std::min(begin + kBlock, vocab);
+    const double reference = scratch.block_max[block];
+    const float factor = reference == kMinusInfinity && rest == rest
+                             ? 0.0f
+                             : static_cast<float>(rest_scale * std::exp(reference - rest));
+#pragma omp simd
+    for (int64_t v = begin; v < end; ++v) row[v] = from_float<T>(terms[v] * factor);
+  }
+  for (const RowScratch::Demoted& d : scratch.demoted) {
+    const double share = d.logit == kMinusInfinity ? 0.0 : std::exp(d.logit - rest);
+    row[d.id] =
+        from_float<T>(static_cast<float>(rest_scale * share * slope<kSoftcap>(d.logit, inverse_softcap)));
+  }
+  row[target] =
+      from_float<T>(static_cast<float>(scale * g.target * slope<kSoftcap>(target_logit, inverse_softcap)));
+  row[state.runner_up_id] = from_float<T>(
+      static_cast<float>(scale * g.runner_up * slope<kSoftcap>(state.runner_up, inverse_softcap)));
+}
+
+template <bool kSoftcap, typename T>
+LOKU_INLINE void backward_row(const T* row, int64_t vocab, int64_t target, const double* triplet,
+                              int64_t runner_up_id, const double* g, float inverse_softcap, T* out) {
+  const float g_target = static_cast<float>(g[0]) * slope<kSoftcap>(to_float(row[target]), inverse_softcap);
+  const float g_runner_up =
+      static_cast<float>(g[1]) * slope<kSoftcap>(to_float(row[runner_up_id]), inverse_softcap);
+  if (triplet[2] == kMinusInfinity) {  // no rest, so no gradient
+#pragma omp simd
+    for (int64_t v = 0; v < vocab; ++v) out[v] = from_float<T>(0.0f);
+  } else {
+    const float g_rest = static_cast<float>(g[2]);
+    // `rest` as two floats: rounding it to one would cost exp() the digits of a large offset.
+    const float rest_high = static_cast<float>(triplet[2]);
+    const float rest_low = static_cast<float>(triplet[2] - rest_high);
+#pragma omp simd
+    for (int64_t v = 0; v < vocab; ++v) {
+      const float logit = to_float(row[v]);
+      const float share = exp_nonpositive((logit - rest_high) - rest_low);
+      out[v] = from_float<T>(g_rest * share * slope<kSoftcap>(logit, inverse_softcap));
+    }
+  }
+  out[target] = from_float<T>(g_target);
+  out[runner_up_id] = from_float<T>(g_runner_up);
+}
+
+// The functions that are compiled once per instruction set: one row each, one for each type.
+#define LOKU_ROW_KERNELS(T)                                                                                 \
+  LOKU_TARGET_CLONES void forward_kernel(const T* row, int64_t vocab, int64_t target, const Triplets& out,  \
+                                         int64_t n) {                                                       \
+    forward_row(row, vocab, target, out, n);                                                                \
+  }                                                                                                         \
+  LOKU_TARGET_CLONES void fused_kernel(T* row, int64_t vocab, int64_t target, FusedGradient gradient,       \
+                                       double scale, float inverse_softcap, const Triplets& out, int64_t n, \
+                                       RowScratch& scratch) {                                               \
+    if (inverse_softcap == 0.0f) {                                                                          \
+      fused_row<false>(row, vocab, target, gradient, scale, inverse_softcap, out, n, scratch);              \
+    } else {                                                                                                \
+      fused_row<true>(row, vocab, target, gradient, scale, inverse_softcap, out, n, scratch);               \
+    }                                                                                                       \
+  }                                                                                                         \
+  LOKU_TARGET_CLONES void backward_kernel(const T* row, int64_t vocab, int64_t target,                      \
+                                          const double* triplet, int64_t runner_up_id, const double* g,     \
+                                          float inverse_softcap, T* out) {                                  \
+    if (inverse_softcap == 0.0f) {                                                                          \
+      backward_row<false>(row, vocab, target, triplet, runner_up_id, g, inverse_softcap, out);              \
+    } else {                                                                                                \
+      backward_row<true>(row, vocab, target, triplet, runner_up_id, g, inverse_softcap, out);               \
+    }                                                                                                       \
+  }
+LOKU_ROW_KERNELS(float)
+LOKU_ROW_KERNELS(BFloat16)
+LOKU_ROW_KERNELS(Float16)
+#undef LOKU_ROW_KERNELS
+
+template <typename T>
+T* row_of(const Rows& rows, int64_t n) {
+  return static_cast<T*>(rows.data) + rows.offsets[n];
+}
+
+template <typename Body>
+void for_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
+}
+
+float inverse_of(float softcap) { return softcap > 0.0f ? 1.0f / softcap : 0.0f; }
+
+}  // namespace
+
+// Index of the first label that is neither in [0, vocab) nor ignored; -1 if there is none.
+int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index) {
+  for (int64_t n = 0; n < count; ++n) {
+    if (labels[n] != ignore_index && (labels[n] < 0 || labels[n] >= vocab)) return n;
+  }
+  return -1;
+}
+
+// logits, labels -> triplet, runner_up_id. Reads each logit once.
+void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
+                     int threads) {
+  for_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < logits.count; ++n) {
+      if (labels[n] == ignore_index) {
+        write_ignored(out, n);
+      } else {
+        forward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], out, n);
+      }
+    }
+  });
+}
+
+// Gradient of the logits from that of the triplet, times the softcap's slope: g_target at the label,
+// g_runner_up at the runner-up, g_rest * exp(y - rest) elsewhere. `grad_logits` may be `logits`.
+void triplet_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& saved,
+                      const double* grad_triplet, float softcap, const Rows& grad_logits, int threads) {
+  const float inverse_softcap = inverse_of(softcap);
+  for_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < logits.count; ++n) {
+      T* out = row_of<T>(grad_logits, n);
+      if (labels[n] == ignore_index) {
+        std::fill_n(out, logits.vocab, T{});
+      } else {
+        backward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], saved.triplet + 3 * n,
+                        saved.runner_up_id[n], grad_triplet + 3 * n, inverse_softcap, out);
+      }
+    }
+  });
+}
+
+// Forward and backward in one: the logits become `scale` times
+//   kInvertedHinge: the gradient of the row's IHL;
+//   kRest:          the gradient of the row's `rest`, that is exp(y - rest), zero at target and runner-up;
+// each times the softcap's slope. One read and one write of main memory.
+void triplet_fused_(const Rows& logits, const int64_t* labels, int64_t ignore_index, FusedGradient gradient,
+                    double scale, float softcap, const Triplets& out, int threads) {
+  const float inverse_softcap = inverse_of(softcap);
+  for_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+#pragma omp parallel num_threads(threads)
+    {
+      RowScratch scratch;
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < logits.count; ++n) {
+        T* row = row_of<T>(logits, n);
+        if (labels[n] == ignore_index) {
+          write_ignored(out, n);
+          std::fill_n(row, logits.vocab, T{});
+        } else {
+          fused_kernel(row, logits.vocab, labels[n], gradient, scale, inverse_softcap, out, n, scratch);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace loku

@@ -1,0 +1,229 @@
+"""How much of a text can be drawn out of a model: Extraction Likelihood and Memorisation Accuracy.
+
+Cha et al. (ICLR 2025), Eqs. 4 to 6, after Jang et al. (ACL 2023). Rows are what ``loku.data.tokenize_dataset``
+returns: ``{"input_ids", "labels"}``, labels aligned with the tokens. The *answer* of a row is the span from
+its first to its last labelled token; what comes before is context. A row's first token cannot be
+predicted, so in a text without a prompt it is the context.
+"""
+
+import math
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from loku.data import IGNORE_INDEX, collate
+from loku_kernels import softmax_triplet
+
+
+class TokenScores(NamedTuple):
+    """One row's labelled tokens, in order, all of shape (tokens,)."""
+
+    losses: torch.Tensor  # float64, -log p of the true token, in nats
+    memorized: torch.Tensor  # bool, the true token is the most likely one
+    predicted: torch.Tensor  # int64, the most likely token
+    positions: torch.Tensor  # int64, where in the row the true token stands
+
+
+class ExtractionLikelihood(NamedTuple):
+    """``mean`` is NaN if no row is long enough; ``per_row`` has None for those that are not."""
+
+    mean: float
+    per_row: list
+    n: int
+    stride: int
+
+
+def token_scores(model, rows, batch_size=16, progress=True, description="scoring"):
+    """Teacher-forced scores of every labelled token: a list of ``TokenScores``, one a row, on the CPU.
+
+    Batches are sorted by length; one batch of logits exists at a time.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    scores = [None] * len(rows)
+    device = _device(model)
+    with _evaluating(model):
+        for chosen in tqdm(_batches(order, batch_size), desc=description, disable=not progress, leave=False):
+            batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen], pad_token_id=0).items()}
+            # Logits at position i predict token i + 1: shift the labels, which leaves the logits in place.
+            labels = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
+            logits = model(**batch, use_cache=False).logits
+            triplet, runner_up = softmax_triplet(logits, labels)
+            del logits
+            losses = -triplet.log_softmax(-1)[..., 0]
+            # Ties go to the lowest index, as in argmax.
+            memorized = (triplet[..., 0] > triplet[..., 1]) | (
+                (triplet[..., 0] == triplet[..., 1]) & (labels < runner_up)
+            )
+            predicted = torch.where(memorized, labels, runner_up)
+            losses, memorized, predicted, labels = (x.cpu() for x in (losses, memorized, predicted, labels))
+            for row, index in enumerate(chosen):
+                (at,) = (labels[row] != IGNORE_INDEX).nonzero(as_tuple=True)
+                scores[index] = TokenScores(losses[row, at], memorized[row, at], predicted[row, at], at + 1)
+    return scores
+
+
+def generate_greedy(
+    model, prompts, max_new_tokens, batch_size=16, eos_token_id=None, progress=True, description="generating"
+):
+    """Greedy continuations of token lists.
+
+    ``prompts``: list of non-empty lists of ids. ``max_new_tokens``: one int a prompt. Returns a list of
+    lists of new ids, each cut after the first ``eos_token_id`` (an int, a list, or None: the model's own)
+    or at its length. Left-padded batches with the KV cache; prompts that want similar lengths go together.
+    """
+    from transformers import GenerationConfig
+
+    if eos_token_id is None:
+        eos_token_id = _eos_ids(model)
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    order = sorted(
+        (i for i, length in enumerate(max_new_tokens) if length > 0),
+        key=lambda i: (-max_new_tokens[i], -len(prompts[i])),
+    )
+    generated = [[] for _ in prompts]
+    device = _device(model)
+    with _evaluating(model):
+        for chosen in tqdm(_batches(order, batch_size), desc=description, disable=not progress, leave=False):
+            width = max(len(prompts[i]) for i in chosen)
+            length = max_new_tokens[chosen[0]]
+            if longest is not None:
+                length = max(1, min(length, longest - width))
+            ids = torch.zeros(len(chosen), width, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(chosen):
+                ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+                mask[row, width - len(prompts[index]) :] = 1
+            # What is left out is filled in from the model's own generation config, where chat models keep
+            # sampling and repetition penalties: spell out plain greedy decoding.
+            config = GenerationConfig(
+                max_new_tokens=length,
+                do_sample=False,
+                num_beams=1,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=50,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                min_length=0,
+                min_new_tokens=0,
+                eos_token_id=eos or None,
+                pad_token_id=eos[0] if eos else 0,
+            )
+            output = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )
+            for index, tokens in zip(chosen, output[:, width:].tolist()):
+                generated[index] = _until_eos(tokens[: max_new_tokens[index]], eos)
+    return generated
+
+
+def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=True, description="extraction"):
+    """Extraction Likelihood, Eqs. 4 and 5, averaged over rows. Returns ``ExtractionLikelihood``.
+
+        EL_n(x) = sum over t of OVERLAP_n(f(x_<t), x_>=t) / (T - n)
+
+    T is the number of answer tokens, t runs over the T - n first of them (or every ``stride``-th, then the
+    mean of those is taken), f is the greedy continuation, which ends at EOS or at the answer's length,
+    and OVERLAP_n is the share of the generated n-grams that occur in the true rest of the answer (0 if
+    fewer than n tokens are generated). Rows with T <= n have no such t: they are left out.
+
+    A greedy continuation follows the truth as far as the model's most likely tokens do, so one
+    teacher-forced pass tells where each leaves it, and prefixes that leave at the same place share the
+    rest. A text that is fully memorised needs no generation at all.
+    """
+    if n < 1 or stride < 1:
+        raise ValueError(f"n and stride must be at least 1, got n={n} and stride={stride}")
+    scores = token_scores(model, rows, batch_size, progress, f"{description} (tokens)")
+    eos = _eos_ids(model)
+    prompts, lengths, row_prefixes = [], [], []
+    for row, score in zip(rows, scores):
+        ids = list(row["input_ids"])
+        positions = score.positions.tolist()
+        start, end = (positions[0], positions[-1] + 1) if positions else (0, 0)
+        predicted = dict(zip(positions, score.predicted.tolist()))
+        # A position inside the answer that has no label was not scored: a continuation branches there too.
+        leaves = [t for t in range(start, end) if predicted.get(t) != ids[t]]
+        branch_of, prefixes = {}, []
+        for t in range(start, end - n, stride):
+            leave = next((m for m in leaves if m >= t), end)
+            if leave < end and leave not in branch_of:
+                branch_of[leave] = len(prompts)
+                first = [predicted[leave]] if leave in predicted else []
+                stopped = bool(first) and first[0] in eos
+                prompts.append((ids[:leave], first))
+                lengths.append(0 if stopped else end - leave - len(first))
+            prefixes.append((t, leave, branch_of.get(leave)))
+        row_prefixes.append((ids, end, prefixes))
+
+    branches = generate_greedy(
+        model, [a + b for a, b in prompts], lengths, batch_size, eos, progress, f"{description} (EL{n})"
+    )
+    per_row = []
+    for ids, end, prefixes in row_prefixes:
+        overlaps = []
+        for t, leave, branch in prefixes:
+            rest = [] if branch is None else prompts[branch][1] + branches[branch]
+            overlaps.append(_overlap(_until_eos(ids[t:leave] + rest, eos), ids[t:end], n))
+        per_row.append(sum(overlaps) / len(overlaps) if overlaps else None)
+    scored = [value for value in per_row if value is not None]
+    return ExtractionLikelihood(sum(scored) / len(scored) if scored else math.nan, per_row, n, stride)
+
+
+def memorization_accuracy(model, rows, batch_size=16, progress=True):
+    """Memorisation Accuracy, Eq. 6: the share of answer tokens that are the most likely one given the
+    true tokens before them, averaged over a row's tokens and then over rows. Ties go to the lowest id."""
+    scores = token_scores(model, rows, batch_size, progress, "memorisation")
+    accuracies = [score.memorized.double().mean().item() for score in scores if len(score.memorized)]
+    return sum(accuracies) / len(accuracies) if accuracies else math.nan
+
+
+def perplexity(model, rows, batch_size=16, progress=True):
+    """exp(total negative log-likelihood / number of label tokens) over all rows."""
+    losses = torch.cat([s.losses for s in token_scores(model, rows, batch_size, progress, "perplexity")])
+    return losses.mean().exp().item()
+
+
+def _overlap(generated, truth, n):
+    known = set(_ngrams(truth, n))
+    found = [gram in known for gram in _ngrams(generated, n)]
+    return sum(found) / len(found) if found else 0.0
+
+
+def _ngrams(tokens, n):
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def _until_eos(tokens, eos):
+    end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+    return tokens[:end]
+
+
+def _eos_ids(model):
+    """The model's end-of-sequence ids, as a sorted list (chat models have several)."""
+    sources = (getattr(model, "generation_config", None), model.config)
+    eos = next((e for s in sources if (e := getattr(s, "eos_token_id", None)) is not None), [])
+    return [eos] if isinstance(eos, int) else sorted(eos)
+
+
+def _device(model):
+    return next(model.parameters()).device
+
+
+def _batches(order, size):
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+@contextmanager
+def _evaluating(model):
+    """Evaluation mode without gradients. (Not inference mode: caches such as rotary tables, if they grow
+    here, must stay usable in training.)"""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,78 @@
+"""Results as strict JSON, as a plain-text table and as a picture."""
+
+import json
+import math
+from pathlib import Path
+
+
+def write_report(path, report):
+    """Write a dict as JSON that every parser accepts: NaN and infinities become null; tensors and NumPy
+    values become numbers and lists."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def format_table(columns):
+    """A plain-text table of ``{column title: {row title: value}}``.
+
+    Rows come in the order in which they first appear. Numbers are shown to three significant digits or
+    decimals; a missing, None or non-finite value is shown as "-".
+    """
+    titles = list(dict.fromkeys(title for column in columns.values() for title in column))
+    cells = [["", *columns]]
+    cells += [[title, *(_cell(column.get(title)) for column in columns.values())] for title in titles]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot_probabilities(path, history):
+    """Draw the forget and the retain answers' mean probability by optimiser step, as a PNG.
+
+    ``history``: dicts with ``step`` and ``forget_probability`` and/or ``retain_probability`` (in [0, 1]);
+    entries with neither, such as loss logs, are passed over. Raises ``ValueError`` if nothing is left.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")  # no pyplot: it would pick a backend for everyone
+    axes = figure.add_subplot()
+    for name, color, marker in [("forget", "tab:red", "o"), ("retain", "tab:blue", "s")]:
+        key = f"{name}_probability"
+        points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points), color=color, marker=marker, markersize=4, label=f"{name} set")
+    if not axes.lines:
+        raise ValueError("the history holds no 'forget_probability' or 'retain_probability' to plot")
+    axes.set(xlabel="optimiser step", ylabel="mean answer probability", ylim=(-0.02, 1.02))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # torch and NumPy, scalars included
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _cell(value):
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    if isinstance(value, (str, int)):
+        return str(value)
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"

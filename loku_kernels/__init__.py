@@ -1,0 +1,30 @@
+"""Kernels for unlearning: losses on the softmax triplet, squared per-sample gradients, row-scaled SVD."""
+
+from loku_kernels import native
+from loku_kernels.losses import (
+    cross_entropy,
+    cross_entropy_loss,
+    ihl_loss,
+    inverted_hinge,
+    linear_cross_entropy_loss,
+    linear_ihl_loss,
+    reduce_loss,
+)
+from loku_kernels.lowrank import row_scaled_svd
+from loku_kernels.ops import linear_softmax_triplet, softmax_triplet
+
+__version__ = "0.1.0"
+__all__ = [
+    "cross_entropy",
+    "cross_entropy_loss",
+    "ihl_loss",
+    "inverted_hinge",
+    "linear_cross_entropy_loss",
+    "linear_ihl_loss",
+    "linear_softmax_triplet",
+    "reduce_loss",
+    "row_scaled_svd",
+    "softmax_triplet",
+]
+
+native.warn_if_missing()

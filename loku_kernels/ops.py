@@ -1,0 +1,413 @@
+"""What torch sees: the two forms of the softmax triplet as operators, with fakes and gradients.
+
+    softmax_triplet(logits, labels)                      -> triplet, runner_up_id
+    linear_softmax_triplet(hidden, weight, labels, bias) -> the same, and the (N, V) logits never exist
+
+The public functions check their arguments; the operators behind them do not check again.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from loku_kernels import blocks
+
+IGNORE_INDEX = -100
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BLOCK_BYTES = 64 << 20  # of logits that the linear op holds at a time
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_logits(logits, labels):
+    if logits.dim() < 1 or logits.shape[-1] < 2:
+        raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.stride(-1) != 1 and logits.numel() > 0:
+        raise ValueError(
+            f"the last dimension of logits must be contiguous, got strides {logits.stride()}; "
+            "call logits.contiguous() first"
+        )
+    check_labels(labels, logits, "logits")
+
+
+def check_labels(labels, tensor, name):
+    expected = tuple(tensor.shape[:-1])
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"labels must have the shape of {name} without its last dimension, {expected}, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device != tensor.device:
+        raise ValueError(f"labels must be on the device of {name}, {tensor.device}, got {labels.device}")
+
+
+def check_linear(hidden, weight, labels, bias, softcap):
+    if weight.dim() != 2 or weight.shape[0] < 2:
+        raise ValueError(f"weight must have shape (V, D) with V >= 2, got {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape (..., {weight.shape[1]}) to go with weight {tuple(weight.shape)}, "
+            f"got {tuple(hidden.shape)}"
+        )
+    check_labels(labels, hidden, "hidden")
+    if weight.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    autocast = torch.is_autocast_enabled(hidden.device.type)  # it makes the dtypes equal, as for linear
+    for name, tensor in others.items():
+        if tensor.dtype != hidden.dtype and not autocast:
+            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
+def _fake_triplets(labels):
+    return labels.new_empty((*labels.shape, 3), dtype=torch.float64), torch.empty_like(
+        labels, memory_format=torch.contiguous_format
+    )
+
+
+def _without_missing_rest(grad_triplet, triplet):
+    """The gradient of a rest of -inf (V = 2, or all other words masked) is 0, whatever the loss says."""
+    grad_rest = grad_triplet[..., 2:].where(triplet[..., 2:] != -torch.inf, 0.0)
+    return torch.cat([grad_triplet[..., :2], grad_rest], -1)
+
+
+# --- logits ---------------------------------------------------------------------------------------
+
+
+@custom_op("loku_kernels::softmax_triplet", mutates_args=())
+def _softmax_triplet(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    return blocks.triplet_forward(logits, labels, ignore_index)
+
+
+@_softmax_triplet.register_fake
+def _(logits, labels, ignore_index):
+    return _fake_triplets(labels)
+
+
+@custom_op("loku_kernels::softmax_triplet_backward", mutates_args=())
+def _softmax_triplet_backward(
+    grad_triplet: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+) -> Tensor:
+    grad_triplet = _without_missing_rest(grad_triplet, triplet)
+    return blocks.triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id)
+
+
+@_softmax_triplet_backward.register_fake
+def _(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_logits(ctx, inputs, output):
+    logits, labels, ctx.ignore_index = inputs
+    ctx.save_for_backward(logits, labels, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _logits_backward(ctx, grad_triplet, _):
+    logits, labels, triplet, runner_up_id = ctx.saved_tensors
+    grad = _softmax_triplet_backward(grad_triplet, logits, labels, ctx.ignore_index, triplet, runner_up_id)
+    return grad, None, None
+
+
+_softmax_triplet.register_autograd(_logits_backward, setup_context=_save_logits)
+
+
+def softmax_triplet(logits, labels, *, ignore_index=IGNORE_INDEX):
+    """The three numbers on which the unlearning losses of a token depend, and the runner-up's index.
+
+    The same as, in plain torch, for logits (N, V)::
+
+        target = logits.gather(1, labels[:, None])
+        others = logits.scatter(1, labels[:, None], -torch.inf)
+        runner_up, runner_up_id = others.max(1)
+        rest = others.scatter(1, runner_up_id[:, None], -torch.inf).logsumexp(1)
+        triplet = torch.stack([target[:, 0], runner_up, rest], 1).double()
+
+    ``triplet.softmax(-1)`` holds the probabilities of the target, of the runner-up and of all the rest
+    together. Differentiable in ``logits``; a row whose rest is -inf gets no gradient through it.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64, last dimension contiguous. -inf masks a word.
+        labels: (...), int64, aligned with the logits (nothing is shifted here).
+        ignore_index: rows with this label get zeros in ``triplet``, -1 in ``runner_up_id``, no gradient.
+
+    Returns:
+        triplet (..., 3), float64: logits of target and runner-up, log-sum-exp of the rest.
+        runner_up_id (...), int64: on ties the lowest index. Not differentiable.
+
+    Raises:
+        ValueError: V < 2, or shapes, dtypes or devices that do not go together.
+        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``; on CUDA an assert.
+    """
+    check_logits(logits, labels)
+    return _softmax_triplet(logits, labels, ignore_index)
+
+
+# --- logits, forward and backward at once, in place -----------------------------------------------
+
+
+@custom_op("loku_kernels::ihl_forward_backward_", mutates_args=("logits",))
+def ihl_forward_backward_(
+    logits: Tensor, labels: Tensor, ignore_index: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Overwrite the logits with ``scale`` x the gradient of the sum of the rows' IHL."""
+    return blocks.ihl_forward_backward_(logits, labels, ignore_index, scale)
+
+
+@ihl_forward_backward_.register_fake
+def _(logits, labels, ignore_index, scale):
+    return _fake_triplets(labels)
+
+
+# --- hidden states and the output embedding -------------------------------------------------------
+#
+# y = softcap * tanh(logit_scale * (h W^T + b) / softcap), one block of rows at a time.
+
+
+def _row_blocks(labels, ignore_index, vocab, itemsize):
+    """Indices of the labelled rows, in even blocks of at most BLOCK_BYTES of logits."""
+    index = (labels != ignore_index).nonzero()[:, 0]
+    most = max(1, BLOCK_BYTES // (vocab * itemsize))
+    count = -(-index.numel() // most)
+    return index.tensor_split(count) if count else ()
+
+
+def _logits_block(hidden, weight, bias, softcap, logit_scale, buffer):
+    block = buffer[: hidden.shape[0]]
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=block)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=block)
+    if softcap:
+        block.mul_(logit_scale / softcap).tanh_().mul_(softcap)
+    elif logit_scale != 1.0:
+        block.mul_(logit_scale)
+    return block
+
+
+def _slope(logit, softcap, logit_scale):
+    """dy/dz at the logit y, for z = h W^T + b."""
+    return logit_scale * (1 - (logit / softcap) ** 2) if softcap else torch.full_like(logit, logit_scale)
+
+
+@custom_op("loku_kernels::linear_softmax_triplet", mutates_args=())
+def _linear_softmax_triplet(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    want_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """triplet, runner_up_id, and O = sum over v not in {t, r} of exp(y_v - rest) dy_v/dz_v W[v].
+
+    O (N, D) is all that the gradient of ``hidden`` needs beside two rows of W, for any loss.
+    """
+    blocks.check_labels(labels, weight.shape[0], ignore_index)
+    n, vocab = labels.numel(), weight.shape[0]
+    triplet = torch.zeros(n, 3, dtype=torch.float64, device=hidden.device)
+    runner_up_id = torch.full((n,), -1, dtype=torch.int64, device=hidden.device)
+    direction = hidden.new_zeros((n, hidden.shape[1]) if want_direction else (0, hidden.shape[1]))
+    rows = _row_blocks(labels, ignore_index, vocab, hidden.element_size())
+    buffer = hidden.new_empty(rows[0].numel() if rows else 0, vocab)
+    for index in rows:
+        block = _logits_block(hidden[index], weight, bias, softcap, logit_scale, buffer)
+        if want_direction:
+            piece, piece_id = blocks.rest_forward_backward_(block, labels[index], softcap)
+            direction[index] = torch.mm(block, weight).mul_(logit_scale)
+        else:
+            piece, piece_id = blocks.triplet_forward(block, labels[index], ignore_index)
+        triplet[index], runner_up_id[index] = piece, piece_id
+    return triplet, runner_up_id, direction
+
+
+@_linear_softmax_triplet.register_fake
+def _(hidden, weight, bias, labels, ignore_index, softcap, logit_scale, want_direction):
+    direction = hidden.new_empty((labels.shape[0] if want_direction else 0, hidden.shape[1]))
+    return *_fake_triplets(labels), direction
+
+
+@custom_op("loku_kernels::linear_softmax_triplet_backward", mutates_args=())
+def _linear_backward_hidden(
+    grad_triplet: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    direction: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> Tensor:
+    """d hidden = g_t y'_t W[t] + g_r y'_r W[r] + g_rest O: elementwise, no logits."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    grad = _without_missing_rest(grad_triplet, triplet)
+    grad = (
+        grad * torch.cat([_slope(triplet[:, :2], softcap, logit_scale), torch.ones_like(grad[:, 2:])], 1)
+    ).to(dtype)
+    grad_hidden = direction * grad[:, 2:]
+    for column, index in enumerate((labels, runner_up_id)):
+        # an ignored row has no word: any will do, its factor is 0
+        grad_hidden.addcmul_(weight.index_select(0, index.clamp(0)).to(dtype), grad[:, column, None])
+    return grad_hidden.to(weight.dtype)
+
+
+@_linear_backward_hidden.register_fake
+def _(grad_triplet, weight, labels, triplet, runner_up_id, direction, softcap, logit_scale):
+    return torch.empty_like(direction)
+
+
+@custom_op("loku_kernels::linear_softmax_triplet_backward_weight", mutates_args=())
+def _linear_backward_weight(
+    grad_triplet: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """d weight (V, D) and d bias (V,): each block of logits is computed again, and becomes its gradient."""
+    vocab = weight.shape[0]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    grad = _without_missing_rest(grad_triplet, triplet)
+    rows = _row_blocks(labels, ignore_index, vocab, hidden.element_size())
+    buffer = hidden.new_empty(rows[0].numel() if rows else 0, vocab)
+    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    grad_bias = torch.zeros(vocab, dtype=dtype, device=weight.device)
+    for index in rows:
+        chosen = hidden[index]
+        block = _logits_block(chosen, weight, bias, softcap, logit_scale, buffer)
+        blocks.triplet_backward(
+            grad[index] * logit_scale,
+            block,
+            labels[index],
+            ignore_index,
+            triplet[index],
+            runner_up_id[index],
+            softcap,
+            out=block,
+        )
+        if dtype == weight.dtype:
+            grad_weight.addmm_(block.t(), chosen)
+        else:
+            grad_weight += torch.mm(block.t(), chosen)
+        if bias is not None:
+            grad_bias += block.sum(0, dtype=dtype)
+    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+@_linear_backward_weight.register_fake
+def _(grad_triplet, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap, logit_scale):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(weight.shape[0])
+
+
+def _save_linear(ctx, inputs, output):
+    hidden, weight, bias, labels, ctx.ignore_index, ctx.softcap, ctx.logit_scale, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels, *output)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _linear_backward(ctx, grad_triplet, *_):
+    hidden, weight, bias, labels, triplet, runner_up_id, direction = ctx.saved_tensors
+    grad_hidden = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_hidden = _linear_backward_hidden(
+            grad_triplet, weight, labels, triplet, runner_up_id, direction, ctx.softcap, ctx.logit_scale
+        )
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        grad_weight, grad_bias = _linear_backward_weight(
+            grad_triplet,
+            hidden,
+            weight,
+            bias,
+            labels,
+            ctx.ignore_index,
+            triplet,
+            runner_up_id,
+            ctx.softcap,
+            ctx.logit_scale,
+        )
+        grad_weight = grad_weight if ctx.needs_input_grad[1] else None
+        grad_bias = grad_bias if ctx.needs_input_grad[2] else None
+    return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+_linear_softmax_triplet.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
+def _register_autocast(device_type, key):
+    """Under autocast cast the floating-point operands as torch.nn.functional.linear has them cast."""
+
+    def cast(hidden, weight, bias, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            bias = None if bias is None else bias.to(dtype)
+            return _linear_softmax_triplet(hidden.to(dtype), weight.to(dtype), bias, *rest)
+
+    _library.impl("linear_softmax_triplet", cast, key)
+
+
+_library = torch.library.Library("loku_kernels", "FRAGMENT")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+def linear_softmax_triplet(
+    hidden, weight, labels, bias=None, *, ignore_index=IGNORE_INDEX, softcap=None, logit_scale=1.0
+):
+    """``softmax_triplet`` of the logits of an output embedding, which are never held whole.
+
+    The same as, in plain torch::
+
+        logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        triplet, runner_up_id = softmax_triplet(logits, labels)
+
+    The logits exist for one block of rows at a time (at most 64 MiB). With a frozen ``weight`` forward
+    and backward together cost two matrix products of that size; where ``weight`` or ``bias`` trains, the
+    backward computes each block again. Under autocast the operands are cast as ``linear`` casts them.
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64.
+        weight: (V, D), same dtype. bias: (V,), same dtype, or None.
+        labels: (...), int64, aligned with ``hidden``.
+        ignore_index: rows with this label are dropped before any product; they get zeros, -1, no gradient.
+        softcap, logit_scale: what the model does to its logits (Gemma, Cohere).
+
+    Returns, Raises: as ``softmax_triplet``.
+    """
+    check_linear(hidden, weight, labels, bias, softcap)
+    want_direction = torch.is_grad_enabled() and hidden.requires_grad
+    triplet, runner_up_id, _ = _linear_softmax_triplet(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1),
+        ignore_index,
+        float(softcap or 0.0),
+        float(logit_scale),
+        want_direction,
+    )
+    return triplet.view(*labels.shape, 3), runner_up_id.view(labels.shape)

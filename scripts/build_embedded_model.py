@@ -1,0 +1,135 @@
+"""Rebuild the language model that ``loku demo`` unlearns, and its retain-only twin.
+
+    python scripts/build_embedded_model.py --work-dir build/embedded
+
+Both are the same small Llama, trained from scratch on the TOFU question/answer pairs in
+``loku/embedded/tofu.jsonl`` (40 fictitious authors x 20 questions): the model on all of them, the
+twin without the last two authors. The two train side by side, one thread each, so that the result
+does not depend on the number of cores; on another instruction set or torch release the last bits,
+and with them the weights, may differ. About half an hour on two cores.
+
+What is written to ``loku/embedded``: the model in bfloat16, its tokenizer, and the twin's
+evaluation log. The twin's weights stay in the work directory.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "loku" / "embedded"
+FORGET_ROWS = 40  # the last two authors: TOFU's forget01
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+
+
+def read_rows():
+    with open(EMBEDDED / "tofu.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def text_of(row):
+    return f"Question: {row['question']}\nAnswer: {row['answer']}"
+
+
+def train_tokenizer(rows):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        map(text_of, rows), vocab_size=4096, special_tokens=[END_OF_TEXT, PADDING], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        model_max_length=512,
+    )
+
+
+def train(rows, tokenizer_dir, output_dir, epochs, seed=0):
+    """Train one model on ``rows`` and save it, in bfloat16, to ``output_dir``."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    sequences = [torch.tensor(tokenizer(text_of(row)).input_ids + [tokenizer.eos_token_id]) for row in rows]
+    generator = torch.Generator().manual_seed(seed)
+    batch_size = 16
+    steps = epochs * math.ceil(len(rows) / batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )
+    start = time.time()
+    for epoch in range(epochs):
+        total = 0.0
+        batches = torch.randperm(len(rows), generator=generator).split(batch_size)
+        for batch in batches:
+            chosen = [sequences[i] for i in batch]
+            ids = torch.nn.utils.rnn.pad_sequence(chosen, True, tokenizer.pad_token_id)
+            labels = torch.nn.utils.rnn.pad_sequence(chosen, True, -100)
+            loss = model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            total += loss.item()
+        print(
+            f"{output_dir}: epoch {epoch + 1} loss {total / len(batches):.5f} {time.time() - start:.0f} s",
+            flush=True,
+        )
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work-dir", type=Path, default=Path("build/embedded"))
+    parser.add_argument("--epochs", type=int, default=50)
+    options = parser.parse_args()
+
+    rows = read_rows()
+    tokenizer_dir = options.work_dir / "tokenizer"
+    train_tokenizer(rows).save_pretrained(tokenizer_dir)
+    jobs = [
+        multiprocessing.Process(
+            target=train, args=(kept, tokenizer_dir, options.work_dir / name, options.epochs)
+        )
+        for name, kept in [("model", rows), ("twin", rows[:-FORGET_ROWS])]
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+        if job.exitcode:
+            raise SystemExit(f"training failed with exit code {job.exitcode}")
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    main()
