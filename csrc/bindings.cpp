@@ -40,9 +40,9 @@ PYBIND11_MODULE(_core, m) {
       Unlocked());
   m.def(
       "triplet_forward",
-      [](const RowsArgument& logits, uintptr_t labels, int64_t ignore_index, uintptr_t triplet,
+      [](const RowsArgument& logits, uintptr_t labels, int64_t ignore_index, float softcap, uintptr_t triplet,
          uintptr_t runner_up_id, int threads) {
-        triplet_forward(rows_from(logits), labels_from(labels), ignore_index,
+        triplet_forward(rows_from(logits), labels_from(labels), ignore_index, softcap,
                         triplets_from(triplet, runner_up_id), threads);
       },
       Unlocked());

@@ -17,41 +17,48 @@
 namespace loku {
 namespace {
 
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 2048;    // entries that stay in the L1 cache between two passes
+constexpr int64_t kFloatSum = 512;  // terms summed in float; beyond, equal terms would round one way
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// dy/dz = 1 - (y / softcap)^2 for y = softcap * tanh(z / softcap); 1 where there is no softcap, for
-// masked logits (-inf) too.
+// What a stored entry x means. Usually it is the logit y. With a softcap it is u = tanh(z / softcap),
+// y = softcap * u and dy/dz = 1 - u^2: kept so, neither y nor the slope is rounded to the entries' type.
 template <bool kSoftcap>
-LOKU_INLINE float slope(float logit, float inverse_softcap) {
-  const float ratio = logit * inverse_softcap;
-  return kSoftcap ? 1.0f - ratio * ratio : 1.0f;
-}
+struct Entry {
+  float softcap;
+  LOKU_INLINE float logit(float x) const { return kSoftcap ? softcap * x : x; }
+  LOKU_INLINE float slope(float x) const { return kSoftcap ? 1.0f - x * x : 1.0f; }
+};
 
-template <typename T>
-LOKU_INLINE float max_of(const T* row, int64_t begin, int64_t end, float maximum) {
+template <bool kSoftcap, typename T>
+LOKU_INLINE float max_of(const T* row, int64_t begin, int64_t end, Entry<kSoftcap> entry, float maximum) {
 #pragma omp simd reduction(max : maximum)
   for (int64_t v = begin; v < end; ++v) {
-    const float logit = to_float(row[v]);
+    const float logit = entry.logit(to_float(row[v]));
     maximum = logit > maximum ? logit : maximum;
   }
   return maximum;
 }
 
-// Sum over [begin, end) of exp(row - reference). With kStore each term, times the softcap's slope,
-// goes to `terms`, which may be the row itself.
+// Sum over [begin, end) of exp(y - reference). With kStore each term, times the softcap's slope, goes
+// to `terms`, which may be the row itself.
 template <bool kStore, bool kSoftcap, typename T>
-LOKU_INLINE float sum_exp(const T* row, int64_t begin, int64_t end, float reference, float inverse_softcap,
-                          float* terms) {
-  float sum = 0.0f;
+LOKU_INLINE double sum_exp(const T* row, int64_t begin, int64_t end, Entry<kSoftcap> entry, float reference,
+                           float* terms) {
+  double total = 0.0;
+  for (; begin < end; begin += kFloatSum) {
+    const int64_t stop = std::min(begin + kFloatSum, end);
+    float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t v = begin; v < end; ++v) {
-    const float logit = to_float(row[v]);
-    const float term = exp_nonpositive(logit - reference);
-    if (kStore) terms[v] = term * slope<kSoftcap>(logit, inverse_softcap);
-    sum += term;
+    for (int64_t v = begin; v < stop; ++v) {
+      const float x = to_float(row[v]);
+      const float term = exp_nonpositive(entry.logit(x) - reference);
+      if (kStore) terms[v] = term * entry.slope(x);
+      sum += term;
+    }
+    total += sum;
   }
-  return sum;
+  return total;
 }
 
 // [begin, end) without the positions `a` and `b`, as up to three pieces.
@@ -66,19 +73,20 @@ LOKU_INLINE Pieces pieces_without(int64_t begin, int64_t end, int64_t a, int64_t
   return {{begin, std::max(low + 1, begin), std::max(high + 1, begin)}, {low, high, end}};
 }
 
-template <typename T>
-LOKU_INLINE float max_without(const T* row, int64_t begin, int64_t end, int64_t a, int64_t b) {
+template <bool kSoftcap, typename T>
+LOKU_INLINE float max_without(const T* row, int64_t begin, int64_t end, Entry<kSoftcap> entry, int64_t a,
+                              int64_t b) {
   const Pieces pieces = pieces_without(begin, end, a, b);
   float maximum = kMinusInfinity;
-  for (int i = 0; i < 3; ++i) maximum = max_of(row, pieces.begin[i], pieces.end[i], maximum);
+  for (int i = 0; i < 3; ++i) maximum = max_of(row, pieces.begin[i], pieces.end[i], entry, maximum);
   return maximum;
 }
 
-template <typename T>
-LOKU_INLINE int64_t first_index_of(const T* row, float value, int64_t begin, int64_t end, int64_t a,
-                                   int64_t b) {
+template <bool kSoftcap, typename T>
+LOKU_INLINE int64_t first_index_of(const T* row, int64_t begin, int64_t end, Entry<kSoftcap> entry,
+                                   float logit, int64_t a, int64_t b) {
   for (int64_t v = begin; v < end; ++v) {
-    if (to_float(row[v]) == value && v != a && v != b) return v;
+    if (entry.logit(to_float(row[v])) == logit && v != a && v != b) return v;
   }
   return end;
 }
@@ -87,7 +95,7 @@ LOKU_INLINE int64_t first_index_of(const T* row, float value, int64_t begin, int
 struct RowScratch {
   struct Demoted {
     int64_t id;
-    float logit;
+    float logit, slope;
   };
   std::vector<float> block_max;  // the reference of each block's terms
   std::vector<Demoted> demoted;  // runner-ups of earlier blocks, which have no term yet
@@ -96,24 +104,24 @@ struct RowScratch {
 
 // One read of the row. Always inlined into the kernels below, so that they alone are cloned.
 template <bool kStore, bool kSoftcap, typename T>
-LOKU_INLINE OnlineTriplet reduce_row(const T* row, int64_t vocab, int64_t target, float inverse_softcap,
+LOKU_INLINE OnlineTriplet reduce_row(const T* row, int64_t vocab, int64_t target, Entry<kSoftcap> entry,
                                      float* terms, RowScratch& scratch) {
   OnlineTriplet state;
   state.runner_up_id = target == 0 ? 1 : 0;
-  state.runner_up = to_float(row[state.runner_up_id]);
+  state.runner_up = entry.logit(to_float(row[state.runner_up_id]));
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, vocab);
-    float block_max = max_without(row, begin, end, target, state.runner_up_id);
+    float block_max = max_without(row, begin, end, entry, target, state.runner_up_id);
     if (block_max > state.runner_up) {
       const int64_t previous = state.runner_up_id;
       const float demoted = state.runner_up;
-      state.runner_up_id = first_index_of(row, block_max, begin, end, target, previous);
+      state.runner_up_id = first_index_of(row, begin, end, entry, block_max, target, previous);
       state.runner_up = block_max;
       if (previous < begin || previous >= end) {  // inside this block, the sum below meets it
         state.add_to_rest(demoted);
-        if (kStore) scratch.demoted.push_back({previous, demoted});
+        if (kStore) scratch.demoted.push_back({previous, demoted, entry.slope(to_float(row[previous]))});
       }
-      block_max = max_without(row, begin, end, target, state.runner_up_id);
+      block_max = max_without(row, begin, end, entry, target, state.runner_up_id);
     }
     state.raise_rest_max(block_max);
 
@@ -126,8 +134,7 @@ LOKU_INLINE OnlineTriplet reduce_row(const T* row, int64_t vocab, int64_t target
           if (kStore) terms[v] = 0.0f;
         }
       } else {
-        state.rest_sum += sum_exp<kStore, kSoftcap>(row, pieces.begin[i], pieces.end[i], state.rest_max,
-                                                    inverse_softcap, terms);
+        state.rest_sum += sum_exp<kStore>(row, pieces.begin[i], pieces.end[i], entry, state.rest_max, terms);
       }
     }
     if (kStore) scratch.block_max.push_back(state.rest_max);
@@ -135,9 +142,14 @@ LOKU_INLINE OnlineTriplet reduce_row(const T* row, int64_t vocab, int64_t target
   return state;
 }
 
-LOKU_INLINE void write_triplet(const Triplets& out, int64_t n, double target, const OnlineTriplet& state) {
-  out.triplet[3 * n] = target;
-  out.triplet[3 * n + 1] = state.runner_up;
+// What a row's three numbers become: the entries at target and runner-up, of which only the logits count
+// here, with their products in double where a softcap makes them products.
+template <bool kSoftcap, typename T>
+LOKU_INLINE void write_triplet(const Triplets& out, int64_t n, T target, T runner_up, Entry<kSoftcap> entry,
+                               const OnlineTriplet& state) {
+  const double factor = kSoftcap ? entry.softcap : 1.0;
+  out.triplet[3 * n] = factor * to_float(target);
+  out.triplet[3 * n + 1] = factor * to_float(runner_up);
   out.triplet[3 * n + 2] = state.rest();
   out.runner_up_id[n] = state.runner_up_id;
 }
@@ -147,11 +159,13 @@ LOKU_INLINE void write_ignored(const Triplets& out, int64_t n) {
   out.runner_up_id[n] = -1;
 }
 
-template <typename T>
-LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, const Triplets& out, int64_t n) {
+template <bool kSoftcap, typename T>
+LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, float softcap, const Triplets& out,
+                             int64_t n) {
+  const Entry<kSoftcap> entry{softcap};
   RowScratch unused;
-  write_triplet(out, n, to_float(row[target]),
-                reduce_row<false, false>(row, vocab, target, 0.0f, nullptr, unused));
+  const OnlineTriplet state = reduce_row<false>(row, vocab, target, entry, nullptr, unused);
+  write_triplet(out, n, row[target], row[state.runner_up_id], entry, state);
 }
 
 struct TripletGradient {
@@ -179,13 +193,15 @@ float* terms_of(T*, int64_t vocab, RowScratch& scratch) {
 
 template <bool kSoftcap, typename T>
 LOKU_INLINE void fused_row(T* row, int64_t vocab, int64_t target, FusedGradient gradient, double scale,
-                           float inverse_softcap, const Triplets& out, int64_t n, RowScratch& scratch) {
+                           float softcap, const Triplets& out, int64_t n, RowScratch& scratch) {
+  const Entry<kSoftcap> entry{softcap};
   scratch.block_max.clear();
   scratch.demoted.clear();
-  const float target_logit = to_float(row[target]);
   float* terms = terms_of(row, vocab, scratch);
-  const OnlineTriplet state = reduce_row<true, kSoftcap>(row, vocab, target, inverse_softcap, terms, scratch);
-  write_triplet(out, n, target_logit, state);
+  const OnlineTriplet state = reduce_row<true>(row, vocab, target, entry, terms, scratch);
+  write_triplet(out, n, row[target], row[state.runner_up_id], entry, state);
+  const double target_slope = entry.slope(to_float(row[target]));
+  const double runner_up_slope = entry.slope(to_float(row[state.runner_up_id]));
 
   TripletGradient g = {0.0, 0.0, 1.0};
   if (gradient == FusedGradient::kInvertedHinge) g = inverted_hinge_gradient(out.triplet + 3 * n);
@@ -202,23 +218,19 @@ LOKU_INLINE void fused_row(T* row, int64_t vocab, int64_t target, FusedGradient 
   }
   for (const RowScratch::Demoted& d : scratch.demoted) {
     const double share = d.logit == kMinusInfinity ? 0.0 : std::exp(d.logit - rest);
-    row[d.id] =
-        from_float<T>(static_cast<float>(rest_scale * share * slope<kSoftcap>(d.logit, inverse_softcap)));
+    row[d.id] = from_float<T>(static_cast<float>(rest_scale * share * d.slope));
   }
-  row[target] =
-      from_float<T>(static_cast<float>(scale * g.target * slope<kSoftcap>(target_logit, inverse_softcap)));
-  row[state.runner_up_id] = from_float<T>(
-      static_cast<float>(scale * g.runner_up * slope<kSoftcap>(state.runner_up, inverse_softcap)));
+  row[target] = from_float<T>(static_cast<float>(scale * g.target * target_slope));
+  row[state.runner_up_id] = from_float<T>(static_cast<float>(scale * g.runner_up * runner_up_slope));
 }
 
 template <bool kSoftcap, typename T>
-LOKU_INLINE void backward_row(const T* row, int64_t vocab, int64_t target, const double* triplet,
-                              int64_t runner_up_id, const double* g, float inverse_softcap, T* out) {
-  const float g_target = static_cast<float>(g[0]) * slope<kSoftcap>(to_float(row[target]), inverse_softcap);
-  const float g_runner_up =
-      static_cast<float>(g[1]) * slope<kSoftcap>(to_float(row[runner_up_id]), inverse_softcap);
+LOKU_INLINE void backward_row(const T* row, int64_t vocab, int64_t target, float softcap,
+                              const double* triplet, int64_t runner_up_id, const double* g, T* out) {
+  const Entry<kSoftcap> entry{softcap};
+  const float g_target = static_cast<float>(g[0] * entry.slope(to_float(row[target])));
+  const float g_runner_up = static_cast<float>(g[1] * entry.slope(to_float(row[runner_up_id])));
   if (triplet[2] == kMinusInfinity) {  // no rest, so no gradient
-#pragma omp simd
     for (int64_t v = 0; v < vocab; ++v) out[v] = from_float<T>(0.0f);
   } else {
     const float g_rest = static_cast<float>(g[2]);
@@ -227,9 +239,9 @@ LOKU_INLINE void backward_row(const T* row, int64_t vocab, int64_t target, const
     const float rest_low = static_cast<float>(triplet[2] - rest_high);
 #pragma omp simd
     for (int64_t v = 0; v < vocab; ++v) {
-      const float logit = to_float(row[v]);
-      const float share = exp_nonpositive((logit - rest_high) - rest_low);
-      out[v] = from_float<T>(g_rest * share * slope<kSoftcap>(logit, inverse_softcap));
+      const float x = to_float(row[v]);
+      const float share = exp_nonpositive((entry.logit(x) - rest_high) - rest_low);
+      out[v] = from_float<T>(g_rest * share * entry.slope(x));
     }
   }
   out[target] = from_float<T>(g_target);
@@ -237,33 +249,31 @@ LOKU_INLINE void backward_row(const T* row, int64_t vocab, int64_t target, const
 }
 
 // The functions that are compiled once per instruction set: one row each, one for each type.
-#define LOKU_ROW_KERNELS(T)                                                                                 \
-  LOKU_TARGET_CLONES void forward_kernel(const T* row, int64_t vocab, int64_t target, const Triplets& out,  \
-                                         int64_t n) {                                                       \
-    forward_row(row, vocab, target, out, n);                                                                \
-  }                                                                                                         \
-  LOKU_TARGET_CLONES void fused_kernel(T* row, int64_t vocab, int64_t target, FusedGradient gradient,       \
-                                       double scale, float inverse_softcap, const Triplets& out, int64_t n, \
-                                       RowScratch& scratch) {                                               \
-    if (inverse_softcap == 0.0f) {                                                                          \
-      fused_row<false>(row, vocab, target, gradient, scale, inverse_softcap, out, n, scratch);              \
-    } else {                                                                                                \
-      fused_row<true>(row, vocab, target, gradient, scale, inverse_softcap, out, n, scratch);               \
-    }                                                                                                       \
-  }                                                                                                         \
-  LOKU_TARGET_CLONES void backward_kernel(const T* row, int64_t vocab, int64_t target,                      \
-                                          const double* triplet, int64_t runner_up_id, const double* g,     \
-                                          float inverse_softcap, T* out) {                                  \
-    if (inverse_softcap == 0.0f) {                                                                          \
-      backward_row<false>(row, vocab, target, triplet, runner_up_id, g, inverse_softcap, out);              \
-    } else {                                                                                                \
-      backward_row<true>(row, vocab, target, triplet, runner_up_id, g, inverse_softcap, out);               \
-    }                                                                                                       \
+#define LOKU_CALL(function, ...)  \
+  if (softcap == 0.0f) {          \
+    function<false>(__VA_ARGS__); \
+  } else {                        \
+    function<true>(__VA_ARGS__);  \
+  }
+#define LOKU_ROW_KERNELS(T)                                                                              \
+  LOKU_TARGET_CLONES void forward_kernel(const T* row, int64_t vocab, int64_t target, float softcap,     \
+                                         const Triplets& out, int64_t n){                                \
+      LOKU_CALL(forward_row, row, vocab, target, softcap, out,                                           \
+                n)} LOKU_TARGET_CLONES void fused_kernel(T* row, int64_t vocab, int64_t target,          \
+                                                         FusedGradient gradient, double scale,           \
+                                                         float softcap, const Triplets& out, int64_t n,  \
+                                                         RowScratch& scratch){LOKU_CALL(                 \
+      fused_row, row, vocab, target, gradient, scale, softcap, out, n,                                   \
+      scratch)} LOKU_TARGET_CLONES void backward_kernel(const T* row, int64_t vocab, int64_t target,     \
+                                                        float softcap, const double* triplet,            \
+                                                        int64_t runner_up_id, const double* g, T* out) { \
+    LOKU_CALL(backward_row, row, vocab, target, softcap, triplet, runner_up_id, g, out)                  \
   }
 LOKU_ROW_KERNELS(float)
 LOKU_ROW_KERNELS(BFloat16)
 LOKU_ROW_KERNELS(Float16)
 #undef LOKU_ROW_KERNELS
+#undef LOKU_CALL
 
 template <typename T>
 T* row_of(const Rows& rows, int64_t n) {
@@ -282,8 +292,6 @@ void for_dtype(DType dtype, const Body& body) {
   }
 }
 
-float inverse_of(float softcap) { return softcap > 0.0f ? 1.0f / softcap : 0.0f; }
-
 }  // namespace
 
 // Index of the first label that is neither in [0, vocab) nor ignored; -1 if there is none.
@@ -295,8 +303,8 @@ int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int
 }
 
 // logits, labels -> triplet, runner_up_id. Reads each logit once.
-void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
-                     int threads) {
+void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+                     const Triplets& out, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -304,7 +312,7 @@ void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_i
       if (labels[n] == ignore_index) {
         write_ignored(out, n);
       } else {
-        forward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], out, n);
+        forward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], softcap, out, n);
       }
     }
   });
@@ -314,7 +322,6 @@ void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_i
 // g_runner_up at the runner-up, g_rest * exp(y - rest) elsewhere. `grad_logits` may be `logits`.
 void triplet_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& saved,
                       const double* grad_triplet, float softcap, const Rows& grad_logits, int threads) {
-  const float inverse_softcap = inverse_of(softcap);
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -323,8 +330,8 @@ void triplet_backward(const Rows& logits, const int64_t* labels, int64_t ignore_
       if (labels[n] == ignore_index) {
         std::fill_n(out, logits.vocab, T{});
       } else {
-        backward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], saved.triplet + 3 * n,
-                        saved.runner_up_id[n], grad_triplet + 3 * n, inverse_softcap, out);
+        backward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], softcap, saved.triplet + 3 * n,
+                        saved.runner_up_id[n], grad_triplet + 3 * n, out);
       }
     }
   });
@@ -336,7 +343,6 @@ void triplet_backward(const Rows& logits, const int64_t* labels, int64_t ignore_
 // each times the softcap's slope. One read and one write of main memory.
 void triplet_fused_(const Rows& logits, const int64_t* labels, int64_t ignore_index, FusedGradient gradient,
                     double scale, float softcap, const Triplets& out, int threads) {
-  const float inverse_softcap = inverse_of(softcap);
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel num_threads(threads)
@@ -349,7 +355,7 @@ void triplet_fused_(const Rows& logits, const int64_t* labels, int64_t ignore_in
           write_ignored(out, n);
           std::fill_n(row, logits.vocab, T{});
         } else {
-          fused_kernel(row, logits.vocab, labels[n], gradient, scale, inverse_softcap, out, n, scratch);
+          fused_kernel(row, logits.vocab, labels[n], gradient, scale, softcap, out, n, scratch);
         }
       }
     }

@@ -8,6 +8,8 @@ namespace loku {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Row n starts `offsets[n]` elements after `data`; its `vocab` entries are contiguous.
+//
+// With a softcap > 0 an entry is u, and the logit it stands for y = softcap * u; 0 means none.
 struct Rows {
   void* data;
   const int64_t* offsets;
@@ -25,8 +27,8 @@ struct Triplets {
 
 int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index);
 
-void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
-                     int threads);
+void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+                     const Triplets& out, int threads);
 
 void triplet_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& saved,
                       const double* grad_triplet, float softcap, const Rows& grad_logits, int threads);

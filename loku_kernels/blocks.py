@@ -1,6 +1,8 @@
 """One block of logits at a time: what the ops are made of, on the backend that serves the tensor.
 
-Every function takes logits (..., V) whose last dimension is contiguous and labels (...).
+Every function takes logits (..., V) whose last dimension is contiguous and labels (...). With a softcap
+an entry is u = tanh(z / softcap), standing for the logit y = softcap * u: neither y nor the slope
+dy/dz = 1 - u^2 is then rounded to the logits' dtype. A softcap of 0 means none: an entry is a logit.
 """
 
 import torch
@@ -33,15 +35,15 @@ def _row_pieces(logits, *per_row):
             yield from _row_pieces(*parts)
 
 
-def triplet_forward(logits, labels, ignore_index):
+def triplet_forward(logits, labels, ignore_index, softcap=0.0):
     """triplet (..., 3) float64 and runner_up_id (...) int64."""
     if native.serves(logits):
-        return native.triplet_forward(logits, labels, ignore_index)
+        return native.triplet_forward(logits, labels, ignore_index, softcap)
     check_labels(labels, logits.shape[-1], ignore_index)
     triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=logits.device)
     runner_up_id = torch.empty_like(labels, memory_format=torch.contiguous_format)
     for y, t, out, out_id in _row_pieces(logits, labels, triplet, runner_up_id):
-        piece, piece_id = reference.softmax_triplet(y, t, ignore_index)
+        piece, piece_id = reference.softmax_triplet(y, t, ignore_index, softcap)
         out.copy_(piece)
         out_id.copy_(piece_id)
     return triplet, runner_up_id
@@ -81,7 +83,7 @@ def rest_forward_backward_(logits, labels, softcap=0.0):
     """
     if native.serves(logits):
         return native.triplet_fused_(logits, labels, -1, native.REST, 1.0, softcap)
-    triplet, runner_up_id = triplet_forward(logits, labels, -1)
+    triplet, runner_up_id = triplet_forward(logits, labels, -1, softcap)
     grad = torch.zeros_like(triplet)
     grad[..., 2] = 1.0
     triplet_backward(grad, logits, labels, -1, triplet, runner_up_id, softcap, out=logits)

@@ -92,7 +92,7 @@ def raise_bad_label(labels, position, vocab, ignore_index):
     )
 
 
-def triplet_forward(logits, labels, ignore_index):
+def triplet_forward(logits, labels, ignore_index, softcap=0.0):
     """logits (..., V), labels (...) -> triplet (..., 3) float64, runner_up_id (...) int64."""
     labels = labels.contiguous()
     check_labels(labels, logits.shape[-1], ignore_index)
@@ -102,6 +102,7 @@ def triplet_forward(logits, labels, ignore_index):
         _rows(logits, offsets),
         labels.data_ptr(),
         ignore_index,
+        softcap,
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
         _threads(),

@@ -189,13 +189,14 @@ def _row_blocks(labels, ignore_index, vocab, itemsize):
 
 
 def _logits_block(hidden, weight, bias, softcap, logit_scale, buffer):
+    """The logits of some rows, or with a softcap their tanh, in the first rows of ``buffer``."""
     block = buffer[: hidden.shape[0]]
     if bias is None:
         torch.mm(hidden, weight.t(), out=block)
     else:
         torch.addmm(bias, hidden, weight.t(), out=block)
     if softcap:
-        block.mul_(logit_scale / softcap).tanh_().mul_(softcap)
+        block.mul_(logit_scale / softcap).tanh_()
     elif logit_scale != 1.0:
         block.mul_(logit_scale)
     return block
@@ -234,7 +235,7 @@ def _linear_softmax_triplet(
             piece, piece_id = blocks.rest_forward_backward_(block, labels[index], softcap)
             direction[index] = torch.mm(block, weight).mul_(logit_scale)
         else:
-            piece, piece_id = blocks.triplet_forward(block, labels[index], ignore_index)
+            piece, piece_id = blocks.triplet_forward(block, labels[index], ignore_index, softcap)
         triplet[index], runner_up_id[index] = piece, piece_id
     return triplet, runner_up_id, direction
 
@@ -259,12 +260,10 @@ def _linear_backward_hidden(
     """d hidden = g_t y'_t W[t] + g_r y'_r W[r] + g_rest O: elementwise, no logits."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     grad = _without_missing_rest(grad_triplet, triplet)
-    grad = (
-        grad * torch.cat([_slope(triplet[:, :2], softcap, logit_scale), torch.ones_like(grad[:, 2:])], 1)
-    ).to(dtype)
+    grad[:, :2] *= _slope(triplet[:, :2], softcap, logit_scale)
+    grad = grad.where(runner_up_id[:, None] >= 0, 0.0).to(dtype)  # an ignored row has no runner-up
     grad_hidden = direction * grad[:, 2:]
     for column, index in enumerate((labels, runner_up_id)):
-        # an ignored row has no word: any will do, its factor is 0
         grad_hidden.addcmul_(weight.index_select(0, index.clamp(0)).to(dtype), grad[:, column, None])
     return grad_hidden.to(weight.dtype)
 

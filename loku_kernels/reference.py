@@ -11,14 +11,14 @@ in float64. ``inverted_hinge_loss`` is the paper's formula, with no triplet in i
 import torch
 
 
-def softmax_triplet(logits, labels, ignore_index=-100):
+def softmax_triplet(logits, labels, ignore_index=-100, softcap=0.0):
     """Triplet (N, 3), float64, and runner_up_id (N,), int64, of logits (N, V) and labels (N,).
 
-    Rows whose label is ``ignore_index`` get zeros and -1.
+    Rows whose label is ``ignore_index`` get zeros and -1. With a softcap the entries are the tanh of it.
     """
     counted = labels != ignore_index
     target_id = labels.where(counted, 0).unsqueeze(1)
-    logits = logits.double()
+    logits = logits.double() * (softcap or 1.0)
     others = logits.scatter(1, target_id, -torch.inf)
     runner_up_id = others.detach().argmax(1, keepdim=True)
     # All other words masked: argmax saw only -inf and may have met the target first.
@@ -29,19 +29,20 @@ def softmax_triplet(logits, labels, ignore_index=-100):
 
 
 def softmax_triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap=0.0):
-    """Gradient (N, V) of the logits, in their dtype, times the softcap's slope (``softcap`` 0: none).
+    """Gradient (N, V) of the logits, float64; with a softcap, of its argument, from the tanh of it.
 
     g_target at the label, g_runner_up at the runner-up, g_rest * exp(y - rest) elsewhere.
     """
     counted = (labels != ignore_index)[:, None]
     rest = triplet[:, 2:]
-    logits = logits.double()
+    entries = logits.double()
+    logits = entries * (softcap or 1.0)
     grad = grad_triplet[:, 2:] * (logits - rest).exp()
     grad = grad.where(rest != -torch.inf, 0.0)
     grad = grad.scatter(1, labels[:, None].where(counted, 0), grad_triplet[:, :1])
     grad = grad.scatter(1, runner_up_id[:, None].where(counted, 0), grad_triplet[:, 1:2])
     if softcap:
-        grad = grad * (1 - (logits / softcap) ** 2)
+        grad = grad * (1 - entries**2)
     return grad.where(counted, 0.0)
 
 

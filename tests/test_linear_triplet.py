@@ -1,0 +1,286 @@
+"""linear_softmax_triplet and the linear losses: hidden states and an output embedding, against float64."""
+
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from helpers import DTYPES, IGNORE, assert_as_good_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loku_kernels import (
+    linear_cross_entropy_loss,
+    linear_ihl_loss,
+    linear_softmax_triplet,
+    native,
+    ops,
+    reference,
+)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request, monkeypatch):
+    if request.param == "native" and native._core is None:
+        pytest.skip("no compiled core")
+    monkeypatch.setenv("LOKU_BACKEND", request.param)
+
+
+def planted_operands(n, d, v, dtype, seed=0, bias=True, memorised=True):
+    """hidden, weight, bias, labels: every second row points at its label's embedding, so p_t is near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator)
+    weight = torch.randn(v, d, generator=generator) / d**0.5
+    offset = torch.randn(v, generator=generator) if bias else None
+    labels = torch.randint(0, v, (n,), generator=generator)
+    if memorised:
+        hidden[::2] += 14 * weight[labels[::2]] / weight[labels[::2]].norm(dim=1, keepdim=True) ** 2
+    labels[n // 3] = IGNORE
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return hidden, weight, None if offset is None else offset.to(dtype), labels
+
+
+def eager_logits(hidden, weight, bias, softcap, logit_scale):
+    logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def eager_triplet(hidden, weight, labels, bias, softcap=None, logit_scale=1.0):
+    return reference.softmax_triplet(eager_logits(hidden, weight, bias, softcap, logit_scale), labels)
+
+
+def run(function, operands, labels, upstream, **options):
+    """Triplet and the gradients of all operands, of a function like linear_softmax_triplet."""
+    leaves = [None if x is None else x.clone().requires_grad_() for x in operands]
+    hidden, weight, bias = leaves
+    triplet, runner_up_id = function(hidden, weight, labels, bias, **options)
+    triplet.backward(upstream)
+    return triplet.detach(), runner_up_id, [None if x is None else x.grad for x in leaves]
+
+
+def check(operands, labels, **options):
+    hidden, weight, bias = operands
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(len(labels), 3, generator=generator, dtype=torch.float64)
+    wide = [None if x is None else x.double() for x in operands]
+    exact, exact_id, exact_grads = run(eager_triplet, wide, labels, upstream, **options)
+    eager, eager_id, eager_grads = run(eager_triplet, operands, labels, upstream, **options)
+    ours, ours_id, grads = run(linear_softmax_triplet, operands, labels, upstream, **options)
+
+    # A row whose runner-up leads by less than the error of a logit may take either word.
+    sure = (ours_id == exact_id) & (eager_id == exact_id)
+    assert sure.float().mean() >= (0.9 if hidden.dtype in (torch.float32, torch.float64) else 0.7)
+    assert (ours_id[labels == IGNORE] == -1).all() and (ours[labels == IGNORE] == 0).all()
+    assert_as_good_as_eager(ours[sure], eager[sure], exact[sure], hidden.dtype)
+    if hidden.dtype == torch.float64:
+        torch.testing.assert_close(ours, exact)
+        torch.testing.assert_close(grads, exact_grads)
+        return
+    assert_as_good_as_eager(grads[0][sure], eager_grads[0][sure], exact_grads[0][sure])
+    if sure.all():
+        # whole tensors: their rows mix all tokens
+        for ours_grad, eager_grad, exact_grad in zip(
+            grads[1:], eager_grads[1:], exact_grads[1:], strict=True
+        ):
+            if ours_grad is not None:
+                flat = [x.reshape(1, -1) for x in (ours_grad, eager_grad, exact_grad)]
+                assert_as_good_as_eager(*flat)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 6.0}, {"logit_scale": 0.25}, {"softcap": 5.0, "logit_scale": 1.5}], ids=str
+)
+def test_planted(backend, dtype, options):
+    *operands, labels = planted_operands(24, 16, 301, dtype)
+    check(operands, labels, **options)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 40),
+    st.integers(8, 40),  # in a very short row of d hidden, all entries may cancel
+    st.integers(3, 700),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.booleans(),
+    st.integers(1, 4000),
+    st.integers(0, 99),
+)
+def test_any_shape_and_block(n, d, v, dtype, bias, block_bytes, seed):
+    *operands, labels = planted_operands(n, d, v, dtype, seed, bias)
+    with mock.patch.object(ops, "BLOCK_BYTES", block_bytes):
+        check(operands, labels)
+
+
+def test_block_size_changes_nothing_beyond_rounding(backend):
+    hidden, weight, bias, labels = planted_operands(50, 32, 900, torch.float32)
+    hidden.requires_grad_()
+    results = []
+    for block_bytes in (1, 9 * 900 * 4, 64 << 20):
+        with mock.patch.object(ops, "BLOCK_BYTES", block_bytes):
+            loss = linear_ihl_loss(hidden, weight, labels, bias)
+            results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize("loss", [linear_ihl_loss, linear_cross_entropy_loss])
+def test_losses(backend, loss):
+    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
+    counted = labels != IGNORE
+
+    def exact_loss(hidden):
+        logits = eager_logits(hidden, weight.double(), bias.double(), None, 1.0)[counted]
+        if loss is linear_ihl_loss:
+            return reference.inverted_hinge_loss(logits, labels[counted])
+        return torch.nn.functional.cross_entropy(logits, labels[counted], reduction="none")
+
+    leaf, exact_leaf = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    ours, exact = loss(leaf, weight, labels, bias), exact_loss(exact_leaf).mean()
+    ours.backward()
+    exact.backward()
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-9)
+    error = (leaf.grad - exact_leaf.grad).norm() / exact_leaf.grad.norm()
+    assert error < 2e-6
+    # a zeroed and a negated gradient would not pass
+    for wrong in (torch.zeros_like(leaf.grad), -leaf.grad):
+        assert (wrong - exact_leaf.grad).norm() / exact_leaf.grad.norm() > 0.5
+
+    none = loss(hidden, weight, labels, bias, reduction="none")
+    torch.testing.assert_close(none.sum(), loss(hidden, weight, labels, bias, reduction="sum"))
+    assert none[~counted].eq(0).all() and none.dtype == torch.float32
+    batched = loss(hidden.view(4, 6, -1), weight, labels.view(4, 6), bias, reduction="none")
+    torch.testing.assert_close(batched.flatten(), none)
+
+
+def test_more_accurate_than_eager_where_unlearning_starts():
+    """p_t = 0.98 on average: p - onehot subtracts nearly equal numbers, the triplet does not."""
+    hidden, weight, _, labels = planted_operands(64, 96, 5000, torch.float32, bias=False)
+    hidden, labels = hidden[::2], labels[::2].clamp(0)
+    errors = []
+    exact_leaf = hidden.double().requires_grad_()
+    reference.inverted_hinge_loss(exact_leaf @ weight.double().t(), labels).sum().backward()
+    for loss in (
+        lambda h: reference.inverted_hinge_loss(h @ weight.t(), labels).sum(),
+        lambda h: linear_ihl_loss(h, weight, labels, reduction="sum"),
+    ):
+        leaf = hidden.clone().requires_grad_()
+        loss(leaf).backward()
+        errors.append(((leaf.grad - exact_leaf.grad).norm() / exact_leaf.grad.norm()).item())
+    assert errors[1] < 1e-5 and errors[1] < errors[0] / 3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_words_have_no_rest(masked):
+    hidden, weight, _, labels = planted_operands(6, 4, 2, torch.float32, bias=False, memorised=False)
+    bias = None
+    if masked:  # as many words as you like, all but two masked
+        weight, bias = torch.cat([weight, torch.randn(5, 4)]), torch.tensor([0.0, 0.0] + [-torch.inf] * 5)
+    leaf = hidden.clone().requires_grad_()
+    linear_ihl_loss(leaf, weight, labels, bias).backward()
+    counted = labels != IGNORE
+    exact_leaf = hidden.double().requires_grad_()
+    logits = exact_leaf[counted] @ weight[:2].double().t()
+    reference.inverted_hinge_loss(logits, labels[counted]).mean().backward()
+    torch.testing.assert_close(leaf.grad.double(), exact_leaf.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_frozen_weight_does_what_it_should():
+    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
+    hidden.requires_grad_()
+    with mock.patch.object(ops, "_linear_backward_weight", side_effect=AssertionError):
+        linear_ihl_loss(hidden, weight, labels, bias).backward()
+    with torch.no_grad():
+        *_, direction = torch.ops.loku_kernels.linear_softmax_triplet(
+            hidden, weight, bias, labels, IGNORE, 0.0, 1.0, False
+        )
+    assert direction.shape == (0, 16)  # no second product where no gradient is wanted
+
+
+def test_empty_and_all_ignored():
+    weight = torch.randn(9, 4, requires_grad=True)
+    for n in (0, 3):
+        hidden = torch.randn(n, 4, requires_grad=True)
+        loss = linear_ihl_loss(hidden, weight, torch.full((n,), IGNORE))
+        loss.backward()
+        assert loss.item() == 0 and hidden.grad.eq(0).all() and weight.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_linear(dtype):
+    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        triplet, _ = linear_softmax_triplet(hidden, weight, labels, bias)
+        mixed, _ = linear_softmax_triplet(hidden.to(dtype), weight, labels, bias)
+    low = [x.to(dtype) for x in (hidden, weight, bias)]
+    expected, _ = linear_softmax_triplet(low[0], low[1], labels, low[2])
+    assert torch.equal(triplet, expected) and torch.equal(mixed, expected)
+    triplet.sum().backward()
+    assert hidden.grad.dtype == torch.float32 and hidden.grad.abs().sum() > 0
+
+
+def test_gradcheck_and_opcheck():
+    hidden, weight, bias, labels = planted_operands(6, 4, 7, torch.float64, memorised=False)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    for options in ({}, {"softcap": 3.0, "logit_scale": 0.7}):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b, o=options: linear_softmax_triplet(h, w, labels, b, **o)[0], leaves
+        )
+    op = torch.ops.loku_kernels.linear_softmax_triplet.default
+    for dtype in DTYPES:
+        h, w, b, t = planted_operands(12, 8, 33, dtype)
+        torch.library.opcheck(op, (h.requires_grad_(), w, b, t, IGNORE, 0.0, 1.0, True))
+        torch.library.opcheck(op, (h, w.requires_grad_(), None, t, IGNORE, 5.0, 0.5, True))
+        torch.library.opcheck(op, (h.detach(), w.detach(), None, t, IGNORE, 0.0, 1.0, False))
+
+
+def test_compile():
+    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
+    hidden.requires_grad_()
+
+    def step(hidden):
+        return linear_ihl_loss(hidden * 2, weight, labels, bias)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (ours,) = torch.autograd.grad(compiled(hidden), hidden)
+    torch.testing.assert_close(ours, torch.autograd.grad(step(hidden), hidden)[0])
+
+
+def test_errors(backend):
+    hidden, weight, bias, labels = planted_operands(6, 4, 9, torch.float32)
+    with pytest.raises(ValueError, match=r"\(\.\.\., 4\).*got \(6, 3\)"):
+        linear_softmax_triplet(hidden[:, :3], weight, labels)
+    with pytest.raises(ValueError, match="V >= 2"):
+        linear_softmax_triplet(hidden, weight[:1], labels)
+    with pytest.raises(ValueError, match=r"\(6,\), got \(5,\)"):
+        linear_softmax_triplet(hidden, weight, labels[:5])
+    with pytest.raises(ValueError, match="dtype of hidden, torch.float32, got torch.float64"):
+        linear_softmax_triplet(hidden, weight.double(), labels)
+    with pytest.raises(ValueError, match=r"\(9,\), got \(8,\)"):
+        linear_softmax_triplet(hidden, weight, labels, bias[:8])
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        linear_softmax_triplet(hidden, weight, labels, softcap=0)
+    with pytest.raises(ValueError, match="device"):
+        linear_softmax_triplet(hidden, weight.to("meta"), labels)
+    labels[4] = 9
+    with pytest.raises(IndexError, match="label 9 at position 4"):
+        linear_softmax_triplet(hidden, weight, labels)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_a_block():
+    n, d, v = 512, 64, 100_000  # the logits are 195 MiB, a block at most 64 MiB
+    hidden, weight, _, labels = planted_operands(n, d, v, torch.float32, bias=False)
+    hidden.requires_grad_()
+
+    def status(field):
+        with open("/proc/self/status") as file:
+            return int(dict(line.split(":", 1) for line in file)[field].split()[0]) << 10
+
+    linear_ihl_loss(hidden[:4], weight, labels[:4]).backward()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS")
+    linear_ihl_loss(hidden, weight, labels).backward()
+    assert status("VmHWM") - before < 100 << 20
