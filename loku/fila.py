@@ -127,17 +127,20 @@ def _factors(weight: Tensor, S: Tensor, V: Tensor, rank: int, scaling: float) ->
     return B / math.sqrt(scaling), A / math.sqrt(scaling)
 
 
-def _same_shape_batches(layers: dict[str, LoraLinear], adapter_name: str) -> Iterator[list[str]]:
+def _same_shape_groups(layers: dict[str, LoraLinear], adapter_name: str) -> list[list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
         groups.setdefault((weight.shape, weight.dtype, weight.device, layer.r[adapter_name]), []).append(name)
-    yield from groups.values()
+    return list(groups.values())
 
 
 def _initialize(layers: dict[str, LoraLinear], scales: dict[str, Tensor], adapter_name: str) -> None:
-    for names in _same_shape_batches(layers, adapter_name):
+    for names in _same_shape_groups(layers, adapter_name):
         weights = [layers[name].get_base_layer().weight.detach() for name in names]
+        for name, weight in zip(names, weights, strict=True):
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{name}: its weight is not finite; check the model that was loaded")
         rank = layers[names[0]].r[adapter_name]
         S, V = row_scaled_svd(
             [w.float() if w.dtype == torch.float64 else w for w in weights],
@@ -145,8 +148,6 @@ def _initialize(layers: dict[str, LoraLinear], scales: dict[str, Tensor], adapte
             min(rank, *weights[0].shape),
         )
         for i, name in enumerate(names):
-            if not (torch.isfinite(S[i]).all() and torch.isfinite(V[i]).all()):
-                raise ValueError(f"{name}: the singular values are not finite; is its weight finite?")
             layer = layers[name]
             A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             scaling = layer.scaling[adapter_name]
@@ -247,7 +248,10 @@ def restore_base_(peft_model: PeftModel) -> nn.Module:
         B, A = layer.lora_B[REFERENCE_ADAPTER].weight, layer.lora_A[REFERENCE_ADAPTER].weight
         _add_low_rank_(weight, B, A, layer.scaling[REFERENCE_ADAPTER])
     release_base_copy_(peft_model)
-    return peft_model.unload()
+    base = peft_model.unload()
+    if hasattr(base, "peft_config"):  # peft before 0.21 leaves it, and warns at the next get_peft_model
+        del base.peft_config
+    return base
 
 
 @contextmanager

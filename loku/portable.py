@@ -52,7 +52,7 @@ def _auto_mapping(peft_model: PeftModel, config) -> dict[str, str] | None:
 
 
 def _replace_files(source: Path, path: Path) -> None:
-    """Move the files of an adapter into an existing directory, which at no time holds a mixture that loads."""
+    """Move an adapter's files into an existing directory, which at no time holds a mixture that loads."""
     # Without its config an adapter does not load, so the old config goes first and the new one comes last.
     (path / CONFIG_NAME).unlink(missing_ok=True)
     for file in sorted(source.iterdir(), key=lambda file: file.name == CONFIG_NAME):
@@ -63,18 +63,18 @@ def _replace_files(source: Path, path: Path) -> None:
 def save_portable_adapter(
     peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default"
 ) -> None:
-    """Save a plain LoRA adapter that `PeftModel.from_pretrained(base, path)` loads onto the *untouched* base.
+    """Save a plain LoRA adapter for the *untouched* base: `PeftModel.from_pretrained(base, path)`.
 
-    After FILA the base holds the residual, so what is saved is the exact difference from the original model,
+    After FILA the base holds the residual. What is saved is the exact difference from the original model,
 
         scaling * (B A - B0 A0) = scaling * ((B - B0) A + B0 (A - A0)),
 
     of rank 2r, subtracted and stored in float32, with lora_alpha = r (scaling 1), `use_rslora=False` and
     `init_lora_weights=True`; `rank_pattern` and `alpha_pattern` are respected. After default LoRA
-    initialisation the adapter is saved as it is. The model is not changed; the reference adapter is not saved.
+    initialisation the adapter is saved as it is. The model is not changed; the reference is not saved.
 
-    path: a directory, made if need be: written under another name and renamed. Where it exists its other files
-    stay, and an adapter in it is replaced file by file, the config last.
+    path: a directory, made if need be: written under another name and renamed. Where it exists its other
+    files stay, and an adapter in it is replaced file by file, the config last.
 
     ValueError: no such LoRA adapter, or `path` is a file.
     """

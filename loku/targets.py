@@ -112,7 +112,7 @@ def _check_config(config) -> None:
         )
 
 
-def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[int, list[str]]) -> None:
+def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[tuple, list[str]]) -> None:
     base = layer.get_base_layer()
     kind, leaf, weight = type(base).__name__, name.rpartition(".")[2], getattr(base, "weight", None)
     if kind == "Conv1D":
@@ -143,7 +143,7 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[in
             f"{name}: FILA needs peft's plain LoRA linear layer, got {type(layer).__name__} with variant "
             f"{type(layer.lora_variant.get(adapter_name)).__name__}; use a LoraConfig without variants"
         )
-    shared = [other for other in owners[weight.data_ptr()] if other != name]
+    shared = [other for other in owners[weight.device, weight.data_ptr()] if other != name]
     if shared:
         raise ValueError(
             f"{name}: its weight is also that of {', '.join(shared)}, which would silently become the "
@@ -185,10 +185,10 @@ def fila_targets(peft_model: PeftModel, adapter_name: str = "default") -> dict[s
     _check_config(peft_model.peft_config[adapter_name])
 
     base = peft_model.get_base_model()
-    owners: dict[int, list[str]] = {}
+    owners: dict[tuple, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         module = name.removesuffix(".weight").removesuffix(".base_layer")
-        owners.setdefault(parameter.data_ptr(), []).append(module)
+        owners.setdefault((parameter.device, parameter.data_ptr()), []).append(module)
     layers = {
         name: module
         for name, module in base.named_modules()

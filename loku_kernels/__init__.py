@@ -1,6 +1,7 @@
 """Kernels for unlearning: losses on the softmax triplet, squared per-sample gradients, row-scaled SVD."""
 
 from loku_kernels import native
+from loku_kernels.fisher import accumulate_squared_grad_
 from loku_kernels.losses import (
     cross_entropy,
     cross_entropy_loss,
@@ -15,6 +16,7 @@ from loku_kernels.ops import linear_softmax_triplet, softmax_triplet
 
 __version__ = "0.1.0"
 __all__ = [
+    "accumulate_squared_grad_",
     "cross_entropy",
     "cross_entropy_loss",
     "ihl_loss",

@@ -1,0 +1,147 @@
+"""A causal LM's forward that yields softmax triplets and never the logits.
+
+The model is called as it always is, wrappers and hooks and all. Only while it runs, the forward of its
+output embedding is the fused linear operator on the labelled rows, so that what comes out as ``logits``
+are three numbers a token. Sharding wrappers gather and cast the weight exactly where they expect to.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from loku.data import IGNORE_INDEX
+from loku_kernels import cross_entropy, linear_softmax_triplet, softmax_triplet
+
+# What transformers' models do to their logits after the output embedding: the name of the attribute of
+# their config or of the model itself, its neutral value, and what it means for the operator.
+_POSTPROCESSING = {
+    "final_logit_softcapping": (None, lambda value: {"softcap": value}),  # Gemma
+    "logit_scale": (1.0, lambda value: {"logit_scale": value}),  # Cohere
+    "logits_scaling": (1.0, lambda value: {"logit_scale": 1 / value}),  # Granite
+}
+
+
+def unwrapped(model):
+    """The causal LM inside DDP and peft wrappers."""
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_embedding(model):
+    """The model's output embedding, a plain ``torch.nn.Linear``; ``ValueError`` if it is anything else."""
+    base = unwrapped(model)
+    kind = type(base).__name__
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(f"{kind} has no output embedding (get_output_embeddings()); pass a causal LM")
+    if type(head) is not nn.Linear or not head.weight.is_floating_point():
+        raise ValueError(
+            f"the output embedding of {kind} is a {type(head).__name__}; it must be a plain, unquantised "
+            "torch.nn.Linear that is not a LoRA target"
+        )
+    return head
+
+
+def _settings(base):
+    """(owner, attribute, neutral value, operator arguments) of the post-processing that is switched on."""
+    for owner in (base.config.get_text_config(), base):
+        for name, (neutral, arguments) in _POSTPROCESSING.items():
+            value = getattr(owner, name, None)
+            if isinstance(value, (int, float)) and value != neutral:
+                yield owner, name, neutral, arguments(value)
+
+
+@contextmanager
+def _yielding_triplets(model, next_labels):
+    base, head = unwrapped(model), output_embedding(model)
+    settings = list(_settings(base))
+    arguments = {}
+    for *_, argument in settings:
+        arguments |= argument
+    calls = 0
+
+    def forward(hidden):
+        nonlocal calls
+        calls += 1
+        if hidden.shape[:-1] != next_labels.shape:
+            raise RuntimeError(
+                f"the output embedding of {type(base).__name__} got hidden states of shape "
+                f"{tuple(hidden.shape)} for labels of shape {tuple(next_labels.shape)}"
+            )
+        return linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **arguments)[0]
+
+    replaced = head.__dict__.get("forward")  # accelerate puts hooks there
+    saved = [(owner, name, getattr(owner, name)) for owner, name, *_ in settings]
+    try:
+        head.forward = forward
+        for owner, name, neutral, _ in settings:
+            setattr(owner, name, neutral)
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+        if replaced is None:
+            del head.forward
+        else:
+            head.forward = replaced
+    if calls != 1:
+        raise RuntimeError(f"{type(base).__name__} called its output embedding {calls} times in one forward")
+
+
+def next_token_labels(labels):
+    """Labels (B, T) moved to the position that predicts them; the last position predicts nothing."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
+
+
+def token_triplets(model, input_ids, attention_mask, labels):
+    """One forward of ``model``, differentiable, without logits.
+
+    Args:
+        input_ids, attention_mask, labels: (B, T), int64, aligned as transformers has them; -100 is ignored.
+
+    Returns:
+        triplet (B, T, 3): of each position's prediction of the next token (``loku_kernels.softmax_triplet``);
+        zeros where nothing is predicted.
+        counted (B, T), bool: where something is.
+    """
+    next_labels = next_token_labels(labels)
+    with _yielding_triplets(model, next_labels):
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.logits, next_labels != IGNORE_INDEX
+
+
+def negative_log_likelihood(model, batch):
+    """Negative log-likelihood, in nats, summed over the label tokens of a batch: the Fisher's loss (Eq. 2)."""
+    triplet, counted = token_triplets(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    return cross_entropy(triplet).where(counted, 0.0).sum()
+
+
+@torch.no_grad()
+def check_head(model, batch):
+    """Compare the triplets with those of the model's own logits on the start of one row.
+
+    Raises ``ValueError`` if they differ: the model does something to its logits that is not known here.
+    """
+    rows = {
+        name: batch[name][:1, :16].to(next(model.parameters()).device)
+        for name in ("input_ids", "attention_mask")
+    }
+    labels = rows["input_ids"]
+    training = model.training
+    model.eval()
+    try:
+        ours, counted = token_triplets(model, **rows, labels=labels)
+        logits = model(**rows, use_cache=False).logits
+    finally:
+        model.train(training)
+    theirs, _ = softmax_triplet(logits, next_token_labels(labels))
+    tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
+    allowed = tolerance * (1 + logits.abs().max().item())
+    error = (ours - theirs)[counted].abs().max().item() if counted.any() else 0.0
+    if not error <= allowed:
+        raise ValueError(
+            f"{type(unwrapped(model)).__name__} changes its logits after the output embedding in a way that "
+            f"is not supported (off by {error:.3g} where {allowed:.3g} is allowed)"
+        )
