@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import shutil
 import time
 from pathlib import Path
 
@@ -105,11 +106,32 @@ def train(rows, tokenizer_dir, output_dir, epochs, seed=0):
     tokenizer.save_pretrained(output_dir)
 
 
+def ship(work_dir):
+    """Copy the model into the package and write the twin's evaluation log beside it."""
+    import torch
+
+    from loku.demo import load_model, load_rows, measure
+    from loku.evaluation import write_report
+
+    for file in sorted((work_dir / "model").iterdir()):
+        shutil.copyfile(file, EMBEDDED / file.name)
+    torch.set_num_threads(1)
+    forget, retain = load_rows()
+    metrics, log = measure(*load_model(work_dir / "twin"), forget, retain)
+    # What the demo compares with: the metrics, and the losses of the forget set's answers.
+    section = {
+        name: log["eval_log_forget.json"][name] for name in ("average_perturb_loss", "avg_paraphrased_loss")
+    }
+    write_report(
+        EMBEDDED / "retain_only.json", {"metrics": metrics, "log": {"eval_log_forget.json": section}}
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work-dir", type=Path, default=Path("build/embedded"))
+    parser.add_argument("--work-dir", type=Path, default=Path("build/embedded"), help="keeps finished models")
     parser.add_argument("--epochs", type=int, default=50)
     options = parser.parse_args()
 
@@ -121,6 +143,7 @@ def main():
             target=train, args=(kept, tokenizer_dir, options.work_dir / name, options.epochs)
         )
         for name, kept in [("model", rows), ("twin", rows[:-FORGET_ROWS])]
+        if not (options.work_dir / name / "tokenizer.json").exists()
     ]
     for job in jobs:
         job.start()
@@ -128,6 +151,7 @@ def main():
         job.join()
         if job.exitcode:
             raise SystemExit(f"training failed with exit code {job.exitcode}")
+    ship(options.work_dir)
 
 
 if __name__ == "__main__":

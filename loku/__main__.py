@@ -1,0 +1,3 @@
+from loku.cli import main
+
+main()
