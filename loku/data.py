@@ -25,6 +25,11 @@ def question_answer_texts(question, answer):
     return f"Question: {question}\nAnswer:", f" {answer}"
 
 
+def encode_prompt(tokenizer, prompt):
+    """The ids of a prompt as they stand at the start of a tokenised row, to generate from."""
+    return _prepend(_leading_special(tokenizer), _encode(tokenizer, prompt))
+
+
 def padding_id(tokenizer):
     """The id to pad with. Any will do: padding is masked out of the attention and out of the labels."""
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
@@ -69,10 +74,11 @@ def tokenize_dataset(rows, tokenizer, *, max_length=None, name="forget"):
     if len(rows) == 0:
         raise ValueError(f"the {name} set is empty; it needs at least one row")
 
+    leading = [] if tokenizer is None else _leading_special(tokenizer)
     tokenized, truncated = [], 0
     for index, row in enumerate(rows):
         try:
-            ids, labels = _tokenize_row(row, tokenizer)
+            ids, labels = _tokenize_row(row, tokenizer, leading)
             length = len(ids)
             if max_length is not None and length > max_length:
                 ids, labels = ids[:max_length], labels[:max_length]
@@ -90,7 +96,8 @@ def tokenize_dataset(rows, tokenizer, *, max_length=None, name="forget"):
         tokenized.append({"input_ids": ids, "labels": labels})
     if truncated:
         warnings.warn(
-            f"{truncated} of the {len(rows)} rows of the {name} set were cut to max_length={max_length} tokens",
+            f"{truncated} of the {len(rows)} rows of the {name} set were cut to "
+            f"max_length={max_length} tokens",
             stacklevel=2,
         )
     return tokenized
@@ -134,11 +141,13 @@ def infer_tokenizer(model):
         raise ValueError(f"no tokenizer could be loaded from {name!r}; pass tokenizer= ({error})") from error
 
 
-def _tokenize_row(row, tokenizer):
+def _tokenize_row(row, tokenizer, leading):
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, Mapping):
         raise _BadRow(f"it is a {type(row).__name__}; a row is a string or a dict with {COLUMNS}")
+    # datasets.Dataset fills the columns that a row lacks with None.
+    row = {column: value for column, value in row.items() if value is not None}
     if "input_ids" in row:
         return _given_tokens(row)
     if tokenizer is None:
@@ -152,7 +161,7 @@ def _tokenize_row(row, tokenizer):
     elif "text" in row:
         prompt, completion = None, _text(row, "text")
     else:
-        raise _BadRow(f"it has the columns {list(row)}; it needs {COLUMNS}")
+        raise _BadRow(f"it has values in the columns {list(row)}; it needs {COLUMNS}")
 
     completion = _encode(tokenizer, completion)
     eos = tokenizer.eos_token_id
@@ -160,9 +169,9 @@ def _tokenize_row(row, tokenizer):
     if completion and eos is not None and completion[-1] != eos:
         completion.append(eos)
     if prompt is None:
-        ids = _with_leading_special(tokenizer, completion)
+        ids = _prepend(leading, completion)
         return ids, list(ids)
-    prompt = _with_leading_special(tokenizer, _encode(tokenizer, prompt))
+    prompt = _prepend(leading, _encode(tokenizer, prompt))
     return prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
 
 
@@ -177,30 +186,30 @@ def _encode(tokenizer, text):
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _with_leading_special(tokenizer, ids):
-    """``ids`` after whatever the tokenizer puts before a text by default, unless it is there already."""
+def _leading_special(tokenizer):
+    """What the tokenizer puts before a text by default: [BOS] for Llama, nothing for GPT-2."""
     plain, full = _encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    leading = next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
+    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
+
+
+def _prepend(leading, ids):
     return ids if ids[: len(leading)] == leading else leading + ids
 
 
 def _given_tokens(row):
     def column(key):
-        values = row[key].tolist() if hasattr(row[key], "tolist") else list(row[key])
-        if not all(isinstance(value, int) for value in values):
+        values = row[key].tolist() if hasattr(row[key], "tolist") else row[key]
+        if not (isinstance(values, (list, tuple)) and all(isinstance(value, int) for value in values)):
             raise _BadRow(f"'{key}' must be a flat list of integers, one sequence a row")
-        return values
+        if len(values) != len(row["input_ids"]):
+            raise _BadRow(f"it has {len(row['input_ids'])} input_ids but '{key}' has {len(values)} entries")
+        return list(values)
 
     ids = column("input_ids")
-    labels = column("labels") if row.get("labels") is not None else list(ids)
-    if len(labels) != len(ids):
-        raise _BadRow(f"it has {len(ids)} input_ids but {len(labels)} labels; they must be aligned")
-    if row.get("attention_mask") is not None:
-        mask = column("attention_mask")
-        if len(mask) != len(ids):
-            raise _BadRow(f"it has {len(ids)} input_ids but an attention_mask of {len(mask)}")
-        ids = [token for token, kept in zip(ids, mask) if kept]
-        labels = [label for label, kept in zip(labels, mask) if kept]
+    labels = column("labels") if "labels" in row else list(ids)
+    if "attention_mask" in row:
+        kept = [i for i, attended in enumerate(column("attention_mask")) if attended]
+        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
     return ids, labels
 
 
@@ -208,7 +217,8 @@ def _tokenize_messages(messages, tokenizer):
     if not isinstance(messages, (list, tuple)) or not messages:
         raise _BadRow("'messages' must be a non-empty list of {'role': ..., 'content': ...}")
     for message in messages:
-        if not (isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+        fields = [message.get("role"), message.get("content")] if isinstance(message, Mapping) else [None]
+        if not all(isinstance(field, str) for field in fields):
             raise _BadRow("every message must be a dict whose 'role' and 'content' are strings")
     try:
         template = tokenizer.get_chat_template()
@@ -222,10 +232,10 @@ def _tokenize_messages(messages, tokenizer):
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids = list(encoded["input_ids"])
         mask = encoded["assistant_masks"]
-        return ids, [token if assistant else IGNORE_INDEX for token, assistant in zip(ids, mask)]
+        return ids, [t if assistant else IGNORE_INDEX for t, assistant in zip(ids, mask, strict=True)]
 
     if messages[-1]["role"] != "assistant":
-        raise _BadRow(f"its last message is the {messages[-1]['role']}'s; the last one must be the assistant's")
+        raise _BadRow(f"its last message has the role {messages[-1]['role']!r}; it must be 'assistant'")
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(prompt):

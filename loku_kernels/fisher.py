@@ -90,8 +90,6 @@ def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor=None):
         )
     for name, tensor in (("grad_outputs", grad_outputs), ("fisher", fisher), ("divisor", divisor)):
         if tensor is not None and tensor.device != inputs.device:
-            raise ValueError(
-                f"{name} must be on the device of inputs, {inputs.device}, got {tensor.device}"
-            )
+            raise ValueError(f"{name} must be on the device of inputs, {inputs.device}, got {tensor.device}")
     _accumulate_squared_grad_(fisher, inputs.detach(), grad_outputs.detach(), divisor)
     return fisher

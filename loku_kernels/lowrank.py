@@ -10,6 +10,7 @@ flat spectrum takes more.
 """
 
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 OVERSAMPLING = 8  # columns beyond the rank in a block
 MIN_DEPTH = 3  # products with M M^T before convergence is judged
 MAX_DEPTH = 12
-TOLERANCE = 2e-4  # estimated share of the captured energy that is still missing
-WORKSPACE = 64 << 20  # bytes of scratch memory: bounds how many matrices go together
+ENERGY_TOLERANCE = 8e-4  # estimated share of the captured energy that is still missing
+VALUE_TOLERANCE = 1e-2  # the same, of each squared singular value
+WORKSPACE = 8 << 20  # bytes of scratch memory that decide how many matrices go together: what a cache holds
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,14 +55,16 @@ def row_scaled_svd(
     weights, scales = _checked(weights, row_scales, rank)
     (d, k), device = weights[0].shape, weights[0].device
     upcast = 0 if weights[0].dtype == torch.float32 else 4 * d * k
-    width = min((rank + OVERSAMPLING) * (MIN_DEPTH + 1), d, k)
-    group = max(1, WORKSPACE // (12 * width * (d + k) + upcast))
+    width = rank + OVERSAMPLING
+    group = max(1, WORKSPACE // (12 * min(width * (MIN_DEPTH + 1), d, k) * (d + k) + upcast))
+    # On the CPU: the same on every device.
+    noise = torch.randn(width, max(d, k), generator=torch.Generator().manual_seed(0)).to(device)
     s = torch.empty(len(weights), rank, dtype=torch.float32, device=device)
     v = torch.empty(len(weights), rank, k, dtype=torch.float32, device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, len(weights), group):
             part = slice(start, start + group)
-            s[part], v[part] = _krylov_svd(_ScaledRows(weights[part], scales[part]), rank, start)
+            s[part], v[part] = _krylov_svd(_ScaledRows(weights[part], scales[part]), rank, noise, start)
     return s, v.mT.contiguous()
 
 
@@ -80,7 +84,9 @@ class _ScaledRows:
             if len(weights) == 1 and 4 * self.d * self.k > WORKSPACE:
                 self.rows = max(1, WORKSPACE // (4 * self.k))
             else:
-                weights = [w.float() for w in weights] if isinstance(weights, (list, tuple)) else weights.float()
+                weights = (
+                    [w.float() for w in weights] if isinstance(weights, (list, tuple)) else weights.float()
+                )
         self.weights = weights
 
     def __len__(self) -> int:
@@ -110,110 +116,119 @@ class _ScaledRows:
         return out
 
 
-def _krylov_svd(matrix: _ScaledRows, rank: int, first: int) -> tuple[Tensor, Tensor]:
-    """S (batch, rank) and V^T (batch, rank, k) of M; ``first`` is the index of its first matrix, for messages."""
-    # The Krylov space lives on the smaller side. On a wide or square M it holds left vectors, whose
-    # images M^T q become V; on a tall M it holds right vectors.
-    wide = matrix.d <= matrix.k
+def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """S (batch, rank) and V^T (batch, rank, k) of M, from random numbers (width, max(d, k)) that serve every
+    matrix. ``first`` is the index of the first matrix, for messages."""
+    width = len(noise)
+    # The Krylov space holds left vectors Q, and V comes from their images M^T Q, half a power step ahead.
+    # Where it would be no smaller than M, Q is the whole space, on the shorter side.
+    whole = width * (MIN_DEPTH + 1) >= min(matrix.d, matrix.k)
+    left = matrix.d <= matrix.k or not whole
     image_of, back = (
-        (matrix.transpose_times, matrix.times) if wide else (matrix.times, matrix.transpose_times)
+        (matrix.transpose_times, matrix.times) if left else (matrix.times, matrix.transpose_times)
     )
-    side = min(matrix.d, matrix.k)
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(rows):  # drawn on the CPU: the same on every device, and for every matrix
-        return torch.randn(rows, side, generator=generator).to(matrix.device).expand(len(matrix), -1, -1)
-
-    width = rank + OVERSAMPLING
-    if 2 * width >= side:  # a sketch would be no smaller: the whole space, an eigendecomposition of the Gram matrix
-        blocks = [torch.eye(side, device=matrix.device).expand(len(matrix), -1, -1)]
-    else:
-        blocks = [_orthonormal_rows(noise(width), [], 0.0)]
-    images, energies = [], []
-    gram = torch.empty(len(matrix), 0, 0, dtype=torch.float64, device=matrix.device)
-    while True:
-        image = image_of(blocks[-1])
-        images.append(image.double())
-        gram = _bordered(gram, images)
-        if not gram.isfinite().all():
-            bad = first + int((~gram.isfinite().all(2).all(1)).nonzero()[0])
-            raise ValueError(f"expected finite weights and row_scales, got values that are not finite in matrix {bad}")
-        depth = len(blocks) - 1
-        whole = gram.shape[1] >= side
-        if depth >= MIN_DEPTH - 2 and not whole:
-            energies.append(torch.linalg.eigvalsh(gram)[:, -rank:].clamp_min(0).sum(1))
-        if whole or depth >= MAX_DEPTH or (depth >= MIN_DEPTH and _converged(*energies[-3:])):
+    batch, side, other = len(matrix), *((matrix.d, matrix.k) if left else (matrix.k, matrix.d))
+    capacity = side if whole else min(side, width * (MIN_DEPTH + 2))
+    basis = torch.empty(batch, capacity, side, device=matrix.device)
+    # Images and their Gram matrix in float64: its eigenvalues are the squares of S.
+    images = torch.empty(batch, capacity, other, dtype=torch.float64, device=matrix.device)
+    gram = torch.empty(batch, capacity, capacity, dtype=torch.float64, device=matrix.device)
+    block = (
+        torch.eye(side, device=matrix.device).expand(batch, -1, -1)
+        if whole
+        else noise[:, :side].expand(batch, -1, -1)
+    )
+    size, spectra = 0, []
+    for depth in count():
+        if not whole:
+            fresh = noise.roll(depth + 1, 1)[: block.shape[1], :side]  # as good as drawn anew
+            block = _orthonormal_rows(block, basis[:, :size], fresh)
+        old, size = size, size + block.shape[1]
+        if size > capacity:
+            capacity = min(side, 2 * capacity)
+            basis, images = (_grown(x, (batch, capacity, x.shape[2])) for x in (basis, images))
+            gram = _grown(gram, (batch, capacity, capacity))
+        basis[:, old:size] = block
+        image = image_of(block)
+        images[:, old:size] = image
+        gram[:, old:size, :size] = images[:, old:size] @ images[:, :size].mT
+        gram[:, :old, old:size] = gram[:, old:size, :old].mT
+        finite = gram[:, old:size, :size].isfinite().all(2).all(1)
+        if not finite.all():
+            bad = first + int((~finite).nonzero()[0])
+            raise ValueError(
+                f"expected finite weights and row_scales, got values that are not finite in matrix {bad}"
+            )
+        part = gram[:, :size, :size]
+        if size == side or depth >= MIN_DEPTH:
+            values, vectors = torch.linalg.eigh(part)
+        elif depth >= MIN_DEPTH - 2:
+            values = torch.linalg.eigvalsh(part)
+        if depth >= MIN_DEPTH - 2:
+            spectra.append(values[:, -rank:].clamp_min(0))
+        if size == side or depth == MAX_DEPTH or (depth >= MIN_DEPTH and _converged(*spectra[-3:])):
             break
-        extra = min(width, side - gram.shape[1])
-        blocks.append(_orthonormal_rows(back(image)[:, :extra], blocks, noise(extra)))
+        block = back(image)[:, : side - size]
 
-    values, vectors = torch.linalg.eigh(gram)
     s = values[:, -rank:].flip(1).clamp_min(0).sqrt()
     rotation = vectors[:, :, -rank:].flip(2).mT
-    v = rotation @ torch.cat(images, 1) if wide else rotation @ torch.cat(blocks, 1).double()
+    v = rotation @ images[:, :size] if left else (rotation.float() @ basis[:, :size]).double()
     # Directions without energy have no image to normalise: any orthonormal completion will do.
     lost = s[..., None] <= 1e-6 * s[:, :1, None]
-    fill = torch.randn(rank, matrix.k, generator=generator, dtype=torch.float64).to(v)
-    v = torch.where(lost, fill, v)
+    v = torch.where(lost, noise[:rank, : matrix.k], v)
     for _ in range(2):
-        v = _cholesky_qr(v)
+        v = _gram_schmidt(v)
     return (s * matrix.unit[:, None]).float(), v.float()
 
 
-def _bordered(gram: Tensor, images: list[Tensor]) -> Tensor:
-    """Gram matrix of the rows of all ``images``, float64, from that of all but the last."""
-    old = gram.shape[1]
-    size = old + images[-1].shape[1]
-    out = gram.new_empty(len(gram), size, size)
-    out[:, :old, :old] = gram
-    start = 0
-    for image in images:
-        part = slice(start, start := start + image.shape[1])
-        product = images[-1] @ image.mT
-        out[:, old:, part] = product
-        out[:, part, old:] = product.mT
+def _grown(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    out = x.new_empty(shape)
+    out[:, : x.shape[1], : x.shape[2]] = x
     return out
 
 
 def _converged(before: Tensor, last: Tensor, now: Tensor) -> bool:
-    """Whether the captured energies (batch,) of three successive depths have levelled out, assuming that the
-    gains go on shrinking at their present rate."""
+    """Whether the leading squared singular values (batch, rank) of three successive depths have levelled out,
+    assuming that the gains go on shrinking at least at their present rate, and that V is ahead by a factor of it."""
     gain, previous = (now - last).clamp_min(0), (last - before).clamp_min(0)
     rate = (gain / previous.clamp_min(1e-300)).clamp(max=0.9)
-    return bool((gain * rate / (1 - rate) <= TOLERANCE * now).all())
+    missing = gain * rate**2 / (1 - rate)
+    return bool(
+        (missing.sum(1) <= ENERGY_TOLERANCE * now.sum(1)).all() and (missing <= VALUE_TOLERANCE * now).all()
+    )
 
 
-def _orthonormal_rows(block: Tensor, basis: list[Tensor], noise: Tensor | float) -> Tensor:
-    """Rows (batch, b, n) made orthonormal among themselves and to the blocks of ``basis``, float32.
+def _orthonormal_rows(block: Tensor, basis: Tensor, noise: Tensor) -> Tensor:
+    """Rows (batch, b, n) made orthonormal among themselves and to the rows of ``basis``, float32.
 
     Noise at the level of float32 rounding stands in for directions that the block lacks (a matrix of low
     rank, a space that is used up), so the Cholesky factor always exists. Twice, because the first pass
     leaves what cancellation uncovers."""
-    for again in (False, True):
-        for other in basis:
-            block = torch.baddbmm(block, block @ other.mT, other, alpha=-1)
-        block = block / torch.linalg.vector_norm(block, dim=2, keepdim=True).clamp_min(1e-30)
-        if not again:
-            block = block + noise * (1e-6 / block.shape[2] ** 0.5)
-        block = _cholesky_qr(block.double()).float()
-        if not basis:
-            break
+    for dtype in (torch.float64, torch.float32):
+        if basis.shape[1]:
+            block = torch.baddbmm(block, block @ basis.mT, basis, alpha=-1)
+        if dtype == torch.float64:
+            norm = torch.linalg.vector_norm(block, dim=2, keepdim=True).clamp_min_(1e-30)
+            block = torch.addcmul(noise * (1e-6 / block.shape[2] ** 0.5), block, norm.reciprocal_())
+        block = _gram_schmidt(block, dtype)
     return block
 
 
-def _cholesky_qr(rows: Tensor) -> Tensor:
-    """Gram-Schmidt on the rows (batch, b, n) of a float64 tensor. float32 Gram matrices would be unsafe above
-    a condition number of 4e3."""
-    rows = rows / torch.linalg.vector_norm(rows, dim=2, keepdim=True).clamp_min(1e-300)
-    factor = torch.linalg.cholesky(rows @ rows.mT)
-    eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return torch.linalg.solve_triangular(factor, eye, upper=False) @ rows
+def _gram_schmidt(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The rows (batch, b, n) made orthonormal in their order, by the Cholesky factor of their Gram matrix in
+    ``dtype``. float32 is unsafe above a condition number of 4e3: for rows that are nearly orthonormal."""
+    exact = rows.to(dtype)
+    factor = torch.linalg.cholesky(exact @ exact.mT)
+    eye = torch.eye(rows.shape[1], dtype=dtype, device=rows.device)
+    return torch.linalg.solve_triangular(factor, eye, upper=False).to(rows.dtype) @ rows
 
 
 def _checked(weights, row_scales, rank):
     for name, value in (("weights", weights), ("row_scales", row_scales)):
         if not isinstance(value, (Tensor, list, tuple)):
-            raise ValueError(f"expected {name} to be a tensor or a sequence of tensors, got {type(value).__name__}")
+            raise ValueError(
+                f"expected {name} to be a tensor or a sequence of tensors, got {type(value).__name__}"
+            )
     if isinstance(weights, Tensor) and weights.dim() != 3:
         raise ValueError(f"expected weights of shape (batch, d, k), got {tuple(weights.shape)}")
     if len(weights) == 0:
@@ -225,9 +240,13 @@ def _checked(weights, row_scales, rank):
                 f"expected weights of one shape (d, k), got {tuple(first.shape)} and, at {i}, {tuple(weight.shape)}"
             )
         if weight.dtype not in DTYPES or weight.dtype != first.dtype:
-            raise ValueError(f"expected weights that are all float32, bfloat16 or float16, got {weight.dtype} at {i}")
+            raise ValueError(
+                f"expected weights that are all float32, bfloat16 or float16, got {weight.dtype} at {i}"
+            )
         if weight.device != first.device:
-            raise ValueError(f"expected weights on one device, got {first.device} and, at {i}, {weight.device}")
+            raise ValueError(
+                f"expected weights on one device, got {first.device} and, at {i}, {weight.device}"
+            )
     d, k = first.shape
     shapes = {tuple(scale.shape) for scale in row_scales}
     if len(row_scales) != len(weights) or shapes != {(d,)}:
@@ -236,7 +255,9 @@ def _checked(weights, row_scales, rank):
         )
     scales = row_scales if isinstance(row_scales, Tensor) else torch.stack(tuple(row_scales))
     if scales.dtype != torch.float32 or scales.device != first.device:
-        raise ValueError(f"expected row_scales in float32 on {first.device}, got {scales.dtype} on {scales.device}")
+        raise ValueError(
+            f"expected row_scales in float32 on {first.device}, got {scales.dtype} on {scales.device}"
+        )
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(d, k):
         raise ValueError(f"expected an integer rank from 1 to min(d, k) = {min(d, k)}, got {rank!r}")
     return weights, scales.detach()

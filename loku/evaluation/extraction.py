@@ -1,9 +1,9 @@
 """How much of a text can be drawn out of a model: Extraction Likelihood and Memorisation Accuracy.
 
-Cha et al. (ICLR 2025), Eqs. 4 to 6, after Jang et al. (ACL 2023). Rows are what ``loku.data.tokenize_dataset``
-returns: ``{"input_ids", "labels"}``, labels aligned with the tokens. The *answer* of a row is the span from
-its first to its last labelled token; what comes before is context. A row's first token cannot be
-predicted, so in a text without a prompt it is the context.
+Cha et al. (ICLR 2025), Eqs. 4 to 6, after Jang et al. (ACL 2023). Rows are what
+``loku.data.tokenize_dataset`` returns: ``{"input_ids", "labels"}``, labels aligned with the tokens. The
+*answer* of a row is the span from its first to its last labelled token; what comes before is context.
+A row's first token cannot be predicted, so in a text without a prompt it is the context.
 """
 
 import math
@@ -107,7 +107,6 @@ def generate_greedy(
                 top_k=50,
                 repetition_penalty=1.0,
                 no_repeat_ngram_size=0,
-                min_length=0,
                 min_new_tokens=0,
                 eos_token_id=eos or None,
                 pad_token_id=eos[0] if eos else 0,
@@ -115,12 +114,12 @@ def generate_greedy(
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
-            for index, tokens in zip(chosen, output[:, width:].tolist()):
+            for index, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
                 generated[index] = _until_eos(tokens[: max_new_tokens[index]], eos)
     return generated
 
 
-def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=True, description="extraction"):
+def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=True):
     """Extraction Likelihood, Eqs. 4 and 5, averaged over rows. Returns ``ExtractionLikelihood``.
 
         EL_n(x) = sum over t of OVERLAP_n(f(x_<t), x_>=t) / (T - n)
@@ -136,14 +135,14 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
     """
     if n < 1 or stride < 1:
         raise ValueError(f"n and stride must be at least 1, got n={n} and stride={stride}")
-    scores = token_scores(model, rows, batch_size, progress, f"{description} (tokens)")
+    scores = token_scores(model, rows, batch_size, progress, f"EL{n} (tokens)")
     eos = _eos_ids(model)
     prompts, lengths, row_prefixes = [], [], []
-    for row, score in zip(rows, scores):
+    for row, score in zip(rows, scores, strict=True):
         ids = list(row["input_ids"])
         positions = score.positions.tolist()
         start, end = (positions[0], positions[-1] + 1) if positions else (0, 0)
-        predicted = dict(zip(positions, score.predicted.tolist()))
+        predicted = dict(zip(positions, score.predicted.tolist(), strict=True))
         # A position inside the answer that has no label was not scored: a continuation branches there too.
         leaves = [t for t in range(start, end) if predicted.get(t) != ids[t]]
         branch_of, prefixes = {}, []
@@ -159,7 +158,7 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
         row_prefixes.append((ids, end, prefixes))
 
     branches = generate_greedy(
-        model, [a + b for a, b in prompts], lengths, batch_size, eos, progress, f"{description} (EL{n})"
+        model, [a + b for a, b in prompts], lengths, batch_size, eos, progress, f"EL{n} (continuations)"
     )
     per_row = []
     for ids, end, prefixes in row_prefixes:

@@ -23,11 +23,11 @@ def format_table(columns):
     titles = list(dict.fromkeys(title for column in columns.values() for title in column))
     cells = [["", *columns]]
     cells += [[title, *(_cell(column.get(title)) for column in columns.values())] for title in titles]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
-        for row in cells
-    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = []
+    for title, *values in cells:
+        padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join([title.ljust(widths[0]), *padded]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -44,9 +44,9 @@ def plot_probabilities(path, history):
     axes = figure.add_subplot()
     for name, color, marker in [("forget", "tab:red", "o"), ("retain", "tab:blue", "s")]:
         key = f"{name}_probability"
-        points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+        points = {entry["step"]: entry[key] for entry in history if entry.get(key) is not None}
         if points:
-            axes.plot(*zip(*points), color=color, marker=marker, markersize=4, label=f"{name} set")
+            axes.plot(points.keys(), points.values(), color=color, marker=marker, ms=4, label=f"{name} set")
     if not axes.lines:
         raise ValueError("the history holds no 'forget_probability' or 'retain_probability' to plot")
     axes.set(xlabel="optimiser step", ylabel="mean answer probability", ylim=(-0.02, 1.02))

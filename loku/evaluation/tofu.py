@@ -5,12 +5,10 @@ A log maps file names to sections, one for each set of questions; a section maps
 and ``average_perturb_loss`` are means over them.
 """
 
-import math
-
 import numpy as np
 import torch
 
-from loku.data import question_answer_texts, tokenize_dataset
+from loku.data import encode_prompt, question_answer_texts, tokenize_dataset
 from loku.evaluation.extraction import _eos_ids, generate_greedy, token_scores
 
 SECTIONS = {
@@ -23,7 +21,9 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 ROUGE_SLACK = 16  # tokens that a generated answer may have beyond the longest true one
 
 
-def answer_losses(model, tokenizer, prompts, completions, batch_size=16, progress=True, description="answers"):
+def answer_losses(
+    model, tokenizer, prompts, completions, batch_size=16, progress=True, description="answers"
+):
     """Negative log-likelihood of each completion (and EOS) after its prompt.
 
     Returns (mean over the completion's tokens, float64 (N,), in nats; number of tokens, int64 (N,)).
@@ -45,7 +45,7 @@ def rouge_recalls(generated, references):
     return [s["rouge1"].recall for s in scores], [s["rougeL"].recall for s in scores]
 
 
-def evaluate_tofu_rows(model, tokenizer, rows, batch_size=16, progress=True, description="answers"):
+def evaluate_tofu_rows(model, tokenizer, rows, batch_size=16, progress=True, description="TOFU"):
     """One section of a TOFU log for rows with ``question`` and ``answer``.
 
     Answers are generated greedily and may be a few tokens longer than the longest true one. Rows with
@@ -54,6 +54,8 @@ def evaluate_tofu_rows(model, tokenizer, rows, batch_size=16, progress=True, des
     facts), and the truth ratio exp(paraphrased loss - mean perturbed loss) of mean token losses. Without
     such rows these keys are absent.
     """
+    if len(rows) == 0:
+        raise ValueError("there are no TOFU rows to evaluate")
     for index, row in enumerate(rows):
         if not {"question", "answer"} <= set(row):
             raise ValueError(f"row {index}: TOFU rows need 'question' and 'answer', this one has {list(row)}")
@@ -64,57 +66,66 @@ def evaluate_tofu_rows(model, tokenizer, rows, batch_size=16, progress=True, des
         if row.get("perturbed_answer"):
             jobs.append((i, "paraphrased", row.get("paraphrased_answer") or row["answer"]))
             jobs += [(i, "perturb", answer) for answer in row["perturbed_answer"]]
-    texts = [question_answer_texts(rows[i]["question"], answer) for i, _, answer in jobs]
-    prompts, completions = zip(*texts)
+    prompts, completions = [], []
+    for i, _, answer in jobs:
+        prompt, completion = question_answer_texts(rows[i]["question"], answer)
+        prompts.append(prompt)
+        completions.append(completion)
     means, counts = answer_losses(
-        model, tokenizer, prompts, completions, batch_size, progress, f"{description} (losses)"
+        model, tokenizer, prompts, completions, batch_size, progress, f"{description}: scoring"
     )
     scored = {"gt": {}, "paraphrased": {}, "perturb": {}}
-    for (i, kind, _), mean, count in zip(jobs, means.tolist(), counts.tolist()):
+    for (i, kind, _), mean, count in zip(jobs, means.tolist(), counts.tolist(), strict=True):
         scored[kind].setdefault(str(i), []).append((mean, count))
 
-    prompts = [question_answer_texts(row["question"], "")[0] for row in rows]
-    prompt_ids = [
-        [token for token, label in zip(row["input_ids"], row["labels"]) if label == -100]
-        for row in tokenize_dataset([{"prompt": p, "completion": " a"} for p in prompts], tokenizer)
-    ]
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[: len(rows)]]
     room = [counts[: len(rows)].max().item() + ROUGE_SLACK] * len(rows)
     eos = {*_eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     new_ids = generate_greedy(
-        model, prompt_ids, room, batch_size, sorted(eos), progress, f"{description} (generated)"
+        model, prompt_ids, room, batch_size, eos, progress, f"{description}: generating"
     )
     generated = [tokenizer.decode(ids, skip_special_tokens=True) for ids in new_ids]
-    answers = [row["answer"] for row in rows]
-    rouge1, rougeL = rouge_recalls(generated, answers)
+    rouge1, rougeL = rouge_recalls(generated, [row["answer"] for row in rows])
 
     def by_row(values):
         return {str(i): value for i, value in enumerate(values)}
 
+    def means_of(answers):
+        return {i: [mean for mean, _ in pairs] for i, pairs in answers.items()}
+
+    def counts_of(answers):
+        return {i: [count for _, count in pairs] for i, pairs in answers.items()}
+
+    def sums_of(answers):
+        return {i: [mean * count for mean, count in pairs] for i, pairs in answers.items()}
+
+    def single(answers):
+        return {i: value for i, (value,) in answers.items()}
+
     section = {
-        "avg_gt_loss": {i: s[0][0] for i, s in scored["gt"].items()},
-        "gt_loss": {i: math.prod(s[0]) for i, s in scored["gt"].items()},
-        "num_token_gt": {i: s[0][1] for i, s in scored["gt"].items()},
+        "avg_gt_loss": single(means_of(scored["gt"])),
+        "gt_loss": single(sums_of(scored["gt"])),
+        "num_token_gt": single(counts_of(scored["gt"])),
         # TOFU splits prompt and generation before "Answer:".
         "generated_text": by_row(
             [f"Question: {row['question']}\n", f"Answer:{text}", row["answer"]]
-            for row, text in zip(rows, generated)
+            for row, text in zip(rows, generated, strict=True)
         ),
         "rouge1_recall": by_row(rouge1),
         "rougeL_recall": by_row(rougeL),
     }
     if scored["perturb"]:
-        wrong, right = scored["perturb"], {i: s[0] for i, s in scored["paraphrased"].items()}
         section |= {
-            "average_perturb_loss": {i: [mean for mean, _ in s] for i, s in wrong.items()},
-            "avg_paraphrased_loss": {i: mean for i, (mean, _) in right.items()},
-            "paraphrased_loss": {i: mean * count for i, (mean, count) in right.items()},
-            "perturb_loss": {i: [mean * count for mean, count in s] for i, s in wrong.items()},
-            "num_token_paraphrased": {i: count for i, (_, count) in right.items()},
-            "num_token_perturb": {i: [count for _, count in s] for i, s in wrong.items()},
+            "average_perturb_loss": means_of(scored["perturb"]),
+            "perturb_loss": sums_of(scored["perturb"]),
+            "num_token_perturb": counts_of(scored["perturb"]),
+            "avg_paraphrased_loss": single(means_of(scored["paraphrased"])),
+            "paraphrased_loss": single(sums_of(scored["paraphrased"])),
+            "num_token_paraphrased": single(counts_of(scored["paraphrased"])),
         }
         with np.errstate(over="ignore"):
             ratios = np.exp(-_log_truth_ratio(section))
-        section["truth_ratio"] = dict(zip(right, ratios.tolist()))
+        section["truth_ratio"] = dict(zip(scored["perturb"], ratios.tolist(), strict=True))
     return section
 
 
@@ -149,13 +160,16 @@ def section_metrics(section, choice=False, forget=False):
         missing = sorted(set(section["avg_gt_loss"]) - set(wrong))
         if missing:
             raise ValueError(f"rows {missing[:5]} have no perturbed answers to choose among")
-        # A softmax over the alternatives: exp(-loss) may underflow for all of them.
-        probability = np.array(
-            [1 / np.exp(-(np.array([l, *wrong[i]]) - l)).sum() for i, l in section["avg_gt_loss"].items()]
-        )
+        # A softmax over the alternatives; exp(-loss) itself may underflow for all of them.
+        with np.errstate(over="ignore"):
+            odds = [
+                np.exp(right - np.array([right, *wrong[i]])) for i, right in section["avg_gt_loss"].items()
+            ]
+        probability = np.array([1 / each.sum() for each in odds])
     else:
         probability = np.exp(-loss)
-    metrics = {"probability": float(probability.mean()), "rouge": float(_values(section, "rougeL_recall").mean())}
+    rouge = _values(section, "rougeL_recall")
+    metrics = {"probability": float(probability.mean()), "rouge": float(rouge.mean())}
     if "average_perturb_loss" in section:
         log_ratio = _log_truth_ratio(section)
         truth = np.exp(-np.abs(log_ratio)) if forget else -np.expm1(-np.maximum(log_ratio, 0))
@@ -204,7 +218,9 @@ def _values(section, key):
 def _log_truth_ratio(section, where="the section"):
     """mean perturbed loss - paraphrased loss, one number a row that has both, (rows,) float64."""
     if not section.get("average_perturb_loss") or not section.get("avg_paraphrased_loss"):
-        raise ValueError(f"{where} has no 'average_perturb_loss' and 'avg_paraphrased_loss'; evaluate "
-                         f"rows with 'perturbed_answer'")
+        raise ValueError(
+            f"{where} lacks 'average_perturb_loss' or 'avg_paraphrased_loss'; evaluate rows with "
+            f"'perturbed_answer'"
+        )
     right = section["avg_paraphrased_loss"]
     return np.array([np.mean(losses) - right[i] for i, losses in section["average_perturb_loss"].items()])

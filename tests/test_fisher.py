@@ -1,0 +1,135 @@
+"""accumulate_squared_grad_ against per-sample autograd in float64."""
+
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from helpers import DTYPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loku_kernels import accumulate_squared_grad_, fisher
+
+
+def operands(n, tokens, d, k, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, tokens, k, generator=generator)
+    grad_outputs = torch.randn(n, tokens, d, generator=generator) * 10.0 ** -torch.randint(0, 6, (n, 1, 1))
+    return inputs.to(dtype), grad_outputs.to(dtype)
+
+
+def exact(inputs, grad_outputs, divisor=None):
+    """One backward a sample through a real linear layer, in float64."""
+    total = 0
+    for x, delta in zip(inputs.double(), grad_outputs.double(), strict=True):
+        weight = torch.zeros(delta.shape[1], x.shape[1], dtype=torch.float64, requires_grad=True)
+        torch.nn.functional.linear(x, weight).backward(delta)
+        total = total + weight.grad.square()
+    return total if divisor is None else (total / divisor.double()).sum(1)
+
+
+def check(inputs, grad_outputs):
+    d, k = grad_outputs.shape[2], inputs.shape[2]
+    start = torch.rand(d, k)
+    expected = exact(inputs, grad_outputs)
+    ours = accumulate_squared_grad_(start.clone(), inputs, grad_outputs)
+    torch.testing.assert_close(ours.double(), start + expected, rtol=1e-5, atol=1e-5 * expected.max().item())
+
+    ours = accumulate_squared_grad_(torch.zeros(d, k), inputs, grad_outputs)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+    for wrong in (torch.zeros_like(ours), ours.sqrt()):  # nothing added, or no square
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(wrong.double(), expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+
+    divisor = torch.rand(d, k) + 0.1
+    rows = accumulate_squared_grad_(torch.zeros(d), inputs, grad_outputs, divisor)
+    expected = exact(inputs, grad_outputs, divisor)
+    torch.testing.assert_close(rows.double(), expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(DTYPES),
+    st.sampled_from([4, 500, 1 << 20]),
+    st.integers(0, 99),
+)
+def test_any_shape_and_tile(n, tokens, d, k, dtype, size, seed):
+    with mock.patch.multiple(fisher, TILE_BYTES=size, TOKEN_BYTES=size):
+        check(*operands(n, tokens, d, k, dtype, seed))
+
+
+def test_larger_than_a_tile():
+    check(*operands(3, 50, 300, 1200, torch.float32))
+
+
+def test_transposed_and_sliced_operands():
+    inputs, grad_outputs = operands(3, 20, 8, 12, torch.float32)
+    expected = accumulate_squared_grad_(torch.zeros(8, 12), inputs, grad_outputs)
+    strided = inputs.transpose(1, 2).contiguous().transpose(1, 2)
+    padded = torch.nn.functional.pad(grad_outputs, (2, 3))[..., 2:-3]
+    torch.testing.assert_close(accumulate_squared_grad_(torch.zeros(8, 12), strided, padded), expected)
+
+
+def test_batching_and_padding_change_nothing():
+    inputs, grad_outputs = operands(6, 20, 8, 12, torch.float32)
+    whole = accumulate_squared_grad_(torch.zeros(8, 12), inputs, grad_outputs)
+    parts = torch.zeros(8, 12)
+    for part in (slice(0, 1), slice(1, 5), slice(5, 6)):
+        accumulate_squared_grad_(parts, inputs[part], grad_outputs[part])
+    torch.testing.assert_close(parts, whole)
+    padded_inputs = torch.cat([inputs, torch.full((6, 7, 12), 1e3)], 1)
+    padded_grads = torch.cat([grad_outputs, torch.zeros(6, 7, 8)], 1)
+    padded = accumulate_squared_grad_(torch.zeros(8, 12), padded_inputs, padded_grads)
+    torch.testing.assert_close(padded, whole)
+
+
+def test_empty_adds_nothing():
+    for n, tokens in ((0, 5), (3, 0)):
+        inputs, grad_outputs = torch.randn(n, tokens, 4), torch.randn(n, tokens, 3)
+        assert accumulate_squared_grad_(torch.ones(3, 4), inputs, grad_outputs).eq(1).all()
+
+
+def test_opcheck():
+    inputs, grad_outputs = operands(3, 7, 5, 6, torch.float32)
+    op = torch.ops.loku_kernels.accumulate_squared_grad_.default
+    torch.library.opcheck(op, (torch.zeros(5, 6), inputs, grad_outputs, None))
+    torch.library.opcheck(op, (torch.zeros(5), inputs, grad_outputs, torch.ones(5, 6)))
+
+
+def test_errors():
+    inputs, grad_outputs = operands(3, 7, 5, 6, torch.float32)
+    with pytest.raises(ValueError, match=r"\(3, 7, 6\) and \(3, 6, 5\)"):
+        accumulate_squared_grad_(torch.zeros(5, 6), inputs, grad_outputs[:, :6])
+    with pytest.raises(ValueError, match="one dtype"):
+        accumulate_squared_grad_(torch.zeros(5, 6), inputs.bfloat16(), grad_outputs)
+    with pytest.raises(ValueError, match=r"shape \(5, 6\), got torch.float32 \(6, 5\)"):
+        accumulate_squared_grad_(torch.zeros(6, 5), inputs, grad_outputs)
+    with pytest.raises(ValueError, match="torch.bfloat16"):
+        accumulate_squared_grad_(torch.zeros(5, 6).bfloat16(), inputs, grad_outputs)
+    with pytest.raises(ValueError, match=r"divisor must be torch.float32 of shape \(5, 6\)"):
+        accumulate_squared_grad_(torch.zeros(5), inputs, grad_outputs, torch.ones(5))
+    with pytest.raises(ValueError, match="device"):
+        accumulate_squared_grad_(torch.zeros(5, 6, device="meta"), inputs, grad_outputs)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extra_memory_is_a_few_mebibytes(dtype):
+    inputs, grad_outputs = operands(16, 64, 2048, 2048, dtype)
+    total = torch.zeros(2048, 2048)
+    accumulate_squared_grad_(total, inputs, grad_outputs)
+
+    def status(field):
+        with open("/proc/self/status") as file:
+            return int(dict(line.split(":", 1) for line in file)[field].split()[0]) << 10
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS")
+    accumulate_squared_grad_(total, inputs, grad_outputs)
+    assert status("VmHWM") - before <= 8 << 20  # (n, d, k) would be 256 MiB

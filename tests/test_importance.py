@@ -1,0 +1,163 @@
+"""FILA's row scales against the exact per-sample loop in float64."""
+
+import pytest
+import torch
+from models import KINDS, tiny_model
+from torch import nn
+
+from loku.data import collate
+from loku.importance import fisher_row_scales
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny products: the threads would only wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows(count, seed, vocab=97):
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for _ in range(count):
+        length = int(torch.randint(4, 12, (), generator=generator))
+        ids = torch.randint(0, vocab, (length,), generator=generator).tolist()
+        result.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+    return result
+
+
+def batches(rows, size):
+    return [collate(rows[i : i + size], pad_token_id=0) for i in range(0, len(rows), size)]
+
+
+def targets(model):
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(part in name for part in ("q_proj", "v_proj", "mlp"))
+    }
+
+
+def exact_scales(model, forget, retain, damping, mode):
+    """Batch size 1, a full backward, square, add."""
+    model = tiny_model_copy(model)
+    modules = targets(model)
+
+    def fishers(rows):
+        totals = dict.fromkeys(modules, 0)
+        for row in rows:
+            batch = collate([row], pad_token_id=0)
+            model.zero_grad()
+            logits = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+            nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum").backward()
+            for name, module in modules.items():
+                totals[name] = totals[name] + module.weight.grad.square() / len(rows)
+        return totals
+
+    forget, retain = fishers(forget), fishers(retain)
+    scales = {}
+    for name in modules:
+        added = damping * (retain[name].mean() if mode == "relative" else 1.0)
+        score = (forget[name] / (retain[name] + added)).sum(1)
+        scales[name] = (score / score.mean()).sqrt()
+    return scales
+
+
+def tiny_model_copy(model):
+    copy = type(model)(model.config).double().eval()
+    copy.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    return copy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("damping", "mode"), [(1.0, "relative"), (0.1, "relative"), (1e-5, "absolute")])
+def test_against_the_exact_loop(kind, damping, mode):
+    model = tiny_model(kind)
+    forget, retain = rows(5, 0), rows(7, 1)
+    expected = exact_scales(model, forget, retain, damping, mode)
+    ours = fisher_row_scales(
+        model,
+        targets(model),
+        batches(forget, 2),
+        batches(retain, 3),
+        damping=damping,
+        damping_mode=mode,
+        progress=False,
+    )
+    assert ours.keys() == expected.keys() and len(ours) >= 8
+    for name, scale in ours.items():
+        assert scale.dtype == torch.float32
+        assert abs(scale.square().mean().item() - 1) < 1e-5
+        torch.testing.assert_close(scale.double(), expected[name], rtol=1e-3, atol=1e-5)
+        with pytest.raises(AssertionError):  # what forgetting to square, or the retain set, would give
+            torch.testing.assert_close(torch.ones_like(scale), scale, rtol=1e-3, atol=1e-5)
+
+
+def test_batching_padding_and_groups_change_nothing():
+    model = tiny_model("llama")
+    forget, retain = rows(5, 0), rows(7, 1)
+
+    def scales(size, **options):
+        return fisher_row_scales(
+            model, targets(model), batches(forget, size), batches(retain, size), progress=False, **options
+        )
+
+    one = scales(1)
+    largest = 4 * max(module.weight.numel() for module in targets(model).values())
+    for other in (scales(4), scales(100), scales(3, memory_budget=largest), scales(3, memory_budget=1)):
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_leaves_the_model_as_it_was():
+    model = tiny_model("llama").train()
+    model.model.norm.weight.requires_grad_(False)
+    model.model.layers[0].mlp.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+
+    def check():
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert flags == [parameter.requires_grad for parameter in model.parameters()]
+        assert modes == [module.training for module in model.modules()]
+        assert hooks == [len(m._forward_hooks) for m in model.modules()]
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    fisher_row_scales(model, targets(model), batches(rows(2, 0), 2), batches(rows(2, 1), 2), progress=False)
+    check()
+    broken = [{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}]
+    with pytest.raises(KeyError):
+        fisher_row_scales(model, targets(model), broken, batches(rows(2, 1), 2), progress=False)
+    check()
+    with torch.no_grad():  # the caller's mode does not matter
+        fisher_row_scales(
+            model, targets(model), batches(rows(2, 0), 2), batches(rows(2, 1), 2), progress=False
+        )
+    check()
+
+
+@pytest.mark.parametrize(("mode", "what"), [("relative", "not finite"), ("absolute", "zero")])
+def test_useless_scales_fall_back_to_ones_by_name(mode, what):
+    model = tiny_model("llama")
+    name, module = next((n, m) for n, m in targets(model).items() if n.endswith("0.mlp.up_proj"))
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()  # nothing flows back
+    data = batches(rows(2, 0), 2)
+    with pytest.warns(UserWarning, match=rf"0\.mlp\.up_proj: its Fisher information is {what}"):
+        scales = fisher_row_scales(model, {name: module}, data, data, damping_mode=mode, progress=False)
+    assert scales[name].eq(1).all()
+
+
+def test_errors():
+    model = tiny_model("llama")
+    data = batches(rows(2, 0), 2)
+    with pytest.raises(ValueError, match="no batch for the forget Fisher"):
+        fisher_row_scales(model, targets(model), [], data, progress=False)
+    with pytest.raises(RuntimeError, match="elsewhere took no part"):
+        fisher_row_scales(model, {"elsewhere": nn.Linear(3, 3)}, data, data, progress=False)
+    model.model.layers[1].mlp.up_proj = model.model.layers[1].mlp.gate_proj
+    twice = {"gate_proj": model.model.layers[1].mlp.gate_proj}
+    with pytest.raises(RuntimeError, match="gate_proj is called more than once"):
+        fisher_row_scales(model, twice, data, data, progress=False)
