@@ -113,7 +113,7 @@ def token_triplets(model, input_ids, attention_mask, labels):
 
 
 def negative_log_likelihood(model, batch):
-    """Negative log-likelihood, in nats, summed over the label tokens of a batch: the Fisher's loss (Eq. 2)."""
+    """Negative log-likelihood, in nats, summed over a batch's label tokens: the Fisher's loss (Eq. 2)."""
     triplet, counted = token_triplets(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
     return cross_entropy(triplet).where(counted, 0.0).sum()
 
@@ -124,10 +124,8 @@ def check_head(model, batch):
 
     Raises ``ValueError`` if they differ: the model does something to its logits that is not known here.
     """
-    rows = {
-        name: batch[name][:1, :16].to(next(model.parameters()).device)
-        for name in ("input_ids", "attention_mask")
-    }
+    device = next(model.parameters()).device
+    rows = {name: batch[name][:1, :16].to(device) for name in ("input_ids", "attention_mask")}
     labels = rows["input_ids"]
     training = model.training
     model.eval()

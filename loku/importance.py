@@ -57,7 +57,7 @@ def fisher_row_scales(
             suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
             retain = {name: _zeros(module, module.weight.shape) for name, module in group.items()}
             count = _accumulate(model, group, retain_batches, retain, {}, f"retain Fisher{suffix}", progress)
-            for name, fisher in retain.items():
+            for fisher in retain.values():
                 fisher /= count
                 fisher += damping * (fisher.mean() if damping_mode == "relative" else 1.0)
             scores = {name: _zeros(module, module.weight.shape[:1]) for name, module in group.items()}

@@ -109,7 +109,7 @@ def test_errors():
         accumulate_squared_grad_(torch.zeros(5, 6), inputs.bfloat16(), grad_outputs)
     with pytest.raises(ValueError, match=r"shape \(5, 6\), got torch.float32 \(6, 5\)"):
         accumulate_squared_grad_(torch.zeros(6, 5), inputs, grad_outputs)
-    with pytest.raises(ValueError, match="torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"torch\.bfloat16"):
         accumulate_squared_grad_(torch.zeros(5, 6).bfloat16(), inputs, grad_outputs)
     with pytest.raises(ValueError, match=r"divisor must be torch.float32 of shape \(5, 6\)"):
         accumulate_squared_grad_(torch.zeros(5), inputs, grad_outputs, torch.ones(5))

@@ -155,9 +155,9 @@ def test_errors(backend):
         softmax_triplet(logits[:, :1], labels)
     with pytest.raises(ValueError, match=r"\(4,\), got \(3,\)"):
         softmax_triplet(logits, labels[:3])
-    with pytest.raises(ValueError, match="int64, got torch.int32"):
+    with pytest.raises(ValueError, match=r"int64, got torch\.int32"):
         softmax_triplet(logits, labels.int())
-    with pytest.raises(ValueError, match="got torch.int64"):
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
         softmax_triplet(logits.long(), labels)
     with pytest.raises(ValueError, match="contiguous"):
         softmax_triplet(logits.t(), torch.zeros(9, dtype=torch.int64))

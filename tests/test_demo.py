@@ -1,0 +1,71 @@
+"""The demo's report, on a few rows and steps: the figures of the full run are in benchmarks/results."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+
+from loku import cli, demo
+
+KEYS = {
+    "forget_probability",
+    "retain_probability",
+    "forget_rouge_l",
+    "retain_rouge_l",
+    "extraction_likelihood_10",
+    "memorization_accuracy",
+    "forget_quality",
+    "retain_perplexity",
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    forget, retain = demo.load_rows()
+    monkeypatch.setattr(demo, "load_rows", lambda: (forget, retain[:16]))
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "num_train_epochs": 1})
+
+
+def test_report(small, tmp_path, capsys):
+    cli.main(["demo", "--output", str(tmp_path), "--quiet"])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    for column in ("before", "after", "retain_only"):
+        assert report[column].keys() == KEYS
+        assert all(value is None or math.isfinite(value) for value in report[column].values())
+    before, after = report["before"], report["after"]
+    assert before["forget_probability"] > 0.99 and before["extraction_likelihood_10"] > 0.99
+    assert before["memorization_accuracy"] > 0.99 and before["forget_quality"] < 0.01
+    assert before["retain_perplexity"] < 1.01 and before["retain_rouge_l"] > 0.99
+    assert after["forget_probability"] < before["forget_probability"]
+    assert report["retain_only"]["forget_probability"] < 0.01
+    assert report["retain_only"]["forget_quality"] is None
+    assert len(report["samples"]) == 3 and report["history"][0]["step"] == 0
+    assert report["seconds"].keys() == {*report["peak_memory_bytes"], "total"}
+    assert all(peak > 1 << 20 for peak in report["peak_memory_bytes"].values())
+    for text in ("retain-only twin", "forget_quality", f"{after['forget_probability']:.3f}", "total:"):
+        assert text in printed
+    assert (tmp_path / "probabilities.png").read_bytes().startswith(b"\x89PNG")
+
+    model, tokenizer = demo.load_model()
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    forget, retain = demo.load_rows()
+    metrics, _ = demo.measure(model, tokenizer, forget, retain, progress=False)
+    assert metrics["forget_probability"] == pytest.approx(after["forget_probability"], rel=1e-3)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--help"])
+    assert stop.value.code == 0 and "--output" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["nonsense"])
+    assert stop.value.code == 2
+
+
+def test_what_ships_is_small():
+    assert sum(file.stat().st_size for file in demo.EMBEDDED.iterdir() if file.is_file()) <= 10e6
+    model, _ = demo.load_model()
+    assert next(model.parameters()).dtype == torch.float32
