@@ -18,8 +18,8 @@ from torch import Tensor
 OVERSAMPLING = 8  # columns beyond the rank in a block
 MIN_DEPTH = 3  # products with M M^T before convergence is judged
 MAX_DEPTH = 12
-ENERGY_TOLERANCE = 8e-4  # estimated share of the captured energy that is still missing
-VALUE_TOLERANCE = 1e-2  # the same, of each squared singular value
+MAX_PASSES = 4  # of orthogonalisation; one or two suffice but where a space is used up
+TOLERANCE = 8e-4  # estimated share of the captured energy that is still missing
 WORKSPACE = 8 << 20  # bytes of scratch memory that decide how many matrices go together: what a cache holds
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,9 +54,8 @@ def row_scaled_svd(
     """
     weights, scales = _checked(weights, row_scales, rank)
     (d, k), device = weights[0].shape, weights[0].device
-    upcast = 0 if weights[0].dtype == torch.float32 else 4 * d * k
     width = rank + OVERSAMPLING
-    group = max(1, WORKSPACE // (12 * min(width * (MIN_DEPTH + 1), d, k) * (d + k) + upcast))
+    group = max(1, WORKSPACE // (12 * min(width * (MIN_DEPTH + 1), d, k) * (d + k) + 4 * d * k))
     # On the CPU: the same on every device.
     noise = torch.randn(width, max(d, k), generator=torch.Generator().manual_seed(0)).to(device)
     s = torch.empty(len(weights), rank, dtype=torch.float32, device=device)
@@ -128,6 +127,7 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
         (matrix.transpose_times, matrix.times) if left else (matrix.times, matrix.transpose_times)
     )
     batch, side, other = len(matrix), *((matrix.d, matrix.k) if left else (matrix.k, matrix.d))
+    rounding = noise[:, :side].roll(1, 1) * (1e-6 / side**0.5)
     capacity = side if whole else min(side, width * (MIN_DEPTH + 2))
     basis = torch.empty(batch, capacity, side, device=matrix.device)
     # Images and their Gram matrix in float64: its eigenvalues are the squares of S.
@@ -141,7 +141,7 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
     size, spectra = 0, []
     for depth in count():
         if not whole:
-            fresh = noise.roll(depth + 1, 1)[: block.shape[1], :side]  # as good as drawn anew
+            fresh = rounding.roll(depth, 1)[: block.shape[1]]  # as good as drawn anew
             block = _orthonormal_rows(block, basis[:, :size], fresh)
         old, size = size, size + block.shape[1]
         if size > capacity:
@@ -153,12 +153,9 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
         images[:, old:size] = image
         gram[:, old:size, :size] = images[:, old:size] @ images[:, :size].mT
         gram[:, :old, old:size] = gram[:, old:size, :old].mT
-        finite = gram[:, old:size, :size].isfinite().all(2).all(1)
-        if not finite.all():
+        if depth == 0 and not (finite := gram[:, :size, :size].isfinite().all(2).all(1)).all():
             bad = first + int((~finite).nonzero()[0])
-            raise ValueError(
-                f"expected finite weights and row_scales, got values that are not finite in matrix {bad}"
-            )
+            raise ValueError(f"expected finite weights and row_scales, got others in matrix {bad}")
         part = gram[:, :size, :size]
         if size == side or depth >= MIN_DEPTH:
             values, vectors = torch.linalg.eigh(part)
@@ -170,15 +167,18 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
             break
         block = back(image)[:, : side - size]
 
-    s = values[:, -rank:].flip(1).clamp_min(0).sqrt()
     rotation = vectors[:, :, -rank:].flip(2).mT
     v = rotation @ images[:, :size] if left else (rotation.float() @ basis[:, :size]).double()
     # Directions without energy have no image to normalise: any orthonormal completion will do.
-    lost = s[..., None] <= 1e-6 * s[:, :1, None]
-    v = torch.where(lost, noise[:rank, : matrix.k], v)
+    energy = values[:, -rank:].flip(1)[..., None]
+    v = torch.where(energy <= 1e-12 * energy[:, :1], noise[:rank, : matrix.k], v)
     for _ in range(2):
-        v = _gram_schmidt(v)
-    return (s * matrix.unit[:, None]).float(), v.float()
+        v, _ = _gram_schmidt(v)
+    # V is ahead of Q: Rayleigh-Ritz on V itself.
+    image = matrix.times(v.float()).double()
+    values, vectors = torch.linalg.eigh(image @ image.mT)
+    s = values.flip(1).clamp_min(0).sqrt() * matrix.unit[:, None]
+    return s.float(), (vectors.flip(2).mT @ v).float()
 
 
 def _grown(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -192,35 +192,36 @@ def _converged(before: Tensor, last: Tensor, now: Tensor) -> bool:
     assuming that the gains go on shrinking at least at their present rate, and that V is ahead by a factor of it."""
     gain, previous = (now - last).clamp_min(0), (last - before).clamp_min(0)
     rate = (gain / previous.clamp_min(1e-300)).clamp(max=0.9)
-    missing = gain * rate**2 / (1 - rate)
-    return bool(
-        (missing.sum(1) <= ENERGY_TOLERANCE * now.sum(1)).all() and (missing <= VALUE_TOLERANCE * now).all()
-    )
+    missing = (gain * rate**2 / (1 - rate)).sum(1)
+    return bool((missing <= TOLERANCE * now.sum(1)).all())
 
 
 def _orthonormal_rows(block: Tensor, basis: Tensor, noise: Tensor) -> Tensor:
     """Rows (batch, b, n) made orthonormal among themselves and to the rows of ``basis``, float32.
 
     Noise at the level of float32 rounding stands in for directions that the block lacks (a matrix of low
-    rank, a space that is used up), so the Cholesky factor always exists. Twice, because the first pass
-    leaves what cancellation uncovers."""
-    for dtype in (torch.float64, torch.float32):
+    rank, a space that is used up), so the Cholesky factor always exists."""
+    for _ in range(MAX_PASSES):
+        before = torch.linalg.vector_norm(block, dim=2, keepdim=True).clamp_min_(1e-30)
+        block = torch.addcmul(noise, block, 1 / before)
         if basis.shape[1]:
             block = torch.baddbmm(block, block @ basis.mT, basis, alpha=-1)
-        if dtype == torch.float64:
-            norm = torch.linalg.vector_norm(block, dim=2, keepdim=True).clamp_min_(1e-30)
-            block = torch.addcmul(noise * (1e-6 / block.shape[2] ** 0.5), block, norm.reciprocal_())
-        block = _gram_schmidt(block, dtype)
+        block, left = _gram_schmidt(block)
+        # Where little is left of a row beside what was taken off, rounding errors are part of it: once more.
+        if left.min() > 1e-2:
+            break
     return block
 
 
-def _gram_schmidt(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The rows (batch, b, n) made orthonormal in their order, by the Cholesky factor of their Gram matrix in
-    ``dtype``. float32 is unsafe above a condition number of 4e3: for rows that are nearly orthonormal."""
-    exact = rows.to(dtype)
+def _gram_schmidt(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (batch, b, n) made orthonormal in their order, by the Cholesky factor of their Gram matrix, and
+    the length of what was left of each (batch, b). A Gram matrix in float32 would be unsafe above a condition
+    number of 4e3."""
+    exact = rows.double()
     factor = torch.linalg.cholesky(exact @ exact.mT)
-    eye = torch.eye(rows.shape[1], dtype=dtype, device=rows.device)
-    return torch.linalg.solve_triangular(factor, eye, upper=False).to(rows.dtype) @ rows
+    eye = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False).to(rows.dtype)
+    return inverse @ rows, factor.diagonal(dim1=1, dim2=2)
 
 
 def _checked(weights, row_scales, rank):
