@@ -25,11 +25,6 @@ def question_answer_texts(question, answer):
     return f"Question: {question}\nAnswer:", f" {answer}"
 
 
-def encode_prompt(tokenizer, prompt):
-    """The ids of a prompt as they stand at the start of a tokenised row, to generate from."""
-    return _prepend(_leading_special(tokenizer), _encode(tokenizer, prompt))
-
-
 def padding_id(tokenizer):
     """The id to pad with. Any will do: padding is masked out of the attention and out of the labels."""
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)

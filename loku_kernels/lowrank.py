@@ -1,12 +1,11 @@
 """The leading singular values and right singular vectors of diag(s) W, for a batch of weights W.
 
-FILA (Cha et al., section 3.3) initialises a LoRA adapter from the SVD of a weight whose rows are
-scaled by their Fisher importance, diag(s) W = U S V^T. It needs S and V only: diag(1/s) U S = W V.
+FILA (LoKU, section 3.3) initialises a LoRA adapter from the SVD of a weight whose rows are scaled by their
+Fisher importance, diag(s) W = U S V^T. It needs S and V only: diag(1/s) U S = W V.
 
-The method is randomised block Krylov (Musco and Musco, 2015) with a Rayleigh-Ritz step: the space
-spanned by Q, (M M^T) Q, (M M^T)^2 Q, ... for M = diag(s) W and a random Q, kept orthonormal block by
-block. Its depth follows the spectrum: three products with M M^T suffice for log-normal scales, a
-flat spectrum takes more.
+The method is randomised block Krylov (Musco and Musco, 2015). For M = diag(s) W and random Omega, the space
+of (M M^T) Omega, (M M^T)^2 Omega, ... is kept orthonormal block by block, and what it captures of the energy
+is watched: three blocks suffice for log-normal scales, a flat spectrum takes more.
 """
 
 from collections.abc import Sequence
@@ -15,12 +14,13 @@ from itertools import count
 import torch
 from torch import Tensor
 
-OVERSAMPLING = 8  # columns beyond the rank in a block
-MIN_DEPTH = 3  # products with M M^T before convergence is judged
+OVERSAMPLING = 8  # vectors beyond the rank in a block
+MIN_DEPTH = 3  # blocks before convergence is judged
 MAX_DEPTH = 12
-MAX_PASSES = 4  # of orthogonalisation; one or two suffice but where a space is used up
-TOLERANCE = 8e-4  # estimated share of the captured energy that is still missing
-WORKSPACE = 8 << 20  # bytes of scratch memory that decide how many matrices go together: what a cache holds
+MAX_PASSES = 4  # of orthogonalisation: one or two suffice but where a space is used up
+TOLERANCE = 2e-3  # estimated share of the energy that Q still misses; V, half a step ahead, misses less
+GROUP_BYTES = 8 << 20  # of the matrices that go together, and of their blocks: what a cache holds
+FLOAT32_BYTES = 64 << 20  # of a weight in less than float32 that is in float32 at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,8 +34,9 @@ def row_scaled_svd(
         _, S, Vh = torch.linalg.svd(row_scales[i][:, None] * weights[i].float(), full_matrices=False)
         S[:rank], Vh[:rank].T
 
-    up to the accuracy of the method: V captures all but 1e-3 of the energy sum S_i^2 that the best
-    rank-``rank`` subspace captures (1e-2 where the spectrum is flat at ``rank``) and S is within 1%.
+    up to the accuracy of the method: V captures all but 1e-3 of the energy, the sum of S_i^2, that can be
+    captured (all but 1e-2 where the spectrum is flat at ``rank``), and S is within 1% down to S_i of about
+    1e-5 S_0, where float32 products end. S_i is ||diag(s) W v_i||, not an estimate of it.
 
     Args:
         weights: (batch, d, k), or a sequence of (d, k) tensors, which are not stacked; float32,
@@ -48,14 +49,17 @@ def row_scaled_svd(
         (||V^T V - I|| <= 1e-5). Columns of V that belong to S_i <= 1e-6 S_0 are arbitrary.
 
     The result is deterministic and leaves torch's global random state alone. It is not differentiable.
+    Weights in less than float32 are converted, not scaled, at most 64 MiB at a time.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, ``rank`` is out of range, or the input is not finite.
+        ValueError: shapes, dtypes or devices that do not go together, a ``rank`` out of range, input that is
+            not finite.
     """
     weights, scales = _checked(weights, row_scales, rank)
     (d, k), device = weights[0].shape, weights[0].device
     width = rank + OVERSAMPLING
-    group = max(1, WORKSPACE // (12 * min(width * (MIN_DEPTH + 1), d, k) * (d + k) + 4 * d * k))
+    budget = GROUP_BYTES if device.type == "cpu" else 64 * GROUP_BYTES
+    group = max(1, budget // (12 * min(width * MIN_DEPTH, d, k) * (d + k) + 4 * d * k))
     # On the CPU: the same on every device.
     noise = torch.randn(width, max(d, k), generator=torch.Generator().manual_seed(0)).to(device)
     s = torch.empty(len(weights), rank, dtype=torch.float32, device=device)
@@ -80,8 +84,8 @@ class _ScaledRows:
         self.device = weights[0].device
         self.rows = self.d  # rows of W that are in float32 at a time
         if weights[0].dtype != torch.float32:
-            if len(weights) == 1 and 4 * self.d * self.k > WORKSPACE:
-                self.rows = max(1, WORKSPACE // (4 * self.k))
+            if 4 * self.d * self.k > FLOAT32_BYTES:
+                self.rows = max(1, FLOAT32_BYTES // (4 * self.k))
             else:
                 weights = (
                     [w.float() for w in weights] if isinstance(weights, (list, tuple)) else weights.float()
@@ -121,25 +125,24 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
     width = len(noise)
     # The Krylov space holds left vectors Q, and V comes from their images M^T Q, half a power step ahead.
     # Where it would be no smaller than M, Q is the whole space, on the shorter side.
-    whole = width * (MIN_DEPTH + 1) >= min(matrix.d, matrix.k)
+    whole = width * MIN_DEPTH >= min(matrix.d, matrix.k)
     left = matrix.d <= matrix.k or not whole
     image_of, back = (
         (matrix.transpose_times, matrix.times) if left else (matrix.times, matrix.transpose_times)
     )
     batch, side, other = len(matrix), *((matrix.d, matrix.k) if left else (matrix.k, matrix.d))
     rounding = noise[:, :side].roll(1, 1) * (1e-6 / side**0.5)
-    capacity = side if whole else min(side, width * (MIN_DEPTH + 2))
+    capacity = side if whole else min(side, width * (MIN_DEPTH + 1))
     basis = torch.empty(batch, capacity, side, device=matrix.device)
     # Images and their Gram matrix in float64: its eigenvalues are the squares of S.
     images = torch.empty(batch, capacity, other, dtype=torch.float64, device=matrix.device)
     gram = torch.empty(batch, capacity, capacity, dtype=torch.float64, device=matrix.device)
-    block = (
-        torch.eye(side, device=matrix.device).expand(batch, -1, -1)
-        if whole
-        else noise[:, :side].expand(batch, -1, -1)
-    )
-    size, spectra = 0, []
-    for depth in count():
+    if whole:
+        block = torch.eye(side, device=matrix.device).expand(batch, -1, -1)
+    else:
+        block = back(image_of(noise[:, :side].expand(batch, -1, -1)))
+    size, energies = 0, []
+    for depth in count(1):
         if not whole:
             fresh = rounding.roll(depth, 1)[: block.shape[1]]  # as good as drawn anew
             block = _orthonormal_rows(block, basis[:, :size], fresh)
@@ -153,24 +156,23 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
         images[:, old:size] = image
         gram[:, old:size, :size] = images[:, old:size] @ images[:, :size].mT
         gram[:, :old, old:size] = gram[:, old:size, :old].mT
-        if depth == 0 and not (finite := gram[:, :size, :size].isfinite().all(2).all(1)).all():
+        if depth == 1 and not (finite := gram[:, :size, :size].isfinite().all(2).all(1)).all():
             bad = first + int((~finite).nonzero()[0])
             raise ValueError(f"expected finite weights and row_scales, got others in matrix {bad}")
         part = gram[:, :size, :size]
         if size == side or depth >= MIN_DEPTH:
             values, vectors = torch.linalg.eigh(part)
-        elif depth >= MIN_DEPTH - 2:
+        else:
             values = torch.linalg.eigvalsh(part)
-        if depth >= MIN_DEPTH - 2:
-            spectra.append(values[:, -rank:].clamp_min(0))
-        if size == side or depth == MAX_DEPTH or (depth >= MIN_DEPTH and _converged(*spectra[-3:])):
+        energies.append(values[:, -rank:].clamp_min(0).sum(1))
+        if size == side or depth == MAX_DEPTH or (depth >= MIN_DEPTH and _converged(*energies[-3:])):
             break
         block = back(image)[:, : side - size]
 
     rotation = vectors[:, :, -rank:].flip(2).mT
     v = rotation @ images[:, :size] if left else (rotation.float() @ basis[:, :size]).double()
     # Directions without energy have no image to normalise: any orthonormal completion will do.
-    energy = values[:, -rank:].flip(1)[..., None]
+    energy = values[:, -rank:].flip(1)[..., None].clamp_min(0)
     v = torch.where(energy <= 1e-12 * energy[:, :1], noise[:rank, : matrix.k], v)
     for _ in range(2):
         v, _ = _gram_schmidt(v)
@@ -188,12 +190,11 @@ def _grown(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _converged(before: Tensor, last: Tensor, now: Tensor) -> bool:
-    """Whether the leading squared singular values (batch, rank) of three successive depths have levelled out,
-    assuming that the gains go on shrinking at least at their present rate, and that V is ahead by a factor of it."""
+    """Whether the captured energies (batch,) of three successive depths have levelled out, assuming that the
+    gains go on shrinking at their present rate."""
     gain, previous = (now - last).clamp_min(0), (last - before).clamp_min(0)
     rate = (gain / previous.clamp_min(1e-300)).clamp(max=0.9)
-    missing = (gain * rate**2 / (1 - rate)).sum(1)
-    return bool((missing <= TOLERANCE * now.sum(1)).all())
+    return bool((gain * rate / (1 - rate) <= TOLERANCE * now).all())
 
 
 def _orthonormal_rows(block: Tensor, basis: Tensor, noise: Tensor) -> Tensor:
@@ -214,9 +215,9 @@ def _orthonormal_rows(block: Tensor, basis: Tensor, noise: Tensor) -> Tensor:
 
 
 def _gram_schmidt(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (batch, b, n) made orthonormal in their order, by the Cholesky factor of their Gram matrix, and
-    the length of what was left of each (batch, b). A Gram matrix in float32 would be unsafe above a condition
-    number of 4e3."""
+    """The rows (batch, b, n) made orthonormal in their order, by the Cholesky factor of their Gram matrix,
+    and the length of what was left of each (batch, b). A Gram matrix in float32 would be unsafe above a
+    condition number of 4e3."""
     exact = rows.double()
     factor = torch.linalg.cholesky(exact @ exact.mT)
     eye = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -235,24 +236,23 @@ def _checked(weights, row_scales, rank):
     if len(weights) == 0:
         raise ValueError("expected at least one weight, got an empty batch")
     first = weights[0]
-    for i, weight in enumerate(weights):
+    for weight in weights:
         if weight.dim() != 2 or weight.shape != first.shape:
             raise ValueError(
-                f"expected weights of one shape (d, k), got {tuple(first.shape)} and, at {i}, {tuple(weight.shape)}"
+                f"expected weights of one shape (d, k), got {tuple(first.shape)} and {tuple(weight.shape)}"
             )
         if weight.dtype not in DTYPES or weight.dtype != first.dtype:
             raise ValueError(
-                f"expected weights that are all float32, bfloat16 or float16, got {weight.dtype} at {i}"
+                "expected weights that are all float32, bfloat16 or float16, "
+                f"got {first.dtype} and {weight.dtype}"
             )
         if weight.device != first.device:
-            raise ValueError(
-                f"expected weights on one device, got {first.device} and, at {i}, {weight.device}"
-            )
+            raise ValueError(f"expected weights on one device, got {first.device} and {weight.device}")
     d, k = first.shape
     shapes = {tuple(scale.shape) for scale in row_scales}
     if len(row_scales) != len(weights) or shapes != {(d,)}:
         raise ValueError(
-            f"expected row_scales of shape {(len(weights), d)}, got {len(row_scales)} of shape {sorted(shapes)}"
+            f"expected row_scales of shape {(len(weights), d)}, got {len(row_scales)} of {sorted(shapes)}"
         )
     scales = row_scales if isinstance(row_scales, Tensor) else torch.stack(tuple(row_scales))
     if scales.dtype != torch.float32 or scales.device != first.device:

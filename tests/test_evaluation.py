@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loku.data
-from loku.data import encode_prompt, tokenize_dataset
+from loku.data import tokenize_dataset
 from loku.evaluation import (
     answer_losses,
     evaluate_tofu_rows,
@@ -306,7 +306,8 @@ def test_tofu_log_of_a_model(embedded):
     asked, answered, answer = section["generated_text"]["0"]
     assert asked == f"Question: {plain['question']}\n"
     assert answer == plain["answer"]
-    prompt = encode_prompt(tokenizer, f"{asked}Answer:")
+    (row,) = tokenize_dataset([{"prompt": f"{asked}Answer:", "completion": " a"}], tokenizer)
+    prompt = row["input_ids"][: row["labels"].count(-100)]
     room = max(section["num_token_gt"].values()) + 16
     (new,) = generate_greedy(model, [prompt], [room], 1, progress=False)
     assert answered == "Answer:" + tokenizer.decode(new, skip_special_tokens=True)

@@ -119,6 +119,45 @@ def generate_greedy(
     return generated
 
 
+def greedy_answers(
+    model,
+    rows,
+    scores,
+    max_new_tokens,
+    batch_size=16,
+    eos_token_id=None,
+    progress=True,
+    description="generating",
+):
+    """Greedy continuations of the rows' prompts, at most ``max_new_tokens`` (an int) each: lists of ids.
+
+    ``rows`` have one labelled span each, and ``scores`` are their ``token_scores``: a greedy continuation
+    follows the true answer as far as the most likely tokens do, so only what comes after is generated.
+    """
+    eos = _eos_ids(model) if eos_token_id is None else eos_token_id
+    prompts, known = [], []
+    for row, score in zip(rows, scores, strict=True):
+        ids, positions = row["input_ids"], score.positions.tolist()
+        leaves = (~score.memorized).nonzero()
+        if len(leaves):
+            leave = int(leaves[0])
+            known.append([*ids[positions[0] : positions[leave]], int(score.predicted[leave])])
+        else:
+            known.append(ids[positions[0] : positions[-1] + 1])
+        prompts.append(ids[: positions[0]])
+    lengths = [0 if begun[-1] in eos else max(0, max_new_tokens - len(begun)) for begun in known]
+    rests = generate_greedy(
+        model,
+        [prompt + begun for prompt, begun in zip(prompts, known, strict=True)],
+        lengths,
+        batch_size,
+        eos,
+        progress,
+        description,
+    )
+    return [begun + rest for begun, rest in zip(known, rests, strict=True)]
+
+
 def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=True):
     """Extraction Likelihood, Eqs. 4 and 5, averaged over rows. Returns ``ExtractionLikelihood``.
 

@@ -8,8 +8,8 @@ and ``average_perturb_loss`` are means over them.
 import numpy as np
 import torch
 
-from loku.data import encode_prompt, question_answer_texts, tokenize_dataset
-from loku.evaluation.extraction import _eos_ids, generate_greedy, token_scores
+from loku.data import question_answer_texts, tokenize_dataset
+from loku.evaluation.extraction import _eos_ids, greedy_answers, token_scores
 
 SECTIONS = {
     "retain": "eval_log.json",
@@ -66,25 +66,28 @@ def evaluate_tofu_rows(model, tokenizer, rows, batch_size=16, progress=True, des
         if row.get("perturbed_answer"):
             jobs.append((i, "paraphrased", row.get("paraphrased_answer") or row["answer"]))
             jobs += [(i, "perturb", answer) for answer in row["perturbed_answer"]]
-    prompts, completions = [], []
+    pairs = []
     for i, _, answer in jobs:
         prompt, completion = question_answer_texts(rows[i]["question"], answer)
-        prompts.append(prompt)
-        completions.append(completion)
-    means, counts = answer_losses(
-        model, tokenizer, prompts, completions, batch_size, progress, f"{description}: scoring"
-    )
+        pairs.append({"prompt": prompt, "completion": completion})
+    tokens = tokenize_dataset(pairs, tokenizer, name="evaluation")
+    scores = token_scores(model, tokens, batch_size, progress, f"{description}: scoring")
     scored = {"gt": {}, "paraphrased": {}, "perturb": {}}
-    for (i, kind, _), mean, count in zip(jobs, means.tolist(), counts.tolist(), strict=True):
-        scored[kind].setdefault(str(i), []).append((mean, count))
+    for (i, kind, _), score in zip(jobs, scores, strict=True):
+        scored[kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
 
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[: len(rows)]]
-    room = [counts[: len(rows)].max().item() + ROUGE_SLACK] * len(rows)
     eos = {*_eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-    new_ids = generate_greedy(
-        model, prompt_ids, room, batch_size, eos, progress, f"{description}: generating"
+    answers = greedy_answers(
+        model,
+        tokens[: len(rows)],
+        scores[: len(rows)],
+        max(len(score.losses) for score in scores[: len(rows)]) + ROUGE_SLACK,
+        batch_size,
+        eos,
+        progress,
+        f"{description}: generating",
     )
-    generated = [tokenizer.decode(ids, skip_special_tokens=True) for ids in new_ids]
+    generated = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     rouge1, rougeL = rouge_recalls(generated, [row["answer"] for row in rows])
 
     def by_row(values):
