@@ -18,7 +18,7 @@ namespace loku {
 namespace {
 
 constexpr int64_t kBlock = 2048;    // entries that stay in the L1 cache between two passes
-constexpr int64_t kFloatSum = 512;  // terms summed in float; beyond, equal terms would round one way
+constexpr int64_t kFloatSum = 128;  // terms summed in float; beyond, equal terms would round one way
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // What a stored entry x means. Usually it is the logit y. With a softcap it is u = tanh(z / softcap),
