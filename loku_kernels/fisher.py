@@ -4,9 +4,24 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-TILE_BYTES = 1 << 20  # of one sample's gradient, and of the Fisher it goes to: both stay in the cache
-TOKEN_BYTES = 2 << 20  # of inputs that are in float32 at a time, where they come in less
+TILE_BYTES = 4 << 20  # of a tile of one sample's gradient, with what its squaring needs
+TILE_COLUMNS = 2048
+TOKEN_BYTES = 2 << 20  # of inputs that are converted at a time, where their product is not taken as they are
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it; elsewhere a product in bfloat16 is slow."""
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda"
+
+
+def _even(size: int, limit: int) -> int:
+    """The largest of the fewest nearly equal parts of ``size`` that are at most ``limit``."""
+    parts = -(-size // max(1, limit))
+    return -(-size // parts)
 
 
 @custom_op("loku_kernels::accumulate_squared_grad_", mutates_args=("fisher",))
@@ -17,21 +32,47 @@ def _accumulate_squared_grad_(
     d = grad_outputs.shape[2]
     if 0 in (n, tokens, k, d):
         return
-    rows = min(d, max(1, TILE_BYTES // (4 * k)))
-    span = max(1, TOKEN_BYTES // (4 * k))
-    scratch = torch.empty(rows, k, dtype=fisher.dtype, device=fisher.device)
-    # Rows outside, samples inside: a tile of the Fisher is read and written once a call.
-    for begin in range(0, d, rows):
-        tile = fisher[begin : begin + rows]
-        grad = scratch[: tile.shape[0]]
-        for x, delta in zip(inputs, grad_outputs[:, :, begin : begin + rows], strict=True):
-            for first in range(0, tokens, span):
-                x_part, delta_part = (y[first : first + span].to(grad.dtype) for y in (x, delta))
-                torch.addmm(grad, delta_part.t(), x_part, beta=1.0 if first else 0.0, out=grad)
+    dtype, product_dtype = fisher.dtype, fisher.dtype
+    if inputs.dtype == torch.bfloat16 and _multiplies_bfloat16(inputs.device):
+        product_dtype = torch.bfloat16  # the sum over tokens stays in float32, its result is rounded once
+    rounded = product_dtype != dtype
+    entry_bytes = dtype.itemsize * (1 if divisor is None else 2) + (product_dtype.itemsize if rounded else 0)
+    columns = _even(k, min(TILE_COLUMNS, TILE_BYTES // entry_bytes))
+    rows = _even(d, TILE_BYTES // (entry_bytes * columns))
+    span = tokens
+    if inputs.dtype != product_dtype:
+        span = max(1, TOKEN_BYTES // (product_dtype.itemsize * (rows + columns)))
+
+    def scratch(dtype):
+        return torch.empty(rows * columns, dtype=dtype, device=fisher.device)
+
+    grad_scratch = scratch(dtype)
+    product_scratch = scratch(product_dtype) if rounded else grad_scratch
+    sum_scratch = None if divisor is None else scratch(dtype)
+    # Tiles outside, samples inside: a tile of the Fisher, and of the divisor, is read once a call.
+    for top in range(0, d, rows):
+        height = slice(top, top + rows)
+        for left in range(0, k, columns):
+            width = slice(left, left + columns)
+            shape = (min(rows, d - top), min(columns, k - left))
+            grad, product = (x[: shape[0] * shape[1]].view(shape) for x in (grad_scratch, product_scratch))
             if divisor is None:
-                tile.addcmul_(grad, grad)
+                total = fisher[height, width]
             else:
-                tile += grad.square_().div_(divisor[begin : begin + rows]).sum(1)
+                total = sum_scratch[: shape[0] * shape[1]].view(shape).zero_()
+            for x, delta in zip(inputs[:, :, width], grad_outputs[:, :, height], strict=True):
+                for first in range(0, tokens, span):
+                    part = slice(first, first + span)
+                    x_part, delta_part = x[part].to(product_dtype), delta[part].to(product_dtype)
+                    if first:
+                        product.addmm_(delta_part.t(), x_part)
+                    else:
+                        torch.mm(delta_part.t(), x_part, out=product)
+                if rounded:
+                    grad.copy_(product)
+                total.addcmul_(grad, grad)
+            if divisor is not None:
+                fisher[height] += total.div_(divisor[height, width]).sum(1)
 
 
 @_accumulate_squared_grad_.register_fake
@@ -56,8 +97,10 @@ def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor=None):
     Args:
         fisher: (d, k), or (d,) with ``divisor``; float32 (float64 to be exact). For a mean, divide by the
             number of samples at the end.
-        inputs: (n, T, k), what the layer got. float32, bfloat16, float16 or float64; products and sums are
-            in the dtype of ``fisher``.
+        inputs: (n, T, k), what the layer got. float32, bfloat16, float16 or float64. Products and sums are in
+            the dtype of ``fisher``; but bfloat16 is multiplied as it is where the hardware can, which is half
+            the work: the sum over tokens is in float32, and G_n is then rounded once (without bias, by 2^-8
+            of an entry at most).
         grad_outputs: (n, T, d), gradient of each sample's own loss in the layer's output, same dtype.
         divisor: (d, k), dtype of ``fisher``.
 

@@ -31,21 +31,23 @@ def exact(inputs, grad_outputs, divisor=None):
 
 def check(inputs, grad_outputs):
     d, k = grad_outputs.shape[2], inputs.shape[2]
+    # A gradient in bfloat16 is off by up to 2^-8, its square by 2^-7.
+    rtol = 1.05 * 2**-7 if inputs.dtype == torch.bfloat16 else 1e-4
     start = torch.rand(d, k)
     expected = exact(inputs, grad_outputs)
     ours = accumulate_squared_grad_(start.clone(), inputs, grad_outputs)
-    torch.testing.assert_close(ours.double(), start + expected, rtol=1e-5, atol=1e-5 * expected.max().item())
+    torch.testing.assert_close(ours.double(), start + expected, rtol=rtol, atol=1e-5 * expected.max().item())
 
     ours = accumulate_squared_grad_(torch.zeros(d, k), inputs, grad_outputs)
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+    torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
     for wrong in (torch.zeros_like(ours), ours.sqrt()):  # nothing added, or no square
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(wrong.double(), expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+            torch.testing.assert_close(wrong.double(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
 
     divisor = torch.rand(d, k) + 0.1
     rows = accumulate_squared_grad_(torch.zeros(d), inputs, grad_outputs, divisor)
     expected = exact(inputs, grad_outputs, divisor)
-    torch.testing.assert_close(rows.double(), expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+    torch.testing.assert_close(rows.double(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
 
 
 @settings(deadline=None, max_examples=40)
@@ -63,8 +65,19 @@ def test_any_shape_and_tile(n, tokens, d, k, dtype, size, seed):
         check(*operands(n, tokens, d, k, dtype, seed))
 
 
-def test_larger_than_a_tile():
-    check(*operands(3, 50, 300, 1200, torch.float32))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_larger_than_a_tile(dtype):
+    check(*operands(3, 50, 700, 2100, dtype))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_without_bias(native):
+    inputs, grad_outputs = operands(8, 50, 300, 200, torch.bfloat16)
+    with mock.patch.object(fisher, "_multiplies_bfloat16", lambda device: native):
+        ours = accumulate_squared_grad_(torch.zeros(300, 200), inputs, grad_outputs).double()
+    expected = exact(inputs, grad_outputs)
+    error = (ours - expected) / expected
+    assert abs(error.mean()) < 1e-4 and error.std() < (2**-8 if native else 1e-4)
 
 
 def test_transposed_and_sliced_operands():
