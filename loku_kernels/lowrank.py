@@ -141,6 +141,7 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
         block = torch.eye(side, device=matrix.device).expand(batch, -1, -1)
     else:
         block = back(image_of(noise[:, :side].expand(batch, -1, -1)))
+        _require_finite(block, first)
     size, energies = 0, []
     for depth in count(1):
         if not whole:
@@ -156,9 +157,8 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
         images[:, old:size] = image
         gram[:, old:size, :size] = images[:, old:size] @ images[:, :size].mT
         gram[:, :old, old:size] = gram[:, old:size, :old].mT
-        if depth == 1 and not (finite := gram[:, :size, :size].isfinite().all(2).all(1)).all():
-            bad = first + int((~finite).nonzero()[0])
-            raise ValueError(f"expected finite weights and row_scales, got others in matrix {bad}")
+        if whole:
+            _require_finite(gram, first)
         part = gram[:, :size, :size]
         if size == side or depth >= MIN_DEPTH:
             values, vectors = torch.linalg.eigh(part)
@@ -181,6 +181,14 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, first: int) -> tu
     values, vectors = torch.linalg.eigh(image @ image.mT)
     s = values.flip(1).clamp_min(0).sqrt() * matrix.unit[:, None]
     return s.float(), (vectors.flip(2).mT @ v).float()
+
+
+def _require_finite(product: Tensor, first: int) -> None:
+    """Every entry of a matrix and its scales has a part in each product: NaN and infinity show there."""
+    finite = product.isfinite().all(2).all(1)
+    if not finite.all():
+        bad = first + int((~finite).nonzero()[0])
+        raise ValueError(f"expected finite weights and row_scales, got others (or too large) in matrix {bad}")
 
 
 def _grown(x: Tensor, shape: tuple[int, ...]) -> Tensor:
