@@ -292,6 +292,23 @@ void for_dtype(DType dtype, const Body& body) {
   }
 }
 
+// body(row, scratch) for every row; each thread has a scratch. A single thread stays out of OpenMP: a forked
+// child must, since its parent's threads are not there.
+template <typename Body>
+void for_rows(int64_t count, int threads, const Body& body) {
+  if (threads <= 1) {
+    RowScratch scratch;
+    for (int64_t n = 0; n < count; ++n) body(n, scratch);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    RowScratch scratch;
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < count; ++n) body(n, scratch);
+  }
+}
+
 }  // namespace
 
 // Index of the first label that is neither in [0, vocab) nor ignored; -1 if there is none.
@@ -307,14 +324,13 @@ void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_i
                      const Triplets& out, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < logits.count; ++n) {
+    for_rows(logits.count, threads, [&](int64_t n, RowScratch&) {
       if (labels[n] == ignore_index) {
         write_ignored(out, n);
       } else {
         forward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], softcap, out, n);
       }
-    }
+    });
   });
 }
 
@@ -324,16 +340,15 @@ void triplet_backward(const Rows& logits, const int64_t* labels, int64_t ignore_
                       const double* grad_triplet, float softcap, const Rows& grad_logits, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < logits.count; ++n) {
-      T* out = row_of<T>(grad_logits, n);
+    for_rows(logits.count, threads, [&](int64_t n, RowScratch&) {
+      T* row = row_of<T>(grad_logits, n);
       if (labels[n] == ignore_index) {
-        std::fill_n(out, logits.vocab, T{});
+        std::fill_n(row, logits.vocab, T{});
       } else {
         backward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], softcap, saved.triplet + 3 * n,
-                        saved.runner_up_id[n], grad_triplet + 3 * n, out);
+                        saved.runner_up_id[n], grad_triplet + 3 * n, row);
       }
-    }
+    });
   });
 }
 
@@ -345,20 +360,15 @@ void triplet_fused_(const Rows& logits, const int64_t* labels, int64_t ignore_in
                     double scale, float softcap, const Triplets& out, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-#pragma omp parallel num_threads(threads)
-    {
-      RowScratch scratch;
-#pragma omp for schedule(static)
-      for (int64_t n = 0; n < logits.count; ++n) {
-        T* row = row_of<T>(logits, n);
-        if (labels[n] == ignore_index) {
-          write_ignored(out, n);
-          std::fill_n(row, logits.vocab, T{});
-        } else {
-          fused_kernel(row, logits.vocab, labels[n], gradient, scale, softcap, out, n, scratch);
-        }
+    for_rows(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
+      T* row = row_of<T>(logits, n);
+      if (labels[n] == ignore_index) {
+        write_ignored(out, n);
+        std::fill_n(row, logits.vocab, T{});
+      } else {
+        fused_kernel(row, logits.vocab, labels[n], gradient, scale, softcap, out, n, scratch);
       }
-    }
+    });
   });
 }
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-TILE_BYTES = 4 << 20  # of a tile of one sample's gradient, with what its squaring needs
-TILE_COLUMNS = 2048
-TOKEN_BYTES = 2 << 20  # of inputs that are converted at a time, where their product is not taken as they are
+TILE_BYTES = 6 << 20  # of a tile of one sample's gradient, with what its squaring needs
+TILE_COLUMNS = 1024
+TOKEN_BYTES = 1 << 20  # of inputs that are converted at a time, where their product is not taken as they are
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -71,12 +71,12 @@ def check(operands, labels, **options):
     sure = (ours_id == exact_id) & (eager_id == exact_id)
     assert sure.float().mean() >= (0.9 if hidden.dtype in (torch.float32, torch.float64) else 0.7)
     assert (ours_id[labels == IGNORE] == -1).all() and (ours[labels == IGNORE] == 0).all()
-    assert_as_good_as_eager(ours[sure], eager[sure], exact[sure], hidden.dtype)
+    assert_as_good_as_eager(ours[sure], eager[sure], exact[sure], hidden.dtype, ulps=8)  # sums of d products
     if hidden.dtype == torch.float64:
         torch.testing.assert_close(ours, exact)
         torch.testing.assert_close(grads, exact_grads)
         return
-    assert_as_good_as_eager(grads[0][sure], eager_grads[0][sure], exact_grads[0][sure])
+    assert_as_good_as_eager(grads[0][sure], eager_grads[0][sure], exact_grads[0][sure], ulps=8)
     if sure.all():
         # whole tensors: their rows mix all tokens
         for ours_grad, eager_grad, exact_grad in zip(
@@ -84,7 +84,7 @@ def check(operands, labels, **options):
         ):
             if ours_grad is not None:
                 flat = [x.reshape(1, -1) for x in (ours_grad, eager_grad, exact_grad)]
-                assert_as_good_as_eager(*flat)
+                assert_as_good_as_eager(*flat, ulps=8)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
