@@ -9,9 +9,6 @@ sample at a time, full backward, square, add.
 """
 
 import argparse
-import ctypes
-import gc
-import sys
 
 import torch
 from harness import interleaved_times, peak_extra_bytes, write_result
@@ -25,14 +22,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def batched_per_sample(fisher, inputs, grad_outputs):
     """Plain torch with an (n, d, k) tensor, as per-sample gradients are usually taken."""
     return fisher.add_(torch.einsum("ntd,ntk->ndk", grad_outputs, inputs).float().square_().sum(0))
-
-
-def peak_memory(function, device):
-    """``peak_extra_bytes``, with nothing left in the C library's pools that could be had for free."""
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).malloc_trim(0)
-    return peak_extra_bytes(function, device)
 
 
 def check(inputs, grad_outputs, divisor):
@@ -72,7 +61,7 @@ def measure(shape, dtype, device, runs):
             "name": name,
             "milliseconds": seconds * 1e3,
             "times_floor": seconds / times["weight-gradient GEMM"],
-            "peak_extra_bytes": peak_memory(functions[name], device),
+            "peak_extra_bytes": peak_extra_bytes(functions[name], device),
         }
         for name, seconds in times.items()
     ]
@@ -171,7 +160,7 @@ def measure_model(name, model, sets, padding, device, runs, batch_size):
     for module in modules:
         torch.testing.assert_close(ours[module], exact[module], rtol=1e-2, atol=1e-3)
     functions = {"fisher_row_scales": streamed, "loop": loop, "floor": floor}
-    memory = {name: peak_memory(function, device) for name, function in functions.items()}
+    memory = {name: peak_extra_bytes(function, device) for name, function in functions.items()}
     times = interleaved_times(functions, device, runs)
     return [
         {
