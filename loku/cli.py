@@ -18,7 +18,7 @@ def main(arguments=None):
         "demo",
         help="unlearn two authors from a small model that ships with the package",
         description="Make the embedded model forget two of its 40 authors, and compare it with a twin that "
-        "never saw them. Needs no network; two to three minutes on two cores.",
+        "never saw them. Needs no network; about a minute on two cores.",
     )
     demo.add_argument("--output", default="loku-demo", help="directory to write to (default: loku-demo)")
     demo.add_argument("--seed", type=int, default=0, help="of the retain rows' order (default: 0)")
