@@ -13,6 +13,7 @@
 #define LOKU_TARGET_CLONES
 #endif
 #define LOKU_INLINE inline __attribute__((always_inline))
+#define LOKU_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 
 namespace loku {
 
@@ -34,6 +35,9 @@ LOKU_INLINE uint32_t as_bits(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+
+// `x`, or `maximum` where x is not above it (or is NaN).
+LOKU_INLINE float larger(float x, float maximum) { return x > maximum ? x : maximum; }
 
 LOKU_INLINE float to_float(float x) { return x; }
 
@@ -82,20 +86,22 @@ LOKU_INLINE Float16 from_float<Float16>(float x) {
   return {static_cast<uint16_t>(half | sign)};
 }
 
-// exp(x) for x <= 0 (or a little above) within 2 ulp; 0 below -88, where float has no normal result;
-// NaN for NaN. x = n ln 2 + r, and exp(r) by the polynomial of degree 5 with the least relative error
-// (1e-7) on |r| <= ln 2 / 2 among those that begin with 1 + r.
+// exp(x) for x <= 0 (or a little above) within 2 ulp; 0 below -87, where float has no normal result;
+// NaN for NaN. x = (n + r) ln 2, and 2^r by the polynomial of degree 5 with the least relative error
+// (1e-7) on |r| <= 1/2 among those that begin with 1.
 LOKU_INLINE float exp_nonpositive(float x) {
-  constexpr float kRound = 12582912.0f;           // 1.5 * 2^23: adding it rounds to the nearest integer
-  const float clamped = x < -88.0f ? -88.0f : x;  // n = -127, whose power of two is 0 below
-  const float shifted = clamped * 1.44269504088896341f + kRound;
-  const float r = clamped - (shifted - kRound) * 0.693147180559945309f;
-  float p = 0.008312501f;
-  p = p * r + 0.04189033f;
-  p = p * r + 0.16667116f;
-  p = p * r + 0.4999923f;
-  p = (p * r) * r + r + 1.0f;
-  return p * as_float((as_bits(shifted) << 23) + (127u << 23));  // 2^n from the integer in `shifted`
+  constexpr float kLog2E = 1.44269504088896341f;
+  constexpr float kRound = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+  const float shifted = x * kLog2E + kRound;
+  const float r = x * kLog2E - (shifted - kRound);
+  float p = 0.00132647272f;
+  p = p * r + 0.00967151267f;
+  p = p * r + 0.0555073374f;
+  p = p * r + 0.240222421f;
+  p = p * r + 0.693146978f;
+  p = p * r + 1.0f;
+  const float power = as_float(as_bits(shifted) << 23);  // 2^n: the last bits of `shifted` are n + 127
+  return x < -87.0f ? 0.0f : p * power;
 }
 
 }  // namespace loku
