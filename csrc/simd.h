@@ -53,37 +53,44 @@ LOKU_INLINE float to_float(Float16 x) {
   return as_float(as_bits(scaled) | special | sign);
 }
 
+// Rounded to the nearest, ties to even. Not for NaN, which would cost a vector loop a third of its time.
 template <typename T>
-T from_float(float x);
+T from_number(float x);
 
 template <>
-LOKU_INLINE float from_float<float>(float x) {
+LOKU_INLINE float from_number<float>(float x) {
   return x;
 }
 
 template <>
-LOKU_INLINE BFloat16 from_float<BFloat16>(float x) {
+LOKU_INLINE BFloat16 from_number<BFloat16>(float x) {
   const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
 template <>
-LOKU_INLINE Float16 from_float<Float16>(float x) {
+LOKU_INLINE Float16 from_number<Float16>(float x) {
   const uint32_t bits = as_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 the result is subnormal: adding 0.5 aligns the float's last bit with 2^-24 and rounds.
-  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Masks, not branches, or the compiler gives up on vectors.
-  const uint32_t is_subnormal = 0u - uint32_t{magnitude < (113u << 23)};
-  const uint32_t finite = (subnormal & is_subnormal) | (normal & ~is_subnormal);
-  const uint32_t overflows = 0u - uint32_t{finite > 0x7c00u};
-  const uint32_t is_nan = 0u - uint32_t{magnitude > 0x7f800000u};
-  const uint32_t half = (finite & ~overflows) | (0x7c00u & overflows) | (0x0200u & is_nan);
-  return {static_cast<uint16_t>(half | sign)};
+  // The sum with 2^13 times the power of two below |x| has the ten bits of the mantissa at its end, rounded.
+  // From 2^-14 down that power stays the same, and the sum is right for subnormals. Overflow becomes
+  // infinity in the first product.
+  const float magnitude = as_float(bits & 0x7fffffffu) * as_float((127u + 112u) << 23);
+  const uint32_t exponent = bits & 0x7f800000u;
+  const uint32_t power = exponent > (113u << 23) ? exponent : 113u << 23;
+  const float sum = magnitude * as_float((127u - 110u) << 23) + as_float(power + (15u << 23));
+  const uint32_t rounded = as_bits(sum);
+  const uint32_t half = ((rounded >> 13) & 0x7c00u) + (rounded & 0x0fffu);
+  return {static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u))};
+}
+
+template <typename T>
+LOKU_INLINE T from_float(float x) {
+  return x == x ? from_number<T>(x) : T{0x7fff};
+}
+
+template <>
+LOKU_INLINE float from_float<float>(float x) {
+  return x;
 }
 
 // exp(x) for x <= 0 (or a little above) within 2 ulp; 0 below -87, where float has no normal result;

@@ -240,8 +240,12 @@ LOKU_INLINE void fused_row(T* row, int64_t vocab, int64_t target, FusedGradient 
     const float factor = reference == kMinusInfinity && rest == rest
                              ? 0.0f
                              : static_cast<float>(rest_scale * std::exp(reference - rest));
+    if (std::isfinite(factor)) {
 #pragma omp simd
-    for (int64_t v = begin; v < end; ++v) row[v] = from_float<T>(terms[v] * factor);
+      for (int64_t v = begin; v < end; ++v) row[v] = from_number<T>(terms[v] * factor);
+    } else {
+      for (int64_t v = begin; v < end; ++v) row[v] = from_float<T>(terms[v] * factor);
+    }
   }
   for (const RowScratch::Demoted& d : scratch.demoted) {
     const double share = d.logit == kMinusInfinity ? 0.0 : std::exp(d.logit - rest);
@@ -257,14 +261,20 @@ LOKU_INLINE void backward_row(const T* row, int64_t vocab, int64_t target, float
   const Entry<kSoftcap> entry{softcap};
   const float g_target = static_cast<float>(g[0] * entry.slope(to_float(row[target])));
   const float g_runner_up = static_cast<float>(g[1] * entry.slope(to_float(row[runner_up_id])));
+  const float g_rest = static_cast<float>(g[2]);
+  // `rest` as two floats: rounding it to one would cost exp() the digits of a large offset.
+  const float rest_high = static_cast<float>(triplet[2]);
+  const float rest_low = static_cast<float>(triplet[2] - rest_high);
   if (triplet[2] == kMinusInfinity) {  // no rest, so no gradient
     for (int64_t v = 0; v < vocab; ++v) out[v] = from_float<T>(0.0f);
-  } else {
-    const float g_rest = static_cast<float>(g[2]);
-    // `rest` as two floats: rounding it to one would cost exp() the digits of a large offset.
-    const float rest_high = static_cast<float>(triplet[2]);
-    const float rest_low = static_cast<float>(triplet[2] - rest_high);
+  } else if (std::isfinite(g_rest) && std::isfinite(rest_high)) {
 #pragma omp simd
+    for (int64_t v = 0; v < vocab; ++v) {
+      const float x = to_float(row[v]);
+      const float share = exp_nonpositive((entry.logit(x) - rest_high) - rest_low);
+      out[v] = from_number<T>(g_rest * share * entry.slope(x));
+    }
+  } else {
     for (int64_t v = 0; v < vocab; ++v) {
       const float x = to_float(row[v]);
       const float share = exp_nonpositive((entry.logit(x) - rest_high) - rest_low);
