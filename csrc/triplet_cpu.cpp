@@ -18,8 +18,9 @@
 namespace loku {
 namespace {
 
-constexpr int64_t kBlock = 2048;    // entries that stay in the L1 cache between two passes
-constexpr int64_t kFloatSum = 1024;  // terms summed in float, in 16 lanes or fewer; then in double
+// Entries that stay in the L1 cache between two passes, and whose sum is taken in float: in at least 4
+// lanes, so that a term is rounded 256 times at most (equal terms would all be rounded the same way).
+constexpr int64_t kBlock = 1024;
 constexpr int64_t kCacheLine = 64;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -86,26 +87,20 @@ LOKU_INLINE int64_t first_index_of(float logit, const float* x, int64_t n, Entry
 }
 
 // Sum over x of exp(y - reference). With kStore each term, times the softcap's slope, goes to `terms`.
-// Bytes at `next` are fetched meanwhile.
 template <bool kStore, bool kSoftcap>
-LOKU_INLINE double sum_exp(const float* x, int64_t n, Entry<kSoftcap> entry, float reference, float* terms,
-                           const char* next, int64_t next_bytes) {
-  double total = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kFloatSum) {
-    const int64_t end = std::min(begin + kFloatSum, n);
-    for (int64_t line = begin * next_bytes / n; line < end * next_bytes / n; line += kCacheLine) {
-      LOKU_PREFETCH(next + line);
-    }
-    float sum = 0.0f;
+LOKU_INLINE double sum_exp(const float* x, int64_t n, Entry<kSoftcap> entry, float reference, float* terms) {
+  float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) {
-      const float term = exp_nonpositive(entry.logit(x[i]) - reference);
-      if (kStore) terms[i] = term * entry.slope(x[i]);
-      sum += term;
-    }
-    total += sum;
+  for (int64_t i = 0; i < n; ++i) {
+    const float term = exp_nonpositive(entry.logit(x[i]) - reference);
+    if (kStore) terms[i] = term * entry.slope(x[i]);
+    sum += term;
   }
-  return total;
+  return sum;
+}
+
+LOKU_INLINE void prefetch(const void* begin, const void* end) {
+  for (const char* p = static_cast<const char*>(begin); p < end; p += kCacheLine) LOKU_PREFETCH(p);
 }
 
 // What the fused kernel must know of the blocks it has passed, to finish the row.
@@ -163,9 +158,8 @@ LOKU_INLINE ReducedRow reduce_row(const T* row, int64_t vocab, int64_t target, E
         if (kStore) block_terms[i] = 0.0f;
       }
     } else {
-      const int64_t next = std::min(kBlock, vocab - begin - n) * static_cast<int64_t>(sizeof(T));
-      state.rest_sum += sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms,
-                                        reinterpret_cast<const char*>(row + begin + n), next);
+      prefetch(row + begin + n, row + std::min(begin + n + kBlock, vocab));
+      state.rest_sum += sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms);
     }
   }
   return {state, target_entry, runner_up_entry};
@@ -234,12 +228,14 @@ LOKU_INLINE void fused_row(T* row, int64_t vocab, int64_t target, FusedGradient 
   if (gradient == FusedGradient::kInvertedHinge) g = inverted_hinge_gradient(out.triplet + 3 * n);
   const double rest = out.triplet[3 * n + 2];
   const double rest_scale = scale * g.rest;
+  float reference = kMinusInfinity;
+  float factor = rest == rest ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   for (int64_t begin = 0, block = 0; begin < vocab; begin += kBlock, ++block) {
     const int64_t end = std::min(begin + kBlock, vocab);
-    const double reference = scratch.block_max[block];
-    const float factor = reference == kMinusInfinity && rest == rest
-                             ? 0.0f
-                             : static_cast<float>(rest_scale * std::exp(reference - rest));
+    if (scratch.block_max[block] != reference) {  // it seldom changes after the first blocks
+      reference = scratch.block_max[block];
+      factor = static_cast<float>(rest_scale * std::exp(static_cast<double>(reference) - rest));
+    }
     if (std::isfinite(factor)) {
 #pragma omp simd
       for (int64_t v = begin; v < end; ++v) row[v] = from_number<T>(terms[v] * factor);
