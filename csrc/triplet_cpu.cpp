@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "online_triplet.h"
@@ -47,13 +48,8 @@ LOKU_INLINE float max_of(const float* x, int64_t n, Entry<kSoftcap> entry) {
   return maximum;
 }
 
-template <bool kSoftcap>
-LOKU_INLINE Block load_block(const float* entries, int64_t n, Entry<kSoftcap> entry, float*) {
-  return {entries, max_of(entries, n, entry)};
-}
-
 template <bool kSoftcap, typename T>
-LOKU_INLINE Block load_block(const T* entries, int64_t n, Entry<kSoftcap> entry, float* buffer) {
+LOKU_INLINE Block converted_block(const T* entries, int64_t n, Entry<kSoftcap> entry, float* buffer) {
   float maximum = kMinusInfinity;
 #pragma omp simd reduction(max : maximum)
   for (int64_t i = 0; i < n; ++i) {
@@ -87,15 +83,27 @@ LOKU_INLINE int64_t first_index_of(float logit, const float* x, int64_t n, Entry
 }
 
 // Sum over x of exp(y - reference). With kStore each term, times the softcap's slope, goes to `terms`.
+// `ahead` becomes the maximum of as many entries further on, which beside the exponentials costs nothing.
 template <bool kStore, bool kSoftcap>
-LOKU_INLINE double sum_exp(const float* x, int64_t n, Entry<kSoftcap> entry, float reference, float* terms) {
+LOKU_INLINE double sum_exp(const float* x, int64_t n, Entry<kSoftcap> entry, float reference, float* terms,
+                           const float* further, int64_t further_n, float& ahead) {
   float sum = 0.0f;
+  float maximum = kMinusInfinity;
+  const int64_t both = std::min(n, further_n);
+#pragma omp simd reduction(+ : sum) reduction(max : maximum)
+  for (int64_t i = 0; i < both; ++i) {
+    const float term = exp_nonpositive(entry.logit(x[i]) - reference);
+    if (kStore) terms[i] = term * entry.slope(x[i]);
+    sum += term;
+    maximum = larger(entry.logit(further[i]), maximum);
+  }
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = both; i < n; ++i) {
     const float term = exp_nonpositive(entry.logit(x[i]) - reference);
     if (kStore) terms[i] = term * entry.slope(x[i]);
     sum += term;
   }
+  ahead = maximum;
   return sum;
 }
 
@@ -129,9 +137,19 @@ LOKU_INLINE ReducedRow reduce_row(const T* row, int64_t vocab, int64_t target, E
   state.runner_up_id = target == 0 ? 1 : 0;  // unless something is above -inf
   const float target_entry = to_float(row[target]);
   float runner_up_entry = to_float(row[state.runner_up_id]);
+  constexpr bool kAhead = std::is_same<T, float>::value;  // else conversion makes a pass of its own cheaper
+  float ahead = kMinusInfinity;
+  if constexpr (kAhead) ahead = max_of(row, std::min(kBlock, vocab), entry);
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = std::min(kBlock, vocab - begin);
-    Block block = load_block(row + begin, n, entry, buffer);
+    const T* further = row + begin + n;
+    const int64_t further_n = std::min(kBlock, vocab - begin - n);
+    Block block;
+    if constexpr (kAhead) {
+      block = {row + begin, ahead};
+    } else {
+      block = converted_block(row + begin, n, entry, buffer);
+    }
     // As one unsigned comparison: GCC splits this loop at two, and vectorises only one of the halves.
     if (static_cast<uint64_t>(target - begin) < static_cast<uint64_t>(n)) {
       leave_out(target - begin, block, n, entry, buffer);
@@ -157,9 +175,13 @@ LOKU_INLINE ReducedRow reduce_row(const T* row, int64_t vocab, int64_t target, E
         if (block.x[i] != block.x[i]) state.rest_sum = kNaN;
         if (kStore) block_terms[i] = 0.0f;
       }
+      if constexpr (kAhead) ahead = max_of(further, further_n, entry);
+    } else if constexpr (kAhead) {
+      state.rest_sum +=
+          sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms, further, further_n, ahead);
     } else {
-      prefetch(row + begin + n, row + std::min(begin + n + kBlock, vocab));
-      state.rest_sum += sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms);
+      prefetch(further, further + further_n);
+      state.rest_sum += sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms, nullptr, 0, ahead);
     }
   }
   return {state, target_entry, runner_up_entry};
