@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "fisher_cpu.h"
 #include "triplet_cpu.h"
 
 namespace py = pybind11;
@@ -24,6 +25,21 @@ const int64_t* labels_from(uintptr_t address) { return reinterpret_cast<const in
 
 Triplets triplets_from(uintptr_t triplet, uintptr_t runner_up_id) {
   return {reinterpret_cast<double*>(triplet), reinterpret_cast<int64_t*>(runner_up_id)};
+}
+
+// (address, width, sample stride, token stride)
+using FeaturesArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+Features features_from(const FeaturesArgument& argument) {
+  const auto& [data, width, sample_stride, token_stride] = argument;
+  return {reinterpret_cast<const void*>(data), width, sample_stride, token_stride};
+}
+
+// (address or 0, row stride)
+using MatrixArgument = std::tuple<uintptr_t, int64_t>;
+
+Matrix matrix_from(const MatrixArgument& argument) {
+  return {reinterpret_cast<float*>(std::get<0>(argument)), std::get<1>(argument)};
 }
 
 }  // namespace
@@ -74,6 +90,16 @@ PYBIND11_MODULE(_core, m) {
                           reinterpret_cast<float*>(rescale), reinterpret_cast<int64_t*>(demoted_id),
                           reinterpret_cast<float*>(demoted_share)},
                          threads);
+      },
+      Unlocked());
+  m.def(
+      "accumulate_squared_grad_",
+      [](int64_t samples, int64_t tokens, int dtype, const FeaturesArgument& inputs,
+         const FeaturesArgument& grad_outputs, const MatrixArgument& fisher, const MatrixArgument& divisor,
+         int threads) {
+        accumulate_squared_grad_(samples, tokens, static_cast<DType>(dtype), features_from(inputs),
+                                 features_from(grad_outputs), matrix_from(fisher), matrix_from(divisor),
+                                 threads);
       },
       Unlocked());
 }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "online_triplet.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace loku {
@@ -404,35 +405,6 @@ T* row_of(const Rows& rows, int64_t n) {
   return static_cast<T*>(rows.data) + rows.offsets[n];
 }
 
-template <typename Body>
-void for_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kFloat16:
-      return body(Float16{});
-  }
-}
-
-// body(row, scratch) for every row; each thread has a scratch. A single thread stays out of OpenMP: a forked
-// child must, since its parent's threads are not there.
-template <typename Body>
-void for_rows(int64_t count, int threads, const Body& body) {
-  if (threads <= 1) {
-    RowScratch scratch;
-    for (int64_t n = 0; n < count; ++n) body(n, scratch);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    RowScratch scratch;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < count; ++n) body(n, scratch);
-  }
-}
-
 }  // namespace
 
 // Index of the first label that is neither in [0, vocab) nor ignored; -1 if there is none.
@@ -448,7 +420,7 @@ void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_i
                      int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    for_rows(logits.count, threads, [&](int64_t n, RowScratch&) {
+    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch&) {
       if (labels[n] == ignore_index) {
         write_ignored(out, n);
       } else {
@@ -465,7 +437,7 @@ void triplet_backward(const Rows& logits, int64_t first, const int64_t* labels, 
                       const Rows& grad_logits, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    for_rows(logits.count, threads, [&](int64_t n, RowScratch&) {
+    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch&) {
       T* row = row_of<T>(grad_logits, n);
       if (labels[n] == ignore_index) {
         std::fill_n(row, logits.columns, T{});
@@ -482,7 +454,7 @@ void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_i
                      const Triplets& out, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    for_rows(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
+    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
       T* row = row_of<T>(logits, n);
       if (labels[n] == ignore_index) {
         write_ignored(out, n);
@@ -500,7 +472,7 @@ void triplet_columns_(const Rows& logits, int64_t first, const int64_t* labels, 
                       const OnlineStates& states, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    for_rows(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
+    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
       columns_kernel(row_of<T>(logits, n), logits.columns, first, labels[n], softcap, store, states, n,
                      scratch);
     });

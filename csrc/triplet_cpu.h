@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace loku {
+#include "dtype.h"
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace loku {
 
 // Row n starts `offsets[n]` elements after `data`; its `columns` entries are contiguous.
 //

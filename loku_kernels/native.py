@@ -165,3 +165,25 @@ def triplet_columns_(logits, first, labels, state, softcap, store):
         *(tensor.data_ptr() for tensor in state),
         _threads(),
     )
+
+
+def _features(tensor):
+    return tensor.data_ptr(), tensor.shape[2], tensor.stride(0), tensor.stride(1)
+
+
+def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
+    """fisher (d, k), or (d,) with a divisor, float32; inputs (n, T, k), grad_outputs (n, T, d)."""
+    inputs, grad_outputs = (x if x.stride(2) == 1 else x.contiguous() for x in (inputs, grad_outputs))
+    total = fisher.contiguous()
+    divisor = None if divisor is None else divisor.contiguous()
+    _core.accumulate_squared_grad_(
+        *inputs.shape[:2],
+        _DTYPE_TAGS[inputs.dtype],
+        _features(inputs),
+        _features(grad_outputs),
+        (total.data_ptr(), total.stride(0)),
+        (0, 0) if divisor is None else (divisor.data_ptr(), divisor.stride(0)),
+        _threads(),
+    )
+    if total is not fisher:
+        fisher.copy_(total)
