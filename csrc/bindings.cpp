@@ -102,4 +102,10 @@ PYBIND11_MODULE(_core, m) {
                                  threads);
       },
       Unlocked());
+  m.def(
+      "add_squares_",
+      [](uintptr_t product, int64_t rows, int64_t columns, const MatrixArgument& fisher, int threads) {
+        add_squares_(reinterpret_cast<const void*>(product), rows, columns, matrix_from(fisher), threads);
+      },
+      Unlocked());
 }

@@ -16,7 +16,7 @@ namespace loku {
 namespace {
 
 constexpr int64_t kTileRows = 8, kTileColumns = 32;  // sums in registers, where there are 32 of 16 floats
-constexpr int64_t kBlockRows = 256, kBlockColumns = 256;  // of the Fisher, in the L2 cache
+constexpr int64_t kBlockRows = 128, kBlockColumns = 256;  // of the Fisher, in the L2 cache
 constexpr int64_t kPanel = 1 << 18;  // floats of a sample's inputs, as many as there is room for
 
 struct Scratch {
@@ -100,7 +100,21 @@ LOKU_FISHER_KERNEL(BFloat16)
 LOKU_FISHER_KERNEL(Float16)
 #undef LOKU_FISHER_KERNEL
 
+LOKU_TARGET_CLONES void add_squares_kernel(const BFloat16* g, int64_t columns, float* f) {
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) f[j] += to_float(g[j]) * to_float(g[j]);
+}
+
 }  // namespace
+
+// fisher += product^2, for a product (rows, columns) in bfloat16, contiguous.
+void add_squares_(const void* product, int64_t rows, int64_t columns, const Matrix& fisher, int threads) {
+  struct Nothing {};
+  parallel_for<Nothing>(rows, threads, [&](int64_t i, Nothing&) {
+    const BFloat16* g = static_cast<const BFloat16*>(product) + i * columns;
+    add_squares_kernel(g, columns, fisher.data + i * fisher.row_stride);
+  });
+}
 
 // Without a divisor: fisher (d, k) += sum over samples of G_n^2. With one (d, k): fisher (d, 1) += the sums
 // over samples and columns of G_n^2 / divisor.

@@ -25,4 +25,6 @@ void accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype, cons
                               const Features& grad_outputs, const Matrix& fisher, const Matrix& divisor,
                               int threads);
 
+void add_squares_(const void* product, int64_t rows, int64_t columns, const Matrix& fisher, int threads);
+
 }  // namespace loku

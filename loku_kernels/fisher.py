@@ -73,9 +73,12 @@ def _accumulate_squared_grad_(
                         product.addmm_(delta_part.t(), x_part)
                     else:
                         torch.mm(delta_part.t(), x_part, out=product)
-                if rounded:
-                    grad.copy_(product)
-                total.addcmul_(grad, grad)
+                if not rounded:
+                    total.addcmul_(product, product)
+                elif native.serves(product):
+                    native.add_squares_(total, product)
+                else:
+                    total.addcmul_(grad.copy_(product), grad)
             if divisor is not None:
                 fisher[height] += total.div_(divisor[height, width]).sum(1)
 
