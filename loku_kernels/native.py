@@ -191,6 +191,4 @@ def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
 
 def add_squares_(fisher, product):
     """fisher += product^2, for a product (rows, columns) in bfloat16 and rows of the Fisher in float32."""
-    _core.add_squares_(
-        product.data_ptr(), *product.shape, (fisher.data_ptr(), fisher.stride(0)), _threads()
-    )
+    _core.add_squares_(product.data_ptr(), *product.shape, (fisher.data_ptr(), fisher.stride(0)), _threads())

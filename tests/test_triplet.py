@@ -19,14 +19,6 @@ from loku_kernels import native, ops, reference, softmax_triplet
 needs_core = pytest.mark.skipif(native._core is None, reason="no compiled core")
 
 
-@pytest.fixture(params=["native", "reference"])
-def backend(request, monkeypatch):
-    if request.param == "native" and native._core is None:
-        pytest.skip("no compiled core")
-    monkeypatch.setenv("LOKU_BACKEND", request.param)
-    return request.param
-
-
 def check_against_reference(logits, labels, seed=0):
     logits = logits.detach().requires_grad_()
     triplet, runner_up_id = softmax_triplet(logits, labels)
