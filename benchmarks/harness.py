@@ -239,8 +239,8 @@ class Benchmark:
             yield combination
 
     def compare(
-        self, what, functions, *, dtype="float32", over=(), floors=None, prepare=None, rates=None, runs=None,
-        memory=True, **columns,
+        self, what, functions, *, dtype="float32", over=(), floors=None, prepare=None, rates=None, repeats=None,
+        runs=None, memory=True, **columns,
     ):  # fmt: skip
         """Measure functions beside each other, on each number of threads; print and keep their rows.
 
@@ -249,11 +249,12 @@ class Benchmark:
             over: names of the peers with which the others are compared, where they were measured.
             floors: label -> names; the fastest of these is the floor.
             prepare: called, untimed, before each call.
-            rates: label -> amount, shown and kept a second.
+            rates: label -> amount, kept as label: amount a second.
+            repeats: name -> how many of its calls do the work of one call of the others.
             memory: False where it is of no interest.
             columns: what else belongs in the rows.
         """
-        floors, rates = floors or {}, rates or {}
+        floors, rates, repeats = floors or {}, rates or {}, repeats or {}
         over = [name for name in over if name in functions]
         before = torch.get_num_threads()
         try:
@@ -269,6 +270,7 @@ class Benchmark:
                         bar.update()
 
                     times = interleaved_times(functions, self.device, runs, prepare, progress)
+                times = {name: seconds * repeats.get(name, 1) for name, seconds in times.items()}
                 peaks = self._peaks(functions, prepare) if memory else {}
                 base = {label: min(times[name] for name in names) for label, names in floors.items()}
                 self.add(
@@ -329,7 +331,7 @@ def print_table(rows):
     first = rows[0]
     shared = [key for key in first if key != "name" and not isinstance(first[key], (float, dict, type(None)))]
     shared = [key for key in shared if key != "peak_extra_bytes"]
-    print("\n" + ", ".join(str(first[key]) + " threads" * (key == "threads") for key in shared))
+    print("\n" + ", ".join(f"{key} {first[key]}" if isinstance(first[key], int) else first[key] for key in shared))
     table = [{heading.rjust(9): text for heading, text in _cells(row)} for row in rows]
     width = 2 + max(len(row["name"]) for row in rows)
     print(" " * (width + 2) + "  ".join(table[0]))

@@ -4,22 +4,14 @@
 
 A shape is N x D x V. ``two GEMMs`` is the floor of a frozen head: h W^T and the product of its block with W,
 whole or by the blocks that the operator uses, whichever is faster. ``trainable`` computes the gradient of the
-embedding too; ``times frozen`` is its time over that of a frozen head.
+embedding too; ``times frozen`` is its time over that of a frozen head. Of cut-cross-entropy it is the
+``torch_compile`` path, the one that runs on a CPU.
 """
 
 import shutil
 
 import torch
-from harness import (
-    DTYPES,
-    Benchmark,
-    arguments,
-    assert_close_loss,
-    assert_close_rows,
-    importable,
-    lean_ihl,
-    sizes,
-)
+from harness import DTYPES, Benchmark, arguments, assert_close_loss, importable, lean_ihl, sizes
 
 from loku_kernels import linear_cross_entropy_loss, linear_ihl_loss, ops, reference
 
@@ -44,30 +36,49 @@ def peers(device):
     """name -> loss(hidden, weight, labels)"""
     losses = {"eager cross_entropy": eager_cross_entropy, "eager IHL": eager_ihl}
     if (shutil.which("c++") or device == "cuda") and importable("cut_cross_entropy"):
-        losses["cut-cross-entropy, torch_compile"] = compiled_cross_entropy
+        losses["cut-cross-entropy"] = compiled_cross_entropy
     return losses
 
 
+def relative_error(ours, exact):
+    parts = zip(ours.split(4096), exact.split(4096), strict=True)  # float64 copies of an embedding are large
+    return (sum((a.double() - b).square().sum() for a, b in parts).sqrt() / exact.norm()).item()
+
+
 def check(hidden, weight, labels):
-    """Losses and gradients of hidden states and embedding, against the paper's formula in float64."""
-    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    exact_logits = exact_hidden @ exact_weight.t()
-    # The logits are rounded to the dtype by all who compute in it, and the probabilities follow.
+    """Losses and gradients of hidden states and embedding: no further from float64 than eager is, twice over.
+
+    Rows whose runner-up leads by less than the dtype resolves are left out: there either may be taken.
+    """
+    exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact_logits = exact_inputs[0] @ exact_inputs[1].t()
     eps = torch.finfo(hidden.dtype).eps
-    for loss, exact in (
-        (linear_ihl_loss, reference.inverted_hinge_loss(exact_logits, labels).mean()),
-        (linear_cross_entropy_loss, torch.nn.functional.cross_entropy(exact_logits, labels)),
+    others = exact_logits.detach().scatter(1, labels[:, None], -torch.inf).topk(2).values
+    kept = others[:, 0] - others[:, 1] > 8 * eps * others[:, 0].abs()
+    labels = labels.where(kept, -100)
+
+    def gradients(loss, trainable):
+        inputs = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(trainable)]
+        value = loss(*inputs)
+        return value, torch.autograd.grad(value, inputs[: 1 + trainable])
+
+    for ours, eager, exact in (
+        (linear_ihl_loss, eager_ihl, reference.inverted_hinge_loss(exact_logits[kept], labels[kept]).mean()),
+        (
+            linear_cross_entropy_loss,
+            eager_cross_entropy,
+            torch.nn.functional.cross_entropy(exact_logits[kept], labels[kept]),
+        ),
     ):
-        expected = torch.autograd.grad(exact, (exact_hidden, exact_weight), retain_graph=True)
+        expected = torch.autograd.grad(exact, exact_inputs, retain_graph=True)
+        _, yardstick = gradients(lambda h, w, eager=eager: eager(h[kept], w, labels[kept]), True)
+        allowed = [2 * relative_error(*pair) + 4 * eps for pair in zip(yardstick, expected, strict=True)]
         for trainable in (False, True):
-            ours = [x.detach().requires_grad_(flag) for x, flag in ((hidden, True), (weight, trainable))]
-            value = loss(*ours, labels)
-            value.backward()
-            assert_close_loss(value, exact, loss.__name__, 64 * eps)
-            for x, gradient in zip(ours, expected, strict=True):
-                if x.requires_grad:
-                    error = (x.grad.double() - gradient).norm() / gradient.norm()
-                    assert error <= 32 * max(eps, 5e-7), f"a gradient of {loss.__name__} is off by {error:.1e}"
+            value, result = gradients(lambda h, w, ours=ours: ours(h, w, labels), trainable)
+            assert_close_loss(value, exact, ours.__name__, 64 * eps)
+            for gradient, truth, bound in zip(result, expected, allowed, strict=False):
+                error = relative_error(gradient, truth)
+                assert error <= bound, f"{ours.__name__}: a gradient is off by {error:.1e}, not {bound:.1e}"
 
 
 def operator_gemms(hidden, weight, labels):
@@ -104,24 +115,24 @@ def measure(bench, shape, dtype_name):
     def forward_backward(loss, weight=weight):
         return lambda: loss(hidden, weight, labels).backward()
 
-    ours = {loss.__name__: loss for loss in (linear_ihl_loss, linear_cross_entropy_loss)}
     functions = {
         "two GEMMs, by block": operator_gemms(plain, weight, labels),
         "two GEMMs, whole": lambda: torch.mm(torch.mm(plain, weight.t(), out=whole), weight, out=out),
-        **{name: forward_backward(loss) for name, loss in {**ours, **peers(bench.device)}.items()},
-        **{f"{name}, trainable": forward_backward(loss, trainable) for name, loss in ours.items()},
+        "linear_ihl_loss": forward_backward(linear_ihl_loss),
+        "linear_cross_entropy_loss": forward_backward(linear_cross_entropy_loss),
+        "linear_ihl_loss, trainable": forward_backward(linear_ihl_loss, trainable),
+        **{name: forward_backward(loss) for name, loss in peers(bench.device).items()},
     }
     bench.compare(
         shape,
         functions,
         dtype=dtype_name,
-        over=["eager IHL", "eager cross_entropy", "cut-cross-entropy, torch_compile"],
+        over=["eager IHL", "eager cross_entropy", "cut-cross-entropy"],
         floors={
             "two GEMMs": ["two GEMMs, by block", "two GEMMs, whole"],
             "frozen": ["linear_ihl_loss"],
         },
         prepare=fresh,
-        rates={"tokens_per_second": n},
     )
 
 
