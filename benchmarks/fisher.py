@@ -1,6 +1,6 @@
 """The Fisher information: squared per-sample gradients of a linear layer, and of a whole model.
 
-    python benchmarks/fisher.py [--shape 8x128x768x3072 ...] [--models embedded ...] [--dtype D ...] [--threads N ...]
+    python benchmarks/fisher.py [--shape 8x128x768x3072 ...] [--models ...] [--threads N ...]
 
 A shape is samples x tokens x outputs x inputs. The floor of the kernel is the weight-gradient GEMM over the
 same tokens: the library's sum over all of them, with nothing squared. Its peers hold the gradients of all
@@ -36,7 +36,6 @@ def torch_func(fisher, weight, inputs, grad_outputs):
 
 
 def check(inputs, grad_outputs, divisor, weight):
-    d, k = divisor.shape
     grads = torch.einsum("ntd,ntk->ndk", grad_outputs.double(), inputs.double()).square()
     tolerance = 1e-5 if inputs.dtype == torch.float32 else 2 * torch.finfo(inputs.dtype).eps
     exact = grads.sum(0)
@@ -48,7 +47,9 @@ def check(inputs, grad_outputs, divisor, weight):
         error = (accumulate(torch.zeros_like(divisor), inputs, grad_outputs) - exact).abs()
         assert (error <= tolerance * (exact + exact.mean())).all(), f"{name} is wrong"
     exact = (exact / divisor).sum(1)
-    ours = accumulate_squared_grad_(torch.zeros(d, device=divisor.device), inputs, grad_outputs, divisor)
+    ours = accumulate_squared_grad_(
+        torch.zeros(len(divisor), device=divisor.device), inputs, grad_outputs, divisor
+    )
     assert ((ours - exact).abs() <= tolerance * exact).all(), "accumulate_squared_grad_ with divisor is wrong"
 
 

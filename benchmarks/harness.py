@@ -239,8 +239,8 @@ class Benchmark:
             yield combination
 
     def compare(
-        self, what, functions, *, dtype="float32", over=(), floors=None, prepare=None, rates=None, repeats=None,
-        runs=None, memory=True, **columns,
+        self, what, functions, *, dtype="float32", over=(), floors=None, prepare=None, rates=None,
+        repeats=None, runs=None, memory=True, **columns,
     ):  # fmt: skip
         """Measure functions beside each other, on each number of threads; print and keep their rows.
 
@@ -331,7 +331,10 @@ def print_table(rows):
     first = rows[0]
     shared = [key for key in first if key != "name" and not isinstance(first[key], (float, dict, type(None)))]
     shared = [key for key in shared if key != "peak_extra_bytes"]
-    print("\n" + ", ".join(f"{key} {first[key]}" if isinstance(first[key], int) else first[key] for key in shared))
+    print(
+        "\n"
+        + ", ".join(f"{key} {first[key]}" if isinstance(first[key], int) else first[key] for key in shared)
+    )
     table = [{heading.rjust(9): text for heading, text in _cells(row)} for row in rows]
     width = 2 + max(len(row["name"]) for row in rows)
     print(" " * (width + 2) + "  ".join(table[0]))

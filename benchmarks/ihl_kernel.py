@@ -29,7 +29,7 @@ SHAPES = ["256x50257", "512x32000", "256x128256"]
 
 
 def torchmetrics_ihl(logits, labels):
-    """With the multiclass hinge of torchmetrics, mean(1 - p_target + p_runner_up), from which IHL descends."""
+    """With the multiclass hinge of torchmetrics: mean(1 - p_target + p_runner_up)."""
     from torchmetrics.functional.classification import multiclass_hinge_loss
 
     return 2 - multiclass_hinge_loss(logits, labels, logits.shape[-1], validate_args=False)
@@ -86,7 +86,11 @@ def measure(bench, shape, dtype_name):
         "ihl_loss": ihl_loss,
         "ihl_loss in place": lambda *args: ihl_loss(*args, inplace=True),
     }
-    check(source, labels, {**losses, "softmax_triplet": lambda *a: inverted_hinge(softmax_triplet(*a)[0]).mean()})
+    check(
+        source,
+        labels,
+        {**losses, "softmax_triplet": lambda *a: inverted_hinge(softmax_triplet(*a)[0]).mean()},
+    )
     logits, buffer = source.clone(), torch.empty_like(source)
 
     def fresh_logits():  # a kernel that works in place consumes them

@@ -1,6 +1,6 @@
 """How time and peak extra memory grow with the vocabulary, and with N x V up to 2^32 entries.
 
-    python benchmarks/scaling.py [--shape 256x1024 ...] [--large 64x262144 ...] [--threads N ...] [--json FILE]
+    python benchmarks/scaling.py [--shape 256x1024 ...] [--large 64x262144 ...] [--threads N ...]
 
 Three parts. ``logits``: IHL forward and backward on logits of ``--shape`` N x V, ours and each peer.
 ``linear``: the same from hidden states of width 768. ``large``: ``ihl_loss`` in place on bfloat16 logits of
@@ -124,7 +124,9 @@ def measure_large(bench, shape, limit_bytes):
 def main(argv=None):
     parser = arguments(__doc__, SHAPES, ("float32",), "N x V of the sweep over the vocabulary")
     parser.add_argument("--large", nargs="*", default=LARGE, help="N x V in bfloat16")
-    parser.add_argument("--limit-gib", type=float, default=8, help="logits of more are taken by blocks of rows")
+    parser.add_argument(
+        "--limit-gib", type=float, default=8, help="logits of more are taken by blocks of rows"
+    )
     bench = Benchmark("scaling", parser, argv)
     for measure in (measure_logits, measure_linear):
         for dtype, shape in bench.cases(bench.options.dtype, bench.options.shape):

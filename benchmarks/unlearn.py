@@ -2,11 +2,11 @@
 
     python benchmarks/unlearn.py [--shape 8x200 ...] [--threads N ...] [--json FILE]
 
-A shape is forget rows (and as many retain rows) x labelled tokens of a row. ``after the last hidden state`` is
-the losses and their gradient of the hidden states alone; ``whole step`` is forward, backward and optimizer
-step of LoRA with rank 16; ``half labelled`` is the same where half of the tokens carry no label, as TOFU's
-questions do. ``official`` is the same trainer with the logits of all tokens, on which it computes the authors'
-formula for the forget rows and ``cross_entropy`` for the retain rows.
+A shape is forget rows (and as many retain rows) x tokens that are predicted in a row. ``after the last hidden
+state`` is the losses and their gradient of the hidden states alone; ``whole step`` is forward, backward and
+optimizer step of LoRA with rank 16; ``half labelled`` is the same where half of the tokens carry no label, as
+in TOFU's questions. ``official`` is the same trainer with the logits of all tokens, on which it computes the
+authors' formula for the forget rows and ``cross_entropy`` for the retain rows.
 """
 
 import tempfile
