@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -91,8 +92,9 @@ def peak_extra_bytes(function, device="cpu"):
 # --- peers ----------------------------------------------------------------------------------------
 
 
+@cache
 def importable(module):
-    """Whether a peer can be measured; says so where it cannot."""
+    """Whether a peer can be measured; says so, once, where it cannot."""
     found = importlib.util.find_spec(module) is not None
     if not found:
         print(f"skipped: {module} is not installed (pip install '.[bench]')", flush=True)
