@@ -151,18 +151,23 @@ def measure_quality(bench, shape):
         weight = random_weight(d, k, spectrum)
         for kind, scales in (("log-normal", torch.randn(d).exp()), ("uniform", torch.ones(d))):
             what = f"{d}x{k} {spectrum}, {kind} scales"
+            rows = list(quality(what, weight, scales, bench.options.rank))
             for rank in bench.options.rank:
-                bench.add(quality(what, weight, scales, [rank]))
+                bench.add(row for row in rows if row["rank"] == rank)
 
 
 def measure_embedded_quality(bench):
     """The worst of the embedded model's weights with their real scales, for each rank and method."""
-    weights = embedded_weights()
+    rows = [
+        row
+        for name, weight, scales in embedded_weights()
+        for row in quality(name, weight, scales, bench.options.rank)
+    ]
     for rank in bench.options.rank:
-        rows = [row for name, weight, scales in weights for row in quality(name, weight, scales, [rank])]
         worst = {}
         for row in rows:
-            worst[row["name"]] = max(worst.get(row["name"], row), row, key=lambda row: row["deficit"])
+            if row["rank"] == rank:
+                worst[row["name"]] = max(worst.get(row["name"], row), row, key=lambda row: row["deficit"])
         bench.add(
             {**row, "what": "the worst of the embedded model's weights", "matrix": row["what"]}
             for row in worst.values()
