@@ -5,8 +5,9 @@
 A shape is forget rows (and as many retain rows) x tokens that are predicted in a row. ``after the last hidden
 state`` is the losses and their gradient of the hidden states alone; ``whole step`` is forward, backward and
 optimizer step of LoRA with rank 16; ``half labelled`` is the same where half of the tokens carry no label, as
-in TOFU's questions. ``official`` is the same trainer with the logits of all tokens, on which it computes the
-authors' formula for the forget rows and ``cross_entropy`` for the retain rows.
+in TOFU's questions; ``checkpointed`` is with gradient checkpointing. ``official`` is the same trainer with
+the logits of all tokens, on which it computes the authors' formula for the forget rows and ``cross_entropy``
+for the retain rows.
 """
 
 import tempfile
@@ -173,6 +174,9 @@ def main(argv=None, build_model=gpt_neo_125m):
             measure_head(bench, shape, head, full)
             measure_step(bench, shape, "whole step", model, full, directory)
             measure_step(bench, shape, "whole step, half labelled", model, half, directory)
+            # The body's own activations are kept by both; without them the heads' difference shows.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            measure_step(bench, shape, "whole step, checkpointed", model, full, directory)
     bench.close()
 
 
