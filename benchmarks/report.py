@@ -360,6 +360,7 @@ def draw(result, path):
             axis.loglog(vocab, values, color=color, linewidth=width, marker="o", markersize=3)
             ends.append((values[-1], name, color))
         low, high = axis.get_ylim()
+        axis.set_ylim(low, high := 2 * high)
         gap, position = (high / low) ** 0.055, 0.0  # labels keep apart
         for end, name, color in sorted(ends):
             position = max(end, position * gap)
@@ -373,7 +374,8 @@ def draw(result, path):
                 va="center",
                 annotation_clip=False,
             )
-        axis.set(title=title, xlabel="vocabulary V", xlim=(vocab[0] / 1.2, vocab[-1] * 1.2))
+        axis.set_title(title, loc="left")
+        axis.set(xlabel="vocabulary V", xlim=(vocab[0] / 1.2, vocab[-1] * 1.2))
         axis.grid(which="major", color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     case = sweep[0].case
