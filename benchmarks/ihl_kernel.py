@@ -71,7 +71,8 @@ def check(source, labels, losses):
         ours = name.startswith(("ihl_loss", "softmax_triplet"))
         value = loss(logits, labels)
         if name != "cross_entropy":
-            assert_close_loss(value, exact, name, 1e-5 if ours else 4 * torch.finfo(source.dtype).eps)
+            peers_tolerance = max(1e-4, 4 * torch.finfo(source.dtype).eps)
+            assert_close_loss(value, exact, name, 1e-5 if ours else peers_tolerance)
         if ours:
             value.backward()
             assert_close_rows(logits.grad, exact_logits.grad, f"the gradient of {name}")
