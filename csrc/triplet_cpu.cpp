@@ -1,14 +1,16 @@
 // Softmax triplet, CPU kernels: forward, backward, and the fused in-place forward and backward.
 //
-// A row is processed by one thread, in blocks that stay in the L1 cache: one pass over the block for
-// its maximum, one for the exponentials. The fused kernel leaves each exponential, relative to the
-// maximum known at that block, where the row's gradient will be, and scales it by one number a block
-// when the whole row has been seen. The row is still in the L2 cache then, so main memory sees one
-// read and one write.
+// A row is processed by one thread, in blocks that stay in the L1 cache: one pass brings the block in as
+// float and finds its maximum, one takes the exponentials. Target and runner-up are replaced by -inf there,
+// so that no loop has to step around them. While the exponentials of a block are taken, the next block is
+// on its way from main memory. The fused kernel keeps each exponential, relative to the maximum known at
+// that block, and scales it by one number a block when the whole row has been seen. The row is still in
+// the L2 cache then, so main memory sees one read and one write.
 #include "triplet_cpu.h"
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "online_triplet.h"
@@ -17,8 +19,10 @@
 namespace loku {
 namespace {
 
-constexpr int64_t kBlock = 2048;    // entries that stay in the L1 cache between two passes
-constexpr int64_t kFloatSum = 128;  // terms summed in float; beyond, equal terms would round one way
+// Entries that stay in the L1 cache between two passes, and whose sum is taken in float: in at least 4
+// lanes, so that a term is rounded 256 times at most (equal terms would all be rounded the same way).
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kCacheLine = 64;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // What a stored entry x means. Usually it is the logit y. With a softcap it is u = tanh(z / softcap),
@@ -30,65 +34,81 @@ struct Entry {
   LOKU_INLINE float slope(float x) const { return kSoftcap ? 1.0f - x * x : 1.0f; }
 };
 
-template <bool kSoftcap, typename T>
-LOKU_INLINE float max_of(const T* row, int64_t begin, int64_t end, Entry<kSoftcap> entry, float maximum) {
-#pragma omp simd reduction(max : maximum)
-  for (int64_t v = begin; v < end; ++v) {
-    const float logit = entry.logit(to_float(row[v]));
-    maximum = logit > maximum ? logit : maximum;
-  }
-  return maximum;
-}
-
-// Sum over [begin, end) of exp(y - reference). With kStore each term, times the softcap's slope, goes
-// to `terms`, which may be the row itself.
-template <bool kStore, bool kSoftcap, typename T>
-LOKU_INLINE double sum_exp(const T* row, int64_t begin, int64_t end, Entry<kSoftcap> entry, float reference,
-                           float* terms) {
-  double total = 0.0;
-  for (; begin < end; begin += kFloatSum) {
-    const int64_t stop = std::min(begin + kFloatSum, end);
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t v = begin; v < stop; ++v) {
-      const float x = to_float(row[v]);
-      const float term = exp_nonpositive(entry.logit(x) - reference);
-      if (kStore) terms[v] = term * entry.slope(x);
-      sum += term;
-    }
-    total += sum;
-  }
-  return total;
-}
-
-// [begin, end) without the positions `a` and `b`, as up to three pieces.
-struct Pieces {
-  int64_t begin[3];
-  int64_t end[3];
+// A block of entries as float: the entries themselves, or converted into `buffer`.
+struct Block {
+  const float* x;
+  float max;  // the largest logit
 };
 
-LOKU_INLINE Pieces pieces_without(int64_t begin, int64_t end, int64_t a, int64_t b) {
-  const int64_t low = std::min(std::max(std::min(a, b), begin - 1), end);
-  const int64_t high = std::min(std::max(std::max(a, b), begin - 1), end);
-  return {{begin, std::max(low + 1, begin), std::max(high + 1, begin)}, {low, high, end}};
-}
-
-template <bool kSoftcap, typename T>
-LOKU_INLINE float max_without(const T* row, int64_t begin, int64_t end, Entry<kSoftcap> entry, int64_t a,
-                              int64_t b) {
-  const Pieces pieces = pieces_without(begin, end, a, b);
+template <bool kSoftcap>
+LOKU_INLINE float max_of(const float* x, int64_t n, Entry<kSoftcap> entry) {
   float maximum = kMinusInfinity;
-  for (int i = 0; i < 3; ++i) maximum = max_of(row, pieces.begin[i], pieces.end[i], entry, maximum);
+#pragma omp simd reduction(max : maximum)
+  for (int64_t i = 0; i < n; ++i) maximum = larger(entry.logit(x[i]), maximum);
   return maximum;
 }
 
 template <bool kSoftcap, typename T>
-LOKU_INLINE int64_t first_index_of(const T* row, int64_t begin, int64_t end, Entry<kSoftcap> entry,
-                                   float logit, int64_t a, int64_t b) {
-  for (int64_t v = begin; v < end; ++v) {
-    if (entry.logit(to_float(row[v])) == logit && v != a && v != b) return v;
+LOKU_INLINE Block converted_block(const T* entries, int64_t n, Entry<kSoftcap> entry, float* buffer) {
+  float maximum = kMinusInfinity;
+#pragma omp simd reduction(max : maximum)
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = to_float(entries[i]);
+    buffer[i] = x;
+    maximum = larger(entry.logit(x), maximum);
   }
-  return end;
+  return {buffer, maximum};
+}
+
+// Leave entry `index` out of the block, in `buffer`.
+template <bool kSoftcap>
+LOKU_INLINE void leave_out(int64_t index, Block& block, int64_t n, Entry<kSoftcap> entry, float* buffer) {
+  if (block.x != buffer) std::copy_n(block.x, n, buffer);
+  buffer[index] = kMinusInfinity;
+  block = {buffer, max_of(buffer, n, entry)};
+}
+
+template <bool kSoftcap>
+LOKU_INLINE int64_t first_index_of(float logit, const float* x, int64_t n, Entry<kSoftcap> entry) {
+  constexpr int64_t kStep = 128;  // looked at together, in vectors
+  int64_t begin = 0;
+  for (; begin + kStep <= n; begin += kStep) {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t i = begin; i < begin + kStep; ++i) found |= entry.logit(x[i]) == logit;
+    if (found) break;
+  }
+  while (entry.logit(x[begin]) != logit) ++begin;
+  return begin;
+}
+
+// Sum over x of exp(y - reference). With kStore each term, times the softcap's slope, goes to `terms`.
+// `ahead` becomes the maximum of as many entries further on, which beside the exponentials costs nothing.
+template <bool kStore, bool kSoftcap>
+LOKU_INLINE double sum_exp(const float* x, int64_t n, Entry<kSoftcap> entry, float reference, float* terms,
+                           const float* further, int64_t further_n, float& ahead) {
+  float sum = 0.0f;
+  float maximum = kMinusInfinity;
+  const int64_t both = std::min(n, further_n);
+#pragma omp simd reduction(+ : sum) reduction(max : maximum)
+  for (int64_t i = 0; i < both; ++i) {
+    const float term = exp_nonpositive(entry.logit(x[i]) - reference);
+    if (kStore) terms[i] = term * entry.slope(x[i]);
+    sum += term;
+    maximum = larger(entry.logit(further[i]), maximum);
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = both; i < n; ++i) {
+    const float term = exp_nonpositive(entry.logit(x[i]) - reference);
+    if (kStore) terms[i] = term * entry.slope(x[i]);
+    sum += term;
+  }
+  ahead = maximum;
+  return sum;
+}
+
+LOKU_INLINE void prefetch(const void* begin, const void* end) {
+  for (const char* p = static_cast<const char*>(begin); p < end; p += kCacheLine) LOKU_PREFETCH(p);
 }
 
 // What the fused kernel must know of the blocks it has passed, to finish the row.
@@ -102,56 +122,80 @@ struct RowScratch {
   std::vector<float> terms;      // the terms, where the row's own type cannot hold them
 };
 
+// What one read of a row gives. The entries at target and runner-up are kept, since terms may replace them.
+struct ReducedRow {
+  OnlineTriplet state;
+  float target_entry, runner_up_entry;
+};
+
 // One read of the row. Always inlined into the kernels below, so that they alone are cloned.
 template <bool kStore, bool kSoftcap, typename T>
-LOKU_INLINE OnlineTriplet reduce_row(const T* row, int64_t vocab, int64_t target, Entry<kSoftcap> entry,
-                                     float* terms, RowScratch& scratch) {
+LOKU_INLINE ReducedRow reduce_row(const T* row, int64_t vocab, int64_t target, Entry<kSoftcap> entry,
+                                  float* terms, RowScratch& scratch) {
+  alignas(kCacheLine) float buffer[kBlock];
   OnlineTriplet state;
-  state.runner_up_id = target == 0 ? 1 : 0;
-  state.runner_up = entry.logit(to_float(row[state.runner_up_id]));
+  state.runner_up_id = target == 0 ? 1 : 0;  // unless something is above -inf
+  const float target_entry = to_float(row[target]);
+  float runner_up_entry = to_float(row[state.runner_up_id]);
+  constexpr bool kAhead = std::is_same<T, float>::value;  // else conversion makes a pass of its own cheaper
+  float ahead = kMinusInfinity;
+  if constexpr (kAhead) ahead = max_of(row, std::min(kBlock, vocab), entry);
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, vocab);
-    float block_max = max_without(row, begin, end, entry, target, state.runner_up_id);
-    if (block_max > state.runner_up) {
+    const int64_t n = std::min(kBlock, vocab - begin);
+    const T* further = row + begin + n;
+    const int64_t further_n = std::min(kBlock, vocab - begin - n);
+    Block block;
+    if constexpr (kAhead) {
+      block = {row + begin, ahead};
+    } else {
+      block = converted_block(row + begin, n, entry, buffer);
+    }
+    // As one unsigned comparison: GCC splits this loop at two, and vectorises only one of the halves.
+    if (static_cast<uint64_t>(target - begin) < static_cast<uint64_t>(n)) {
+      leave_out(target - begin, block, n, entry, buffer);
+    }
+    if (block.max > state.runner_up) {
       const int64_t previous = state.runner_up_id;
-      const float demoted = state.runner_up;
-      state.runner_up_id = first_index_of(row, begin, end, entry, block_max, target, previous);
-      state.runner_up = block_max;
-      if (previous < begin || previous >= end) {  // inside this block, the sum below meets it
-        state.add_to_rest(demoted);
-        if (kStore) scratch.demoted.push_back({previous, demoted, entry.slope(to_float(row[previous]))});
+      if (kStore && previous < begin) {
+        scratch.demoted.push_back({previous, state.runner_up, entry.slope(runner_up_entry)});
       }
-      block_max = max_without(row, begin, end, entry, target, state.runner_up_id);
+      state.add_to_rest(state.runner_up);
+      const int64_t index = first_index_of(block.max, block.x, n, entry);
+      state.runner_up = block.max;
+      state.runner_up_id = begin + index;
+      runner_up_entry = block.x[index];
+      leave_out(index, block, n, entry, buffer);
     }
-    state.raise_rest_max(block_max);
-
-    const Pieces pieces = pieces_without(begin, end, target, state.runner_up_id);
-    for (int i = 0; i < 3; ++i) {
-      if (state.rest_max == kMinusInfinity) {  // masked words, or NaN, and no reference to subtract
-        for (int64_t v = pieces.begin[i]; v < pieces.end[i]; ++v) {
-          const float logit = to_float(row[v]);
-          if (logit != logit) state.rest_sum = kNaN;
-          if (kStore) terms[v] = 0.0f;
-        }
-      } else {
-        state.rest_sum += sum_exp<kStore>(row, pieces.begin[i], pieces.end[i], entry, state.rest_max, terms);
-      }
-    }
+    state.raise_rest_max(block.max);
     if (kStore) scratch.block_max.push_back(state.rest_max);
+
+    float* block_terms = kStore ? terms + begin : nullptr;
+    if (state.rest_max == kMinusInfinity) {  // masked words, or NaN, and no reference to subtract
+      for (int64_t i = 0; i < n; ++i) {
+        if (block.x[i] != block.x[i]) state.rest_sum = kNaN;
+        if (kStore) block_terms[i] = 0.0f;
+      }
+      if constexpr (kAhead) ahead = max_of(further, further_n, entry);
+    } else if constexpr (kAhead) {
+      state.rest_sum +=
+          sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms, further, further_n, ahead);
+    } else {
+      prefetch(further, further + further_n);
+      state.rest_sum += sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms, nullptr, 0, ahead);
+    }
   }
-  return state;
+  return {state, target_entry, runner_up_entry};
 }
 
-// What a row's three numbers become: the entries at target and runner-up, of which only the logits count
-// here, with their products in double where a softcap makes them products.
-template <bool kSoftcap, typename T>
-LOKU_INLINE void write_triplet(const Triplets& out, int64_t n, T target, T runner_up, Entry<kSoftcap> entry,
-                               const OnlineTriplet& state) {
+// What a row's three numbers become: from the entries at target and runner-up, the product of each with the
+// softcap in double.
+template <bool kSoftcap>
+LOKU_INLINE void write_triplet(const Triplets& out, int64_t n, const ReducedRow& row, Entry<kSoftcap> entry) {
   const double factor = kSoftcap ? entry.softcap : 1.0;
-  out.triplet[3 * n] = factor * to_float(target);
-  out.triplet[3 * n + 1] = factor * to_float(runner_up);
-  out.triplet[3 * n + 2] = state.rest();
-  out.runner_up_id[n] = state.runner_up_id;
+  out.triplet[3 * n] = factor * row.target_entry;
+  out.triplet[3 * n + 1] = factor * row.runner_up_entry;
+  out.triplet[3 * n + 2] = row.state.rest();
+  out.runner_up_id[n] = row.state.runner_up_id;
 }
 
 LOKU_INLINE void write_ignored(const Triplets& out, int64_t n) {
@@ -164,8 +208,7 @@ LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, float 
                              int64_t n) {
   const Entry<kSoftcap> entry{softcap};
   RowScratch unused;
-  const OnlineTriplet state = reduce_row<false>(row, vocab, target, entry, nullptr, unused);
-  write_triplet(out, n, row[target], row[state.runner_up_id], entry, state);
+  write_triplet(out, n, reduce_row<false>(row, vocab, target, entry, nullptr, unused), entry);
 }
 
 struct TripletGradient {
@@ -198,30 +241,36 @@ LOKU_INLINE void fused_row(T* row, int64_t vocab, int64_t target, FusedGradient 
   scratch.block_max.clear();
   scratch.demoted.clear();
   float* terms = terms_of(row, vocab, scratch);
-  const OnlineTriplet state = reduce_row<true>(row, vocab, target, entry, terms, scratch);
-  write_triplet(out, n, row[target], row[state.runner_up_id], entry, state);
-  const double target_slope = entry.slope(to_float(row[target]));
-  const double runner_up_slope = entry.slope(to_float(row[state.runner_up_id]));
+  const ReducedRow reduced = reduce_row<true>(row, vocab, target, entry, terms, scratch);
+  write_triplet(out, n, reduced, entry);
+  const double target_slope = entry.slope(reduced.target_entry);
+  const double runner_up_slope = entry.slope(reduced.runner_up_entry);
 
   TripletGradient g = {0.0, 0.0, 1.0};
   if (gradient == FusedGradient::kInvertedHinge) g = inverted_hinge_gradient(out.triplet + 3 * n);
   const double rest = out.triplet[3 * n + 2];
   const double rest_scale = scale * g.rest;
+  float reference = kMinusInfinity;
+  float factor = rest == rest ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   for (int64_t begin = 0, block = 0; begin < vocab; begin += kBlock, ++block) {
     const int64_t end = std::min(begin + kBlock, vocab);
-    const double reference = scratch.block_max[block];
-    const float factor = reference == kMinusInfinity && rest == rest
-                             ? 0.0f
-                             : static_cast<float>(rest_scale * std::exp(reference - rest));
+    if (scratch.block_max[block] != reference) {  // it seldom changes after the first blocks
+      reference = scratch.block_max[block];
+      factor = static_cast<float>(rest_scale * std::exp(static_cast<double>(reference) - rest));
+    }
+    if (std::isfinite(factor)) {
 #pragma omp simd
-    for (int64_t v = begin; v < end; ++v) row[v] = from_float<T>(terms[v] * factor);
+      for (int64_t v = begin; v < end; ++v) row[v] = from_number<T>(terms[v] * factor);
+    } else {
+      for (int64_t v = begin; v < end; ++v) row[v] = from_float<T>(terms[v] * factor);
+    }
   }
   for (const RowScratch::Demoted& d : scratch.demoted) {
     const double share = d.logit == kMinusInfinity ? 0.0 : std::exp(d.logit - rest);
     row[d.id] = from_float<T>(static_cast<float>(rest_scale * share * d.slope));
   }
   row[target] = from_float<T>(static_cast<float>(scale * g.target * target_slope));
-  row[state.runner_up_id] = from_float<T>(static_cast<float>(scale * g.runner_up * runner_up_slope));
+  row[reduced.state.runner_up_id] = from_float<T>(static_cast<float>(scale * g.runner_up * runner_up_slope));
 }
 
 template <bool kSoftcap, typename T>
@@ -230,14 +279,20 @@ LOKU_INLINE void backward_row(const T* row, int64_t vocab, int64_t target, float
   const Entry<kSoftcap> entry{softcap};
   const float g_target = static_cast<float>(g[0] * entry.slope(to_float(row[target])));
   const float g_runner_up = static_cast<float>(g[1] * entry.slope(to_float(row[runner_up_id])));
+  const float g_rest = static_cast<float>(g[2]);
+  // `rest` as two floats: rounding it to one would cost exp() the digits of a large offset.
+  const float rest_high = static_cast<float>(triplet[2]);
+  const float rest_low = static_cast<float>(triplet[2] - rest_high);
   if (triplet[2] == kMinusInfinity) {  // no rest, so no gradient
     for (int64_t v = 0; v < vocab; ++v) out[v] = from_float<T>(0.0f);
-  } else {
-    const float g_rest = static_cast<float>(g[2]);
-    // `rest` as two floats: rounding it to one would cost exp() the digits of a large offset.
-    const float rest_high = static_cast<float>(triplet[2]);
-    const float rest_low = static_cast<float>(triplet[2] - rest_high);
+  } else if (std::isfinite(g_rest) && std::isfinite(rest_high)) {
 #pragma omp simd
+    for (int64_t v = 0; v < vocab; ++v) {
+      const float x = to_float(row[v]);
+      const float share = exp_nonpositive((entry.logit(x) - rest_high) - rest_low);
+      out[v] = from_number<T>(g_rest * share * entry.slope(x));
+    }
+  } else {
     for (int64_t v = 0; v < vocab; ++v) {
       const float x = to_float(row[v]);
       const float share = exp_nonpositive((entry.logit(x) - rest_high) - rest_low);
