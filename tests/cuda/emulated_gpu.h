@@ -72,7 +72,7 @@ struct Fiber {
   const Barrier* waiting = nullptr;
   int64_t generation = 0;
   bool finished = false;
-  std::vector<Copy> copies;             // issued and not committed
+  std::vector<Copy> copies;              // issued and not committed
   std::deque<std::vector<Copy>> groups;  // committed and not waited for
 };
 
@@ -340,8 +340,8 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
       for (int b = 0; b < blocks; ++b) {
         Block& block = machine.blocks[b];
         block.shared.assign(shape.shared_bytes + 16, 0xff);
-        block.shared_begin =
-            reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 15) / 16 * 16);
+        block.shared_begin = reinterpret_cast<unsigned char*>(
+            (reinterpret_cast<uintptr_t>(block.shared.data()) + 15) / 16 * 16);
         block.barrier.size = threads;
         block.index = dim3(x + b, y);
         for (int t = 0; t < threads; ++t) {
