@@ -6,6 +6,10 @@
 
 #include "triplet_cpu.h"
 
+#if LOKU_WITH_CUDA  // defined by setup.py
+#include "bindings_cuda.h"
+#endif
+
 namespace py = pybind11;
 using namespace loku;
 
@@ -65,4 +69,9 @@ PYBIND11_MODULE(_core, m) {
                        triplets_from(triplet, runner_up_id), threads);
       },
       Unlocked());
+
+  m.attr("has_cuda") = static_cast<bool>(LOKU_WITH_CUDA);
+#if LOKU_WITH_CUDA
+  bind_cuda(m);
+#endif
 }

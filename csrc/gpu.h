@@ -210,6 +210,15 @@ inline void check_cuda(cudaError_t status, const char* what) {
   }
 }
 
+inline std::string device_error() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess) return "";
+  return std::string("no CUDA driver or device for a build with CUDA ") +
+         std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) + ": " +
+         cudaGetErrorString(status);
+}
+
 // Makes a device current for the length of a scope.
 class DeviceGuard {
  public:

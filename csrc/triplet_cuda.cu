@@ -584,6 +584,8 @@ FusedPlan plan_fused(const DeviceLimits& limits, int64_t vocab, int entry_bytes)
 
 }  // namespace
 
+std::string cuda_error() { return device_error(); }
+
 // logits, labels -> triplet, runner_up_id. Reads each logit once.
 void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
                           double softcap, const Triplets& out, Stream stream) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "triplet_cpu.h"
 
@@ -21,6 +22,9 @@ struct Stream {
   int device;
   uintptr_t handle;  // a cudaStream_t of that device
 };
+
+// Why the kernels cannot run on this machine: no driver, too old a driver, no device. Empty if they can.
+std::string cuda_error();
 
 void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
                           double softcap, const Triplets& out, Stream stream);

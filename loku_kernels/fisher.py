@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from loku_kernels import native
+
 TILE_BYTES = 6 << 20  # of a tile of one sample's gradient, with what its squaring needs
 TILE_COLUMNS = 1024
 TOKEN_BYTES = 1 << 20  # of inputs that are converted at a time, where their product is not taken as they are
@@ -32,6 +34,8 @@ def _accumulate_squared_grad_(
     d = grad_outputs.shape[2]
     if 0 in (n, tokens, k, d):
         return
+    if native.serves_fisher(fisher, inputs):
+        return native.accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
     dtype, product_dtype = fisher.dtype, fisher.dtype
     if inputs.dtype == torch.bfloat16 and _multiplies_bfloat16(inputs.device):
         product_dtype = torch.bfloat16  # the sum over tokens stays in float32, its result is rounded once

@@ -4,6 +4,7 @@ It assumes what ``ops`` has checked (shapes, devices, dtypes), and adds what onl
 contiguous small tensors, 64-bit row offsets, labels inside the vocabulary.
 """
 
+import functools
 import os
 import warnings
 
@@ -46,12 +47,32 @@ def serves(tensor):
         raise ValueError(f"LOKU_BACKEND must be reference, native or triton, not {forced!r}")
     if forced == "native" and _core is None:
         raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")
+    if _on_cuda(tensor):
+        if forced == "native" and not _core.has_cuda:
+            raise RuntimeError(
+                "LOKU_BACKEND=native, but loku_kernels was installed without its CUDA kernels: "
+                "install it again where nvcc is found, with LOKU_CUDA=1"
+            )
+        return forced == "native" and serves_cuda(tensor)
     return (
         _core is not None
         and forced in ("", "native")
         and tensor.device.type == "cpu"
         and tensor.dtype in _DTYPE_TAGS
     )
+
+
+def serves_cuda(tensor):
+    """Whether the core's CUDA kernels take this CUDA tensor: built, and with a driver they can use."""
+    return _core is not None and _core.has_cuda and tensor.dtype in _DTYPE_TAGS and _cuda_works()
+
+
+@functools.cache
+def _cuda_works():
+    error = _core.cuda_error()
+    if error:
+        warnings.warn(f"loku_kernels: its CUDA kernels are not used: {error}", RuntimeWarning, stacklevel=4)
+    return not error
 
 
 def _threads():
@@ -94,6 +115,8 @@ def raise_bad_label(labels, position, vocab, ignore_index):
 
 def triplet_forward(logits, labels, ignore_index, softcap=0.0):
     """logits (..., V), labels (...) -> triplet (..., 3) float64, runner_up_id (...) int64."""
+    if _on_cuda(logits):
+        return _cuda_triplet_forward(logits, labels, ignore_index, softcap)
     labels = labels.contiguous()
     check_labels(labels, logits.shape[-1], ignore_index)
     offsets = _row_offsets(logits)
@@ -114,6 +137,10 @@ def triplet_backward(
     grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap=0.0, out=None
 ):
     """Gradient of the logits, contiguous, or in ``out``, which may be the logits."""
+    if _on_cuda(logits):
+        return _cuda_triplet_backward(
+            grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap, out
+        )
     labels, triplet, runner_up_id, grad_triplet = (
         labels.contiguous(),
         triplet.contiguous(),
@@ -138,6 +165,8 @@ def triplet_backward(
 
 def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.0):
     """Overwrite logits (..., V) with ``scale`` x the gradient of IHL, or of ``rest``; return the triplets."""
+    if _on_cuda(logits):
+        return _cuda_triplet_fused_(logits, labels, ignore_index, gradient, scale, softcap)
     labels = labels.contiguous()
     check_labels(labels, logits.shape[-1], ignore_index)
     offsets = _row_offsets(logits)
@@ -154,3 +183,171 @@ def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.
         _threads(),
     )
     return triplet, runner_up_id
+
+
+# --- CUDA -----------------------------------------------------------------------------------------
+#
+# Labels are checked by the kernels, which assert; nothing here waits for the device.
+
+
+def _on_cuda(tensor):
+    return tensor.device.type == "cuda"
+
+
+def _stream(tensor):
+    """(device, cudaStream_t) on which torch would compute with this tensor now."""
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _device_rows(tensor):
+    """Where each row of (..., V) begins, as two strides; None if the dimensions before V need three."""
+    levels = []  # (size, stride) of the dimensions before V; neighbours that are one are merged
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return None
+    (outer, outer_stride), (inner, inner_stride) = [(1, 0)] * (2 - len(levels)) + levels
+    return (
+        tensor.data_ptr(),
+        outer * inner,
+        inner,
+        outer_stride,
+        inner_stride,
+        tensor.shape[-1],
+        _DTYPE_TAGS[tensor.dtype],
+    )
+
+
+def _cuda_triplets(logits, labels):
+    return (
+        torch.empty(*labels.shape, 3, dtype=torch.float64, device=logits.device),
+        torch.empty(labels.shape, dtype=torch.int64, device=logits.device),
+    )
+
+
+def _stack(pieces):
+    triplets, runner_up_ids = zip(*pieces, strict=True)
+    return torch.stack(triplets), torch.stack(runner_up_ids)
+
+
+def _cuda_triplet_forward(logits, labels, ignore_index, softcap):
+    triplet, runner_up_id = _cuda_triplets(logits, labels)
+    if labels.numel() == 0:
+        return triplet, runner_up_id
+    rows, labels = _device_rows(logits), labels.contiguous()
+    if rows is None:
+        return _stack(
+            _cuda_triplet_forward(y, t, ignore_index, softcap) for y, t in zip(logits, labels, strict=True)
+        )
+    _core.cuda_triplet_forward(
+        rows,
+        labels.data_ptr(),
+        ignore_index,
+        softcap,
+        triplet.data_ptr(),
+        runner_up_id.data_ptr(),
+        _stream(logits),
+    )
+    return triplet, runner_up_id
+
+
+def _cuda_triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap, out):
+    if out is None:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if labels.numel() == 0:
+        return out
+    rows, grad_rows = _device_rows(logits), _device_rows(out)
+    if rows is None or grad_rows is None:
+        for g, y, t, saved, r, part in zip(
+            grad_triplet, logits, labels, triplet, runner_up_id, out, strict=True
+        ):
+            _cuda_triplet_backward(g, y, t, ignore_index, saved, r, softcap, part)
+        return out
+    labels, triplet, runner_up_id, grad_triplet = (
+        x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)
+    )
+    _core.cuda_triplet_backward(
+        rows,
+        labels.data_ptr(),
+        ignore_index,
+        triplet.data_ptr(),
+        runner_up_id.data_ptr(),
+        grad_triplet.data_ptr(),
+        softcap,
+        grad_rows,
+        _stream(logits),
+    )
+    return out
+
+
+def _cuda_triplet_fused_(logits, labels, ignore_index, gradient, scale, softcap):
+    triplet, runner_up_id = _cuda_triplets(logits, labels)
+    if labels.numel() == 0:
+        return triplet, runner_up_id
+    rows, labels = _device_rows(logits), labels.contiguous()
+    if rows is None:
+        return _stack(
+            _cuda_triplet_fused_(y, t, ignore_index, gradient, scale, softcap)
+            for y, t in zip(logits, labels, strict=True)
+        )
+    _core.cuda_triplet_fused_(
+        rows,
+        labels.data_ptr(),
+        ignore_index,
+        gradient,
+        scale,
+        softcap,
+        triplet.data_ptr(),
+        runner_up_id.data_ptr(),
+        _stream(logits),
+    )
+    return triplet, runner_up_id
+
+
+def serves_fisher(fisher, inputs):
+    """Whether the core accumulates into this Fisher: on CUDA only, where LOKU_BACKEND=native asks for it."""
+    return _on_cuda(inputs) and serves(inputs) and fisher.dtype == torch.float32 and fisher.stride(-1) == 1
+
+
+def _aligned_features(tensor):
+    """(n, T, features) such that each token's features begin, and the last vector ends, on 16 bytes."""
+    width = 16 // tensor.element_size()
+    if tensor.shape[-1] % width:
+        return torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % width))
+    strides_fit = tensor.stride(-1) == 1 and all(stride % width == 0 for stride in tensor.stride()[:-1])
+    if not strides_fit or tensor.data_ptr() % 16:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
+    """fisher (d, k) += sum over n of G_n^2, or with a divisor (d, k) fisher (d,) += its row sums over that."""
+    n, tokens, k = inputs.shape
+    d = grad_outputs.shape[2]
+    partials = None
+    if divisor is not None:
+        divisor = divisor.contiguous()
+        partials = torch.empty(-(-k // _core.FISHER_TILE), d, dtype=torch.float32, device=fisher.device)
+    tag = _DTYPE_TAGS[inputs.dtype]
+    inputs, grad_outputs = _aligned_features(inputs), _aligned_features(grad_outputs)
+    _core.cuda_accumulate_squared_grad_(
+        n,
+        tokens,
+        d,
+        k,
+        tag,
+        (inputs.data_ptr(), *inputs.stride()[:2]),
+        (grad_outputs.data_ptr(), *grad_outputs.stride()[:2]),
+        fisher.data_ptr(),
+        fisher.stride(0),
+        0 if divisor is None else divisor.data_ptr(),
+        0 if partials is None else partials.data_ptr(),
+        _stream(inputs),
+    )
+    if partials is not None:
+        fisher += partials.sum(0)
