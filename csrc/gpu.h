@@ -19,13 +19,17 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
+// load: of any memory; store: to global memory.
 __device__ __forceinline__ Vector load_16_bytes(const void* address) {
   const uint4 x = *static_cast<const uint4*>(address);
   return {{x.x, x.y, x.z, x.w}};
 }
 
+// In assembly, because nvcc merges it with the scalar stores of the other branch where there are some.
 __device__ __forceinline__ void store_16_bytes(void* address, const Vector& v) {
-  *static_cast<uint4*>(address) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }

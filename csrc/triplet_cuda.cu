@@ -26,10 +26,14 @@
 namespace loku {
 namespace {
 
-constexpr int kBatch = 4;          // vectors that a thread loads before it uses the first
-constexpr int kMaxThreads = 1024;  // of a block that is a cluster of its own; in others at most 512
-constexpr int kMaxCluster = 8;     // the portable limit
-constexpr int kMaxWarps = 128;     // of a cluster
+constexpr int kBatch = 4;  // vectors that a thread loads before it uses the first
+// Threads of a block. Four blocks of 256, or two of 512, fill the registers of a multiprocessor and hide each
+// other's latencies.
+constexpr int kThreads = 256;
+constexpr int kKeepingThreads = 512;    // at most, of the fused kernel with rows in shared memory
+constexpr int kRereadingThreads = 768;  // of the fused kernel without
+constexpr int kMaxCluster = 8;          // the portable limit
+constexpr int kMaxWarps = 128;          // of a cluster
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr double kDoubleInfinity = HUGE_VAL;
@@ -428,7 +432,7 @@ __device__ __forceinline__ float entry_at(const typename Word::Storage* row, int
 // Predicted, not measured, on an H100 (3.35 TB/s): 8192 x 128256 bfloat16, 2.10 GB, 0.63 ms, of which the
 // instructions take half and the exponentials half; with 90% of the bandwidth 0.70 ms.
 template <typename Word>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kThreads, 4)
     triplet_forward_kernel(RowLayout logits, int vocab, const int64_t* labels, int64_t ignore_index,
                            double softcap, float unit, Triplets out) {
   const unsigned n = blockIdx.x;
@@ -454,7 +458,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 // Predicted, not measured, on an H100: 8192 x 128256 bfloat16, 4.20 GB, 1.25 ms; with 90% of the
 // bandwidth 1.39 ms.
 template <typename Word>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kThreads, 4)
     triplet_backward_kernel(RowLayout logits, int vocab, const int64_t* labels, int64_t ignore_index,
                             double softcap, float unit, Triplets saved, const double* grad_triplet,
                             RowLayout grad_logits) {
@@ -484,7 +488,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 // 1.25 ms, of which instructions and exponentials take half each; with 85% of the bandwidth 1.48 ms.
 // 8192 x 50257 bfloat16 (one block a row, 100 KB, two resident): 1.65 GB, 0.49 ms, at 85% 0.58 ms.
 template <typename Word, bool kKeep>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kKeep ? kKeepingThreads : kRereadingThreads, kKeep ? 2 : 1)
     triplet_fused_kernel(RowLayout logits, int vocab, const int64_t* labels, int64_t ignore_index,
                          double softcap, float unit, FusedGradient gradient, double scale, int cluster,
                          Triplets out) {
@@ -554,9 +558,6 @@ void for_word(DType dtype, const Body& body) {
 
 float unit_of(double softcap) { return static_cast<float>(kLog2E * (softcap == 0.0 ? 1.0 : softcap)); }
 
-// Four blocks of 256 threads fill the registers of a multiprocessor, and hide each other's latencies.
-constexpr int kThreads = 256;
-
 struct FusedPlan {
   int threads, cluster;
   bool keep;
@@ -570,13 +571,13 @@ FusedPlan plan_fused(const DeviceLimits& limits, int64_t vocab, int entry_bytes)
   const int width = 16 / entry_bytes;
   const int64_t vectors = (vocab + 2 * width - 2) / width;  // a head as long as can be
   const int64_t two_blocks = limits.shared_per_multiprocessor / 2 - 1024;
-  FusedPlan plan = {kMaxThreads, 1, false, sizeof(Shared)};
+  FusedPlan plan = {kRereadingThreads, 1, false, sizeof(Shared)};
   for (int cluster = 1; cluster <= (limits.clusters ? kMaxCluster : 1); cluster *= 2) {
     const int64_t bytes =
         static_cast<int64_t>(sizeof(Shared)) + (vectors + cluster - 1) / cluster * static_cast<int64_t>(16);
     if (bytes > limits.shared_per_block) continue;
     const bool small = bytes <= two_blocks / 2;  // four blocks stay
-    plan = {small ? kThreads : 512, cluster, true, static_cast<size_t>(bytes)};
+    plan = {small ? kThreads : kKeepingThreads, cluster, true, static_cast<size_t>(bytes)};
     if (bytes <= two_blocks) break;
   }
   return plan;

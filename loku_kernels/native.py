@@ -326,7 +326,7 @@ def _aligned_features(tensor):
 
 
 def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
-    """fisher (d, k) += sum over n of G_n^2; with a divisor (d, k), fisher (d,) += row sums of that over it."""
+    """fisher (d, k) += sum over n of G_n^2; with a divisor (d, k) fisher (d,) += row sums of that over it."""
     n, tokens, k = inputs.shape
     d = grad_outputs.shape[2]
     partials = None

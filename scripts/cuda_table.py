@@ -60,7 +60,9 @@ def compile_source(source, arch, folder):
     # A function's text ends where the next begins. What ptxas says of a kernel follows its name.
     code = dict(re.findall(r"\.entry (\w+)(.*?)(?=\.entry|\Z)", ptx.read_text(), re.S))
     found = {}
-    for symbol, report in re.findall(r"entry function '(\w+)'(.*?)(?=entry function|\Z)", result.stderr, re.S):
+    for symbol, report in re.findall(
+        r"entry function '(\w+)'(.*?)(?=entry function|\Z)", result.stderr, re.S
+    ):
         found[kernel_name(symbol)] = {
             "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
             "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
@@ -95,6 +97,9 @@ def problems(ours, committed):
                 found.append(f"{name} spills {facts['spill_bytes']} bytes on {arch}")
             if max(facts["load_bytes"], facts["async_copy_bytes"]) < 16:
                 found.append(f"{name} loads at most {facts['load_bytes']} bytes at once on {arch}")
+            if "fused" in name or "backward" in name:  # these write as much as they read
+                if facts["store_bytes"] < 16:
+                    found.append(f"{name} stores at most {facts['store_bytes']} bytes at once on {arch}")
             if ours["nvcc"] != committed["nvcc"]:
                 continue
             recorded = committed["kernels"].get(name, {}).get(arch)
