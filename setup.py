@@ -4,8 +4,9 @@ The core includes no torch header, so building needs no torch and the result ser
 release. Without a C++ compiler the package installs all the same and computes with its plain-torch
 reference implementation; a compiler that fails stops the installation.
 
-CUDA kernels are built where nvcc is found. LOKU_CUDA=0 leaves them out, LOKU_CUDA=1 fails without nvcc.
-LOKU_CUDA_ARCHS="90" (default "80 90 100") restricts the GPUs they are for. What was decided is printed.
+CUDA kernels are built where nvcc is found, on PATH or in CUDA_HOME (default /usr/local/cuda).
+LOKU_CUDA=0 leaves them out, LOKU_CUDA=1 fails without nvcc. LOKU_CUDA_ARCHS="90" (default "80 90 100")
+restricts the GPUs they are for. What was decided is printed.
 """
 
 import os
@@ -40,11 +41,14 @@ def find_nvcc():
     choice = os.environ.get("LOKU_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"loku-kernels: LOKU_CUDA must be auto, 0 or 1, not {choice!r}")
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
     if choice == "1" and not nvcc:
-        raise SystemExit("loku-kernels: LOKU_CUDA=1 asks for CUDA kernels, and there is no nvcc on PATH")
+        raise SystemExit(
+            "loku-kernels: LOKU_CUDA=1 asks for CUDA kernels, and there is no nvcc on PATH or in CUDA_HOME"
+        )
     if choice == "0" or not nvcc:
-        reason = "LOKU_CUDA=0" if choice == "0" else "no nvcc on PATH"
+        reason = "LOKU_CUDA=0" if choice == "0" else "no nvcc on PATH or in CUDA_HOME"
         print(f"loku-kernels: without CUDA kernels ({reason})", file=sys.stderr)
         return None
     print(f"loku-kernels: with CUDA kernels ({nvcc}, LOKU_CUDA={choice})", file=sys.stderr)

@@ -36,7 +36,7 @@ MACHINES = {
 # --- emulation ------------------------------------------------------------------------------------
 
 
-def build_emulation(folder, csrc=ROOT / "csrc"):
+def build_emulation(folder, csrc=ROOT / "csrc", name="emulated_cuda"):
     """The CUDA sources as a Python module for the CPU; see tests/cuda."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++")
@@ -49,13 +49,14 @@ def build_emulation(folder, csrc=ROOT / "csrc"):
         [
             *(compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"),
             *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"),
+            f"-DEMULATION={name}",
             *("-include", tests / "emulated_gpu.h", "-x", "c++", tests / "emulated.cpp"),
             *(folder / "csrc" / "triplet_cuda.cu", folder / "csrc" / "fisher_cuda.cu"),
-            *("-o", folder / "emulated_cuda.so"),
+            *("-o", folder / f"{name}.so"),
         ],
         check=True,
     )
-    spec = importlib.util.spec_from_file_location("emulated_cuda", folder / "emulated_cuda.so")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -248,11 +249,12 @@ def test_fisher_of_strided_operands(device):
 def test_any_order_of_threads_gives_the_same(emulation, monkeypatch):
     use_emulation(monkeypatch, emulation)
     results = []
+    inputs, grad_outputs = fisher_operands(2, 50, 30, 40, torch.float16)
     for seed in range(4):
         emulation.set_machine(*MACHINES["row in a cluster"], seed)
         logits, labels = planted_logits(12, 5000, torch.float16)
         triplet, runner_up_id = native.triplet_fused_(logits, labels, IGNORE, native.REST)
-        inputs, grad_outputs = fisher_operands(2, 50, 30, 40, torch.float16)
+        emulation.set_machine(*MACHINES["row in a block"], seed)
         fisher = accumulate_squared_grad_(torch.zeros(30, 40), inputs, grad_outputs)
         results.append((logits.nan_to_num(), triplet.nan_to_num(), runner_up_id, fisher))
     for other in results[1:]:
@@ -271,7 +273,7 @@ def test_the_emulation_shows_what_is_missing(tmp_path, monkeypatch):
         text = (csrc / name).read_text()
         assert text.count(statement) == 1
         (csrc / name).write_text(text.replace(statement, change))
-    module = build_emulation(tmp_path, csrc)
+    module = build_emulation(tmp_path, csrc, "broken_emulated_cuda")
     use_emulation(monkeypatch, module)
     with pytest.raises(AssertionError):
         check_against_reference(*planted_logits(12, 4100, torch.float32))
@@ -382,11 +384,11 @@ def test_a_build_that_cannot_have_cuda_fails(tmp_path):
     pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     pytest.importorskip("setuptools", minversion="77")
-    # a PATH with a C++ compiler and no nvcc, and no other place to find one in
+    # a PATH with a C++ compiler and no nvcc, and a CUDA_HOME without one
     compiler = shutil.which("g++")
     if compiler is None or os.path.exists(os.path.join(os.path.dirname(compiler), "nvcc")):
         pytest.skip("needs g++ in a folder without nvcc")
-    result = build(tmp_path, LOKU_CUDA="1", PATH=os.path.dirname(compiler))
+    result = build(tmp_path, LOKU_CUDA="1", PATH=os.path.dirname(compiler), CUDA_HOME=str(tmp_path))
     assert result.returncode != 0 and "LOKU_CUDA=1 asks for CUDA kernels" in result.stderr
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
@@ -401,7 +403,7 @@ def test_a_build_that_cannot_have_cuda_fails(tmp_path):
 @pytest.mark.skipif(native._core is None or not native._core.has_cuda, reason="built without CUDA")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_driver(monkeypatch):
-    """The core is imported, its CUDA calls fail with a reason, and a forced backend falls back, warning once."""
+    """The core is imported, its CUDA calls fail with a reason; a forced backend falls back, warning once."""
     assert loku_kernels.native._core is native._core
     assert "no CUDA driver or device" in native._core.cuda_error()
     rows = (0, 1, 1, 0, 9, 9, 0)

@@ -3,7 +3,7 @@
 #include "../../csrc/bindings_cuda.h"
 #include "emulated_gpu.h"
 
-PYBIND11_MODULE(emulated_cuda, m) {
+PYBIND11_MODULE(EMULATION, m) {
   loku::bind_cuda(m);
   m.attr("has_cuda") = true;
   m.def(
