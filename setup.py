@@ -105,7 +105,7 @@ class NinjaBuild(build_ext):
             # inside, or the loader might take those of torch's runtime.
             lines += [
                 "rule compile_cuda",
-                f"  command = {nvcc} {cuda_flags()} -MMD -MF $out.d -c $in -o $out",
+                f"  command = {nvcc} -ccbin {compiler.split()[0]} {cuda_flags()} -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link_cuda",
