@@ -1,0 +1,1 @@
+def accumulate_squared_grad_(): pass
