@@ -59,10 +59,10 @@ def _split_row(start, vocab, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _edge_columns(head, body, vocab, VECTOR: tl.constexpr):
+def _edge_columns(head, body, vocab, asked, VECTOR: tl.constexpr):
     i = tl.arange(0, 2 * VECTOR)
     column = tl.where(i < VECTOR, i, head + body + i - VECTOR)
-    return column, tl.where(i < VECTOR, i < head, column < vocab)
+    return column, ((i < head) | (i >= VECTOR)) & (column < tl.where(asked, vocab, 0))
 
 
 @triton.jit
@@ -123,15 +123,14 @@ def _reduce_row(
         largest = new_largest
     total = tl.sum(terms) + demoted
 
-    column, valid = _edge_columns(head, body, vocab, VECTOR)
-    valid &= part == PARTS - 1
+    column, valid = _edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid, other=_MINUS_INFINITY).to(tl.float32)
     x = tl.where(column == target, _MINUS_INFINITY, x)
     top = tl.max(x)
     best = tl.min(tl.where(x == top, column, _NO_COLUMN))
     # The head comes before the body: on ties the lower column wins.
     take = (top > runner_up) | ((top == runner_up) & (best < runner_up_id) & (top > _MINUS_INFINITY))
-    x = tl.where(take & (column == best), _MINUS_INFINITY, x)
+    x = tl.where(column == tl.where(take, best, -1), _MINUS_INFINITY, x)
     leaving = tl.where(take, runner_up, _MINUS_INFINITY)
     runner_up = tl.where(take, top, runner_up)
     runner_up_id = tl.where(take, best, runner_up_id)
@@ -206,7 +205,7 @@ def _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, soft
     grad = share * tl.where(missing, 0.0, g2.to(tl.float32))
     grad = tl.where(column == target, g0.to(tl.float32), grad)
     grad = tl.where(column == runner_up_id, g1.to(tl.float32), grad)
-    return grad * (1.0 - x * x) if SOFTCAP else grad
+    return grad * ((1.0 - x) * (1.0 + x)) if SOFTCAP else grad
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -368,16 +367,16 @@ def triplet_backward_kernel(
     g1 = tl.load(grad_triplet + n * 3 + 1)  # an ignored row has no runner-up
     g2 = tl.where(counted, tl.load(grad_triplet + n * 3 + 2), 0.0)
 
+    readable, readable_body = tl.where(counted, vocab, 0), tl.where(counted, body, 0)
     for first in range(begin, end, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + aligned + j, mask=(j < body) & counted, other=0.0).to(tl.float32)
+        x = tl.load(logits + aligned + j, mask=j < readable_body, other=0.0).to(tl.float32)
         grad = _gradient_of_entries(
             x, j + head, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP
         )
         tl.store(grad_logits + grad_aligned + j, grad.to(grad_logits.dtype.element_ty), mask=j < body)
-    column, valid = _edge_columns(head, body, vocab, VECTOR)
-    valid &= part == PARTS - 1
-    x = tl.load(logits + start + column, mask=valid & counted, other=0.0).to(tl.float32)
+    column, valid = _edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
+    x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
     grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP)
     tl.store(grad_logits + grad_start + column, grad.to(grad_logits.dtype.element_ty), mask=valid)
 
@@ -434,18 +433,19 @@ def triplet_fused_kernel(
     else:
         _write_ignored(triplet, runner_up_ids, n)
 
+    readable, readable_body = tl.where(counted, vocab, 0), tl.where(counted, body, 0)
     blocks = tl.cdiv(body, BLOCK)
     for i in range(blocks):
         first = (blocks - 1 - i) * BLOCK
         j = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + aligned + j, mask=(j < body) & counted, other=0.0).to(tl.float32)
+        x = tl.load(logits + aligned + j, mask=j < readable_body, other=0.0).to(tl.float32)
         grad = _gradient_of_entries(
             x, j + head, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP
         )
         tl.store(logits + aligned + j, grad.to(logits.dtype.element_ty), mask=j < body)
     # The edges are so few that several threads hold each; only one of them stores it, after its own load.
-    column, valid = _edge_columns(head, body, vocab, VECTOR)
-    x = tl.load(logits + start + column, mask=valid & counted, other=0.0).to(tl.float32)
+    column, valid = _edge_columns(head, body, vocab, True, VECTOR)
+    x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
     grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP)
     tl.store(logits + start + column, grad.to(logits.dtype.element_ty), mask=valid)
 
@@ -483,8 +483,7 @@ def scale_rows_kernel(
         j = first + tl.arange(0, BLOCK)
         x = tl.load(logits + aligned + j, mask=j < body).to(tl.float32) * factor
         tl.store(logits + aligned + j, x.to(logits.dtype.element_ty), mask=j < body)
-    column, valid = _edge_columns(head, body, vocab, VECTOR)
-    valid &= part == PARTS - 1
+    column, valid = _edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid).to(tl.float32) * factor
     tl.store(logits + start + column, x.to(logits.dtype.element_ty), mask=valid)
 
