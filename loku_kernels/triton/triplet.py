@@ -541,7 +541,7 @@ def _same_alignment(a, b):
     return all((x - y) % vector == 0 for x, y in zip(a.stride()[:-1], b.stride()[:-1], strict=True))
 
 
-def _on(device):
+def on_device(device):
     """Kernels go to the tensors' device, which need not be the current one, and to its current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -627,7 +627,7 @@ def triplet_forward(logits, labels, ignore_index, softcap=0.0):
     """logits (..., V), labels (...) -> triplet (..., 3) float64, runner_up_id (...) int64."""
     labels = labels.contiguous()
     triplet, runner_up_id = _empty_triplets(labels)
-    with _on(logits.device):
+    with on_device(logits.device):
         for (y,), (t, *out) in _pieces([logits], [labels, triplet, runner_up_id]):
             parts = _parts(t.numel(), y.shape[-1], y.device)
             _forward(y, t, ignore_index, softcap, *out, parts)
@@ -641,7 +641,7 @@ def triplet_backward(
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     per_row = [x.contiguous() for x in (grad_triplet, labels, triplet, runner_up_id)]
-    with _on(logits.device):
+    with on_device(logits.device):
         for (y, grad), (g, t, saved, r) in _pieces([logits, out], per_row):
             _backward(g, y, t, ignore_index, saved, r, softcap, grad)
     return out
@@ -654,7 +654,7 @@ def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.
         scale = torch.full((), scale, dtype=torch.float64, device=logits.device)
     labels = labels.contiguous()
     triplet, runner_up_id = _empty_triplets(labels)
-    with _on(logits.device):
+    with on_device(logits.device):
         for (y,), (t, *out) in _pieces([logits], [labels, triplet, runner_up_id]):
             rows, vocab = t.numel(), y.shape[-1]
             parts = _parts(rows, vocab, y.device)
@@ -686,7 +686,7 @@ def scale_rows_(logits, factor):
     factor = factor.expand(logits.shape[:-1])
     if factor.dim() and not all(stride == 0 for stride in factor.stride()):
         factor = factor.contiguous()
-    with _on(logits.device):
+    with on_device(logits.device):
         for (y,), (f,) in _pieces([logits], [factor]):
             rows, vocab = f.numel(), y.shape[-1]
             parts = _parts(rows, vocab, y.device)
