@@ -22,9 +22,8 @@ import triton.language as tl
 
 INVERTED_HINGE, REST = 0, 1  # gradients that triplet_fused_ knows, as in csrc/triplet_cpu.h
 
-BLOCK = 4096  # entries of a row that a program holds at a time; 16 a thread
+VECTORS = 2  # of 16 bytes, that a thread holds of a row at a time
 WARPS = 8
-FUSED_BLOCK = 8192
 FUSED_WARPS = 16
 # Between its two passes a row of the fused kernel should stay in the L2 cache. Twice the threads a program
 # is half the programs, so half the rows, that are under way.
@@ -40,7 +39,7 @@ _NO_COLUMN = tl.constexpr(2**31 - 1)
 #
 # A vector load of 16 bytes must be aligned, and a row of odd length begins anywhere. So a row is a body of
 # whole aligned vectors, and edges of less than a vector before and after it, which go together in a little
-# block of their own. Body positions j count from the body's begin, columns from the row's.
+# block of their own. `first` counts from the begin of the body, columns from that of the row.
 
 
 @triton.jit
@@ -97,28 +96,33 @@ def _reduce_row(
     runner_up_id = (target == 0).to(tl.int32)  # if all others are masked, the lowest of them
     largest = _MINUS_INFINITY
     demoted = 0.0  # terms of the sum that former runner-ups are
-    terms = tl.zeros([BLOCK], tl.float32)
+    terms = tl.zeros([BLOCK // VECTOR], tl.float32)  # the sum, a lane for the vectors of a thread
+    lane = tl.arange(0, BLOCK)
+    block = logits + aligned + begin
     for first in range(begin, end, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + aligned + j, mask=j < body, other=_MINUS_INFINITY).to(tl.float32)
-        target_j = target - head
-        if (target_j >= first) & (target_j < first + BLOCK):
-            x = tl.where(j == target_j, _MINUS_INFINITY, x)
+        x = tl.load(block + lane, mask=lane < body - first, other=_MINUS_INFINITY).to(tl.float32)
+        block += BLOCK
+        target_lane = target - head - first
         top = tl.max(x)
         joining = top  # the largest of what this block brings to the rest
         leaving = _MINUS_INFINITY
-        if top > runner_up:
-            best = tl.min(tl.where(x == top, j, _NO_COLUMN))
-            x = tl.where(j == best, _MINUS_INFINITY, x)
-            joining = tl.maximum(tl.max(x), runner_up)
-            leaving = runner_up
-            runner_up = top
-            runner_up_id = best + head
+        if (top > runner_up) | ((target_lane >= 0) & (target_lane < BLOCK)):
+            x = tl.where(lane == target_lane, _MINUS_INFINITY, x)
+            top = tl.max(x)
+            best = tl.where(top > runner_up, tl.min(tl.where(x == top, lane, BLOCK)), -1)
+            x = tl.where(lane == best, _MINUS_INFINITY, x)
+            joining = tl.max(x)
+            if best >= 0:
+                leaving = runner_up
+                joining = tl.maximum(joining, runner_up)
+                runner_up = top
+                runner_up_id = first + best + head
         new_largest = tl.maximum(largest, joining)
         # Where all is masked there is no reference to subtract. A NaN shows in the sum, whatever this is.
         reference = tl.where(new_largest == _MINUS_INFINITY, 0.0, new_largest)
         factor = _exp_of_difference(largest, reference, softcap, SOFTCAP)
-        terms = terms * factor + _exp_of_difference(x, reference, softcap, SOFTCAP)
+        share = _exp_of_difference(x, reference, softcap, SOFTCAP)
+        terms = terms * factor + tl.sum(tl.reshape(share, [BLOCK // VECTOR, VECTOR]), 1)
         demoted = demoted * factor + _exp_of_difference(leaving, reference, softcap, SOFTCAP)
         largest = new_largest
     total = tl.sum(terms) + demoted
@@ -368,13 +372,17 @@ def triplet_backward_kernel(
     g2 = tl.where(counted, tl.load(grad_triplet + n * 3 + 2), 0.0)
 
     readable, readable_body = tl.where(counted, vocab, 0), tl.where(counted, body, 0)
+    lane = tl.arange(0, BLOCK)
+    block = logits + aligned + begin
+    grad_block = grad_logits + grad_aligned + begin
     for first in range(begin, end, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + aligned + j, mask=j < readable_body, other=0.0).to(tl.float32)
+        x = tl.load(block + lane, mask=lane < readable_body - first, other=0.0).to(tl.float32)
         grad = _gradient_of_entries(
-            x, j + head, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP
+            x, lane + (first + head), target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP
         )
-        tl.store(grad_logits + grad_aligned + j, grad.to(grad_logits.dtype.element_ty), mask=j < body)
+        tl.store(grad_block + lane, grad.to(grad_logits.dtype.element_ty), mask=lane < body - first)
+        block += BLOCK
+        grad_block += BLOCK
     column, valid = _edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
     grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP)
@@ -434,15 +442,17 @@ def triplet_fused_kernel(
         _write_ignored(triplet, runner_up_ids, n)
 
     readable, readable_body = tl.where(counted, vocab, 0), tl.where(counted, body, 0)
+    lane = tl.arange(0, BLOCK)
     blocks = tl.cdiv(body, BLOCK)
+    block = logits + aligned + (blocks - 1) * BLOCK
     for i in range(blocks):
         first = (blocks - 1 - i) * BLOCK
-        j = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + aligned + j, mask=j < readable_body, other=0.0).to(tl.float32)
+        x = tl.load(block + lane, mask=lane < readable_body - first, other=0.0).to(tl.float32)
         grad = _gradient_of_entries(
-            x, j + head, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP
+            x, lane + (first + head), target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP
         )
-        tl.store(logits + aligned + j, grad.to(logits.dtype.element_ty), mask=j < body)
+        tl.store(block + lane, grad.to(logits.dtype.element_ty), mask=lane < body - first)
+        block -= BLOCK
     # The edges are so few that several threads hold each; only one of them stores it, after its own load.
     column, valid = _edge_columns(head, body, vocab, True, VECTOR)
     x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
@@ -479,10 +489,13 @@ def scale_rows_kernel(
     aligned, head, body = _split_row(start, vocab, VECTOR)
     blocks = tl.cdiv(tl.cdiv(body, BLOCK), PARTS)
     begin = part * blocks * BLOCK
+    lane = tl.arange(0, BLOCK)
+    block = logits + aligned + begin
     for first in range(begin, tl.minimum(begin + blocks * BLOCK, body), BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + aligned + j, mask=j < body).to(tl.float32) * factor
-        tl.store(logits + aligned + j, x.to(logits.dtype.element_ty), mask=j < body)
+        inside = lane < body - first
+        x = tl.load(block + lane, mask=inside).to(tl.float32) * factor
+        tl.store(block + lane, x.to(logits.dtype.element_ty), mask=inside)
+        block += BLOCK
     column, valid = _edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid).to(tl.float32) * factor
     tl.store(logits + start + column, x.to(logits.dtype.element_ty), mask=valid)
@@ -499,10 +512,15 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _parts(rows, vocab, device):
+def _block(logits, warps):
+    """Entries of a row that a program holds at a time."""
+    return warps * 32 * VECTORS * 16 // logits.element_size()
+
+
+def _parts(rows, logits):
     """How many programs to give a row, a power of two: enough to keep the device busy, of at least a block."""
-    wanted = -(-PROGRAMS_PER_SM * _multiprocessors(device) // rows)
-    most = min(-(-vocab // BLOCK), MAX_PARTS)
+    wanted = -(-PROGRAMS_PER_SM * _multiprocessors(logits.device) // rows)
+    most = min(-(-logits.shape[-1] // _block(logits, WARPS)), MAX_PARTS)
     return min(triton.next_power_of_2(wanted), 1 << most.bit_length() - 1)
 
 
@@ -573,7 +591,7 @@ def _forward(logits, labels, ignore_index, softcap, triplet, runner_up_id, parts
         partial_id,
         PARTS=parts,
         SOFTCAP=softcap > 0,
-        BLOCK=BLOCK,
+        BLOCK=_block(logits, WARPS),
         num_warps=WARPS,
         **_CHECKED,
     )
@@ -602,7 +620,7 @@ def _forward(logits, labels, ignore_index, softcap, triplet, runner_up_id, parts
 
 def _backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap, out):
     rows, vocab = labels.numel(), logits.shape[-1]
-    parts = _parts(rows, vocab, logits.device)
+    parts = _parts(rows, logits)
     triplet_backward_kernel[(rows * parts,)](
         logits,
         *_rows(logits),
@@ -618,7 +636,7 @@ def _backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id,
         PARTS=parts,
         SOFTCAP=softcap > 0,
         SAME_ALIGNMENT=_same_alignment(logits, out),
-        BLOCK=BLOCK,
+        BLOCK=_block(logits, WARPS),
         num_warps=WARPS,
     )
 
@@ -629,7 +647,7 @@ def triplet_forward(logits, labels, ignore_index, softcap=0.0):
     triplet, runner_up_id = _empty_triplets(labels)
     with on_device(logits.device):
         for (y,), (t, *out) in _pieces([logits], [labels, triplet, runner_up_id]):
-            parts = _parts(t.numel(), y.shape[-1], y.device)
+            parts = _parts(t.numel(), y)
             _forward(y, t, ignore_index, softcap, *out, parts)
     return triplet, runner_up_id
 
@@ -657,12 +675,12 @@ def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.
     with on_device(logits.device):
         for (y,), (t, *out) in _pieces([logits], [labels, triplet, runner_up_id]):
             rows, vocab = t.numel(), y.shape[-1]
-            parts = _parts(rows, vocab, y.device)
+            parts = _parts(rows, y)
             if parts > 1:  # too few rows to keep the device busy with a program each
                 g = _forward(y, t, ignore_index, softcap, *out, parts, gradient, scale)
                 _backward(g, y, t, ignore_index, *out, softcap, y)
                 continue
-            long = vocab * y.element_size() > FUSED_LONG_ROW
+            warps = FUSED_WARPS * (2 if vocab * y.element_size() > FUSED_LONG_ROW else 1)
             triplet_fused_kernel[(rows,)](
                 y,
                 *_rows(y),
@@ -674,8 +692,8 @@ def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.
                 scale,
                 GRADIENT=gradient,
                 SOFTCAP=softcap > 0,
-                BLOCK=FUSED_BLOCK * (2 if long else 1),
-                num_warps=FUSED_WARPS * (2 if long else 1),
+                BLOCK=_block(y, warps),
+                num_warps=warps,
                 **_CHECKED,
             )
     return triplet, runner_up_id
@@ -689,7 +707,7 @@ def scale_rows_(logits, factor):
     with on_device(logits.device):
         for (y,), (f,) in _pieces([logits], [factor]):
             rows, vocab = f.numel(), y.shape[-1]
-            parts = _parts(rows, vocab, y.device)
+            parts = _parts(rows, y)
             scale_rows_kernel[(rows * parts,)](
                 y,
                 *_rows(y),
@@ -697,7 +715,7 @@ def scale_rows_(logits, factor):
                 f,
                 f.stride(-1) if f.dim() else 0,
                 PARTS=parts,
-                BLOCK=BLOCK,
+                BLOCK=_block(y, WARPS),
                 num_warps=WARPS,
             )
     return logits
