@@ -8,6 +8,7 @@ dy/dz = 1 - u^2 is then rounded to the logits' dtype. A softcap of 0 means none:
 import torch
 
 from loku_kernels import native, reference
+from loku_kernels.dispatch import backend
 
 _REFERENCE_ENTRIES = 1 << 22  # entries of a float64 piece in the reference: 32 MiB
 
@@ -20,6 +21,14 @@ def check_labels(labels, vocab, ignore_index):
             native.raise_bad_label(labels, position, vocab, ignore_index)
     else:
         torch._assert_async(~bad.any(), "loku_kernels: a label is outside the vocabulary")
+
+
+def _kernels(op, logits, labels, ignore_index):
+    """The backend of an op that reads labels. Kernels check those; only Triton's interpreter cannot say which."""
+    kernels = backend(op, logits)
+    if kernels not in (None, native) and labels.device.type == "cpu":
+        check_labels(labels, logits.shape[-1], ignore_index)
+    return kernels
 
 
 def _row_pieces(logits, *per_row):
@@ -37,8 +46,9 @@ def _row_pieces(logits, *per_row):
 
 def triplet_forward(logits, labels, ignore_index, softcap=0.0):
     """triplet (..., 3) float64 and runner_up_id (...) int64."""
-    if native.serves(logits):
-        return native.triplet_forward(logits, labels, ignore_index, softcap)
+    kernels = _kernels("triplet_forward", logits, labels, ignore_index)
+    if kernels:
+        return kernels.triplet_forward(logits, labels, ignore_index, softcap)
     check_labels(labels, logits.shape[-1], ignore_index)
     triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=logits.device)
     runner_up_id = torch.empty_like(labels, memory_format=torch.contiguous_format)
@@ -53,8 +63,9 @@ def triplet_backward(
     grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap=0.0, out=None
 ):
     """Gradient of the logits in their dtype, contiguous, or in ``out``, which may be the logits."""
-    if native.serves(logits):
-        return native.triplet_backward(
+    kernels = backend("triplet_backward", logits)
+    if kernels:
+        return kernels.triplet_backward(
             grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap, out
         )
     if out is None:
@@ -65,9 +76,13 @@ def triplet_backward(
 
 
 def ihl_forward_backward_(logits, labels, ignore_index, scale):
-    """Overwrite the logits with ``scale`` x the gradient of the rows' IHL; return the triplets."""
-    if native.serves(logits):
-        return native.triplet_fused_(logits, labels, ignore_index, native.INVERTED_HINGE, scale)
+    """Overwrite the logits with ``scale``, a float64 tensor (), x the gradient of the rows' IHL; return the
+    triplets."""
+    kernels = _kernels("triplet_fused_", logits, labels, ignore_index)
+    if kernels:
+        if kernels is native:  # whose kernels run on the CPU, where a number is at hand
+            scale = scale.item()
+        return kernels.triplet_fused_(logits, labels, ignore_index, kernels.INVERTED_HINGE, scale)
     triplet, runner_up_id = triplet_forward(logits, labels, ignore_index)
     p0, p1, p2 = triplet.softmax(-1).unbind(-1)
     # d IHL = p_j (g_j - sum_i g_i p_i) with g = (1, -1, 0), as sums of probabilities: nothing cancels
@@ -81,10 +96,20 @@ def rest_forward_backward_(logits, labels, softcap=0.0):
 
     Times the softcap's slope, and without ignored labels: the block loop has dropped them.
     """
-    if native.serves(logits):
-        return native.triplet_fused_(logits, labels, -1, native.REST, 1.0, softcap)
+    kernels = backend("triplet_fused_", logits)
+    if kernels:
+        return kernels.triplet_fused_(logits, labels, -1, kernels.REST, 1.0, softcap)
     triplet, runner_up_id = triplet_forward(logits, labels, -1, softcap)
     grad = torch.zeros_like(triplet)
     grad[..., 2] = 1.0
     triplet_backward(grad, logits, labels, -1, triplet, runner_up_id, softcap, out=logits)
     return triplet, runner_up_id
+
+
+def scale_(logits, factor):
+    """logits (..., V) *= factor, () or (...); where it is 1, without touching them."""
+    kernels = backend("scale_rows_", logits)
+    if kernels:
+        kernels.scale_rows_(logits, factor)
+    elif factor.dim() or factor.device.type != "cpu" or factor.item() != 1.0:
+        logits.mul_(factor.unsqueeze(-1))

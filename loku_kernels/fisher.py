@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from loku_kernels.dispatch import backend
+
 TILE_BYTES = 6 << 20  # of a tile of one sample's gradient, with what its squaring needs
 TILE_COLUMNS = 1024
 TOKEN_BYTES = 1 << 20  # of inputs that are converted at a time, where their product is not taken as they are
@@ -31,6 +33,10 @@ def _accumulate_squared_grad_(
     n, tokens, k = inputs.shape
     d = grad_outputs.shape[2]
     if 0 in (n, tokens, k, d):
+        return
+    kernels = backend("accumulate_squared_grad_", inputs) if fisher.dtype == torch.float32 else None
+    if kernels:
+        kernels.accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
         return
     dtype, product_dtype = fisher.dtype, fisher.dtype
     if inputs.dtype == torch.bfloat16 and _multiplies_bfloat16(inputs.device):

@@ -40,18 +40,8 @@ def warn_if_missing():
 
 
 def serves(tensor):
-    """Whether the core computes on this tensor. LOKU_BACKEND=reference|native forces the answer."""
-    forced = os.environ.get("LOKU_BACKEND", "")
-    if forced not in ("", "reference", "native", "triton"):
-        raise ValueError(f"LOKU_BACKEND must be reference, native or triton, not {forced!r}")
-    if forced == "native" and _core is None:
-        raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")
-    return (
-        _core is not None
-        and forced in ("", "native")
-        and tensor.device.type == "cpu"
-        and tensor.dtype in _DTYPE_TAGS
-    )
+    """Whether the core computes on this tensor."""
+    return _core is not None and tensor.device.type == "cpu" and tensor.dtype in _DTYPE_TAGS
 
 
 def _threads():
