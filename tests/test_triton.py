@@ -302,7 +302,7 @@ def test_linear_loss():
     labels = torch.tensor([3, IGNORE, 99, 0, 50, 7])
     results = []
     for device, dtype in ((DEVICE, torch.float32), ("cpu", torch.float64)):
-        leaf = hidden.to(device, dtype).requires_grad_()
+        leaf = hidden.to(device, dtype, copy=True).requires_grad_()
         loss = linear_ihl_loss(leaf, weight.to(device, dtype), labels.to(device), softcap=5.0)
         loss.backward()
         results.append((loss.detach().cpu().double(), leaf.grad.cpu().double()))
@@ -340,9 +340,7 @@ def test_fisher(n, tokens, d, k, dtype, strided, seed):
     rows, divisor = torch.ones(d).to(DEVICE), divisor.to(DEVICE)
     accumulate_squared_grad_(rows, inputs, grad_outputs, divisor)
     expected = 1 + (grads.square() / divisor.cpu().double()).sum((0, 2))
-    torch.testing.assert_close(
-        rows.cpu().double(), expected, rtol=1e-4, atol=1e-5 * expected.max().item()
-    )
+    torch.testing.assert_close(rows.cpu().double(), expected, rtol=1e-4, atol=1e-5 * expected.max().item())
 
 
 # --- what only a GPU has --------------------------------------------------------------------------

@@ -377,8 +377,9 @@ def triplet_backward_kernel(
     grad_block = grad_logits + grad_aligned + begin
     for first in range(begin, end, BLOCK):
         x = tl.load(block + lane, mask=lane < readable_body - first, other=0.0).to(tl.float32)
+        offset = first + head  # of the block's first column
         grad = _gradient_of_entries(
-            x, lane + (first + head), target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP
+            x, lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, softcap, SOFTCAP
         )
         tl.store(grad_block + lane, grad.to(grad_logits.dtype.element_ty), mask=lane < body - first)
         block += BLOCK
@@ -448,8 +449,9 @@ def triplet_fused_kernel(
     for i in range(blocks):
         first = (blocks - 1 - i) * BLOCK
         x = tl.load(block + lane, mask=lane < readable_body - first, other=0.0).to(tl.float32)
+        offset = first + head  # of the block's first column
         grad = _gradient_of_entries(
-            x, lane + (first + head), target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP
+            x, lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, softcap, SOFTCAP
         )
         tl.store(block + lane, grad.to(logits.dtype.element_ty), mask=lane < body - first)
         block -= BLOCK
@@ -505,6 +507,8 @@ def scale_rows_kernel(
 
 # device_assert needs `debug`, which would also check every integer operation for overflow.
 _CHECKED = {"debug": True, "sanitize_overflow": False}
+# Two programs of the fused kernel on a multiprocessor: 64 of its 65536 registers for each of 1024 threads.
+_TWO_PROGRAMS = {} if torch.version.hip else {"maxnreg": 64}
 
 
 @functools.cache
@@ -695,6 +699,7 @@ def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.
                 BLOCK=_block(y, warps),
                 num_warps=warps,
                 **_CHECKED,
+                **_TWO_PROGRAMS,
             )
     return triplet, runner_up_id
 
