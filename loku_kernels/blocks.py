@@ -24,7 +24,7 @@ def check_labels(labels, vocab, ignore_index):
 
 
 def _kernels(op, logits, labels, ignore_index):
-    """The backend of an op that reads labels. Kernels check those; only Triton's interpreter cannot say which."""
+    """The backend of an op that reads labels. Kernels check those, but in Triton's interpreter."""
     kernels = backend(op, logits)
     if kernels not in (None, native) and labels.device.type == "cpu":
         check_labels(labels, logits.shape[-1], ignore_index)

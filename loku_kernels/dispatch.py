@@ -1,7 +1,7 @@
 """Which backend computes an operation on a tensor: the only place that decides.
 
-On the CPU the compiled core, on CUDA the Triton kernels or, where they were measured to be faster, those of the
-compiled core; elsewhere, and for float64, plain torch. ``LOKU_BACKEND=reference|native|triton`` forces one.
+On the CPU the compiled core; on CUDA the Triton kernels or, where measured to be faster, the compiled core's;
+elsewhere, and for float64, plain torch. ``LOKU_BACKEND=reference|native|triton`` forces one.
 """
 
 import functools

@@ -62,7 +62,7 @@ def launches_of_fisher(dtype):
 
 
 def record(launcher, *args, only=""):
-    """(kernel, arguments by name, options) of every kernel, or those of a name, that a launcher would start."""
+    """(kernel, arguments by name, options) of every kernel, or those of a name, that a launcher starts."""
     found = []
 
     class Recorder:

@@ -1,4 +1,4 @@
-"""Triton kernels: what CUDA tensors get without a compiler. ``loku_kernels/dispatch.py`` imports this where needed."""
+"""Triton kernels: what CUDA tensors get without a compiler. Imported by ``dispatch.py`` when first needed."""
 
 import triton
 

@@ -84,8 +84,8 @@ def _reduce_row(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of a part of the row at offset ``start``, the last part with the edges: runner-up, its column, the largest
-    entry of the rest, and the sum over the rest of exp(y - largest)."""
+    """Of a part of the row at offset ``start``, the last part with the edges: runner-up, its column, the
+    largest entry of the rest, and the sum over the rest of exp(y - largest)."""
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     aligned, head, body = _split_row(start, vocab, VECTOR)
     blocks = tl.cdiv(tl.cdiv(body, BLOCK), PARTS)  # of a part
@@ -182,8 +182,8 @@ def _write_ignored(triplet, runner_up_ids, n):
 
 @triton.jit
 def _gradient_of_triplet(target, runner_up, rest, scale, GRADIENT: tl.constexpr):
-    """What the fused functions propagate: ``scale`` x the gradient of IHL = 1 + p_0 - p_1, p the softmax of the
-    triplet, or of ``rest``. With sums of probabilities only, so nothing cancels where p_0 is near 1."""
+    """What the fused functions propagate: ``scale`` x the gradient of IHL = 1 + p_0 - p_1, p the softmax of
+    the triplet, or of ``rest``. With sums of probabilities only, so nothing cancels where p_0 is near 1."""
     if GRADIENT == 0:
         top = tl.maximum(target, tl.maximum(runner_up, rest))
         e0, e1, e2 = tl.exp(target - top), tl.exp(runner_up - top), tl.exp(rest - top)
@@ -284,8 +284,8 @@ def triplet_combine_kernel(
     SOFTCAP: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """What the parts of each row found -> triplet, runner_up_ids and, unless GRADIENT is None, the gradient of
-    the triplet that it names."""
+    """What the parts of each row found -> triplet, runner_up_ids and, unless GRADIENT is None, the gradient
+    of the triplet that it names."""
     n = tl.program_id(0)
     label = tl.load(labels + n)
     if label == ignore_index:
@@ -522,7 +522,7 @@ def _block(logits, warps):
 
 
 def _parts(rows, logits):
-    """How many programs to give a row, a power of two: enough to keep the device busy, of at least a block."""
+    """How many programs a row gets, a power of two: enough to keep the device busy, of at least a block."""
     wanted = -(-PROGRAMS_PER_SM * _multiprocessors(logits.device) // rows)
     most = min(-(-logits.shape[-1] // _block(logits, WARPS)), MAX_PARTS)
     return min(triton.next_power_of_2(wanted), 1 << most.bit_length() - 1)
@@ -547,8 +547,8 @@ def _rows(tensor):
 
 
 def _pieces(strided, per_row):
-    """Tensors (..., V) and those with a value or a few for each of their rows, cut where the rows of the former
-    lie on more than two strides, which is rare. Nothing, if there is no row."""
+    """Tensors (..., V), and those with a value or a few for each of their rows, cut where the rows of the
+    former lie on more than two strides, which is rare. Nothing, if there is no row."""
     if strided[0].numel() == 0:
         return
     if all(len(_row_groups(x)) <= 2 for x in strided):
