@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/triplet_cpu.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/fisher_cpu.cpp", "csrc/triplet_cpu.cpp"]
 CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
     # sums may be regrouped only where a loop says so, but nothing here reads errno or FP traps

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.h"
+
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__) && \
     !defined(LOKU_NO_TARGET_CLONES)
 #define LOKU_TARGET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -13,6 +15,7 @@
 #define LOKU_TARGET_CLONES
 #endif
 #define LOKU_INLINE inline __attribute__((always_inline))
+#define LOKU_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 
 namespace loku {
 
@@ -35,6 +38,9 @@ LOKU_INLINE uint32_t as_bits(float value) {
   return bits;
 }
 
+// `x`, or `maximum` where x is not above it (or is NaN).
+LOKU_INLINE float larger(float x, float maximum) { return x > maximum ? x : maximum; }
+
 LOKU_INLINE float to_float(float x) { return x; }
 
 LOKU_INLINE float to_float(BFloat16 x) { return as_float(uint32_t{x.bits} << 16); }
@@ -49,53 +55,75 @@ LOKU_INLINE float to_float(Float16 x) {
   return as_float(as_bits(scaled) | special | sign);
 }
 
+// Rounded to the nearest, ties to even. Not for NaN, which would cost a vector loop a third of its time.
 template <typename T>
-T from_float(float x);
+T from_number(float x);
+
+template <>
+LOKU_INLINE float from_number<float>(float x) {
+  return x;
+}
+
+template <>
+LOKU_INLINE BFloat16 from_number<BFloat16>(float x) {
+  const uint32_t bits = as_bits(x);
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <>
+LOKU_INLINE Float16 from_number<Float16>(float x) {
+  const uint32_t bits = as_bits(x);
+  // The sum with 2^13 times the power of two below |x| has the ten bits of the mantissa at its end, rounded.
+  // From 2^-14 down that power stays the same, and the sum is right for subnormals. Overflow becomes
+  // infinity in the first product.
+  const float magnitude = as_float(bits & 0x7fffffffu) * as_float((127u + 112u) << 23);
+  const uint32_t exponent = bits & 0x7f800000u;
+  const uint32_t power = exponent > (113u << 23) ? exponent : 113u << 23;
+  const float sum = magnitude * as_float((127u - 110u) << 23) + as_float(power + (15u << 23));
+  const uint32_t rounded = as_bits(sum);
+  const uint32_t half = ((rounded >> 13) & 0x7c00u) + (rounded & 0x0fffu);
+  return {static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u))};
+}
+
+template <typename T>
+LOKU_INLINE T from_float(float x) {
+  return x == x ? from_number<T>(x) : T{0x7fff};
+}
 
 template <>
 LOKU_INLINE float from_float<float>(float x) {
   return x;
 }
 
-template <>
-LOKU_INLINE BFloat16 from_float<BFloat16>(float x) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
-}
-
-template <>
-LOKU_INLINE Float16 from_float<Float16>(float x) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 the result is subnormal: adding 0.5 aligns the float's last bit with 2^-24 and rounds.
-  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Masks, not branches, or the compiler gives up on vectors.
-  const uint32_t is_subnormal = 0u - uint32_t{magnitude < (113u << 23)};
-  const uint32_t finite = (subnormal & is_subnormal) | (normal & ~is_subnormal);
-  const uint32_t overflows = 0u - uint32_t{finite > 0x7c00u};
-  const uint32_t is_nan = 0u - uint32_t{magnitude > 0x7f800000u};
-  const uint32_t half = (finite & ~overflows) | (0x7c00u & overflows) | (0x0200u & is_nan);
-  return {static_cast<uint16_t>(half | sign)};
-}
-
-// exp(x) for x <= 0 (or a little above) within 2 ulp; 0 below -88, where float has no normal result;
-// NaN for NaN. x = n ln 2 + r, and exp(r) by the polynomial of degree 5 with the least relative error
-// (1e-7) on |r| <= ln 2 / 2 among those that begin with 1 + r.
+// exp(x) for x <= 0 (or a little above) within 2 ulp; 0 below -87, where float has no normal result;
+// NaN for NaN. x = (n + r) ln 2, and 2^r by the polynomial of degree 5 with the least relative error
+// (1e-7) on |r| <= 1/2 among those that begin with 1.
 LOKU_INLINE float exp_nonpositive(float x) {
-  constexpr float kRound = 12582912.0f;           // 1.5 * 2^23: adding it rounds to the nearest integer
-  const float clamped = x < -88.0f ? -88.0f : x;  // n = -127, whose power of two is 0 below
-  const float shifted = clamped * 1.44269504088896341f + kRound;
-  const float r = clamped - (shifted - kRound) * 0.693147180559945309f;
-  float p = 0.008312501f;
-  p = p * r + 0.04189033f;
-  p = p * r + 0.16667116f;
-  p = p * r + 0.4999923f;
-  p = (p * r) * r + r + 1.0f;
-  return p * as_float((as_bits(shifted) << 23) + (127u << 23));  // 2^n from the integer in `shifted`
+  constexpr float kLog2E = 1.44269504088896341f;
+  constexpr float kRound = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+  const float shifted = x * kLog2E + kRound;
+  const float r = x * kLog2E - (shifted - kRound);
+  float p = 0.00132647272f;
+  p = p * r + 0.00967151267f;
+  p = p * r + 0.0555073374f;
+  p = p * r + 0.240222421f;
+  p = p * r + 0.693146978f;
+  p = p * r + 1.0f;
+  const float power = as_float(as_bits(shifted) << 23);  // 2^n: the last bits of `shifted` are n + 127
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+// body(T{}) for the type T of `dtype`.
+template <typename Body>
+void for_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
 }
 
 }  // namespace loku

@@ -17,15 +17,21 @@ from loku_kernels import native
 MEASURED_ON_CUDA: dict[tuple[str, torch.dtype, int, tuple[int, int]], tuple[str, str]] = {}
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRIPLET = ("triplet_forward", "triplet_backward", "triplet_fused_")
-_NATIVE_OPS = {"cpu": _TRIPLET, "cuda": (*_TRIPLET, "accumulate_squared_grad_")}
+_NATIVE_OPS = (
+    "triplet_forward",
+    "triplet_backward",
+    "inverted_hinge_",
+    "triplet_columns_",
+    "accumulate_squared_grad_",
+)
 
 
 def backend(op, tensor):
     """The module with a function ``op`` for this tensor, or None for the reference.
 
-    op: "triplet_forward", "triplet_backward", "triplet_fused_", "scale_rows_" or "accumulate_squared_grad_".
-    tensor: what the op is about, (..., V) or for the last (n, T, k).
+    op: "triplet_forward", "triplet_backward", "inverted_hinge_", "triplet_columns_", "scale_rows_" (Triton's
+    alone) or "accumulate_squared_grad_".
+    tensor: what the op is about, logits (..., V), or inputs (n, T, k) for the last.
 
     Raises:
         ValueError, RuntimeError: ``LOKU_BACKEND`` names none, or one that is not there.
@@ -45,7 +51,7 @@ def backend(op, tensor):
     if forced == "native" and native._core is None:
         raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")
     name = forced or (_choice_on_cuda(op, tensor) if on_cuda else "native")
-    if name == "native" and op in _NATIVE_OPS.get(tensor.device.type, ()) and native.serves(tensor):
+    if name == "native" and op in _NATIVE_OPS and native.serves(tensor):
         return native
     if name == "triton" and tensor.dtype in _TRITON_DTYPES and tensor.device.type in ("cuda", "cpu"):
         return _triton()

@@ -15,7 +15,6 @@ except ImportError:
     _core = None
 
 _DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-INVERTED_HINGE, REST = 0, 1  # FusedGradient in csrc/triplet_cpu.h
 
 _forked = False
 
@@ -57,8 +56,8 @@ def _row_offsets(tensor):
 
 
 def _rows(tensor, offsets):
-    vocab = tensor.shape[-1]
-    return tensor.data_ptr(), offsets.data_ptr(), offsets.numel(), vocab, _DTYPE_TAGS[tensor.dtype]
+    columns = tensor.shape[-1]
+    return tensor.data_ptr(), offsets.data_ptr(), offsets.numel(), columns, _DTYPE_TAGS[tensor.dtype]
 
 
 def _empty_triplets(labels):
@@ -82,7 +81,7 @@ def raise_bad_label(labels, position, vocab, ignore_index):
     )
 
 
-def triplet_forward(logits, labels, ignore_index, softcap=0.0):
+def triplet_forward(logits, labels, ignore_index):
     """logits (..., V), labels (...) -> triplet (..., 3) float64, runner_up_id (...) int64."""
     labels = labels.contiguous()
     check_labels(labels, logits.shape[-1], ignore_index)
@@ -92,7 +91,6 @@ def triplet_forward(logits, labels, ignore_index, softcap=0.0):
         _rows(logits, offsets),
         labels.data_ptr(),
         ignore_index,
-        softcap,
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
         _threads(),
@@ -101,7 +99,7 @@ def triplet_forward(logits, labels, ignore_index, softcap=0.0):
 
 
 def triplet_backward(
-    grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap=0.0, out=None
+    grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, *, first=0, softcap=0.0, out=None
 ):
     """Gradient of the logits, contiguous, or in ``out``, which may be the logits."""
     labels, triplet, runner_up_id, grad_triplet = (
@@ -114,6 +112,7 @@ def triplet_backward(
     offsets, grad_offsets = _row_offsets(logits), _row_offsets(grad_logits)
     _core.triplet_backward(
         _rows(logits, offsets),
+        first,
         labels.data_ptr(),
         ignore_index,
         triplet.data_ptr(),
@@ -126,21 +125,60 @@ def triplet_backward(
     return grad_logits
 
 
-def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.0):
-    """Overwrite logits (..., V) with ``scale`` x the gradient of IHL, or of ``rest``; return the triplets."""
+def inverted_hinge_(logits, labels, ignore_index, scale):
+    """Overwrite logits (..., V) with ``scale`` x the gradient of IHL; return the triplets."""
     labels = labels.contiguous()
     check_labels(labels, logits.shape[-1], ignore_index)
     offsets = _row_offsets(logits)
     triplet, runner_up_id = _empty_triplets(labels)
-    _core.triplet_fused_(
+    _core.inverted_hinge_(
         _rows(logits, offsets),
         labels.data_ptr(),
         ignore_index,
-        gradient,
         scale,
-        softcap,
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
         _threads(),
     )
     return triplet, runner_up_id
+
+
+def triplet_columns_(logits, first, labels, state, softcap, store):
+    """Logits (N, C) from column ``first`` on go into ``state``, see blocks.OnlineState, in place."""
+    offsets = _row_offsets(logits)
+    _core.triplet_columns_(
+        _rows(logits, offsets),
+        first,
+        labels.data_ptr(),
+        softcap,
+        store,
+        *(tensor.data_ptr() for tensor in state),
+        _threads(),
+    )
+
+
+def _features(tensor):
+    return tensor.data_ptr(), tensor.shape[2], tensor.stride(0), tensor.stride(1)
+
+
+def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
+    """fisher (d, k), or (d,) with a divisor, float32; inputs (n, T, k), grad_outputs (n, T, d)."""
+    inputs, grad_outputs = (x if x.stride(2) == 1 else x.contiguous() for x in (inputs, grad_outputs))
+    total = fisher.contiguous()
+    divisor = None if divisor is None else divisor.contiguous()
+    _core.accumulate_squared_grad_(
+        *inputs.shape[:2],
+        _DTYPE_TAGS[inputs.dtype],
+        _features(inputs),
+        _features(grad_outputs),
+        (total.data_ptr(), total.stride(0)),
+        (0, 0) if divisor is None else (divisor.data_ptr(), divisor.stride(0)),
+        _threads(),
+    )
+    if total is not fisher:
+        fisher.copy_(total)
+
+
+def add_squares_(fisher, product):
+    """fisher += product^2, for a product (rows, columns) in bfloat16 and rows of the Fisher in float32."""
+    _core.add_squares_(product.data_ptr(), *product.shape, (fisher.data_ptr(), fisher.stride(0)), _threads())

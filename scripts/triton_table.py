@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from loku_kernels.blocks import OnlineState
 from loku_kernels.triton import fisher, triplet
 
 TABLE = Path(__file__).parent / "triton_table.json"
@@ -44,14 +45,18 @@ def meta(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches_of_triplet(dtype, vocab, rows, softcap=0.0):
+def launches_of_triplet(dtype, vocab, rows):
     logits, labels = meta(rows, vocab, dtype=dtype), meta(rows, dtype=torch.int64)
-    found, ids = triplet.triplet_forward(logits, labels, -100, softcap)
-    triplet.triplet_backward(found, logits, labels, -100, found, ids, softcap)
-    if not softcap:
-        triplet.triplet_fused_(logits, labels, -100, triplet.INVERTED_HINGE, 1.0)
-    triplet.triplet_fused_(logits, labels, -100, triplet.REST, 1.0, softcap)
+    found, ids = triplet.triplet_forward(logits, labels, -100)
+    triplet.triplet_backward(found, logits, labels, -100, found, ids)
+    triplet.inverted_hinge_(logits, labels, -100, meta(dtype=torch.float64))
     triplet.scale_rows_(logits, meta(dtype=torch.float32))
+
+
+def launches_of_columns(dtype, softcap=0.0, store=True):
+    logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
+    state = OnlineState.start(labels)
+    triplet.triplet_columns_(logits, 8192, labels, state, softcap, store)
 
 
 def launches_of_fisher(dtype):
@@ -61,8 +66,8 @@ def launches_of_fisher(dtype):
     fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
 
 
-def record(launcher, *args, only=""):
-    """(kernel, arguments by name, options) of every kernel, or those of a name, that a launcher starts."""
+def record(launcher, *args, **options):
+    """(kernel, arguments by name, options) of every kernel that a launcher starts."""
     found = []
 
     class Recorder:
@@ -74,8 +79,7 @@ def record(launcher, *args, only=""):
                 names = self.kernel.arg_names
                 arguments = dict(zip(names, args, strict=False))
                 arguments |= {name: options.pop(name) for name in names if name in options}
-                if self.kernel.__name__.startswith(only):
-                    found.append((self.kernel, arguments, options))
+                found.append((self.kernel, arguments, options))
 
             return note
 
@@ -89,7 +93,7 @@ def record(launcher, *args, only=""):
     for patch in patches:
         patch.start()
     try:
-        launcher(*args)
+        launcher(*args, **options)
     finally:
         for patch in patches:
             patch.stop()
@@ -103,18 +107,24 @@ def all_launches():
     def add(name, launches):
         for kernel, arguments, options in launches:
             detail = [
-                f"{key}={arguments[key]}" for key in ("PARTS", "GRADIENT", "DIVIDE") if key in arguments
+                f"{key}={arguments[key]}"
+                for key in ("PARTS", "GRADIENT", "STORE", "DIVIDE")
+                if key in arguments
             ]
             full = " ".join([kernel.__name__.removesuffix("_kernel"), name, *detail])
             named.setdefault(full, (kernel, arguments, options))
 
     for short, dtype in DTYPES.items():
         add(short, record(launches_of_triplet, dtype, VOCAB, MANY))
+        add(short, record(launches_of_columns, dtype))
         add(short, record(launches_of_fisher, dtype))
     # What does not depend on the dtype: once.
-    add("bf16", record(launches_of_triplet, torch.bfloat16, VOCAB, FEW))
-    add("bf16 long", record(launches_of_triplet, torch.bfloat16, LONG_VOCAB, MANY, only="triplet_fused"))
-    add("bf16 softcap", record(launches_of_triplet, torch.bfloat16, VOCAB, MANY, 30.0, only="triplet_fused"))
+    few = record(launches_of_triplet, torch.bfloat16, VOCAB, FEW)
+    add("bf16", [launch for launch in few if launch[0] is not triplet.scale_rows_kernel])
+    long = record(launches_of_triplet, torch.bfloat16, LONG_VOCAB, MANY)
+    add("bf16 long", [launch for launch in long if launch[0] is triplet.inverted_hinge_kernel])
+    add("bf16", record(launches_of_columns, torch.bfloat16, store=False))
+    add("bf16 softcap", record(launches_of_columns, torch.bfloat16, softcap=30.0))
     with mock.patch.object(fisher, "_precision", lambda dtype: "tf32"):
         add("tf32", record(launches_of_fisher, torch.float32))
     return named

@@ -4,6 +4,7 @@ TRITON_INTERPRET must be set before triton is imported, so the interpreter has a
 ``test_in_the_interpreter`` runs this file there. In this process the same tests are those of the GPU.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from loku_kernels import (
     reference,
     softmax_triplet,
 )
+from loku_kernels.blocks import OnlineState
 
 pytest.importorskip("triton", reason="no triton")
 
@@ -86,14 +88,14 @@ def assert_close_to(exact, ours, dtype):
     assert error.le(4 * max(ulp(dtype), 5e-7) * scale + torch.finfo(dtype).smallest_normal).all()
 
 
-def check_triplet(logits, labels, softcap=0.0, seed=0):
-    """Forward, backward and the fused kernels on logits (N, V) of the CPU or any other device."""
+def check_triplet(logits, labels, seed=0):
+    """Forward and backward on logits (..., V)."""
     from loku_kernels import triton as kernels
 
     vocab, dtype = logits.shape[-1], logits.dtype
     flat, flat_labels = logits.cpu().reshape(-1, vocab), labels.cpu().reshape(-1)
-    exact, exact_id = reference.softmax_triplet(flat, flat_labels, IGNORE, softcap)
-    triplet, runner_up_id = kernels.triplet_forward(logits, labels, IGNORE, softcap)
+    exact, exact_id = reference.softmax_triplet(flat, flat_labels)
+    triplet, runner_up_id = kernels.triplet_forward(logits, labels, IGNORE)
     assert triplet.dtype == torch.float64 and runner_up_id.dtype == torch.int64
     assert torch.equal(runner_up_id.cpu().reshape(-1), exact_id)
     ours = triplet.cpu().reshape(-1, 3)
@@ -103,11 +105,10 @@ def check_triplet(logits, labels, softcap=0.0, seed=0):
     assert (ours[:, 2] - exact[:, 2])[finite].abs().le(2e-6).all()
 
     upstream = torch.randn(triplet.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    grad = kernels.triplet_backward(
-        upstream.to(logits.device), logits, labels, IGNORE, triplet, runner_up_id, softcap
-    )
+    arguments = (upstream.to(logits.device), logits, labels, IGNORE, triplet, runner_up_id)
+    grad = kernels.triplet_backward(*arguments)
     expected = reference.softmax_triplet_backward(
-        upstream.reshape(-1, 3), flat, flat_labels, IGNORE, exact, exact_id, softcap
+        upstream.reshape(-1, 3), flat, flat_labels, IGNORE, exact, exact_id
     )
     assert grad.is_contiguous() and grad.dtype == dtype
     assert_close_to(expected, grad.reshape(-1, vocab), dtype)
@@ -115,23 +116,61 @@ def check_triplet(logits, labels, softcap=0.0, seed=0):
         if expected.abs().amax() > 1e-3:
             with pytest.raises(AssertionError):
                 assert_close_to(expected, wrong.reshape(-1, vocab), dtype)
-    # in place, where the logits were
     if not any(stride == 0 for stride in logits.stride()):
         clone = as_laid_out(logits)
-        kernels.triplet_backward(
-            upstream.to(logits.device), clone, labels, IGNORE, triplet, runner_up_id, softcap, out=clone
-        )
+        kernels.triplet_backward(upstream.to(logits.device), clone, *arguments[2:], out=clone)
         assert torch.equal(clone, grad)
-        clone = as_laid_out(logits)
-        found, found_id = kernels.triplet_fused_(clone, labels, IGNORE, kernels.REST, 1.0, softcap)
-        torch.testing.assert_close(found, triplet, rtol=1e-6, atol=2e-6)
-        assert torch.equal(found_id, runner_up_id)
-        unit = torch.zeros_like(exact)
-        unit[:, 2] = 1.0
-        expected = reference.softmax_triplet_backward(
-            unit, flat, flat_labels, IGNORE, exact, exact_id, softcap
-        )
-        assert_close_to(expected, clone.reshape(-1, vocab), dtype)
+
+
+def check_columns(logits, labels, cuts, softcap):
+    """Logits (N, V), block by block of columns, as the linear op does it; no label is ignored."""
+    from loku_kernels import triton as kernels
+
+    dtype, scale = logits.dtype, softcap or 1.0
+    exact, exact_id = reference.softmax_triplet(logits.cpu().double() * scale, labels.cpu())
+    unit = torch.zeros_like(exact)
+    unit[:, 2] = 1.0
+    arguments = (logits.cpu(), labels.cpu(), IGNORE, exact, exact_id)
+    expected = reference.softmax_triplet_backward(unit, *arguments, 0, softcap)
+    state, silent = OnlineState.start(labels), OnlineState.start(labels)
+    terms = torch.zeros(logits.shape, dtype=torch.float64)
+    for first, end in itertools.pairwise([0, *cuts, logits.shape[1]]):
+        block = logits[:, first:end].clone()
+        kernels.triplet_columns_(block, first, labels, silent, softcap, store=False)
+        assert torch.equal(block, logits[:, first:end])
+        kernels.triplet_columns_(block, first, labels, state, softcap, store=True)
+        terms *= state.rescale.cpu().double()[:, None]
+        demoted = state.demoted_id.cpu()
+        row = (demoted >= 0).nonzero()[:, 0]
+        terms[row, demoted[row]] = state.demoted_share.cpu().double()[row]
+        terms[:, first:end] = block.cpu().double()
+    for ours, theirs in zip(state[:2], silent[:2], strict=True):
+        assert torch.equal(ours, theirs)
+    triplet = state.triplet().cpu()
+    assert torch.equal(state.runner_up_id.cpu(), exact_id)
+    torch.testing.assert_close(triplet, exact, rtol=1e-12, atol=2e-6)
+    rest_sum = state.numbers[:, 3:].cpu()
+    assert_close_to(expected, torch.where(rest_sum == 0, 0.0, terms / rest_sum), dtype)
+
+    upstream = torch.randn(triplet.shape, dtype=torch.float64)
+    expected = reference.softmax_triplet_backward(upstream, *arguments, 0, softcap)
+    saved = (exact.to(logits.device), exact_id.to(logits.device))
+    grad = torch.cat(
+        [
+            kernels.triplet_backward(
+                upstream.to(logits.device),
+                logits[:, first:end],
+                labels,
+                IGNORE,
+                *saved,
+                first=first,
+                softcap=softcap,
+            )
+            for first, end in itertools.pairwise([0, *cuts, logits.shape[1]])
+        ],
+        1,
+    )
+    assert_close_to(expected, grad, dtype)
 
 
 def as_laid_out(tensor):
@@ -184,14 +223,31 @@ def test_planted(dtype, v, parts):
     st.sampled_from(["plain", "padded", "sliced", "three strides", "one row", "expanded"]),
     st.sampled_from([1, 2, 8]),
     st.sampled_from([1, 2]),
+)
+def test_any_shape_and_stride(n, v, dtype, seed, layout, parts, vectors):
+    logits, labels = on(DEVICE, *planted_logits(4 * n, v, dtype, seed))
+    with launched(parts, vectors):
+        check_triplet(*laid_out(logits, labels, layout), seed)
+
+
+@on_device
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(
+    st.integers(2, LONGEST),
+    st.lists(st.floats(0, 1), max_size=2),
+    st.sampled_from(DTYPES),
+    st.integers(0, 1000),
     st.sampled_from([0.0, 6.0]),
 )
-def test_any_shape_and_stride(n, v, dtype, seed, layout, parts, vectors, softcap):
-    logits, labels = on(DEVICE, *planted_logits(4 * n, v, dtype, seed))
+def test_any_columns(v, cuts, dtype, seed, softcap):
+    logits, labels = planted_logits(11, v, dtype, seed)
     if softcap:
         logits = torch.tanh(logits / softcap)
-    with launched(parts, vectors):
-        check_triplet(*laid_out(logits, labels, layout), softcap, seed)
+    check_columns(*on(DEVICE, logits, labels.where(labels != IGNORE, 0)), unique(cuts, v), softcap)
+
+
+def unique(cuts, v):
+    return sorted({1 + int(cut * (v - 2)) for cut in cuts})
 
 
 @on_device
@@ -205,7 +261,7 @@ def test_in_place_leaves_the_neighbours_alone(dtype, parts):
     inside = memory[1:7, 5:266]
     with launched(parts):
         inside.copy_(logits)
-        kernels.triplet_fused_(inside, labels, IGNORE, kernels.INVERTED_HINGE)
+        kernels.inverted_hinge_(inside, labels, IGNORE, torch.ones((), dtype=torch.float64, device=DEVICE))
         kernels.scale_rows_(inside, torch.full((6,), 0.5, device=DEVICE))
     outside = memory.clone()
     outside[1:7, 5:266] = 77.0
@@ -493,11 +549,11 @@ def test_the_choice_on_cuda(monkeypatch):
     table = {
         ("triplet_forward", torch.bfloat16, 32000, (9, 0)): ("native", "made up"),
         ("triplet_forward", torch.bfloat16, 128256, (9, 0)): ("triton", "made up"),
-        ("triplet_fused_", torch.bfloat16, 32000, (8, 0)): ("native", "made up"),
+        ("inverted_hinge_", torch.bfloat16, 32000, (8, 0)): ("native", "made up"),
     }
     monkeypatch.setattr(dispatch, "MEASURED_ON_CUDA", table)
     assert dispatch.backend("triplet_forward", tensor) is native
-    assert dispatch.backend("triplet_fused_", tensor) is triton
+    assert dispatch.backend("inverted_hinge_", tensor) is triton
     tensor.shape = (4, 128256)
     assert dispatch.backend("triplet_forward", tensor) is triton
     monkeypatch.setenv("LOKU_BACKEND", "reference")

@@ -4,23 +4,21 @@ import triton
 
 from loku_kernels.triton.fisher import accumulate_squared_grad_
 from loku_kernels.triton.triplet import (
-    INVERTED_HINGE,
-    REST,
+    inverted_hinge_,
     scale_rows_,
     triplet_backward,
+    triplet_columns_,
     triplet_forward,
-    triplet_fused_,
 )
 
 __all__ = [
     "INTERPRETED",
-    "INVERTED_HINGE",
-    "REST",
     "accumulate_squared_grad_",
+    "inverted_hinge_",
     "scale_rows_",
     "triplet_backward",
+    "triplet_columns_",
     "triplet_forward",
-    "triplet_fused_",
 ]
 
 # Kernels are made for Triton's interpreter, which runs them on CPU tensors, if TRITON_INTERPRET=1 was set

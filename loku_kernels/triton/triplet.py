@@ -20,8 +20,6 @@ import torch
 import triton
 import triton.language as tl
 
-INVERTED_HINGE, REST = 0, 1  # gradients that triplet_fused_ knows, as in csrc/triplet_cpu.h
-
 VECTORS = 2  # of 16 bytes, that a thread holds of a row at a time
 WARPS = 8
 FUSED_WARPS = 16
@@ -181,20 +179,14 @@ def _write_ignored(triplet, runner_up_ids, n):
 
 
 @triton.jit
-def _gradient_of_triplet(target, runner_up, rest, scale, GRADIENT: tl.constexpr):
-    """What the fused functions propagate: ``scale`` x the gradient of IHL = 1 + p_0 - p_1, p the softmax of
-    the triplet, or of ``rest``. With sums of probabilities only, so nothing cancels where p_0 is near 1."""
-    if GRADIENT == 0:
-        top = tl.maximum(target, tl.maximum(runner_up, rest))
-        e0, e1, e2 = tl.exp(target - top), tl.exp(runner_up - top), tl.exp(rest - top)
-        total = e0 + e1 + e2
-        p0, p1, p2 = e0 / total, e1 / total, e2 / total
-        g0, g1, g2 = p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)
-        unit = tl.load(scale)
-        return g0 * unit, g1 * unit, g2 * unit
-    else:
-        zero = tl.full((), 0.0, tl.float64)
-        return zero, zero, zero + 1.0
+def _inverted_hinge_gradient(target, runner_up, rest, scale):
+    """``scale`` x the gradient of IHL = 1 + p_0 - p_1 in the triplet, p its softmax. With sums of
+    probabilities only, so nothing cancels where p_0 is near 1."""
+    top = tl.maximum(target, tl.maximum(runner_up, rest))
+    e0, e1, e2 = tl.exp(target - top), tl.exp(runner_up - top), tl.exp(rest - top)
+    total = e0 + e1 + e2
+    p0, p1, p2 = e0 / total, e1 / total, e2 / total
+    return scale * p0 * (2 * p1 + p2), -scale * p1 * (2 * p0 + p2), scale * p2 * (p1 - p0)
 
 
 @triton.jit
@@ -228,13 +220,11 @@ def triplet_forward_kernel(
     vocab,
     labels,
     ignore_index,
-    softcap,
     triplet,
     runner_up_ids,
     partial,
     partial_ids,
     PARTS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """logits (N, V), labels (N,) -> triplet (N, 3), runner_up_ids (N,); or, with several PARTS a row, partial
@@ -250,12 +240,11 @@ def triplet_forward_kernel(
     target = label.to(tl.int32)
     start = _row_start(n, inner_rows, outer_stride, inner_stride)
     runner_up, runner_up_id, largest, total = _reduce_row(
-        logits, start, vocab, target, part, softcap, PARTS, SOFTCAP, BLOCK
+        logits, start, vocab, target, part, 1.0, PARTS, False, BLOCK
     )
     if PARTS == 1:
-        target_logit = _logit(tl.load(logits + start + target), softcap, SOFTCAP)
-        rest = _rest(_logit(largest, softcap, SOFTCAP), total)
-        runner_up = _logit(runner_up, softcap, SOFTCAP)
+        target_logit = tl.load(logits + start + target).to(tl.float64)
+        rest = _rest(largest, total)
         _write_triplet(triplet, runner_up_ids, n, target_logit, runner_up, rest, runner_up_id)
     else:
         place = n.to(tl.int64) * PARTS + part
@@ -273,7 +262,6 @@ def triplet_combine_kernel(
     inner_stride,
     labels,
     ignore_index,
-    softcap,
     partial,
     partial_ids,
     triplet,
@@ -281,11 +269,10 @@ def triplet_combine_kernel(
     scale,
     grad_triplet,
     PARTS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """What the parts of each row found -> triplet, runner_up_ids and, unless GRADIENT is None, the gradient
-    of the triplet that it names."""
+    """What the parts of each row found -> triplet, runner_up_ids and, if GRADIENT, ``scale`` x the gradient
+    of IHL in the triplet."""
     n = tl.program_id(0)
     label = tl.load(labels + n)
     if label == ignore_index:
@@ -300,17 +287,17 @@ def triplet_combine_kernel(
     runner_up_id = tl.min(tl.where(tops == top, ids, _NO_COLUMN))
     demoted = tl.where((tops == top) & (ids == runner_up_id), _MINUS_INFINITY, tops)
 
-    demoted, largests = _logit(demoted, softcap, SOFTCAP), _logit(largests, softcap, SOFTCAP)
+    demoted, largests = demoted.to(tl.float64), largests.to(tl.float64)
     largest = tl.maximum(tl.max(demoted), tl.max(largests))
     reference = tl.where(largest == _MINUS_INFINITY, 0.0, largest)
     total = tl.sum(totals.to(tl.float64) * tl.exp(largests - reference) + tl.exp(demoted - reference))
     start = _row_start(n, inner_rows, outer_stride, inner_stride)
-    target = _logit(tl.load(logits + start + label), softcap, SOFTCAP)
-    runner_up = _logit(top, softcap, SOFTCAP)
+    target = tl.load(logits + start + label).to(tl.float64)
+    runner_up = top.to(tl.float64)
     rest = _rest(largest, total)
     _write_triplet(triplet, runner_up_ids, n, target, runner_up, rest, runner_up_id)
-    if GRADIENT is not None:
-        g0, g1, g2 = _gradient_of_triplet(target, runner_up, rest, scale, GRADIENT)
+    if GRADIENT:
+        g0, g1, g2 = _inverted_hinge_gradient(target, runner_up, rest, tl.load(scale))
         tl.store(grad_triplet + n * 3, g0)
         tl.store(grad_triplet + n * 3 + 1, g1)
         tl.store(grad_triplet + n * 3 + 2, g2)
@@ -329,6 +316,7 @@ def triplet_backward_kernel(
     outer_stride,
     inner_stride,
     vocab,
+    first_column,
     labels,
     ignore_index,
     softcap,
@@ -344,7 +332,8 @@ def triplet_backward_kernel(
     SAME_ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_triplet (N, 3) -> grad_logits (N, V), which may be the logits. A program does a part of a row.
+    """grad_triplet (N, 3) -> grad_logits (N, V), which may be the logits. A program does a part of a row. The
+    logits may be those of some columns alone, from ``first_column`` on.
 
     SAME_ALIGNMENT: each row of grad_logits begins as far from an aligned vector as its row of logits does.
     """
@@ -364,8 +353,8 @@ def triplet_backward_kernel(
 
     label = tl.load(labels + n)
     counted = label != ignore_index
-    target = label.to(tl.int32)
-    runner_up_id = tl.load(runner_up_ids + n).to(tl.int32)
+    target = (label - first_column).to(tl.int32)
+    runner_up_id = (tl.load(runner_up_ids + n) - first_column).to(tl.int32)
     rest = tl.load(triplet + n * 3 + 2)
     g0 = tl.where(counted, tl.load(grad_triplet + n * 3), 0.0)
     g1 = tl.load(grad_triplet + n * 3 + 1)  # an ignored row has no runner-up
@@ -400,7 +389,7 @@ def triplet_backward_kernel(
 
 
 @triton.jit
-def triplet_fused_kernel(
+def inverted_hinge_kernel(
     logits,
     inner_rows,
     outer_stride,
@@ -408,15 +397,13 @@ def triplet_fused_kernel(
     vocab,
     labels,
     ignore_index,
-    softcap,
     triplet,
     runner_up_ids,
     scale,
-    GRADIENT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """logits (N, V), labels (N,) -> triplet, runner_up_ids, and in the logits their gradient."""
+    """logits (N, V), labels (N,) -> triplet, runner_up_ids, and where the logits were ``scale`` x the gradient
+    of IHL."""
     n = tl.program_id(0)
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     start = _row_start(n, inner_rows, outer_stride, inner_stride)
@@ -430,13 +417,13 @@ def triplet_fused_kernel(
     if counted:
         _assert_label(label, vocab)
         runner_up, runner_up_id, largest, total = _reduce_row(
-            logits, start, vocab, target, 0, softcap, 1, SOFTCAP, BLOCK
+            logits, start, vocab, target, 0, 1.0, 1, False, BLOCK
         )
-        target_logit = _logit(tl.load(logits + start + target), softcap, SOFTCAP)
-        runner_up_logit = _logit(runner_up, softcap, SOFTCAP)
-        rest = _rest(_logit(largest, softcap, SOFTCAP), total)
+        target_logit = tl.load(logits + start + target).to(tl.float64)
+        runner_up_logit = runner_up.to(tl.float64)
+        rest = _rest(largest, total)
         _write_triplet(triplet, runner_up_ids, n, target_logit, runner_up_logit, rest, runner_up_id)
-        g0, g1, g2 = _gradient_of_triplet(target_logit, runner_up_logit, rest, scale, GRADIENT)
+        g0, g1, g2 = _inverted_hinge_gradient(target_logit, runner_up_logit, rest, tl.load(scale))
         # The target was read by every thread, and is about to be overwritten by one.
         tl.debug_barrier()
     else:
@@ -451,15 +438,98 @@ def triplet_fused_kernel(
         x = tl.load(block + lane, mask=lane < readable_body - first, other=0.0).to(tl.float32)
         offset = first + head  # of the block's first column
         grad = _gradient_of_entries(
-            x, lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, softcap, SOFTCAP
+            x, lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, 1.0, False
         )
         tl.store(block + lane, grad.to(logits.dtype.element_ty), mask=lane < body - first)
         block -= BLOCK
     # The edges are so few that several threads hold each; only one of them stores it, after its own load.
     column, valid = _edge_columns(head, body, vocab, True, VECTOR)
     x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
-    grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP)
+    grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, 1.0, False)
     tl.store(logits + start + column, grad.to(logits.dtype.element_ty), mask=valid)
+
+
+# --- the next columns of rows that come in blocks of columns --------------------------------------
+#
+# For the linear op, between its two products. Floors: a read, and with STORE a write, of a block that the
+# first product has just left, in the L2 cache if it fits. For 1024 x 8192 bfloat16 on an H100: 34 MB, 6 us at
+# 5.5 TB/s. Predicted: 12 us. (A prediction, not measured.)
+
+
+@triton.jit
+def triplet_columns_kernel(
+    logits,
+    row_stride,
+    columns,
+    first_column,
+    labels,
+    softcap,
+    numbers,
+    runner_up_ids,
+    rescales,
+    demoted_ids,
+    demoted_shares,
+    STORE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Take logits (N, C) of the columns from ``first_column`` on into the state, see ``blocks.OnlineState``;
+    with STORE they become exp(y - rest_max), 0 at target and runner-up, times the softcap's slope."""
+    n = tl.program_id(0)
+    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    start = n.to(tl.int64) * row_stride
+    target = (tl.load(labels + n) - first_column).to(tl.int32)
+    top, top_id, largest, total = _reduce_row(logits, start, columns, target, 0, softcap, 1, SOFTCAP, BLOCK)
+    if (target >= 0) & (target < columns):
+        tl.store(numbers + n * 4, _logit(tl.load(logits + start + target), softcap, SOFTCAP))
+    top, largest = _logit(top, softcap, SOFTCAP), _logit(largest, softcap, SOFTCAP)
+    total = total.to(tl.float64)
+
+    runner_up = tl.load(numbers + n * 4 + 1)
+    rest_max = tl.load(numbers + n * 4 + 2)
+    rest_sum = tl.load(numbers + n * 4 + 3)
+    runner_up_id = tl.load(runner_up_ids + n)
+    better = top > runner_up
+    demoted = tl.where(better, runner_up, _MINUS_INFINITY)
+    joining = tl.where(better, _MINUS_INFINITY, top)  # this block's largest joins the rest
+    demoted_id = tl.where(demoted > _MINUS_INFINITY, runner_up_id, -1)
+    runner_up_id = tl.where(better, top_id.to(tl.int64) + first_column, runner_up_id)
+    new_max = tl.maximum(tl.maximum(rest_max, largest), tl.maximum(demoted, joining))
+    reference = tl.where(new_max == _MINUS_INFINITY, 0.0, new_max)
+    rescale, share = tl.exp(rest_max - reference), tl.exp(demoted - reference)
+    rest_sum = rest_sum * rescale + share + total * tl.exp(largest - reference) + tl.exp(joining - reference)
+    if SOFTCAP:
+        u = tl.where(demoted > _MINUS_INFINITY, demoted, 0.0) / softcap
+        share *= (1.0 - u) * (1.0 + u)
+    # The state, and below the logits, were read by every thread, and are about to be overwritten by some.
+    tl.debug_barrier()
+    tl.store(numbers + n * 4 + 1, tl.where(better, top, runner_up))
+    tl.store(numbers + n * 4 + 2, new_max)
+    tl.store(numbers + n * 4 + 3, rest_sum)
+    tl.store(runner_up_ids + n, runner_up_id)
+    tl.store(rescales + n, rescale.to(tl.float32))
+    tl.store(demoted_ids + n, demoted_id)
+    tl.store(demoted_shares + n, share.to(tl.float32))
+    if STORE:
+        skip = (runner_up_id - first_column).to(tl.int32)
+        zero = tl.full((), 0.0, tl.float64)
+        aligned, head, body = _split_row(start, columns, VECTOR)
+        lane = tl.arange(0, BLOCK)
+        block = logits + aligned
+        for first in range(0, body, BLOCK):
+            offset = first + head  # of the block's first column
+            x = tl.load(block + lane, mask=lane < body - first, other=0.0).to(tl.float32)
+            term = _gradient_of_entries(
+                x, lane, target - offset, skip - offset, zero, zero, zero + 1.0, reference, softcap, SOFTCAP
+            )
+            tl.store(block + lane, term.to(logits.dtype.element_ty), mask=lane < body - first)
+            block += BLOCK
+        column, valid = _edge_columns(head, body, columns, True, VECTOR)
+        x = tl.load(logits + start + column, mask=valid, other=0.0).to(tl.float32)
+        term = _gradient_of_entries(
+            x, column, target, skip, zero, zero, zero + 1.0, reference, softcap, SOFTCAP
+        )
+        tl.store(logits + start + column, term.to(logits.dtype.element_ty), mask=valid)
 
 
 # --- scaling, where the factor is known to the device alone ---------------------------------------
@@ -575,8 +645,8 @@ def _empty_triplets(labels):
     )
 
 
-def _forward(logits, labels, ignore_index, softcap, triplet, runner_up_id, parts, gradient=None, scale=None):
-    """Launches for logits on two strides; with a ``gradient``, several parts return that of the triplet."""
+def _forward(logits, labels, ignore_index, triplet, runner_up_id, parts, scale=None):
+    """Launches for logits on two strides; with a ``scale``, several parts return the triplet's gradient."""
     rows, vocab, device = labels.numel(), logits.shape[-1], logits.device
     partial = partial_id = grad_triplet = None
     if parts > 1:
@@ -588,26 +658,23 @@ def _forward(logits, labels, ignore_index, softcap, triplet, runner_up_id, parts
         vocab,
         labels,
         ignore_index,
-        softcap,
         triplet,
         runner_up_id,
         partial,
         partial_id,
         PARTS=parts,
-        SOFTCAP=softcap > 0,
         BLOCK=_block(logits, WARPS),
         num_warps=WARPS,
         **_CHECKED,
     )
     if parts > 1:
-        if gradient is not None:
+        if scale is not None:
             grad_triplet = torch.empty_like(triplet)
         triplet_combine_kernel[(rows,)](
             logits,
             *_rows(logits),
             labels,
             ignore_index,
-            softcap,
             partial,
             partial_id,
             triplet,
@@ -615,20 +682,20 @@ def _forward(logits, labels, ignore_index, softcap, triplet, runner_up_id, parts
             scale,
             grad_triplet,
             PARTS=parts,
-            SOFTCAP=softcap > 0,
-            GRADIENT=gradient,
+            GRADIENT=scale is not None,
             num_warps=1,
         )
     return grad_triplet
 
 
-def _backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap, out):
+def _backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, first, softcap, out):
     rows, vocab = labels.numel(), logits.shape[-1]
     parts = _parts(rows, logits)
     triplet_backward_kernel[(rows * parts,)](
         logits,
         *_rows(logits),
         vocab,
+        first,
         labels,
         ignore_index,
         softcap,
@@ -645,19 +712,18 @@ def _backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id,
     )
 
 
-def triplet_forward(logits, labels, ignore_index, softcap=0.0):
+def triplet_forward(logits, labels, ignore_index):
     """logits (..., V), labels (...) -> triplet (..., 3) float64, runner_up_id (...) int64."""
     labels = labels.contiguous()
     triplet, runner_up_id = _empty_triplets(labels)
     with on_device(logits.device):
         for (y,), (t, *out) in _pieces([logits], [labels, triplet, runner_up_id]):
-            parts = _parts(t.numel(), y)
-            _forward(y, t, ignore_index, softcap, *out, parts)
+            _forward(y, t, ignore_index, *out, _parts(t.numel(), y))
     return triplet, runner_up_id
 
 
 def triplet_backward(
-    grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap=0.0, out=None
+    grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, *, first=0, softcap=0.0, out=None
 ):
     """Gradient of the logits, contiguous, or in ``out``, which may be the logits."""
     if out is None:
@@ -665,15 +731,13 @@ def triplet_backward(
     per_row = [x.contiguous() for x in (grad_triplet, labels, triplet, runner_up_id)]
     with on_device(logits.device):
         for (y, grad), (g, t, saved, r) in _pieces([logits, out], per_row):
-            _backward(g, y, t, ignore_index, saved, r, softcap, grad)
+            _backward(g, y, t, ignore_index, saved, r, first, softcap, grad)
     return out
 
 
-def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.0):
-    """Overwrite logits (..., V) with ``scale`` x the gradient of IHL, or with that of ``rest`` (not scaled);
-    return the triplets. ``scale``: a number, or a float64 tensor () on the logits' device."""
-    if not isinstance(scale, torch.Tensor):
-        scale = torch.full((), scale, dtype=torch.float64, device=logits.device)
+def inverted_hinge_(logits, labels, ignore_index, scale):
+    """Overwrite logits (..., V) with ``scale``, a float64 tensor (), x the gradient of IHL; return the
+    triplets."""
     labels = labels.contiguous()
     triplet, runner_up_id = _empty_triplets(labels)
     with on_device(logits.device):
@@ -681,27 +745,46 @@ def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.
             rows, vocab = t.numel(), y.shape[-1]
             parts = _parts(rows, y)
             if parts > 1:  # too few rows to keep the device busy with a program each
-                g = _forward(y, t, ignore_index, softcap, *out, parts, gradient, scale)
-                _backward(g, y, t, ignore_index, *out, softcap, y)
+                g = _forward(y, t, ignore_index, *out, parts, scale)
+                _backward(g, y, t, ignore_index, *out, 0, 0.0, y)
                 continue
             warps = FUSED_WARPS * (2 if vocab * y.element_size() > FUSED_LONG_ROW else 1)
-            triplet_fused_kernel[(rows,)](
+            inverted_hinge_kernel[(rows,)](
                 y,
                 *_rows(y),
                 vocab,
                 t,
                 ignore_index,
-                softcap,
                 *out,
                 scale,
-                GRADIENT=gradient,
-                SOFTCAP=softcap > 0,
                 BLOCK=_block(y, warps),
                 num_warps=warps,
                 **_CHECKED,
                 **_TWO_PROGRAMS,
             )
     return triplet, runner_up_id
+
+
+def triplet_columns_(logits, first, labels, state, softcap, store):
+    """Logits (N, C) from column ``first`` on go into ``state``, see blocks.OnlineState, in place. No label is
+    ignored."""
+    rows, columns = logits.shape
+    if rows == 0:
+        return
+    with on_device(logits.device):
+        triplet_columns_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            columns,
+            first,
+            labels,
+            softcap,
+            *state,
+            STORE=store,
+            SOFTCAP=softcap > 0,
+            BLOCK=_block(logits, WARPS),
+            num_warps=WARPS,
+        )
 
 
 def scale_rows_(logits, factor):
