@@ -19,7 +19,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/triplet_cpu.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/fisher_cpu.cpp", "csrc/triplet_cpu.cpp"]
 CUDA_SOURCES = ["csrc/triplet_cuda.cu", "csrc/fisher_cuda.cu"]
 CUDA_ARCHS = "80 90 100"  # compute capabilities x 10; newer GPUs translate the last one's PTX
 CXXFLAGS = (
@@ -103,13 +103,15 @@ class NinjaBuild(build_ext):
         if nvcc:
             # The runtime is linked in, so that the core loads where there is no CUDA; its symbols are kept
             # inside, or the loader might take those of torch's runtime.
+            host = compiler.split()[0]
             lines += [
+                f"nvccflags = -ccbin {host} {cuda_flags()}",
                 "rule compile_cuda",
-                f"  command = {nvcc} -ccbin {compiler.split()[0]} {cuda_flags()} -MMD -MF $out.d -c $in -o $out",
+                f"  command = {nvcc} $nvccflags -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link_cuda",
-                f"  command = {nvcc} -shared -cudart static -ccbin {compiler.split()[0]} $in -o $out"
+                f"  command = {nvcc} -shared -cudart static -ccbin {host} $in -o $out"
                 f" -Xlinker --exclude-libs=ALL {link_flags and '-Xcompiler ' + link_flags}",
             ]
         objects = []

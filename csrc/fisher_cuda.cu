@@ -149,8 +149,8 @@ static_assert(kSharedBytes<BFloat16Word> >= kTile * kSlots * sizeof(float), "roo
 // their loads would be the next step. float32 (67 TFLOP/s): 1.03 ms; predicted 1.3 ms.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, 1)
-    squared_grad_kernel(Loader<Word> grad_outputs, Loader<Word> inputs, int samples, float* fisher,
-                        int64_t fisher_stride, const float* divisor, float* partials) {
+    squared_grad_kernel(Loader<Word> grad_outputs, Loader<Word> inputs, int samples, Matrix fisher,
+                        Matrix divisor, float* partials) {
   using Storage = typename Word::Storage;
   constexpr int kTokens = Tile<Word>::kTokens, kEntries = kStageEntries<Word>;
   const int thread = threadIdx.x;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   const int first_row = grad_outputs.first_feature, first_column = inputs.first_feature;
-  if (divisor == nullptr) {
+  if (divisor.data == nullptr) {
 #pragma unroll
     for (int r = 0; r < kSide; ++r) {
       const int row = first_row + tile.row(r);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int q = 0; q < kSide; ++q) {
         const int column = first_column + tile.column(q);
-        if (column < columns) fisher[row * fisher_stride + column] += total[index_of(r, q)];
+        if (column < columns) fisher.data[row * fisher.row_stride + column] += total[index_of(r, q)];
       }
     }
     return;
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int q = 0; q < kSide; ++q) {
       const int column = first_column + tile.column(q);
       if (row < outputs && column < columns) {
-        sum += total[index_of(r, q)] / divisor[row * static_cast<int64_t>(columns) + column];
+        sum += total[index_of(r, q)] / divisor.data[row * divisor.row_stride + column];
       }
     }
     sums[tile.row(r) * kSlots + tile.slot] = sum;
@@ -236,42 +236,35 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <typename Word>
-void accumulate(const FisherShape& shape, const SampleTokens& inputs, const SampleTokens& grad_outputs,
-                float* fisher, int64_t fisher_stride, const float* divisor, float* partials, Stream stream) {
-  using Storage = typename Word::Storage;
-  auto loader = [&](const SampleTokens& operand, int64_t features) {
-    return Loader<Word>{static_cast<const Storage*>(operand.data),
-                        operand.sample_stride,
-                        operand.token_stride,
-                        static_cast<int>(shape.tokens),
-                        static_cast<int>(features),
-                        0};
-  };
-  auto tiles = [](int64_t features) { return static_cast<unsigned>((features + kTile - 1) / kTile); };
-  launch("accumulate_squared_grad_", squared_grad_kernel<Word>,
-         {dim3(tiles(shape.inputs), tiles(shape.outputs)), kThreads, kSharedBytes<Word>, 1}, stream.handle,
-         loader(grad_outputs, shape.outputs), loader(inputs, shape.inputs), static_cast<int>(shape.samples),
-         fisher, fisher_stride, divisor, partials);
-}
-
 }  // namespace
 
-// Without a divisor: fisher (outputs, inputs) += sum over samples of G_n^2. With one (outputs, inputs),
-// contiguous: partials (ceil(inputs / kFisherTile), outputs) = the sums over a tile's columns of that over
-// the divisor; the caller adds them up, so that the result does not depend on the order in which blocks run.
-void cuda_accumulate_squared_grad_(const FisherShape& shape, const SampleTokens& inputs,
-                                   const SampleTokens& grad_outputs, float* fisher, int64_t fisher_stride,
-                                   const float* divisor, float* partials, Stream stream) {
+// Without a divisor: fisher (outputs, inputs) += sum over samples of G_n^2. With one, (outputs, inputs):
+// partials (ceil(inputs / kFisherTile), outputs) = the sums over a tile's columns of that over the divisor;
+// the caller adds them up, so that the result does not depend on the order in which blocks run.
+void cuda_accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype, const Features& inputs,
+                                   const Features& grad_outputs, const Matrix& fisher, const Matrix& divisor,
+                                   float* partials, Stream stream) {
   constexpr int64_t kMax = 65535 * int64_t{kTile};  // the grid's y, and far from where int ends
-  if (shape.samples > kMax || shape.tokens > kMax || shape.outputs > kMax || shape.inputs > kMax) {
+  if (samples > kMax || tokens > kMax || grad_outputs.width > kMax || inputs.width > kMax) {
     throw std::invalid_argument("loku_kernels: accumulate_squared_grad_ takes sizes up to 8388480 on CUDA");
   }
   const DeviceGuard guard(stream.device);
   const auto run = [&](auto word) {
-    accumulate<decltype(word)>(shape, inputs, grad_outputs, fisher, fisher_stride, divisor, partials, stream);
+    using Word = decltype(word);
+    const auto loader = [&](const Features& x) {
+      return Loader<Word>{static_cast<const typename Word::Storage*>(x.data),
+                          x.sample_stride,
+                          x.token_stride,
+                          static_cast<int>(tokens),
+                          static_cast<int>(x.width),
+                          0};
+    };
+    const auto tiles = [](const Features& x) { return static_cast<unsigned>((x.width + kTile - 1) / kTile); };
+    launch("accumulate_squared_grad_", squared_grad_kernel<Word>,
+           {dim3(tiles(inputs), tiles(grad_outputs)), kThreads, kSharedBytes<Word>, 1}, stream.handle,
+           loader(grad_outputs), loader(inputs), static_cast<int>(samples), fisher, divisor, partials);
   };
-  switch (shape.dtype) {
+  switch (dtype) {
     case DType::kFloat32:
       return run(Float32Word{});
     case DType::kBFloat16:

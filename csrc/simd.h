@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.h"
+
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__) && \
     !defined(LOKU_NO_TARGET_CLONES)
 #define LOKU_TARGET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -109,6 +111,19 @@ LOKU_INLINE float exp_nonpositive(float x) {
   p = p * r + 1.0f;
   const float power = as_float(as_bits(shifted) << 23);  // 2^n: the last bits of `shifted` are n + 127
   return x < -87.0f ? 0.0f : p * power;
+}
+
+// body(T{}) for the type T of `dtype`.
+template <typename Body>
+void for_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
 }
 
 }  // namespace loku

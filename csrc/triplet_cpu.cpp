@@ -1,10 +1,11 @@
-// Softmax triplet, CPU kernels: forward, backward, and the fused in-place forward and backward.
+// Softmax triplet, CPU kernels: forward, backward, and two fused kernels that overwrite the logits, by the
+// gradient of IHL, or, some columns at a time, by the softmax of the rest.
 //
 // A row is processed by one thread, in blocks that stay in the L1 cache: one pass brings the block in as
 // float and finds its maximum, one takes the exponentials. Target and runner-up are replaced by -inf there,
 // so that no loop has to step around them. While the exponentials of a block are taken, the next block is
-// on its way from main memory. The fused kernel keeps each exponential, relative to the maximum known at
-// that block, and scales it by one number a block when the whole row has been seen. The row is still in
+// on its way from main memory. The fused kernels keep each exponential, relative to the maximum known at
+// that block, and scale it by one number a block when the whole row has been seen. The row is still in
 // the L2 cache then, so main memory sees one read and one write.
 #include "triplet_cpu.h"
 
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "online_triplet.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace loku {
@@ -31,6 +33,7 @@ template <bool kSoftcap>
 struct Entry {
   float softcap;
   LOKU_INLINE float logit(float x) const { return kSoftcap ? softcap * x : x; }
+  LOKU_INLINE double exact_logit(float x) const { return kSoftcap ? double{softcap} * double{x} : x; }
   LOKU_INLINE float slope(float x) const { return kSoftcap ? 1.0f - x * x : 1.0f; }
 };
 
@@ -111,39 +114,45 @@ LOKU_INLINE void prefetch(const void* begin, const void* end) {
   for (const char* p = static_cast<const char*>(begin); p < end; p += kCacheLine) LOKU_PREFETCH(p);
 }
 
-// What the fused kernel must know of the blocks it has passed, to finish the row.
+// A row so far: what `states` holds between two calls, and what one call has met.
+struct RowState {
+  OnlineTriplet online;
+  double target;          // logit; where there is a softcap, a product in double
+  double runner_up;       // the same of online.runner_up
+  float runner_up_slope;  // of the softcap
+};
+
+// What the fused kernels must know of the blocks they have passed, to finish the row.
 struct RowScratch {
   struct Demoted {
     int64_t id;
     float logit, slope;
   };
   std::vector<float> block_max;  // the reference of each block's terms
-  std::vector<Demoted> demoted;  // runner-ups of earlier blocks, which have no term yet
+  std::vector<Demoted> demoted;  // runner-ups that joined the rest after their block: they have no term
   std::vector<float> terms;      // the terms, where the row's own type cannot hold them
 };
 
-// What one read of a row gives. The entries at target and runner-up are kept, since terms may replace them.
-struct ReducedRow {
-  OnlineTriplet state;
-  float target_entry, runner_up_entry;
-};
+LOKU_INLINE RowState first_state(int64_t target) {
+  RowState state = {{}, kMinusInfinity, kMinusInfinity, 1.0f};
+  state.online.runner_up_id = target == 0 ? 1 : 0;  // unless something is above -inf
+  return state;
+}
 
-// One read of the row. Always inlined into the kernels below, so that they alone are cloned.
+// One read of the columns [first, first + columns) of a row, whose entries begin at `row`. Always inlined
+// into the kernels below, so that they alone are cloned.
 template <bool kStore, bool kSoftcap, typename T>
-LOKU_INLINE ReducedRow reduce_row(const T* row, int64_t vocab, int64_t target, Entry<kSoftcap> entry,
-                                  float* terms, RowScratch& scratch) {
+LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first, int64_t target,
+                                Entry<kSoftcap> entry, float* terms, RowScratch& scratch, RowState& state) {
   alignas(kCacheLine) float buffer[kBlock];
-  OnlineTriplet state;
-  state.runner_up_id = target == 0 ? 1 : 0;  // unless something is above -inf
-  const float target_entry = to_float(row[target]);
-  float runner_up_entry = to_float(row[state.runner_up_id]);
+  OnlineTriplet& online = state.online;
   constexpr bool kAhead = std::is_same<T, float>::value;  // else conversion makes a pass of its own cheaper
   float ahead = kMinusInfinity;
-  if constexpr (kAhead) ahead = max_of(row, std::min(kBlock, vocab), entry);
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t n = std::min(kBlock, vocab - begin);
+  if constexpr (kAhead) ahead = max_of(row, std::min(kBlock, columns), entry);
+  for (int64_t begin = 0; begin < columns; begin += kBlock) {
+    const int64_t n = std::min(kBlock, columns - begin);
     const T* further = row + begin + n;
-    const int64_t further_n = std::min(kBlock, vocab - begin - n);
+    const int64_t further_n = std::min(kBlock, columns - begin - n);
     Block block;
     if constexpr (kAhead) {
       block = {row + begin, ahead};
@@ -151,51 +160,86 @@ LOKU_INLINE ReducedRow reduce_row(const T* row, int64_t vocab, int64_t target, E
       block = converted_block(row + begin, n, entry, buffer);
     }
     // As one unsigned comparison: GCC splits this loop at two, and vectorises only one of the halves.
-    if (static_cast<uint64_t>(target - begin) < static_cast<uint64_t>(n)) {
-      leave_out(target - begin, block, n, entry, buffer);
+    const int64_t target_index = target - first - begin;
+    if (static_cast<uint64_t>(target_index) < static_cast<uint64_t>(n)) {
+      state.target = entry.exact_logit(block.x[target_index]);
+      leave_out(target_index, block, n, entry, buffer);
     }
-    if (block.max > state.runner_up) {
-      const int64_t previous = state.runner_up_id;
-      if (kStore && previous < begin) {
-        scratch.demoted.push_back({previous, state.runner_up, entry.slope(runner_up_entry)});
+    if (block.max > online.runner_up) {
+      if (kStore && online.runner_up != kMinusInfinity) {
+        scratch.demoted.push_back({online.runner_up_id, online.runner_up, state.runner_up_slope});
       }
-      state.add_to_rest(state.runner_up);
+      online.add_to_rest(online.runner_up);
       const int64_t index = first_index_of(block.max, block.x, n, entry);
-      state.runner_up = block.max;
-      state.runner_up_id = begin + index;
-      runner_up_entry = block.x[index];
+      online.runner_up = block.max;
+      online.runner_up_id = first + begin + index;
+      state.runner_up = entry.exact_logit(block.x[index]);
+      state.runner_up_slope = entry.slope(block.x[index]);
       leave_out(index, block, n, entry, buffer);
     }
-    state.raise_rest_max(block.max);
-    if (kStore) scratch.block_max.push_back(state.rest_max);
+    online.raise_rest_max(block.max);
+    if (kStore) scratch.block_max.push_back(online.rest_max);
 
     float* block_terms = kStore ? terms + begin : nullptr;
-    if (state.rest_max == kMinusInfinity) {  // masked words, or NaN, and no reference to subtract
+    if (online.rest_max == kMinusInfinity) {  // masked words, or NaN, and no reference to subtract
       for (int64_t i = 0; i < n; ++i) {
-        if (block.x[i] != block.x[i]) state.rest_sum = kNaN;
+        if (block.x[i] != block.x[i]) online.rest_sum = kNaN;
         if (kStore) block_terms[i] = 0.0f;
       }
       if constexpr (kAhead) ahead = max_of(further, further_n, entry);
     } else if constexpr (kAhead) {
-      state.rest_sum +=
-          sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms, further, further_n, ahead);
+      online.rest_sum +=
+          sum_exp<kStore>(block.x, n, entry, online.rest_max, block_terms, further, further_n, ahead);
     } else {
       prefetch(further, further + further_n);
-      state.rest_sum += sum_exp<kStore>(block.x, n, entry, state.rest_max, block_terms, nullptr, 0, ahead);
+      online.rest_sum += sum_exp<kStore>(block.x, n, entry, online.rest_max, block_terms, nullptr, 0, ahead);
     }
   }
-  return {state, target_entry, runner_up_entry};
 }
 
-// What a row's three numbers become: from the entries at target and runner-up, the product of each with the
-// softcap in double.
-template <bool kSoftcap>
-LOKU_INLINE void write_triplet(const Triplets& out, int64_t n, const ReducedRow& row, Entry<kSoftcap> entry) {
-  const double factor = kSoftcap ? entry.softcap : 1.0;
-  out.triplet[3 * n] = factor * row.target_entry;
-  out.triplet[3 * n + 1] = factor * row.runner_up_entry;
-  out.triplet[3 * n + 2] = row.state.rest();
-  out.runner_up_id[n] = row.state.runner_up_id;
+// exp(logit - reference), 0 for a masked word.
+LOKU_INLINE double share_of(float logit, double reference) {
+  return logit == kMinusInfinity ? 0.0 : std::exp(logit - reference);
+}
+
+// row = scale * exp(y - reference) from the terms, demoted runner-ups of these columns included.
+template <typename T>
+LOKU_INLINE void finish_columns(T* row, int64_t columns, int64_t first, const float* terms, double reference,
+                                double scale, const RowScratch& scratch) {
+  float block_max = kMinusInfinity;
+  float factor = reference == reference ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  for (int64_t begin = 0, block = 0; begin < columns; begin += kBlock, ++block) {
+    const int64_t end = std::min(begin + kBlock, columns);
+    if (scratch.block_max[block] != block_max) {  // it seldom changes after the first blocks
+      block_max = scratch.block_max[block];
+      factor = static_cast<float>(scale * std::exp(block_max - reference));
+    }
+    if (std::isfinite(factor)) {
+#pragma omp simd
+      for (int64_t v = begin; v < end; ++v) row[v] = from_number<T>(terms[v] * factor);
+    } else {
+      for (int64_t v = begin; v < end; ++v) row[v] = from_float<T>(terms[v] * factor);
+    }
+  }
+  for (const RowScratch::Demoted& d : scratch.demoted) {
+    if (d.id < first) continue;
+    row[d.id - first] = from_float<T>(static_cast<float>(scale * share_of(d.logit, reference) * d.slope));
+  }
+}
+
+float* terms_of(float* row, int64_t, RowScratch&) { return row; }
+
+template <typename T>
+float* terms_of(T*, int64_t columns, RowScratch& scratch) {
+  scratch.terms.resize(columns);
+  return scratch.terms.data();
+}
+
+LOKU_INLINE void write_triplet(const Triplets& out, int64_t n, const RowState& state) {
+  out.triplet[3 * n] = state.target;
+  out.triplet[3 * n + 1] = state.runner_up;
+  out.triplet[3 * n + 2] = state.online.rest();
+  out.runner_up_id[n] = state.online.runner_up_id;
 }
 
 LOKU_INLINE void write_ignored(const Triplets& out, int64_t n) {
@@ -203,12 +247,50 @@ LOKU_INLINE void write_ignored(const Triplets& out, int64_t n) {
   out.runner_up_id[n] = -1;
 }
 
-template <bool kSoftcap, typename T>
-LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, float softcap, const Triplets& out,
-                             int64_t n) {
-  const Entry<kSoftcap> entry{softcap};
+template <typename T>
+LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, const Triplets& out, int64_t n) {
+  RowState state = first_state(target);
   RowScratch unused;
-  write_triplet(out, n, reduce_row<false>(row, vocab, target, entry, nullptr, unused), entry);
+  reduce_columns<false>(row, vocab, 0, target, Entry<false>{}, nullptr, unused, state);
+  write_triplet(out, n, state);
+}
+
+template <bool kStore, bool kSoftcap, typename T>
+LOKU_INLINE void columns_of_row(T* row, int64_t columns, int64_t first, int64_t target, float softcap,
+                                const OnlineStates& states, int64_t n, RowScratch& scratch) {
+  double* saved = states.state + OnlineStates::kNumbers * n;
+  RowState state = first_state(target);
+  state.target = saved[0];
+  state.runner_up = saved[1];
+  const float u = kSoftcap ? static_cast<float>(saved[1] / softcap) : 0.0f;
+  state.runner_up_slope = Entry<kSoftcap>{softcap}.slope(u);
+  state.online = {static_cast<float>(saved[1]), states.runner_up_id[n], static_cast<float>(saved[2]),
+                  saved[3]};
+  const float rest_max_before = state.online.rest_max;
+  scratch.block_max.clear();
+  scratch.demoted.clear();
+  float* terms = kStore ? terms_of(row, columns, scratch) : nullptr;
+  reduce_columns<kStore>(row, columns, first, target, Entry<kSoftcap>{softcap}, terms, scratch, state);
+  const OnlineTriplet& online = state.online;
+  saved[0] = state.target;
+  saved[1] = state.runner_up;
+  saved[2] = online.rest_max;
+  saved[3] = online.rest_sum;
+  states.runner_up_id[n] = online.runner_up_id;
+  if (!kStore) return;
+
+  finish_columns(row, columns, first, terms, online.rest_max, 1.0, scratch);
+  for (const int64_t v : {target - first, online.runner_up_id - first}) {
+    if (v >= 0 && v < columns) row[v] = from_float<T>(0.0f);
+  }
+  states.rescale[n] = static_cast<float>(share_of(rest_max_before, online.rest_max));
+  states.demoted_id[n] = -1;
+  states.demoted_share[n] = 0.0f;
+  for (const RowScratch::Demoted& d : scratch.demoted) {
+    if (d.id >= first) continue;
+    states.demoted_id[n] = d.id;
+    states.demoted_share[n] = static_cast<float>(share_of(d.logit, online.rest_max) * d.slope);
+  }
 }
 
 struct TripletGradient {
@@ -226,142 +308,101 @@ TripletGradient inverted_hinge_gradient(const double* triplet) {
   return {p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)};
 }
 
-float* terms_of(float* row, int64_t, RowScratch&) { return row; }
-
 template <typename T>
-float* terms_of(T*, int64_t vocab, RowScratch& scratch) {
-  scratch.terms.resize(vocab);
-  return scratch.terms.data();
-}
-
-template <bool kSoftcap, typename T>
-LOKU_INLINE void fused_row(T* row, int64_t vocab, int64_t target, FusedGradient gradient, double scale,
-                           float softcap, const Triplets& out, int64_t n, RowScratch& scratch) {
-  const Entry<kSoftcap> entry{softcap};
+LOKU_INLINE void inverted_hinge_row(T* row, int64_t vocab, int64_t target, double scale, const Triplets& out,
+                                    int64_t n, RowScratch& scratch) {
+  RowState state = first_state(target);
   scratch.block_max.clear();
   scratch.demoted.clear();
   float* terms = terms_of(row, vocab, scratch);
-  const ReducedRow reduced = reduce_row<true>(row, vocab, target, entry, terms, scratch);
-  write_triplet(out, n, reduced, entry);
-  const double target_slope = entry.slope(reduced.target_entry);
-  const double runner_up_slope = entry.slope(reduced.runner_up_entry);
-
-  TripletGradient g = {0.0, 0.0, 1.0};
-  if (gradient == FusedGradient::kInvertedHinge) g = inverted_hinge_gradient(out.triplet + 3 * n);
-  const double rest = out.triplet[3 * n + 2];
-  const double rest_scale = scale * g.rest;
-  float reference = kMinusInfinity;
-  float factor = rest == rest ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  for (int64_t begin = 0, block = 0; begin < vocab; begin += kBlock, ++block) {
-    const int64_t end = std::min(begin + kBlock, vocab);
-    if (scratch.block_max[block] != reference) {  // it seldom changes after the first blocks
-      reference = scratch.block_max[block];
-      factor = static_cast<float>(rest_scale * std::exp(static_cast<double>(reference) - rest));
-    }
-    if (std::isfinite(factor)) {
-#pragma omp simd
-      for (int64_t v = begin; v < end; ++v) row[v] = from_number<T>(terms[v] * factor);
-    } else {
-      for (int64_t v = begin; v < end; ++v) row[v] = from_float<T>(terms[v] * factor);
-    }
-  }
-  for (const RowScratch::Demoted& d : scratch.demoted) {
-    const double share = d.logit == kMinusInfinity ? 0.0 : std::exp(d.logit - rest);
-    row[d.id] = from_float<T>(static_cast<float>(rest_scale * share * d.slope));
-  }
-  row[target] = from_float<T>(static_cast<float>(scale * g.target * target_slope));
-  row[reduced.state.runner_up_id] = from_float<T>(static_cast<float>(scale * g.runner_up * runner_up_slope));
+  reduce_columns<true>(row, vocab, 0, target, Entry<false>{}, terms, scratch, state);
+  write_triplet(out, n, state);
+  const TripletGradient g = inverted_hinge_gradient(out.triplet + 3 * n);
+  finish_columns(row, vocab, 0, terms, state.online.rest(), scale * g.rest, scratch);
+  row[target] = from_float<T>(static_cast<float>(scale * g.target));
+  row[state.online.runner_up_id] = from_float<T>(static_cast<float>(scale * g.runner_up));
 }
 
 template <bool kSoftcap, typename T>
-LOKU_INLINE void backward_row(const T* row, int64_t vocab, int64_t target, float softcap,
+LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first, int64_t target, float softcap,
                               const double* triplet, int64_t runner_up_id, const double* g, T* out) {
   const Entry<kSoftcap> entry{softcap};
-  const float g_target = static_cast<float>(g[0] * entry.slope(to_float(row[target])));
-  const float g_runner_up = static_cast<float>(g[1] * entry.slope(to_float(row[runner_up_id])));
+  // Of the positions that have a gradient of their own, those in these columns, read before they may be
+  // overwritten.
+  const int64_t position[2] = {target - first, runner_up_id - first};
+  bool here[2];
+  float own[2];
+  for (int i = 0; i < 2; ++i) {
+    here[i] = position[i] >= 0 && position[i] < columns;
+    own[i] = here[i] ? static_cast<float>(g[i] * entry.slope(to_float(row[position[i]]))) : 0.0f;
+  }
   const float g_rest = static_cast<float>(g[2]);
   // `rest` as two floats: rounding it to one would cost exp() the digits of a large offset.
   const float rest_high = static_cast<float>(triplet[2]);
   const float rest_low = static_cast<float>(triplet[2] - rest_high);
   if (triplet[2] == kMinusInfinity) {  // no rest, so no gradient
-    for (int64_t v = 0; v < vocab; ++v) out[v] = from_float<T>(0.0f);
+    std::fill_n(out, columns, T{});
   } else if (std::isfinite(g_rest) && std::isfinite(rest_high)) {
 #pragma omp simd
-    for (int64_t v = 0; v < vocab; ++v) {
+    for (int64_t v = 0; v < columns; ++v) {
       const float x = to_float(row[v]);
       const float share = exp_nonpositive((entry.logit(x) - rest_high) - rest_low);
       out[v] = from_number<T>(g_rest * share * entry.slope(x));
     }
   } else {
-    for (int64_t v = 0; v < vocab; ++v) {
+    for (int64_t v = 0; v < columns; ++v) {
       const float x = to_float(row[v]);
       const float share = exp_nonpositive((entry.logit(x) - rest_high) - rest_low);
       out[v] = from_float<T>(g_rest * share * entry.slope(x));
     }
   }
-  out[target] = from_float<T>(g_target);
-  out[runner_up_id] = from_float<T>(g_runner_up);
+  for (int i = 0; i < 2; ++i) {
+    if (here[i]) out[position[i]] = from_float<T>(own[i]);
+  }
 }
 
 // The functions that are compiled once per instruction set: one row each, one for each type.
-#define LOKU_CALL(function, ...)  \
-  if (softcap == 0.0f) {          \
-    function<false>(__VA_ARGS__); \
-  } else {                        \
-    function<true>(__VA_ARGS__);  \
-  }
-#define LOKU_ROW_KERNELS(T)                                                                              \
-  LOKU_TARGET_CLONES void forward_kernel(const T* row, int64_t vocab, int64_t target, float softcap,     \
-                                         const Triplets& out, int64_t n){                                \
-      LOKU_CALL(forward_row, row, vocab, target, softcap, out,                                           \
-                n)} LOKU_TARGET_CLONES void fused_kernel(T* row, int64_t vocab, int64_t target,          \
-                                                         FusedGradient gradient, double scale,           \
-                                                         float softcap, const Triplets& out, int64_t n,  \
-                                                         RowScratch& scratch){LOKU_CALL(                 \
-      fused_row, row, vocab, target, gradient, scale, softcap, out, n,                                   \
-      scratch)} LOKU_TARGET_CLONES void backward_kernel(const T* row, int64_t vocab, int64_t target,     \
-                                                        float softcap, const double* triplet,            \
-                                                        int64_t runner_up_id, const double* g, T* out) { \
-    LOKU_CALL(backward_row, row, vocab, target, softcap, triplet, runner_up_id, g, out)                  \
+#define LOKU_ROW_KERNELS(T)                                                                                \
+  LOKU_TARGET_CLONES void forward_kernel(const T* row, int64_t vocab, int64_t target, const Triplets& out, \
+                                         int64_t n) {                                                      \
+    forward_row(row, vocab, target, out, n);                                                               \
+  }                                                                                                        \
+  LOKU_TARGET_CLONES void columns_kernel(T* row, int64_t columns, int64_t first, int64_t target,           \
+                                         float softcap, bool store, const OnlineStates& states, int64_t n, \
+                                         RowScratch& scratch) {                                            \
+    if (softcap == 0.0f) {                                                                                 \
+      if (store) {                                                                                         \
+        columns_of_row<true, false>(row, columns, first, target, softcap, states, n, scratch);             \
+      } else {                                                                                             \
+        columns_of_row<false, false>(row, columns, first, target, softcap, states, n, scratch);            \
+      }                                                                                                    \
+    } else if (store) {                                                                                    \
+      columns_of_row<true, true>(row, columns, first, target, softcap, states, n, scratch);                \
+    } else {                                                                                               \
+      columns_of_row<false, true>(row, columns, first, target, softcap, states, n, scratch);               \
+    }                                                                                                      \
+  }                                                                                                        \
+  LOKU_TARGET_CLONES void inverted_hinge_kernel(T* row, int64_t vocab, int64_t target, double scale,       \
+                                                const Triplets& out, int64_t n, RowScratch& scratch) {     \
+    inverted_hinge_row(row, vocab, target, scale, out, n, scratch);                                        \
+  }                                                                                                        \
+  LOKU_TARGET_CLONES void backward_kernel(const T* row, int64_t columns, int64_t first, int64_t target,    \
+                                          float softcap, const double* triplet, int64_t runner_up_id,      \
+                                          const double* g, T* out) {                                       \
+    if (softcap == 0.0f) {                                                                                 \
+      backward_row<false>(row, columns, first, target, softcap, triplet, runner_up_id, g, out);            \
+    } else {                                                                                               \
+      backward_row<true>(row, columns, first, target, softcap, triplet, runner_up_id, g, out);             \
+    }                                                                                                      \
   }
 LOKU_ROW_KERNELS(float)
 LOKU_ROW_KERNELS(BFloat16)
 LOKU_ROW_KERNELS(Float16)
 #undef LOKU_ROW_KERNELS
-#undef LOKU_CALL
 
 template <typename T>
 T* row_of(const Rows& rows, int64_t n) {
   return static_cast<T*>(rows.data) + rows.offsets[n];
-}
-
-template <typename Body>
-void for_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kFloat16:
-      return body(Float16{});
-  }
-}
-
-// body(row, scratch) for every row; each thread has a scratch. A single thread stays out of OpenMP: a forked
-// child must, since its parent's threads are not there.
-template <typename Body>
-void for_rows(int64_t count, int threads, const Body& body) {
-  if (threads <= 1) {
-    RowScratch scratch;
-    for (int64_t n = 0; n < count; ++n) body(n, scratch);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    RowScratch scratch;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < count; ++n) body(n, scratch);
-  }
 }
 
 }  // namespace
@@ -375,54 +416,65 @@ int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int
 }
 
 // logits, labels -> triplet, runner_up_id. Reads each logit once.
-void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
+                     int threads) {
+  for_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch&) {
+      if (labels[n] == ignore_index) {
+        write_ignored(out, n);
+      } else {
+        forward_kernel(row_of<T>(logits, n), logits.columns, labels[n], out, n);
+      }
+    });
+  });
+}
+
+// Gradient of the logits from that of the triplet: g_target at the label, g_runner_up at the runner-up,
+// g_rest * exp(y - rest) elsewhere, each times the softcap's slope. `grad_logits` may be `logits`.
+void triplet_backward(const Rows& logits, int64_t first, const int64_t* labels, int64_t ignore_index,
+                      const Triplets& saved, const double* grad_triplet, float softcap,
+                      const Rows& grad_logits, int threads) {
+  for_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch&) {
+      T* row = row_of<T>(grad_logits, n);
+      if (labels[n] == ignore_index) {
+        std::fill_n(row, logits.columns, T{});
+      } else {
+        backward_kernel(row_of<T>(logits, n), logits.columns, first, labels[n], softcap,
+                        saved.triplet + 3 * n, saved.runner_up_id[n], grad_triplet + 3 * n, row);
+      }
+    });
+  });
+}
+
+// IHL forward and backward in one: the logits become `scale` times the gradient of the row's IHL.
+void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
                      const Triplets& out, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    for_rows(logits.count, threads, [&](int64_t n, RowScratch&) {
-      if (labels[n] == ignore_index) {
-        write_ignored(out, n);
-      } else {
-        forward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], softcap, out, n);
-      }
-    });
-  });
-}
-
-// Gradient of the logits from that of the triplet, times the softcap's slope: g_target at the label,
-// g_runner_up at the runner-up, g_rest * exp(y - rest) elsewhere. `grad_logits` may be `logits`.
-void triplet_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& saved,
-                      const double* grad_triplet, float softcap, const Rows& grad_logits, int threads) {
-  for_dtype(logits.dtype, [&](auto type) {
-    using T = decltype(type);
-    for_rows(logits.count, threads, [&](int64_t n, RowScratch&) {
-      T* row = row_of<T>(grad_logits, n);
-      if (labels[n] == ignore_index) {
-        std::fill_n(row, logits.vocab, T{});
-      } else {
-        backward_kernel(row_of<T>(logits, n), logits.vocab, labels[n], softcap, saved.triplet + 3 * n,
-                        saved.runner_up_id[n], grad_triplet + 3 * n, row);
-      }
-    });
-  });
-}
-
-// Forward and backward in one: the logits become `scale` times
-//   kInvertedHinge: the gradient of the row's IHL;
-//   kRest:          the gradient of the row's `rest`, that is exp(y - rest), zero at target and runner-up;
-// each times the softcap's slope. One read and one write of main memory.
-void triplet_fused_(const Rows& logits, const int64_t* labels, int64_t ignore_index, FusedGradient gradient,
-                    double scale, float softcap, const Triplets& out, int threads) {
-  for_dtype(logits.dtype, [&](auto type) {
-    using T = decltype(type);
-    for_rows(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
+    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
       T* row = row_of<T>(logits, n);
       if (labels[n] == ignore_index) {
         write_ignored(out, n);
-        std::fill_n(row, logits.vocab, T{});
+        std::fill_n(row, logits.columns, T{});
       } else {
-        fused_kernel(row, logits.vocab, labels[n], gradient, scale, softcap, out, n, scratch);
+        inverted_hinge_kernel(row, logits.columns, labels[n], scale, out, n, scratch);
       }
+    });
+  });
+}
+
+// The next columns of rows whose earlier ones are in `states`. With `store` the logits become
+// exp(y - rest_max), 0 at target and runner-up, times the softcap's slope.
+void triplet_columns_(const Rows& logits, int64_t first, const int64_t* labels, float softcap, bool store,
+                      const OnlineStates& states, int threads) {
+  for_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
+      columns_kernel(row_of<T>(logits, n), logits.columns, first, labels[n], softcap, store, states, n,
+                     scratch);
     });
   });
 }

@@ -2,7 +2,7 @@
 //
 // A row belongs to a block, or to a cluster of blocks that take a slice each. Threads walk their slice in
 // batches of four 16-byte vectors. Two functions do the work: reduce_row() reads a row once and gives its
-// three numbers, write_gradient() reads it (from shared memory, where the fused kernel keeps it) and
+// three numbers, write_gradient() reads it again (from shared memory, where the fused kernels keep it) and
 // writes the gradient.
 //
 // The reduction. With x the row's entries, the target's aside, `first` and `second` the largest two, the
@@ -65,15 +65,15 @@ struct RowVectors {
   static constexpr int kPerWord = 4 / sizeof(Storage);
 
   Storage* row;
-  int vocab;
+  int columns;
   int head;        // entries of the first vector that precede the row
   int begin, end;  // the vectors of this block's slice
 
-  __device__ __forceinline__ RowVectors(Storage* row, int vocab, int cluster, int rank)
+  __device__ __forceinline__ RowVectors(Storage* row, int columns, int cluster, int rank)
       : row(row),
-        vocab(vocab),
+        columns(columns),
         head(static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(Storage))) {
-    const int count = (head + vocab + kWidth - 1) / kWidth;
+    const int count = (head + columns + kWidth - 1) / kWidth;
     const int share = (count + cluster - 1) / cluster;
     begin = min(rank * share, count);
     end = min(begin + share, count);
@@ -85,14 +85,14 @@ struct RowVectors {
   // Vector i, with -inf outside the row.
   __device__ __forceinline__ Vector load(int i) const {
     const int entry = entry_of(i);
-    if (entry >= 0 && entry + kWidth <= vocab) return load_16_bytes(row + entry);
+    if (entry >= 0 && entry + kWidth <= columns) return load_16_bytes(row + entry);
     Vector v = filled(Word::kMinusInfinity);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
 #pragma unroll
       for (int lane = 0; lane < kPerWord; ++lane) {
         const int index = entry + w * kPerWord + lane;
-        if (index >= 0 && index < vocab) set(v.word[w], lane, row[index]);
+        if (index >= 0 && index < columns) set(v.word[w], lane, row[index]);
       }
     }
     return v;
@@ -102,7 +102,7 @@ struct RowVectors {
   // has no branch, so its loads are under way together.
   __device__ __forceinline__ void load_batch(Vector (&batch)[kBatch], int first) const {
     const int threads = blockDim.x, thread = threadIdx.x, last = first + kBatch * threads - 1;
-    if (last < end && entry_of(first) >= 0 && entry_of(last) + kWidth <= vocab) {
+    if (last < end && entry_of(first) >= 0 && entry_of(last) + kWidth <= columns) {
 #pragma unroll
       for (int v = 0; v < kBatch; ++v) {
         batch[v] = load_16_bytes(row + entry_of(first + v * threads + thread));
@@ -119,14 +119,14 @@ struct RowVectors {
   // Store vector i to a row that has the same indices, and maybe other 16-byte boundaries.
   __device__ __forceinline__ void store(Storage* out, int i, const Vector& v) const {
     const int entry = entry_of(i);
-    if (entry >= 0 && entry + kWidth <= vocab && reinterpret_cast<uintptr_t>(out + entry) % 16 == 0) {
+    if (entry >= 0 && entry + kWidth <= columns && reinterpret_cast<uintptr_t>(out + entry) % 16 == 0) {
       store_16_bytes(out + entry, v);
       return;
     }
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const int index = entry + j;
-      if (index >= 0 && index < vocab) {
+      if (index >= 0 && index < columns) {
         out[index] = static_cast<Storage>(v.word[j / kPerWord] >> (j % kPerWord * 16));
       }
     }
@@ -159,7 +159,9 @@ struct Shared {
   float first[kMaxWarps];
   float second[kMaxWarps];
   int runner_up_id[kMaxWarps];
+  double state[OnlineStates::kNumbers];
   float gradient[4];  // of target and runner-up; factor and reference of the others
+  int runner_up;      // the index in these columns at which the gradient of the runner-up goes
 };
 
 struct Reduced {
@@ -352,8 +354,8 @@ struct RowGradient {
 __device__ __forceinline__ RowGradient row_gradient(double g_target, double g_runner_up, double g_rest,
                                                     double rest, double factor, float unit) {
   RowGradient g = {static_cast<float>(g_target), static_cast<float>(g_runner_up), 0.0f, 0.0f};
-  if (rest == -kDoubleInfinity) return g;
   const double exact = static_cast<double>(unit) * (rest / factor);
+  if (exact <= -FLT_MAX) return g;  // no rest, or one of masks alone
   g.reference = static_cast<float>(exact);
   g.factor = static_cast<float>(g_rest) * exp2_approximate(static_cast<float>(g.reference - exact));
   return g;
@@ -423,9 +425,28 @@ __device__ __forceinline__ void write_triplet(const Triplets& out, unsigned n, d
   out.runner_up_id[n] = runner_up_id;
 }
 
+// Entry `index` of a row; 0 if it is not among its columns.
 template <typename Word>
-__device__ __forceinline__ float entry_at(const typename Word::Storage* row, int index) {
-  return Word::low(row[index]);
+__device__ __forceinline__ float entry_at(const RowVectors<Word>& vectors, int index) {
+  return index >= 0 && index < vectors.columns ? Word::low(vectors.row[index]) : 0.0f;
+}
+
+// Where a label of the whole vocabulary lies in columns that begin at `first`; -1 if it does not.
+__device__ __forceinline__ int index_in(int64_t label, int64_t first, int columns) {
+  return label >= first && label - first < columns ? static_cast<int>(label - first) : -1;
+}
+
+// What one thread found out for all, to all; no thread reads an entry after it that another overwrites.
+__device__ __forceinline__ void share_gradient(Shared* shared, const RowGradient& g, int runner_up) {
+  shared->gradient[0] = g.target;
+  shared->gradient[1] = g.runner_up;
+  shared->gradient[2] = g.factor;
+  shared->gradient[3] = g.reference;
+  shared->runner_up = runner_up;
+}
+
+__device__ __forceinline__ RowGradient shared_gradient(const Shared* shared) {
+  return {shared->gradient[0], shared->gradient[1], shared->gradient[2], shared->gradient[3]};
 }
 
 // Bytes: each logit once. Operations: about 7 instructions a 16-bit logit, one of them an exponential.
@@ -434,7 +455,7 @@ __device__ __forceinline__ float entry_at(const typename Word::Storage* row, int
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, 4)
     triplet_forward_kernel(RowLayout logits, int vocab, const int64_t* labels, int64_t ignore_index,
-                           double softcap, float unit, Triplets out) {
+                           float unit, Triplets out) {
   const unsigned n = blockIdx.x;
   const int64_t label = labels[n];
   if (label == ignore_index) {
@@ -447,10 +468,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   Shared* shared = reinterpret_cast<Shared*>(dynamic_shared());
   const Reduced reduced = reduce_row<false>(vectors, target, unit, 1, 0, shared, nullptr);
   if (threadIdx.x == 0) {
-    const double factor = softcap == 0.0 ? 1.0 : softcap;
-    write_triplet(out, n, factor * entry_at<Word>(vectors.row, target),
-                  factor * entry_at<Word>(vectors.row, reduced.runner_up_id), rest(reduced, factor, unit),
-                  reduced.runner_up_id);
+    write_triplet(out, n, entry_at(vectors, target), entry_at(vectors, reduced.runner_up_id),
+                  rest(reduced, 1.0, unit), reduced.runner_up_id);
   }
 }
 
@@ -459,39 +478,39 @@ __global__ void __launch_bounds__(kThreads, 4)
 // bandwidth 1.39 ms.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, 4)
-    triplet_backward_kernel(RowLayout logits, int vocab, const int64_t* labels, int64_t ignore_index,
-                            double softcap, float unit, Triplets saved, const double* grad_triplet,
-                            RowLayout grad_logits) {
+    triplet_backward_kernel(RowLayout logits, int columns, int64_t first, const int64_t* labels,
+                            int64_t ignore_index, double softcap, float unit, Triplets saved,
+                            const double* grad_triplet, RowLayout grad_logits) {
   const unsigned n = blockIdx.x;
   const int64_t label = labels[n];
-  const RowVectors<Word> vectors(logits.row<Word>(n), vocab, 1, 0);
+  const RowVectors<Word> vectors(logits.row<Word>(n), columns, 1, 0);
   typename Word::Storage* out = grad_logits.row<Word>(n);
   if (label == ignore_index) {
     write_zeros<Word>(vectors, out);
     return;
   }
-  const int target = static_cast<int>(label), runner_up_id = static_cast<int>(saved.runner_up_id[n]);
+  const int target = index_in(label, first, columns);
+  const int runner_up = index_in(saved.runner_up_id[n], first, columns);
   const double* g = grad_triplet + 3 * static_cast<int64_t>(n);
   const bool capped = softcap != 0.0;
   RowGradient gradient = row_gradient(g[0], g[1], g[2], saved.triplet[3 * static_cast<int64_t>(n) + 2],
                                       capped ? softcap : 1.0, unit);
-  gradient.target *= slope(entry_at<Word>(vectors.row, target), capped);
-  gradient.runner_up *= slope(entry_at<Word>(vectors.row, runner_up_id), capped);
+  gradient.target *= slope(entry_at(vectors, target), capped);
+  gradient.runner_up *= slope(entry_at(vectors, runner_up), capped);
   __syncthreads();  // `out` may be the row: both entries are read before any thread writes
-  write_gradient<false>(vectors, out, nullptr, gradient, target, runner_up_id, unit, capped);
+  write_gradient<false>(vectors, out, nullptr, gradient, target, runner_up, unit, capped);
 }
 
-// Forward and backward in one, in place. `cluster` blocks share a row. With kKeep each holds its slice in
-// shared memory, after the Shared; else the row is read again, from the L2 cache while rows in flight fit.
+// Forward and backward of IHL in one, in place. `cluster` blocks share a row. With kKeep each holds its slice
+// in shared memory, after the Shared; else the row is read again, from the L2 cache while rows in flight fit.
 // Bytes: each logit read and written once. Operations: about 13 instructions a logit, two exponentials.
 // Predicted, not measured, on an H100: 8192 x 128256 bfloat16 (clusters of 4, 64 KB a block), 4.20 GB,
 // 1.25 ms, of which instructions and exponentials take half each; with 85% of the bandwidth 1.48 ms.
 // 8192 x 50257 bfloat16 (one block a row, 100 KB, two resident): 1.65 GB, 0.49 ms, at 85% 0.58 ms.
 template <typename Word, bool kKeep>
 __global__ void __launch_bounds__(kKeep ? kKeepingThreads : kRereadingThreads, kKeep ? 2 : 1)
-    triplet_fused_kernel(RowLayout logits, int vocab, const int64_t* labels, int64_t ignore_index,
-                         double softcap, float unit, FusedGradient gradient, double scale, int cluster,
-                         Triplets out) {
+    inverted_hinge_kernel(RowLayout logits, int vocab, const int64_t* labels, int64_t ignore_index,
+                          float unit, const double* scale, int cluster, Triplets out) {
   const unsigned n = blockIdx.x / static_cast<unsigned>(cluster);
   const int rank = static_cast<int>(blockIdx.x % static_cast<unsigned>(cluster));
   const int64_t label = labels[n];
@@ -503,39 +522,89 @@ __global__ void __launch_bounds__(kKeep ? kKeepingThreads : kRereadingThreads, k
   }
   assert(label >= 0 && label < vocab && "loku_kernels: a label is outside the vocabulary");
   const int target = static_cast<int>(label);
-  const bool capped = softcap != 0.0;
   // Read here, before any block of the cluster overwrites it: two cluster barriers lie between.
-  const float target_entry = entry_at<Word>(vectors.row, target);
+  const float target_entry = entry_at(vectors, target);
   Shared* shared = reinterpret_cast<Shared*>(dynamic_shared());
   Vector* stash = reinterpret_cast<Vector*>(shared + 1);
   const Reduced reduced = reduce_row<kKeep>(vectors, target, unit, cluster, rank, shared, stash);
   if (threadIdx.x == 0) {
-    const double factor = capped ? softcap : 1.0;
-    const double triplet[3] = {factor * target_entry, factor * reduced.first, rest(reduced, factor, unit)};
+    const double triplet[3] = {target_entry, reduced.first, rest(reduced, 1.0, unit)};
     if (rank == 0) write_triplet(out, n, triplet[0], triplet[1], triplet[2], reduced.runner_up_id);
-    double g[3] = {0.0, 0.0, 1.0};
-    if (gradient == FusedGradient::kInvertedHinge) inverted_hinge_gradient(triplet, g);
-    const RowGradient row = row_gradient(scale * g[0], scale * g[1], scale * g[2], triplet[2], factor, unit);
-    shared->gradient[0] = row.target * slope(target_entry, capped);
-    shared->gradient[1] = row.runner_up * slope(reduced.first, capped);
-    shared->gradient[2] = row.factor;
-    shared->gradient[3] = row.reference;
+    double g[3];
+    inverted_hinge_gradient(triplet, g);
+    const RowGradient row = row_gradient(*scale * g[0], *scale * g[1], *scale * g[2], triplet[2], 1.0, unit);
+    share_gradient(shared, row, reduced.runner_up_id);
   }
   __syncthreads();
-  const RowGradient row = {shared->gradient[0], shared->gradient[1], shared->gradient[2],
-                           shared->gradient[3]};
-  write_gradient<kKeep>(vectors, vectors.row, stash, row, target, reduced.runner_up_id, unit, capped);
+  write_gradient<kKeep>(vectors, vectors.row, stash, shared_gradient(shared), target, shared->runner_up, unit,
+                        false);
+}
+
+// The next columns of rows that come in blocks of columns, see blocks.OnlineState: numbers, and with `store`
+// exp(y - rest_max), zero at target and runner-up, times the softcap's slope. Blocks as in the kernel above.
+// Bytes: a read and a write of a block that the product before has just left, in the L2 cache if it fits.
+// Predicted, not measured, on an H100: 1024 x 8192 bfloat16, 34 MB, 6 us at 5.5 TB/s; with the latency of a
+// row's reduction, and two waves of blocks, 12 us.
+template <typename Word, bool kKeep>
+__global__ void __launch_bounds__(kKeep ? kKeepingThreads : kRereadingThreads, kKeep ? 2 : 1)
+    triplet_columns_kernel(RowLayout logits, int columns, int64_t first, const int64_t* labels,
+                           double softcap, float unit, bool store, int cluster, OnlineStates states) {
+  const unsigned n = blockIdx.x / static_cast<unsigned>(cluster);
+  const int rank = static_cast<int>(blockIdx.x % static_cast<unsigned>(cluster));
+  const RowVectors<Word> vectors(logits.row<Word>(n), columns, cluster, rank);
+  const int target = index_in(labels[n], first, columns);
+  Shared* shared = reinterpret_cast<Shared*>(dynamic_shared());
+  Vector* stash = reinterpret_cast<Vector*>(shared + 1);
+  double* state = states.state + OnlineStates::kNumbers * static_cast<int64_t>(n);
+  const bool capped = softcap != 0.0;
+  const double factor = capped ? softcap : 1.0;
+  // All that rank 0 changes, and all entries that a gradient replaces, are read before two cluster barriers.
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < OnlineStates::kNumbers; ++i) shared->state[i] = state[i];
+    if (target >= 0) shared->state[0] = factor * entry_at(vectors, target);
+    const int64_t old_id = states.runner_up_id[n];
+    shared->runner_up = index_in(old_id, first, columns);
+  }
+  const Reduced reduced = reduce_row<kKeep>(vectors, target, unit, cluster, rank, shared, stash);
+  if (threadIdx.x == 0) {
+    const double runner_up = shared->state[1], rest_max = shared->state[2], rest_sum = shared->state[3];
+    const double top = factor * reduced.first, largest = factor * reduced.second;
+    const bool better = top > runner_up;  // on a tie the earlier column stays
+    const double demoted = better ? runner_up : -kDoubleInfinity;
+    const double joining = better ? -kDoubleInfinity : top;  // the largest of these columns joins the rest
+    const double new_max = fmax(fmax(rest_max, largest), fmax(demoted, joining));
+    const double reference = new_max == -kDoubleInfinity ? 0.0 : new_max;
+    const double share = exp(demoted - reference);
+    const RowGradient row = row_gradient(0.0, 0.0, 1.0, new_max, factor, unit);
+    share_gradient(shared, row, better ? reduced.runner_up_id : shared->runner_up);
+    if (rank == 0) {
+      const float u = better && runner_up > -kDoubleInfinity ? static_cast<float>(runner_up / factor) : 0.0f;
+      states.rescale[n] = static_cast<float>(exp(rest_max - reference));
+      states.demoted_id[n] = demoted > -kDoubleInfinity ? states.runner_up_id[n] : -1;
+      states.demoted_share[n] = static_cast<float>(share) * slope(u, capped);
+      state[0] = shared->state[0];
+      state[1] = better ? top : runner_up;
+      state[2] = new_max;
+      state[3] = rest_sum * exp(rest_max - reference) + exp(rest(reduced, factor, unit) - reference) + share +
+                 exp(joining - reference);
+      if (better) states.runner_up_id[n] = first + reduced.runner_up_id;
+    }
+  }
+  if (!store) return;
+  __syncthreads();
+  write_gradient<kKeep>(vectors, vectors.row, stash, shared_gradient(shared), target, shared->runner_up, unit,
+                        capped);
 }
 
 // --- launchers ------------------------------------------------------------------------------------
 
-constexpr int64_t kMaxVocab = 1 << 30;  // indices in a row are int
+constexpr int64_t kMaxColumns = 1 << 30;  // indices in a row are int
 constexpr int64_t kMaxBlocks = INT_MAX;
 
 void check_size(const DeviceRows& rows) {
-  if (rows.vocab > kMaxVocab || rows.count > kMaxBlocks / kMaxCluster) {
+  if (rows.columns > kMaxColumns || rows.count > kMaxBlocks / kMaxCluster) {
     throw std::invalid_argument("loku_kernels: at most 2^30 words and 2^28 - 1 rows a call on CUDA, got " +
-                                std::to_string(rows.vocab) + " and " + std::to_string(rows.count));
+                                std::to_string(rows.columns) + " and " + std::to_string(rows.count));
   }
 }
 
@@ -556,6 +625,8 @@ void for_word(DType dtype, const Body& body) {
   }
 }
 
+int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 float unit_of(double softcap) { return static_cast<float>(kLog2E * (softcap == 0.0 ? 1.0 : softcap)); }
 
 struct FusedPlan {
@@ -567,9 +638,9 @@ struct FusedPlan {
 // The smallest cluster whose slices let two blocks stay on a multiprocessor, so that one can load while the
 // other computes. If there is none, the largest that fits; else no shared memory, and one large block a
 // multiprocessor, because fewer rows in flight are likelier to be still in the L2 cache.
-FusedPlan plan_fused(const DeviceLimits& limits, int64_t vocab, int entry_bytes) {
+FusedPlan plan_fused(const DeviceLimits& limits, int64_t columns, int entry_bytes) {
   const int width = 16 / entry_bytes;
-  const int64_t vectors = (vocab + 2 * width - 2) / width;  // a head as long as can be
+  const int64_t vectors = (columns + 2 * width - 2) / width;  // a head as long as can be
   const int64_t two_blocks = limits.shared_per_multiprocessor / 2 - 1024;
   FusedPlan plan = {kRereadingThreads, 1, false, sizeof(Shared)};
   for (int cluster = 1; cluster <= (limits.clusters ? kMaxCluster : 1); cluster *= 2) {
@@ -589,7 +660,7 @@ std::string cuda_error() { return device_error(); }
 
 // logits, labels -> triplet, runner_up_id. Reads each logit once.
 void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
-                          double softcap, const Triplets& out, Stream stream) {
+                          const Triplets& out, Stream stream) {
   if (logits.count == 0) return;
   check_size(logits);
   const DeviceGuard guard(stream.device);
@@ -597,16 +668,16 @@ void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64
     using Word = decltype(word);
     launch("triplet_forward", triplet_forward_kernel<Word>,
            {dim3(static_cast<unsigned>(logits.count)), kThreads, sizeof(Shared), 1}, stream.handle,
-           layout_of(logits), static_cast<int>(logits.vocab), labels, ignore_index, softcap, unit_of(softcap),
-           out);
+           layout_of(logits), static_cast<int>(logits.columns), labels, ignore_index, unit_of(0.0), out);
   });
 }
 
-// Gradient of the logits from that of the triplet, times the softcap's slope: g_target at the label,
-// g_runner_up at the runner-up, g_rest * exp(y - rest) elsewhere. `grad_logits` may be `logits`.
-void cuda_triplet_backward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
-                           const Triplets& saved, const double* grad_triplet, double softcap,
-                           const DeviceRows& grad_logits, Stream stream) {
+// Gradient of the logits of the columns from `first` on from that of the triplet, times the softcap's slope:
+// g_target at the label, g_runner_up at the runner-up, g_rest * exp(y - rest) elsewhere. `grad_logits` may be
+// `logits`.
+void cuda_triplet_backward(const DeviceRows& logits, int64_t first, const int64_t* labels,
+                           int64_t ignore_index, const Triplets& saved, const double* grad_triplet,
+                           double softcap, const DeviceRows& grad_logits, Stream stream) {
   if (logits.count == 0) return;
   check_size(logits);
   const DeviceGuard guard(stream.device);
@@ -614,30 +685,46 @@ void cuda_triplet_backward(const DeviceRows& logits, const int64_t* labels, int6
     using Word = decltype(word);
     launch("triplet_backward", triplet_backward_kernel<Word>,
            {dim3(static_cast<unsigned>(logits.count)), kThreads, 0, 1}, stream.handle, layout_of(logits),
-           static_cast<int>(logits.vocab), labels, ignore_index, softcap, unit_of(softcap), saved,
+           static_cast<int>(logits.columns), first, labels, ignore_index, softcap, unit_of(softcap), saved,
            grad_triplet, layout_of(grad_logits));
   });
 }
 
-// Forward and backward in one: the logits become `scale` times
-//   kInvertedHinge: the gradient of the row's IHL;
-//   kRest:          the gradient of the row's `rest`, that is exp(y - rest), zero at target and runner-up;
-// each times the softcap's slope.
-void cuda_triplet_fused_(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
-                         FusedGradient gradient, double scale, double softcap, const Triplets& out,
-                         Stream stream) {
+// Forward and backward of IHL in one: the logits become *scale (on the device) times its gradient.
+void cuda_inverted_hinge_(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
+                          const double* scale, const Triplets& out, Stream stream) {
   if (logits.count == 0) return;
   check_size(logits);
   const DeviceGuard guard(stream.device);
-  const FusedPlan plan =
-      plan_fused(device_limits(stream.device), logits.vocab, logits.dtype == DType::kFloat32 ? 4 : 2);
+  const FusedPlan plan = plan_fused(device_limits(stream.device), logits.columns, bytes_of(logits.dtype));
   for_word(logits.dtype, [&](auto word) {
     using Word = decltype(word);
-    launch("triplet_fused_", plan.keep ? triplet_fused_kernel<Word, true> : triplet_fused_kernel<Word, false>,
+    launch("inverted_hinge_",
+           plan.keep ? inverted_hinge_kernel<Word, true> : inverted_hinge_kernel<Word, false>,
            {dim3(static_cast<unsigned>(logits.count * plan.cluster)), plan.threads, plan.shared_bytes,
             plan.cluster},
-           stream.handle, layout_of(logits), static_cast<int>(logits.vocab), labels, ignore_index, softcap,
-           unit_of(softcap), gradient, scale, plan.cluster, out);
+           stream.handle, layout_of(logits), static_cast<int>(logits.columns), labels, ignore_index,
+           unit_of(0.0), scale, plan.cluster, out);
+  });
+}
+
+// The logits of the columns from `first` on go into the rows' states; with `store` they become
+// exp(y - rest_max), zero at target and runner-up, times the softcap's slope. No label is ignored.
+void cuda_triplet_columns_(const DeviceRows& logits, int64_t first, const int64_t* labels, double softcap,
+                           bool store, const OnlineStates& states, Stream stream) {
+  if (logits.count == 0) return;
+  check_size(logits);
+  const DeviceGuard guard(stream.device);
+  FusedPlan plan = {kThreads, 1, false, sizeof(Shared)};
+  if (store) plan = plan_fused(device_limits(stream.device), logits.columns, bytes_of(logits.dtype));
+  for_word(logits.dtype, [&](auto word) {
+    using Word = decltype(word);
+    launch("triplet_columns_",
+           plan.keep ? triplet_columns_kernel<Word, true> : triplet_columns_kernel<Word, false>,
+           {dim3(static_cast<unsigned>(logits.count * plan.cluster)), plan.threads, plan.shared_bytes,
+            plan.cluster},
+           stream.handle, layout_of(logits), static_cast<int>(logits.columns), first, labels, softcap,
+           unit_of(softcap), store, plan.cluster, states);
   });
 }
 

@@ -10,11 +10,11 @@
 
 namespace loku {
 
-// Row n starts (n / inner) * outer_stride + (n % inner) * inner_stride elements after `data`; its `vocab`
+// Row n starts (n / inner) * outer_stride + (n % inner) * inner_stride elements after `data`; its `columns`
 // entries are contiguous. With a softcap > 0 an entry is u, and the logit it stands for softcap * u.
 struct DeviceRows {
   void* data;
-  int64_t count, inner, outer_stride, inner_stride, vocab;
+  int64_t count, inner, outer_stride, inner_stride, columns;
   DType dtype;
 };
 
@@ -27,14 +27,16 @@ struct Stream {
 std::string cuda_error();
 
 void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
-                          double softcap, const Triplets& out, Stream stream);
+                          const Triplets& out, Stream stream);
 
-void cuda_triplet_backward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
-                           const Triplets& saved, const double* grad_triplet, double softcap,
-                           const DeviceRows& grad_logits, Stream stream);
+void cuda_triplet_backward(const DeviceRows& logits, int64_t first, const int64_t* labels,
+                           int64_t ignore_index, const Triplets& saved, const double* grad_triplet,
+                           double softcap, const DeviceRows& grad_logits, Stream stream);
 
-void cuda_triplet_fused_(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
-                         FusedGradient gradient, double scale, double softcap, const Triplets& out,
-                         Stream stream);
+void cuda_inverted_hinge_(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
+                          const double* scale, const Triplets& out, Stream stream);
+
+void cuda_triplet_columns_(const DeviceRows& logits, int64_t first, const int64_t* labels, double softcap,
+                           bool store, const OnlineStates& states, Stream stream);
 
 }  // namespace loku

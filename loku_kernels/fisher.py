@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from loku_kernels import native
+from loku_kernels.dispatch import backend
 
 TILE_BYTES = 6 << 20  # of a tile of one sample's gradient, with what its squaring needs
 TILE_COLUMNS = 1024
@@ -34,11 +35,14 @@ def _accumulate_squared_grad_(
     d = grad_outputs.shape[2]
     if 0 in (n, tokens, k, d):
         return
-    if native.serves_fisher(fisher, inputs):
-        return native.accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
     dtype, product_dtype = fisher.dtype, fisher.dtype
-    if inputs.dtype == torch.bfloat16 and _multiplies_bfloat16(inputs.device):
+    kernels = backend("accumulate_squared_grad_", inputs) if dtype == torch.float32 else None
+    by_library = kernels is None or (kernels is native and inputs.device.type == "cpu")
+    if by_library and inputs.dtype == torch.bfloat16 and _multiplies_bfloat16(inputs.device):
         product_dtype = torch.bfloat16  # the sum over tokens stays in float32, its result is rounded once
+    elif kernels:
+        kernels.accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
+        return
     rounded = product_dtype != dtype
     entry_bytes = dtype.itemsize * (1 if divisor is None else 2) + (product_dtype.itemsize if rounded else 0)
     columns = _even(k, min(TILE_COLUMNS, TILE_BYTES // entry_bytes))
@@ -72,9 +76,12 @@ def _accumulate_squared_grad_(
                         product.addmm_(delta_part.t(), x_part)
                     else:
                         torch.mm(delta_part.t(), x_part, out=product)
-                if rounded:
-                    grad.copy_(product)
-                total.addcmul_(grad, grad)
+                if not rounded:
+                    total.addcmul_(product, product)
+                elif kernels:
+                    kernels.add_squares_(total, product)
+                else:
+                    total.addcmul_(grad.copy_(product), grad)
             if divisor is not None:
                 fisher[height] += total.div_(divisor[height, width]).sum(1)
 

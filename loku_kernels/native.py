@@ -16,7 +16,6 @@ except ImportError:
     _core = None
 
 _DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-INVERTED_HINGE, REST = 0, 1  # FusedGradient in csrc/triplet_cpu.h
 
 _forked = False
 
@@ -41,37 +40,32 @@ def warn_if_missing():
 
 
 def serves(tensor):
-    """Whether the core computes on this tensor. LOKU_BACKEND=reference|native forces the answer."""
-    forced = os.environ.get("LOKU_BACKEND", "")
-    if forced not in ("", "reference", "native", "triton"):
-        raise ValueError(f"LOKU_BACKEND must be reference, native or triton, not {forced!r}")
-    if forced == "native" and _core is None:
-        raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")
-    if _on_cuda(tensor):
-        if forced == "native" and not _core.has_cuda:
-            raise RuntimeError(
-                "LOKU_BACKEND=native, but loku_kernels was installed without its CUDA kernels: "
-                "install it again where nvcc is found, with LOKU_CUDA=1"
-            )
-        return forced == "native" and serves_cuda(tensor)
-    return (
-        _core is not None
-        and forced in ("", "native")
-        and tensor.device.type == "cpu"
-        and tensor.dtype in _DTYPE_TAGS
-    )
+    """Whether the core computes on this tensor.
+
+    Raises:
+        RuntimeError: ``LOKU_BACKEND=native`` asks for CUDA kernels that were not built.
+    """
+    if _core is None or tensor.dtype not in _DTYPE_TAGS:
+        return False
+    if not _on_cuda(tensor):
+        return tensor.device.type == "cpu"
+    if not _core.has_cuda and os.environ.get("LOKU_BACKEND") == "native":
+        raise RuntimeError(
+            "LOKU_BACKEND=native, but loku_kernels was installed without its CUDA kernels: "
+            "install it again where nvcc is found, with LOKU_CUDA=1"
+        )
+    return _core.has_cuda and _cuda_works()
 
 
-def serves_cuda(tensor):
-    """Whether the core's CUDA kernels take this CUDA tensor: built, and with a driver they can use."""
-    return _core is not None and _core.has_cuda and tensor.dtype in _DTYPE_TAGS and _cuda_works()
+def _on_cuda(tensor):
+    return tensor.device.type == "cuda"
 
 
 @functools.cache
 def _cuda_works():
     error = _core.cuda_error()
     if error:
-        warnings.warn(f"loku_kernels: its CUDA kernels are not used: {error}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"loku_kernels: its CUDA kernels are not used: {error}", RuntimeWarning, stacklevel=5)
     return not error
 
 
@@ -88,8 +82,8 @@ def _row_offsets(tensor):
 
 
 def _rows(tensor, offsets):
-    vocab = tensor.shape[-1]
-    return tensor.data_ptr(), offsets.data_ptr(), offsets.numel(), vocab, _DTYPE_TAGS[tensor.dtype]
+    columns = tensor.shape[-1]
+    return tensor.data_ptr(), offsets.data_ptr(), offsets.numel(), columns, _DTYPE_TAGS[tensor.dtype]
 
 
 def _empty_triplets(labels):
@@ -113,10 +107,10 @@ def raise_bad_label(labels, position, vocab, ignore_index):
     )
 
 
-def triplet_forward(logits, labels, ignore_index, softcap=0.0):
+def triplet_forward(logits, labels, ignore_index):
     """logits (..., V), labels (...) -> triplet (..., 3) float64, runner_up_id (...) int64."""
     if _on_cuda(logits):
-        return _cuda_triplet_forward(logits, labels, ignore_index, softcap)
+        return _cuda_triplet_forward(logits, labels, ignore_index)
     labels = labels.contiguous()
     check_labels(labels, logits.shape[-1], ignore_index)
     offsets = _row_offsets(logits)
@@ -125,7 +119,6 @@ def triplet_forward(logits, labels, ignore_index, softcap=0.0):
         _rows(logits, offsets),
         labels.data_ptr(),
         ignore_index,
-        softcap,
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
         _threads(),
@@ -134,12 +127,12 @@ def triplet_forward(logits, labels, ignore_index, softcap=0.0):
 
 
 def triplet_backward(
-    grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap=0.0, out=None
+    grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, *, first=0, softcap=0.0, out=None
 ):
     """Gradient of the logits, contiguous, or in ``out``, which may be the logits."""
     if _on_cuda(logits):
         return _cuda_triplet_backward(
-            grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap, out
+            grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, first, softcap, out
         )
     labels, triplet, runner_up_id, grad_triplet = (
         labels.contiguous(),
@@ -151,6 +144,7 @@ def triplet_backward(
     offsets, grad_offsets = _row_offsets(logits), _row_offsets(grad_logits)
     _core.triplet_backward(
         _rows(logits, offsets),
+        first,
         labels.data_ptr(),
         ignore_index,
         triplet.data_ptr(),
@@ -163,21 +157,19 @@ def triplet_backward(
     return grad_logits
 
 
-def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.0):
-    """Overwrite logits (..., V) with ``scale`` x the gradient of IHL, or of ``rest``; return the triplets."""
+def inverted_hinge_(logits, labels, ignore_index, scale):
+    """Overwrite logits (..., V) with ``scale``, float64 (), x the gradient of IHL; return the triplets."""
     if _on_cuda(logits):
-        return _cuda_triplet_fused_(logits, labels, ignore_index, gradient, scale, softcap)
+        return _cuda_inverted_hinge_(logits, labels, ignore_index, scale)
     labels = labels.contiguous()
     check_labels(labels, logits.shape[-1], ignore_index)
     offsets = _row_offsets(logits)
     triplet, runner_up_id = _empty_triplets(labels)
-    _core.triplet_fused_(
+    _core.inverted_hinge_(
         _rows(logits, offsets),
         labels.data_ptr(),
         ignore_index,
-        gradient,
-        scale,
-        softcap,
+        scale.item(),
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
         _threads(),
@@ -185,13 +177,63 @@ def triplet_fused_(logits, labels, ignore_index, gradient, scale=1.0, softcap=0.
     return triplet, runner_up_id
 
 
+def triplet_columns_(logits, first, labels, state, softcap, store):
+    """Logits (N, C) from column ``first`` on go into ``state``, see blocks.OnlineState, in place."""
+    if _on_cuda(logits):
+        _core.cuda_triplet_columns_(
+            _device_rows(logits),
+            first,
+            labels.data_ptr(),
+            softcap,
+            store,
+            *(tensor.data_ptr() for tensor in state),
+            _stream(logits),
+        )
+        return
+    offsets = _row_offsets(logits)
+    _core.triplet_columns_(
+        _rows(logits, offsets),
+        first,
+        labels.data_ptr(),
+        softcap,
+        store,
+        *(tensor.data_ptr() for tensor in state),
+        _threads(),
+    )
+
+
+def _features(tensor):
+    return tensor.data_ptr(), tensor.shape[2], tensor.stride(0), tensor.stride(1)
+
+
+def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
+    """fisher (d, k), or (d,) with a divisor, float32; inputs (n, T, k), grad_outputs (n, T, d)."""
+    if _on_cuda(inputs):
+        return _cuda_accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
+    inputs, grad_outputs = (x if x.stride(2) == 1 else x.contiguous() for x in (inputs, grad_outputs))
+    total = fisher.contiguous()
+    divisor = None if divisor is None else divisor.contiguous()
+    _core.accumulate_squared_grad_(
+        *inputs.shape[:2],
+        _DTYPE_TAGS[inputs.dtype],
+        _features(inputs),
+        _features(grad_outputs),
+        (total.data_ptr(), total.stride(0)),
+        (0, 0) if divisor is None else (divisor.data_ptr(), divisor.stride(0)),
+        _threads(),
+    )
+    if total is not fisher:
+        fisher.copy_(total)
+
+
+def add_squares_(fisher, product):
+    """fisher += product^2, for a product (rows, columns) in bfloat16 and rows of the Fisher in float32."""
+    _core.add_squares_(product.data_ptr(), *product.shape, (fisher.data_ptr(), fisher.stride(0)), _threads())
+
+
 # --- CUDA -----------------------------------------------------------------------------------------
 #
 # Labels are checked by the kernels, which assert; nothing here waits for the device.
-
-
-def _on_cuda(tensor):
-    return tensor.device.type == "cuda"
 
 
 def _stream(tensor):
@@ -235,20 +277,17 @@ def _stack(pieces):
     return torch.stack(triplets), torch.stack(runner_up_ids)
 
 
-def _cuda_triplet_forward(logits, labels, ignore_index, softcap):
+def _cuda_triplet_forward(logits, labels, ignore_index):
     triplet, runner_up_id = _cuda_triplets(logits, labels)
     if labels.numel() == 0:
         return triplet, runner_up_id
     rows, labels = _device_rows(logits), labels.contiguous()
     if rows is None:
-        return _stack(
-            _cuda_triplet_forward(y, t, ignore_index, softcap) for y, t in zip(logits, labels, strict=True)
-        )
+        return _stack(_cuda_triplet_forward(y, t, ignore_index) for y, t in zip(logits, labels, strict=True))
     _core.cuda_triplet_forward(
         rows,
         labels.data_ptr(),
         ignore_index,
-        softcap,
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
         _stream(logits),
@@ -256,7 +295,9 @@ def _cuda_triplet_forward(logits, labels, ignore_index, softcap):
     return triplet, runner_up_id
 
 
-def _cuda_triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, softcap, out):
+def _cuda_triplet_backward(
+    grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, first, softcap, out
+):
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if labels.numel() == 0:
@@ -266,13 +307,14 @@ def _cuda_triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, 
         for g, y, t, saved, r, part in zip(
             grad_triplet, logits, labels, triplet, runner_up_id, out, strict=True
         ):
-            _cuda_triplet_backward(g, y, t, ignore_index, saved, r, softcap, part)
+            _cuda_triplet_backward(g, y, t, ignore_index, saved, r, first, softcap, part)
         return out
     labels, triplet, runner_up_id, grad_triplet = (
         x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)
     )
     _core.cuda_triplet_backward(
         rows,
+        first,
         labels.data_ptr(),
         ignore_index,
         triplet.data_ptr(),
@@ -285,33 +327,25 @@ def _cuda_triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, 
     return out
 
 
-def _cuda_triplet_fused_(logits, labels, ignore_index, gradient, scale, softcap):
+def _cuda_inverted_hinge_(logits, labels, ignore_index, scale):
     triplet, runner_up_id = _cuda_triplets(logits, labels)
     if labels.numel() == 0:
         return triplet, runner_up_id
     rows, labels = _device_rows(logits), labels.contiguous()
     if rows is None:
         return _stack(
-            _cuda_triplet_fused_(y, t, ignore_index, gradient, scale, softcap)
-            for y, t in zip(logits, labels, strict=True)
+            _cuda_inverted_hinge_(y, t, ignore_index, scale) for y, t in zip(logits, labels, strict=True)
         )
-    _core.cuda_triplet_fused_(
+    _core.cuda_inverted_hinge_(
         rows,
         labels.data_ptr(),
         ignore_index,
-        gradient,
-        scale,
-        softcap,
+        scale.data_ptr(),
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
         _stream(logits),
     )
     return triplet, runner_up_id
-
-
-def serves_fisher(fisher, inputs):
-    """Whether the core accumulates into this Fisher: on CUDA only, where LOKU_BACKEND=native asks for it."""
-    return _on_cuda(inputs) and serves(inputs) and fisher.dtype == torch.float32 and fisher.stride(-1) == 1
 
 
 def _aligned_features(tensor):
@@ -325,29 +359,25 @@ def _aligned_features(tensor):
     return tensor
 
 
-def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
-    """fisher (d, k) += sum over n of G_n^2; with a divisor (d, k) fisher (d,) += row sums of that over it."""
-    n, tokens, k = inputs.shape
-    d = grad_outputs.shape[2]
+def _cuda_accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
+    (n, tokens, k), d = inputs.shape, grad_outputs.shape[2]
+    total = fisher.contiguous()
     partials = None
     if divisor is not None:
         divisor = divisor.contiguous()
         partials = torch.empty(-(-k // _core.FISHER_TILE), d, dtype=torch.float32, device=fisher.device)
-    tag = _DTYPE_TAGS[inputs.dtype]
-    inputs, grad_outputs = _aligned_features(inputs), _aligned_features(grad_outputs)
+    aligned = [_aligned_features(x) for x in (inputs, grad_outputs)]
     _core.cuda_accumulate_squared_grad_(
         n,
         tokens,
-        d,
-        k,
-        tag,
-        (inputs.data_ptr(), *inputs.stride()[:2]),
-        (grad_outputs.data_ptr(), *grad_outputs.stride()[:2]),
-        fisher.data_ptr(),
-        fisher.stride(0),
-        0 if divisor is None else divisor.data_ptr(),
+        _DTYPE_TAGS[inputs.dtype],
+        *((x.data_ptr(), width, *x.stride()[:2]) for x, width in zip(aligned, (k, d), strict=True)),
+        (total.data_ptr(), total.stride(0)),
+        (0, 0) if divisor is None else (divisor.data_ptr(), divisor.stride(0)),
         0 if partials is None else partials.data_ptr(),
         _stream(inputs),
     )
     if partials is not None:
         fisher += partials.sum(0)
+    elif total is not fisher:
+        fisher.copy_(total)

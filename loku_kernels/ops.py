@@ -6,6 +6,9 @@
 The public functions check their arguments; the operators behind them do not check again.
 """
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -14,7 +17,8 @@ from loku_kernels import blocks
 
 IGNORE_INDEX = -100
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BLOCK_BYTES = 64 << 20  # of logits that the linear op holds at a time
+BLOCK_BYTES = 16 << 20  # of logits that the linear op holds at a time
+BLOCK_ROWS = 1024  # with fewer, the weight would be read more often than the products take
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -164,10 +168,10 @@ def softmax_triplet(logits, labels, *, ignore_index=IGNORE_INDEX):
 
 @custom_op("loku_kernels::ihl_forward_backward_", mutates_args=("logits",))
 def ihl_forward_backward_(
-    logits: Tensor, labels: Tensor, ignore_index: int, scale: float
+    logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Overwrite the logits with ``scale`` x the gradient of the sum of the rows' IHL."""
-    return blocks.ihl_forward_backward_(logits, labels, ignore_index, scale)
+    """Overwrite the logits with ``scale``, float64 (), x the gradient of the sum of the rows' IHL."""
+    return blocks.inverted_hinge_(logits, labels, ignore_index, scale)
 
 
 @ihl_forward_backward_.register_fake
@@ -177,29 +181,59 @@ def _(logits, labels, ignore_index, scale):
 
 # --- hidden states and the output embedding -------------------------------------------------------
 #
-# y = softcap * tanh(logit_scale * (h W^T + b) / softcap), one block of rows at a time.
+# y = softcap * tanh(logit_scale * (h W^T + b) / softcap), one block of rows and columns at a time.
 
 
-def _row_blocks(labels, ignore_index, vocab, itemsize):
-    """Indices of the labelled rows, in even blocks of at most BLOCK_BYTES of logits."""
-    index = (labels != ignore_index).nonzero()[:, 0]
-    most = max(1, BLOCK_BYTES // (vocab * itemsize))
-    count = -(-index.numel() // most)
-    return index.tensor_split(count) if count else ()
+def _even_slices(size, limit):
+    """Slices of range(size), nearly equal, of at most ``limit`` each."""
+    parts = -(-size // max(1, limit))
+    bounds = [size * i // max(1, parts) for i in range(parts + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
-def _logits_block(hidden, weight, bias, softcap, logit_scale, buffer):
-    """The logits of some rows, or with a softcap their tanh, in the first rows of ``buffer``."""
-    block = buffer[: hidden.shape[0]]
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=block)
+def block_slices(count, vocab, itemsize):
+    """Slices of the rows and of the columns that make the blocks of (count, vocab) logits."""
+    rows = _even_slices(count, BLOCK_ROWS)
+    most = max((part.stop - part.start for part in rows), default=1)
+    return rows, _even_slices(vocab, BLOCK_BYTES // (most * itemsize))
+
+
+class _LogitsBlocks:
+    """Computes blocks of the logits of some hidden states (N, D), each in the memory of the one before."""
+
+    def __init__(self, hidden, weight, bias, softcap, logit_scale):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.rows, self.columns = block_slices(len(hidden), len(weight), hidden.element_size())
+        self.memory = hidden.new_empty(
+            max((math.prod(self._shape(r, c)) for r in self.rows for c in self.columns), default=0)
+        )
+
+    def _shape(self, rows, columns):
+        return rows.stop - rows.start, columns.stop - columns.start
+
+    def compute(self, rows, columns):
+        """The logits, or with a softcap their tanh."""
+        shape = self._shape(rows, columns)
+        block = self.memory[: math.prod(shape)].view(shape)
+        weight = self.weight[columns].t()
+        if self.bias is None:
+            torch.mm(self.hidden[rows], weight, out=block)
+        else:
+            torch.addmm(self.bias[columns], self.hidden[rows], weight, out=block)
+        if self.softcap:
+            block.mul_(self.logit_scale / self.softcap).tanh_()
+        elif self.logit_scale != 1.0:
+            block.mul_(self.logit_scale)
+        return block
+
+
+def _add_product(total, a, b):
+    """total += a @ b, where total may be in a wider dtype: then each product is rounded once."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
     else:
-        torch.addmm(bias, hidden, weight.t(), out=block)
-    if softcap:
-        block.mul_(logit_scale / softcap).tanh_()
-    elif logit_scale != 1.0:
-        block.mul_(logit_scale)
-    return block
+        total += torch.mm(a, b)
 
 
 def _slope(logit, softcap, logit_scale):
@@ -223,21 +257,38 @@ def _linear_softmax_triplet(
     O (N, D) is all that the gradient of ``hidden`` needs beside two rows of W, for any loss.
     """
     blocks.check_labels(labels, weight.shape[0], ignore_index)
-    n, vocab = labels.numel(), weight.shape[0]
-    triplet = torch.zeros(n, 3, dtype=torch.float64, device=hidden.device)
-    runner_up_id = torch.full((n,), -1, dtype=torch.int64, device=hidden.device)
-    direction = hidden.new_zeros((n, hidden.shape[1]) if want_direction else (0, hidden.shape[1]))
-    rows = _row_blocks(labels, ignore_index, vocab, hidden.element_size())
-    buffer = hidden.new_empty(rows[0].numel() if rows else 0, vocab)
-    for index in rows:
-        block = _logits_block(hidden[index], weight, bias, softcap, logit_scale, buffer)
+    triplet = torch.zeros(labels.numel(), 3, dtype=torch.float64, device=hidden.device)
+    runner_up_id = torch.full_like(labels, -1)
+    direction = hidden.new_zeros((len(hidden) if want_direction else 0, hidden.shape[1]))
+    index = (labels != ignore_index).nonzero()[:, 0]
+    logits = _LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
+    for rows in logits.rows:
+        chosen = index[rows]
+        targets = labels[chosen]
+        state = blocks.OnlineState.start(targets)
         if want_direction:
-            piece, piece_id = blocks.rest_forward_backward_(block, labels[index], softcap)
-            direction[index] = torch.mm(block, weight).mul_(logit_scale)
-        else:
-            piece, piece_id = blocks.triplet_forward(block, labels[index], ignore_index, softcap)
-        triplet[index], runner_up_id[index] = piece, piece_id
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            total = torch.zeros(len(chosen), hidden.shape[1], dtype=dtype, device=hidden.device)
+        for columns in logits.columns:
+            block = logits.compute(rows, columns)
+            blocks.triplet_columns_(block, columns.start, targets, state, softcap, store=want_direction)
+            if want_direction:
+                if columns.start:
+                    total *= state.rescale[:, None]
+                    _add_demoted(total, weight, state)
+                _add_product(total, block, weight[columns])
+        triplet[chosen], runner_up_id[chosen] = state.triplet(), state.runner_up_id
+        if want_direction:
+            rest_sum = state.numbers[:, 3:]
+            share = torch.where(rest_sum == 0, 0.0, logit_scale / rest_sum)
+            direction[chosen] = total.mul_(share).to(hidden.dtype)
     return triplet, runner_up_id, direction
+
+
+def _add_demoted(total, weight, state):
+    """The rows of ``weight`` at runner-ups of earlier blocks that have joined the rest."""
+    rows = weight.index_select(0, state.demoted_id.clamp(0)).to(total.dtype)
+    total.addcmul_(rows, state.demoted_share[:, None].to(total.dtype))  # a share of 0 where there is none
 
 
 @_linear_softmax_triplet.register_fake
@@ -287,33 +338,39 @@ def _linear_backward_weight(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """d weight (V, D) and d bias (V,): each block of logits is computed again, and becomes its gradient."""
-    vocab = weight.shape[0]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    grad = _without_missing_rest(grad_triplet, triplet)
-    rows = _row_blocks(labels, ignore_index, vocab, hidden.element_size())
-    buffer = hidden.new_empty(rows[0].numel() if rows else 0, vocab)
-    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-    grad_bias = torch.zeros(vocab, dtype=dtype, device=weight.device)
-    for index in rows:
-        chosen = hidden[index]
-        block = _logits_block(chosen, weight, bias, softcap, logit_scale, buffer)
-        blocks.triplet_backward(
-            grad[index] * logit_scale,
-            block,
-            labels[index],
-            ignore_index,
-            triplet[index],
-            runner_up_id[index],
-            softcap,
-            out=block,
-        )
-        if dtype == weight.dtype:
-            grad_weight.addmm_(block.t(), chosen)
-        else:
-            grad_weight += torch.mm(block.t(), chosen)
-        if bias is not None:
-            grad_bias += block.sum(0, dtype=dtype)
-    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    index = (labels != ignore_index).nonzero()[:, 0]
+    labels, triplet, runner_up_id = labels[index], triplet[index], runner_up_id[index]
+    grad = _without_missing_rest(grad_triplet[index], triplet) * logit_scale
+    logits = _LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
+    grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    grad_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
+    one_product = len(logits.rows) == 1  # for each block of columns; else their sum is rounded once
+    for columns in logits.columns if logits.rows else ():
+        target = grad_weight[columns]
+        total = target if one_product else target.to(dtype)
+        for rows in logits.rows:
+            block = logits.compute(rows, columns)
+            blocks.triplet_backward(
+                grad[rows],
+                block,
+                labels[rows],
+                ignore_index,
+                triplet[rows],
+                runner_up_id[rows],
+                first=columns.start,
+                softcap=softcap,
+                out=block,
+            )
+            if one_product:
+                torch.mm(block.t(), logits.hidden[rows], out=target)
+            else:
+                _add_product(total, block.t(), logits.hidden[rows])
+            if bias is not None:
+                grad_bias[columns] += block.sum(0, dtype=dtype)
+        if not one_product:
+            target.copy_(total)
+    return grad_weight, grad_bias.to(weight.dtype)
 
 
 @_linear_backward_weight.register_fake
@@ -384,9 +441,10 @@ def linear_softmax_triplet(
             logits = softcap * torch.tanh(logits / softcap)
         triplet, runner_up_id = softmax_triplet(logits, labels)
 
-    The logits exist for one block of rows at a time (at most 64 MiB). With a frozen ``weight`` forward
-    and backward together cost two matrix products of that size; where ``weight`` or ``bias`` trains, the
-    backward computes each block again. Under autocast the operands are cast as ``linear`` casts them.
+    The logits exist for one block of rows and columns at a time (at most 16 MiB). With a frozen ``weight``
+    forward and backward together cost two matrix products of that size; where ``weight`` or ``bias``
+    trains, the backward computes each block again. Under autocast the operands are cast as ``linear``
+    casts them.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.

@@ -20,7 +20,7 @@ from test_losses import gradients, per_row
 from test_triplet import check_against_reference, run_python
 
 import loku_kernels
-from loku_kernels import accumulate_squared_grad_, ihl_loss, native, reference, softmax_triplet
+from loku_kernels import accumulate_squared_grad_, fisher, ihl_loss, native, ops, reference, softmax_triplet
 
 ROOT = Path(__file__).parent.parent
 KIB = 1024
@@ -73,6 +73,7 @@ def use_emulation(monkeypatch, module):
     monkeypatch.setattr(native, "_core", module)
     monkeypatch.setattr(native, "_on_cuda", lambda tensor: True)
     monkeypatch.setattr(native, "_stream", lambda tensor: (0, 0))
+    monkeypatch.setattr(fisher, "_multiplies_bfloat16", lambda device: False)  # nor the CPU's library
     native._cuda_works.cache_clear()
 
 
@@ -102,6 +103,10 @@ def machine(request, device):
     elif request.param != next(iter(MACHINES)):
         pytest.skip("a GPU is one machine")
     return device
+
+
+def one(device):
+    return torch.ones((), dtype=torch.float64, device=device)
 
 
 def shapes(device):
@@ -150,7 +155,7 @@ def test_nan_and_inf_never_give_a_plausible_number(machine, dtype, fill):
         assert p.isnan().any(-1).all()
     masked = torch.full((1, 3000), -torch.inf, dtype=dtype)
     masked[0, 2000], masked[0, 0] = torch.nan, 1.0
-    triplet, _ = native.triplet_fused_(masked.to(machine), labels[:1], IGNORE, native.INVERTED_HINGE)
+    triplet, _ = native.inverted_hinge_(masked.to(machine), labels[:1], IGNORE, one(machine))
     assert triplet.softmax(-1).isnan().any()
 
 
@@ -189,8 +194,8 @@ def test_ihl_is_the_papers_formula(machine, dtype, inplace):
 def test_fused_leaves_nothing_of_ignored_rows_and_touches_no_neighbour(machine):
     logits, labels = planted_logits(24, 1001, torch.bfloat16)
     padded = torch.nn.functional.pad(logits, (3, 5), value=7.0).to(machine)
-    triplet, runner_up_id = native.triplet_fused_(
-        padded[:, 3:-5], labels.to(machine), IGNORE, native.INVERTED_HINGE, 2.0
+    triplet, runner_up_id = native.inverted_hinge_(
+        padded[:, 3:-5], labels.to(machine), IGNORE, 2 * one(machine)
     )
     ignored = (labels == IGNORE).to(machine)
     assert padded[:, :3].eq(7).all() and padded[:, -5:].eq(7).all()
@@ -203,7 +208,9 @@ def test_fused_leaves_nothing_of_ignored_rows_and_touches_no_neighbour(machine):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 6.0])
-def test_linear(machine, dtype, softcap):
+@pytest.mark.parametrize("block_bytes", [1 << 24, 10_000])  # all columns at once, or some at a time
+def test_linear(machine, dtype, softcap, block_bytes, monkeypatch):
+    monkeypatch.setattr(ops, "BLOCK_BYTES", block_bytes)
     hidden, weight, bias, labels = (x.to(machine) for x in planted_operands(24, 16, 1301, dtype))
     check_linear([hidden, weight, bias], labels, softcap=softcap)
 
@@ -253,10 +260,10 @@ def test_any_order_of_threads_gives_the_same(emulation, monkeypatch):
     for seed in range(4):
         emulation.set_machine(*MACHINES["row in a cluster"], seed)
         logits, labels = planted_logits(12, 5000, torch.float16)
-        triplet, runner_up_id = native.triplet_fused_(logits, labels, IGNORE, native.REST)
+        triplet, runner_up_id = native.inverted_hinge_(logits, labels, IGNORE, one("cpu"))
         emulation.set_machine(*MACHINES["row in a block"], seed)
-        fisher = accumulate_squared_grad_(torch.zeros(30, 40), inputs, grad_outputs)
-        results.append((logits.nan_to_num(), triplet.nan_to_num(), runner_up_id, fisher))
+        squares = accumulate_squared_grad_(torch.zeros(30, 40), inputs, grad_outputs)
+        results.append((logits.nan_to_num(), triplet.nan_to_num(), runner_up_id, squares))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
     native._cuda_works.cache_clear()
@@ -279,8 +286,8 @@ def test_the_emulation_shows_what_is_missing(tmp_path, monkeypatch):
         check_against_reference(*planted_logits(12, 4100, torch.float32))
     with pytest.raises(AssertionError):
         inputs, grad_outputs = fisher_operands(2, 50, 30, 40, torch.float32)
-        fisher = accumulate_squared_grad_(torch.zeros(30, 40), inputs, grad_outputs)
-        torch.testing.assert_close(fisher.double(), exact_fisher(inputs, grad_outputs), rtol=1e-3, atol=0)
+        squares = accumulate_squared_grad_(torch.zeros(30, 40), inputs, grad_outputs)
+        torch.testing.assert_close(squares.double(), exact_fisher(inputs, grad_outputs), rtol=1e-3, atol=0)
     native._cuda_works.cache_clear()
 
 
@@ -299,19 +306,20 @@ def test_another_stream_and_a_graph(gpu):
     expected = softmax_triplet(logits, labels)[0]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    scale = one("cuda")
     with torch.cuda.stream(stream):
         for _ in range(3):
-            native.triplet_fused_(logits.clone(), labels, IGNORE, native.REST)
+            native.inverted_hinge_(logits.clone(), labels, IGNORE, scale)
         assert torch.equal(softmax_triplet(logits, labels)[0], expected)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     static = logits.clone()
     with torch.cuda.graph(graph):
-        triplet, _ = native.triplet_fused_(static, labels, IGNORE, native.REST)
+        triplet, _ = native.inverted_hinge_(static, labels, IGNORE, scale)
     for _ in range(2):
         static.copy_(logits)
         graph.replay()
-        torch.testing.assert_close(triplet, expected, rtol=0, atol=0)
+        torch.testing.assert_close(triplet, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -324,8 +332,8 @@ def test_more_entries_than_an_int_can_count(gpu):
     logits[-1, 5] = 3.0
     triplet, runner_up_id = softmax_triplet(logits, labels)
     assert runner_up_id[-1] == 5 and runner_up_id[0] == 1
-    native.triplet_fused_(logits, labels, IGNORE, native.REST)
-    assert logits[-1, 5] == 0 and logits[-1, 6] > 0
+    native.inverted_hinge_(logits, labels, IGNORE, one("cuda"))
+    assert logits[-1, 5] < 0 and logits[-1, 0] > 0
     torch.testing.assert_close(triplet[0, 2].item(), torch.tensor(float(v - 2)).double().log().item())
 
 
@@ -408,7 +416,7 @@ def test_without_a_driver(monkeypatch):
     assert "no CUDA driver or device" in native._core.cuda_error()
     rows = (0, 1, 1, 0, 9, 9, 0)
     with pytest.raises(RuntimeError, match=r"loku_kernels, cuda.*driver"):
-        native._core.cuda_triplet_forward(rows, 0, IGNORE, 0.0, 0, 0, (0, 0))
+        native._core.cuda_triplet_forward(rows, 0, IGNORE, 0, 0, (0, 0))
     native._cuda_works.cache_clear()
     monkeypatch.setenv("LOKU_BACKEND", "native")
     monkeypatch.setattr(native, "_on_cuda", lambda tensor: True)

@@ -157,11 +157,12 @@ def test_inplace_is_native_and_overwrites(dtype, monkeypatch):
     with mock.patch.object(native, "_core", wraps=native._core) as core:
         loss = ihl_loss(logits, labels, inplace=True)
         loss.backward()
-    assert core.triplet_fused_.call_count == 1 and core.triplet_forward.call_count == 0
+    assert core.inverted_hinge_.call_count == 1 and core.triplet_forward.call_count == 0
     assert logits.data_ptr() == address
     torch.testing.assert_close(logits.detach(), source.grad)
     torch.library.opcheck(
-        torch.ops.loku_kernels.ihl_forward_backward_.default, (source.detach().clone(), labels, IGNORE, 1.0)
+        torch.ops.loku_kernels.ihl_forward_backward_.default,
+        (source.detach().clone(), labels, IGNORE, torch.tensor(1.0, dtype=torch.float64)),
     )
 
 
