@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loku_kernels import native, reference
+from loku_kernels.dispatch import backend
 
 _REFERENCE_ENTRIES = 1 << 22  # entries of a float64 piece in the reference: 32 MiB
 
@@ -24,6 +25,14 @@ def check_labels(labels, vocab, ignore_index):
             native.raise_bad_label(labels, position, vocab, ignore_index)
     else:
         torch._assert_async(~bad.any(), "loku_kernels: a label is outside the vocabulary")
+
+
+def _kernels(op, logits, labels, ignore_index):
+    """The backend of an op that reads labels. Kernels check those, but in Triton's interpreter."""
+    kernels = backend(op, logits)
+    if kernels not in (None, native) and labels.device.type == "cpu":
+        check_labels(labels, logits.shape[-1], ignore_index)
+    return kernels
 
 
 def _row_pieces(logits, *per_row):
@@ -41,8 +50,9 @@ def _row_pieces(logits, *per_row):
 
 def triplet_forward(logits, labels, ignore_index):
     """triplet (..., 3) float64 and runner_up_id (...) int64."""
-    if native.serves(logits):
-        return native.triplet_forward(logits, labels, ignore_index)
+    kernels = _kernels("triplet_forward", logits, labels, ignore_index)
+    if kernels:
+        return kernels.triplet_forward(logits, labels, ignore_index)
     check_labels(labels, logits.shape[-1], ignore_index)
     triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=logits.device)
     runner_up_id = torch.empty_like(labels, memory_format=torch.contiguous_format)
@@ -57,8 +67,9 @@ def triplet_backward(
     grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, *, first=0, softcap=0.0, out=None
 ):
     """Gradient of the logits in their dtype, contiguous, or in ``out``, which may be the logits."""
-    if native.serves(logits):
-        return native.triplet_backward(
+    kernels = backend("triplet_backward", logits)
+    if kernels:
+        return kernels.triplet_backward(
             grad_triplet,
             logits,
             labels,
@@ -77,9 +88,11 @@ def triplet_backward(
 
 
 def inverted_hinge_(logits, labels, ignore_index, scale):
-    """Overwrite the logits with ``scale`` x the gradient of the rows' IHL; return the triplets."""
-    if native.serves(logits):
-        return native.inverted_hinge_(logits, labels, ignore_index, scale)
+    """Overwrite the logits with ``scale``, a float64 tensor (), x the gradient of the rows' IHL; return the
+    triplets."""
+    kernels = _kernels("inverted_hinge_", logits, labels, ignore_index)
+    if kernels:
+        return kernels.inverted_hinge_(logits, labels, ignore_index, scale)
     triplet, runner_up_id = triplet_forward(logits, labels, ignore_index)
     p0, p1, p2 = triplet.softmax(-1).unbind(-1)
     # d IHL = p_j (g_j - sum_i g_i p_i) with g = (1, -1, 0), as sums of probabilities: nothing cancels
@@ -122,8 +135,9 @@ def triplet_columns_(logits, first, labels, state, softcap, store):
     With ``store`` they become exp(y - rest_max), 0 at target and runner-up, times the softcap's slope.
     No label is ignored here: the block loop has dropped them.
     """
-    if native.serves(logits):
-        native.triplet_columns_(logits, first, labels, state, softcap, store)
+    kernels = backend("triplet_columns_", logits)
+    if kernels:
+        kernels.triplet_columns_(logits, first, labels, state, softcap, store)
         return
     for y, t, *piece in _row_pieces(logits, labels, *state):
         terms, *new = reference.triplet_columns(y, first, t, *piece[:2], softcap)
@@ -131,3 +145,12 @@ def triplet_columns_(logits, first, labels, state, softcap, store):
             old.copy_(value)
         if store:
             y.copy_(terms)
+
+
+def scale_(logits, factor):
+    """logits (..., V) *= factor, () or (...); where it is 1, without touching them."""
+    kernels = backend("scale_rows_", logits)
+    if kernels:
+        kernels.scale_rows_(logits, factor)
+    elif factor.dim() or factor.device.type != "cpu" or factor.item() != 1.0:
+        logits.mul_(factor.unsqueeze(-1))

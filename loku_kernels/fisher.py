@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from loku_kernels import native
+from loku_kernels.dispatch import backend
 
 TILE_BYTES = 6 << 20  # of a tile of one sample's gradient, with what its squaring needs
 TILE_COLUMNS = 1024
@@ -35,10 +36,12 @@ def _accumulate_squared_grad_(
     if 0 in (n, tokens, k, d):
         return
     dtype, product_dtype = fisher.dtype, fisher.dtype
-    if inputs.dtype == torch.bfloat16 and _multiplies_bfloat16(inputs.device):
+    kernels = backend("accumulate_squared_grad_", inputs) if dtype == torch.float32 else None
+    by_library = kernels is None or (kernels is native and inputs.device.type == "cpu")
+    if by_library and inputs.dtype == torch.bfloat16 and _multiplies_bfloat16(inputs.device):
         product_dtype = torch.bfloat16  # the sum over tokens stays in float32, its result is rounded once
-    elif dtype == torch.float32 and native.serves(inputs):
-        native.accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
+    elif kernels:
+        kernels.accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
         return
     rounded = product_dtype != dtype
     entry_bytes = dtype.itemsize * (1 if divisor is None else 2) + (product_dtype.itemsize if rounded else 0)
@@ -75,8 +78,8 @@ def _accumulate_squared_grad_(
                         torch.mm(delta_part.t(), x_part, out=product)
                 if not rounded:
                     total.addcmul_(product, product)
-                elif native.serves(product):
-                    native.add_squares_(total, product)
+                elif kernels:
+                    kernels.add_squares_(total, product)
                 else:
                     total.addcmul_(grad.copy_(product), grad)
             if divisor is not None:

@@ -6,6 +6,7 @@ Each loss of a token is a line of torch on its triplet (``inverted_hinge``, ``cr
 
 import torch
 
+from loku_kernels import blocks
 from loku_kernels.ops import (
     IGNORE_INDEX,
     check_logits,
@@ -53,15 +54,10 @@ class _InplaceIHL(torch.autograd.Function):
     def forward(ctx, logits, labels, ignore_index, reduction):
         counted = labels != ignore_index
         # The mean's 1/N belongs in the one write there is, except in float16, which would lose the
-        # small gradients that a loss scale is there to save.
-        ctx.pending = 1.0
-        scale = 1.0
-        if reduction == "mean":
-            share = 1.0 / max(1, int(counted.sum()))
-            if logits.dtype == torch.float16:
-                ctx.pending = share
-            else:
-                scale = share
+        # small gradients that a loss scale is there to save. It is a tensor: nothing waits for the device.
+        one = torch.ones((), dtype=torch.float64, device=logits.device)
+        share = counted.sum().clamp(min=1).double().reciprocal() if reduction == "mean" else one
+        scale, ctx.pending = (one, share) if logits.dtype == torch.float16 else (share, one)
         grad = logits.detach()
         triplet, _ = ihl_forward_backward_(grad, labels, ignore_index, scale)
         ctx.grad = grad
@@ -76,9 +72,7 @@ class _InplaceIHL(torch.autograd.Function):
                 "a second backward needs inplace=False"
             )
         grad, ctx.grad = ctx.grad, None
-        factor = grad_loss * ctx.pending
-        if factor.dim() or factor.device.type != "cpu" or factor.item() != 1.0:
-            grad.mul_(factor.unsqueeze(-1))
+        blocks.scale_(grad, grad_loss * ctx.pending)
         return grad, None, None, None
 
 

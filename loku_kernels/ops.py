@@ -168,9 +168,9 @@ def softmax_triplet(logits, labels, *, ignore_index=IGNORE_INDEX):
 
 @custom_op("loku_kernels::ihl_forward_backward_", mutates_args=("logits",))
 def ihl_forward_backward_(
-    logits: Tensor, labels: Tensor, ignore_index: int, scale: float
+    logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Overwrite the logits with ``scale`` x the gradient of the sum of the rows' IHL."""
+    """Overwrite the logits with ``scale``, float64 (), x the gradient of the sum of the rows' IHL."""
     return blocks.inverted_hinge_(logits, labels, ignore_index, scale)
 
 

@@ -167,7 +167,8 @@ def test_inplace_is_native_and_overwrites(dtype, monkeypatch):
     assert logits.data_ptr() == address
     torch.testing.assert_close(logits.detach(), source.grad)
     torch.library.opcheck(
-        torch.ops.loku_kernels.ihl_forward_backward_.default, (source.detach().clone(), labels, IGNORE, 1.0)
+        torch.ops.loku_kernels.ihl_forward_backward_.default,
+        (source.detach().clone(), labels, IGNORE, torch.tensor(1.0, dtype=torch.float64)),
     )
 
 

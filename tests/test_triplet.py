@@ -34,7 +34,9 @@ def check_against_reference(logits, labels, seed=0):
     assert torch.equal(triplet[..., 2].isfinite(), finite)
     assert (triplet[..., 2] - exact[..., 2])[finite].abs().le(2e-6).all()
 
-    upstream = torch.randn(triplet.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    upstream = torch.randn(
+        triplet.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(triplet.device)
     # The contract: no gradient through a rest of -inf. Autograd gives NaN there, on the masked words alone.
     torch.autograd.backward(
         [exact[..., :2], exact[..., 2].where(finite, 0.0)], [upstream[..., :2], upstream[..., 2]]

@@ -1,0 +1,256 @@
+"""What every Triton kernel compiles to, for GPUs that need not be there: registers, spills, vector widths.
+
+    python scripts/triton_table.py            # compile, compare with the committed table
+    python scripts/triton_table.py --write    # compile, write the table
+
+The launchers of ``loku_kernels.triton`` are called on tensors without memory (device "meta"), and each launch
+is compiled ahead of time, with the arguments, specialisations and options that it would have on a GPU.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from loku_kernels.blocks import OnlineState
+from loku_kernels.triton import fisher, triplet
+
+TABLE = Path(__file__).parent / "triton_table.json"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MULTIPROCESSORS = 132  # of an H100: the launchers ask how many
+VOCAB = 50257  # odd: rows begin anywhere
+LONG_VOCAB = 128256
+MANY, FEW = 4096, 16  # rows
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+def meta(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches_of_triplet(dtype, vocab, rows):
+    logits, labels = meta(rows, vocab, dtype=dtype), meta(rows, dtype=torch.int64)
+    found, ids = triplet.triplet_forward(logits, labels, -100)
+    triplet.triplet_backward(found, logits, labels, -100, found, ids)
+    triplet.inverted_hinge_(logits, labels, -100, meta(dtype=torch.float64))
+    triplet.scale_rows_(logits, meta(dtype=torch.float32))
+
+
+def launches_of_columns(dtype, softcap=0.0, store=True):
+    logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
+    state = OnlineState.start(labels)
+    triplet.triplet_columns_(logits, 8192, labels, state, softcap, store)
+
+
+def launches_of_fisher(dtype):
+    inputs, grad_outputs = meta(16, 128, 4096, dtype=dtype), meta(16, 128, 4096, dtype=dtype)
+    weight = meta(4096, 4096, dtype=torch.float32)
+    fisher.accumulate_squared_grad_(weight, inputs, grad_outputs)
+    fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
+
+
+def record(launcher, *args, **options):
+    """(kernel, arguments by name, options) of every kernel that a launcher starts."""
+    found = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def note(*args, **options):
+                names = self.kernel.arg_names
+                arguments = dict(zip(names, args, strict=False))
+                arguments |= {name: options.pop(name) for name in names if name in options}
+                found.append((self.kernel, arguments, options))
+
+            return note
+
+    patches = [
+        mock.patch.object(module, name, Recorder(kernel))
+        for module in (triplet, fisher)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
+    ]
+    patches.append(mock.patch.object(triplet, "_multiprocessors", lambda device: MULTIPROCESSORS))
+    for patch in patches:
+        patch.start()
+    try:
+        launcher(*args, **options)
+    finally:
+        for patch in patches:
+            patch.stop()
+    return found
+
+
+def all_launches():
+    """Name -> (kernel, arguments, options), each once."""
+    named = {}
+
+    def add(name, launches):
+        for kernel, arguments, options in launches:
+            detail = [
+                f"{key}={arguments[key]}"
+                for key in ("PARTS", "GRADIENT", "STORE", "DIVIDE")
+                if key in arguments
+            ]
+            full = " ".join([kernel.__name__.removesuffix("_kernel"), name, *detail])
+            named.setdefault(full, (kernel, arguments, options))
+
+    for short, dtype in DTYPES.items():
+        add(short, record(launches_of_triplet, dtype, VOCAB, MANY))
+        add(short, record(launches_of_columns, dtype))
+        add(short, record(launches_of_fisher, dtype))
+    # What does not depend on the dtype: once.
+    few = record(launches_of_triplet, torch.bfloat16, VOCAB, FEW)
+    add("bf16", [launch for launch in few if launch[0] is not triplet.scale_rows_kernel])
+    long = record(launches_of_triplet, torch.bfloat16, LONG_VOCAB, MANY)
+    add("bf16 long", [launch for launch in long if launch[0] is triplet.inverted_hinge_kernel])
+    add("bf16", record(launches_of_columns, torch.bfloat16, store=False))
+    add("bf16 softcap", record(launches_of_columns, torch.bfloat16, softcap=30.0))
+    with mock.patch.object(fisher, "_precision", lambda dtype: "tf32"):
+        add("tf32", record(launches_of_fisher, torch.float32))
+    return named
+
+
+# --- compilation ----------------------------------------------------------------------------------
+
+POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+def source(kernel, arguments):
+    """What Triton's own launch makes of the arguments: types, constants, and what is a multiple of 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[parameter.name], aligned = "fp32", False
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def widest(code, pattern):
+    """Bytes of the widest access that a pattern of (lanes, bits) finds."""
+    return max((int(lanes or 1) * int(bits) // 8 for lanes, bits in re.findall(pattern, code)), default=0)
+
+
+def compile_nvidia(kernel, arguments, options, target):
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source(kernel, arguments), target=target, options=options)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+    ptx = compiled.asm["ptx"]
+    copies = [int(size) for size in re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (?:0x)?(\w+)", ptx)]
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+        "spilled_bytes": sum(map(int, spills)),
+        "shared_bytes": compiled.metadata.shared,
+        "widest_load": max(copies + [widest(ptx, r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)")]),
+        "widest_store": widest(ptx, r"st\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)"),
+    }
+
+
+def compile_amd(kernel, arguments, options, target):
+    options = {key: value for key, value in options.items() if key != "maxnreg"}  # NVIDIA's
+    compiled = triton.compile(source(kernel, arguments), target=target, options=options)
+    assembly = compiled.asm["amdgcn"]
+
+    def number(field):
+        return int(re.search(rf"\.{field}:\s+(\d+)", assembly)[1])
+
+    words = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+    widths = {
+        kind: [words.get(name, 2) for name in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", assembly)]
+        for kind in ("load", "store")
+    }
+    return {
+        "registers": number("vgpr_count"),
+        "spilled_bytes": 4 * number("vgpr_spill_count"),
+        "shared_bytes": compiled.metadata.shared,
+        "widest_load": max(widths["load"], default=0),
+        "widest_store": max(widths["store"], default=0),
+    }
+
+
+def table(targets):
+    rows = {}
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache  # what ptxas says is lost where a kernel comes from the cache
+        triton.knobs.nvidia.dump_ptxas_log = True
+        for name, launch in all_launches().items():
+            rows[name] = {}
+            for architecture in targets:
+                target = TARGETS[architecture]
+                compile_one = compile_amd if target.backend == "hip" else compile_nvidia
+                rows[name][architecture] = compile_one(*launch, target)
+    return {"triton": triton.__version__, "kernels": rows}
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def problems(ours, committed):
+    """Lines that say what is wrong: against the committed table at its Triton version, and in itself."""
+    found = []
+    for name, row in ours["kernels"].items():
+        for architecture, cell in row.items():
+            place = f"{name} on {architecture}: {cell}"
+            if architecture != "gfx942" and cell["spilled_bytes"]:
+                found.append(f"spills: {place}")
+            if cell["widest_load"] < 16 and not name.startswith("triplet_combine"):
+                found.append(f"narrow loads: {place}")
+            expected = committed["kernels"].get(name, {}).get(architecture)
+            if ours["triton"] == committed["triton"] and cell != expected:
+                found.append(f"not as committed, {expected}: {place}")
+    if ours["triton"] == committed["triton"] and set(ours["kernels"]) != set(committed["kernels"]):
+        found.append(f"other kernels: {set(ours['kernels']) ^ set(committed['kernels'])}")
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one (repeatable)")
+    options = parser.parse_args()
+    ours = table(options.target or TARGETS)
+    if options.write:
+        TABLE.write_text(json.dumps(ours, indent=1) + "\n")
+    wrong = problems(ours, json.loads(TABLE.read_text()))
+    print("\n".join(wrong) or f"as in {TABLE.name}")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
