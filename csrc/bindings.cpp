@@ -97,6 +97,12 @@ PYBIND11_MODULE(_core, m) {
       },
       Unlocked());
   m.def(
+      "scale_rows_",
+      [](const RowsArgument& rows, uintptr_t factors, int threads) {
+        scale_rows_(rows_from(rows), reinterpret_cast<const float*>(factors), threads);
+      },
+      Unlocked());
+  m.def(
       "accumulate_squared_grad_",
       [](int64_t samples, int64_t tokens, int dtype, const FeaturesArgument& inputs,
          const FeaturesArgument& grad_outputs, const MatrixArgument& fisher, const MatrixArgument& divisor,

@@ -202,6 +202,16 @@ def triplet_columns_(logits, first, labels, state, softcap, store):
     )
 
 
+def scale_rows_(logits, factor):
+    """logits (..., V) *= factor, () or (...); rows whose factor is 1 are left alone."""
+    if _on_cuda(logits):
+        logits.mul_(factor.unsqueeze(-1))
+        return
+    offsets = _row_offsets(logits)
+    factors = factor.expand(logits.shape[:-1]).reshape(-1).float().contiguous()
+    _core.scale_rows_(_rows(logits, offsets), factors.data_ptr(), _threads())
+
+
 def _features(tensor):
     return tensor.data_ptr(), tensor.shape[2], tensor.stride(0), tensor.stride(1)
 
