@@ -110,7 +110,7 @@ class Run:
     def write(self):
         from harness import environment
 
-        facts = environment("cuda") | {"versions_of": package_versions()}
+        facts = environment("cuda") | {"gpu_versions": package_versions()}
         result = {"environment": facts, "rows": self.rows, "skipped": self.skipped}
         path = self.out / "gpu.json.part"
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -346,26 +346,9 @@ def compiled(function):
     return _compiled[function]
 
 
-def official_ihl(logits, labels):
-    """As the authors' code computes it: softmax, a one-hot mask, a boolean gather."""
-    import torch
-
-    p = torch.softmax(logits, dim=-1)
-    one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
-    return (1 + p[one_hot] - p.masked_fill(one_hot, -torch.inf).max(dim=-1).values).mean()
-
-
-def lean_ihl(logits, labels):
-    """Plain torch with as few (N, V) tensors as it takes."""
-    import torch
-
-    p = torch.softmax(logits, dim=-1)
-    index = labels[:, None]
-    return (1 + p.gather(1, index)[:, 0] - p.scatter(1, index, -torch.inf).amax(-1)).mean()
-
-
 def fused(run):
     import torch
+    from harness import lean_ihl, official_ihl
 
     from loku_kernels import ihl_loss
 
