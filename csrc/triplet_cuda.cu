@@ -153,8 +153,8 @@ struct RowVectors {
 
 // --- the reduction --------------------------------------------------------------------------------
 
-// What the threads of a row tell each other; in the shared memory of each of its blocks.
-struct Shared {
+// What the threads of a row tell each other; in the shared memory of each of its blocks, a stash after it.
+struct alignas(16) Shared {
   double rest[kMaxWarps];
   float first[kMaxWarps];
   float second[kMaxWarps];
