@@ -402,8 +402,8 @@ def inverted_hinge_kernel(
     scale,
     BLOCK: tl.constexpr,
 ):
-    """logits (N, V), labels (N,) -> triplet, runner_up_ids, and where the logits were ``scale`` x the gradient
-    of IHL."""
+    """logits (N, V), labels (N,) -> triplet, runner_up_ids, and where the logits were ``scale`` x the
+    gradient of IHL."""
     n = tl.program_id(0)
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     start = _row_start(n, inner_rows, outer_stride, inner_stride)
