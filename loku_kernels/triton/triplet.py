@@ -408,34 +408,34 @@ def inverted_hinge_kernel(
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     start = _row_start(n, inner_rows, outer_stride, inner_stride)
     aligned, head, body = _split_row(start, vocab, VECTOR)
-    label = tl.load(labels + n)
-    counted = label != ignore_index
-    target = label.to(tl.int32)
-    zero = tl.full((), 0.0, tl.float64)
-    g0, g1, g2, rest = zero, zero, zero, zero
-    runner_up_id = tl.full((), -1, tl.int32)
-    if counted:
-        _assert_label(label, vocab)
-        runner_up, runner_up_id, largest, total = _reduce_row(
-            logits, start, vocab, target, 0, 1.0, 1, False, BLOCK
-        )
-        target_logit = tl.load(logits + start + target).to(tl.float64)
-        runner_up_logit = runner_up.to(tl.float64)
-        rest = _rest(largest, total)
-        _write_triplet(triplet, runner_up_ids, n, target_logit, runner_up_logit, rest, runner_up_id)
-        g0, g1, g2 = _inverted_hinge_gradient(target_logit, runner_up_logit, rest, tl.load(scale))
-        # The target was read by every thread, and is about to be overwritten by one.
-        tl.debug_barrier()
-    else:
-        _write_ignored(triplet, runner_up_ids, n)
-
-    readable, readable_body = tl.where(counted, vocab, 0), tl.where(counted, body, 0)
     lane = tl.arange(0, BLOCK)
+    column, valid = _edge_columns(head, body, vocab, True, VECTOR)
+    label = tl.load(labels + n)
+    if label == ignore_index:
+        _write_ignored(triplet, runner_up_ids, n)
+        zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
+        for first in range(0, body, BLOCK):
+            tl.store(logits + aligned + first + lane, zeros, mask=lane < body - first)
+        tl.store(logits + start + column, tl.zeros([2 * VECTOR], logits.dtype.element_ty), mask=valid)
+        return
+    _assert_label(label, vocab)
+    target = label.to(tl.int32)
+    runner_up, runner_up_id, largest, total = _reduce_row(
+        logits, start, vocab, target, 0, 1.0, 1, False, BLOCK
+    )
+    target_logit = tl.load(logits + start + target).to(tl.float64)
+    runner_up_logit = runner_up.to(tl.float64)
+    rest = _rest(largest, total)
+    _write_triplet(triplet, runner_up_ids, n, target_logit, runner_up_logit, rest, runner_up_id)
+    g0, g1, g2 = _inverted_hinge_gradient(target_logit, runner_up_logit, rest, tl.load(scale))
+    # The target was read by every thread, and is about to be overwritten by one.
+    tl.debug_barrier()
+
     blocks = tl.cdiv(body, BLOCK)
     block = logits + aligned + (blocks - 1) * BLOCK
     for i in range(blocks):
         first = (blocks - 1 - i) * BLOCK
-        x = tl.load(block + lane, mask=lane < readable_body - first, other=0.0).to(tl.float32)
+        x = tl.load(block + lane, mask=lane < body - first, other=0.0).to(tl.float32)
         offset = first + head  # of the block's first column
         grad = _gradient_of_entries(
             x, lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, 1.0, False
@@ -443,8 +443,7 @@ def inverted_hinge_kernel(
         tl.store(block + lane, grad.to(logits.dtype.element_ty), mask=lane < body - first)
         block -= BLOCK
     # The edges are so few that several threads hold each; only one of them stores it, after its own load.
-    column, valid = _edge_columns(head, body, vocab, True, VECTOR)
-    x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
+    x = tl.load(logits + start + column, mask=valid, other=0.0).to(tl.float32)
     grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, 1.0, False)
     tl.store(logits + start + column, grad.to(logits.dtype.element_ty), mask=valid)
 
