@@ -3,6 +3,10 @@
 The core includes no torch header, so building needs no torch and the result serves every torch
 release. Without a C++ compiler the package installs all the same and computes with its plain-torch
 reference implementation; a compiler that fails stops the installation.
+
+CUDA kernels are built where nvcc is found, on PATH or in CUDA_HOME (default /usr/local/cuda).
+LOKU_CUDA=0 leaves them out, LOKU_CUDA=1 fails without nvcc. LOKU_CUDA_ARCHS="90" (default "80 90 100")
+restricts the GPUs they are for. What was decided is printed.
 """
 
 import os
@@ -16,6 +20,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/bindings.cpp", "csrc/fisher_cpu.cpp", "csrc/triplet_cpu.cpp"]
+CUDA_SOURCES = ["csrc/triplet_cuda.cu", "csrc/fisher_cuda.cu"]
+CUDA_ARCHS = "80 90 100"  # compute capabilities x 10; newer GPUs translate the last one's PTX
 CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
     # sums may be regrouped only where a loop says so, but nothing here reads errno or FP traps
@@ -28,6 +34,33 @@ def find_compiler():
         if name and shutil.which(name.split()[0]):
             return name
     return None
+
+
+def find_nvcc():
+    """nvcc, if CUDA kernels are to be built; else None. Says which."""
+    choice = os.environ.get("LOKU_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"loku-kernels: LOKU_CUDA must be auto, 0 or 1, not {choice!r}")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
+    if choice == "1" and not nvcc:
+        raise SystemExit(
+            "loku-kernels: LOKU_CUDA=1 asks for CUDA kernels, and there is no nvcc on PATH or in CUDA_HOME"
+        )
+    if choice == "0" or not nvcc:
+        reason = "LOKU_CUDA=0" if choice == "0" else "no nvcc on PATH or in CUDA_HOME"
+        print(f"loku-kernels: without CUDA kernels ({reason})", file=sys.stderr)
+        return None
+    print(f"loku-kernels: with CUDA kernels ({nvcc}, LOKU_CUDA={choice})", file=sys.stderr)
+    return nvcc
+
+
+def cuda_flags():
+    archs = os.environ.get("LOKU_CUDA_ARCHS", CUDA_ARCHS).split()
+    flags = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+    for arch in archs:
+        flags += f" -gencode arch=compute_{arch},code=sm_{arch}"
+    return flags + f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
 
 
 def platform_flags(compiler):
@@ -48,7 +81,7 @@ class NinjaBuild(build_ext):
         import ninja
         import pybind11
 
-        compiler = find_compiler()
+        compiler, nvcc = find_compiler(), find_nvcc()
         compile_flags, link_flags = platform_flags(compiler)
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +90,8 @@ class NinjaBuild(build_ext):
         includes = [sysconfig.get_paths()["include"], pybind11.get_include()]
         lines = [
             f"cxx = {compiler}",
-            f"cxxflags = {CXXFLAGS} {compile_flags} " + " ".join(f"-I{path}" for path in includes),
+            f"cxxflags = {CXXFLAGS} {compile_flags} -DLOKU_WITH_CUDA={int(nvcc is not None)} "
+            + " ".join(f"-I{path}" for path in includes),
             f"ldflags = -shared {link_flags}",
             "rule compile",
             "  command = $cxx $cxxflags -MMD -MF $out.d -c $in -o $out",
@@ -66,11 +100,26 @@ class NinjaBuild(build_ext):
             "rule link",
             "  command = $cxx $in -o $out $ldflags",
         ]
+        if nvcc:
+            # The runtime is linked in, so that the core loads where there is no CUDA; its symbols are kept
+            # inside, or the loader might take those of torch's runtime.
+            host = compiler.split()[0]
+            lines += [
+                f"nvccflags = -ccbin {host} {cuda_flags()}",
+                "rule compile_cuda",
+                f"  command = {nvcc} $nvccflags -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "rule link_cuda",
+                f"  command = {nvcc} -shared -cudart static -ccbin {host} $in -o $out"
+                f" -Xlinker --exclude-libs=ALL {link_flags and '-Xcompiler ' + link_flags}",
+            ]
         objects = []
-        for source in map(Path, ext.sources):
+        for source in map(Path, ext.sources + (CUDA_SOURCES if nvcc else [])):
             objects.append(f"{source.stem}.o")
-            lines.append(f"build {objects[-1]}: compile {escape(source.resolve())}")
-        lines.append(f"build {escape(target)}: link {' '.join(objects)}")
+            rule = "compile_cuda" if source.suffix == ".cu" else "compile"
+            lines.append(f"build {objects[-1]}: {rule} {escape(source.resolve())}")
+        lines.append(f"build {escape(target)}: {'link_cuda' if nvcc else 'link'} {' '.join(objects)}")
         (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-v", "-C", str(build_dir)], check=True)
 

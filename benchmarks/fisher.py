@@ -1,76 +1,94 @@
 """The Fisher information: squared per-sample gradients of a linear layer, and of a whole model.
 
-    python benchmarks/fisher.py [--quick] [--shape 8x128x768x3072 ...] [--threads N] [--output FILE]
+    python benchmarks/fisher.py [--shape 8x128x768x3072 ...] [--models ...] [--threads N ...]
 
 A shape is samples x tokens x outputs x inputs. The floor of the kernel is the weight-gradient GEMM over the
-same tokens: the library's sum over all of them, with nothing squared. That of a whole model is a batched
-forward and backward that computes no weight gradient, and those GEMMs. ``loop`` is the textbook's way: one
-sample at a time, full backward, square, add.
+same tokens: the library's sum over all of them, with nothing squared. Its peers hold the gradients of all
+samples: one einsum, as opacus has it, and ``torch.func``, a gradient vmapped over the samples (which computes
+the layer's outputs too).
+
+The floor of a whole model is a batched forward and backward that computes no weight gradient, and those
+GEMMs. ``loop`` is the textbook's way: one sample at a time, full backward, square, add.
 """
 
-import argparse
-
 import torch
-from harness import interleaved_times, peak_extra_bytes, write_result
+from harness import DTYPES, Benchmark, arguments, gpt_neo_125m, sizes
 
 from loku_kernels import accumulate_squared_grad_
 
 SHAPES = ["8x128x768x3072", "16x64x2048x2048", "4x512x768x768"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Samples at a time, of the whole models: short rows need several to be fast, long ones are fast alone, and
+# fewer hold less memory. The result is the same.
+BATCH_SIZES = {"embedded": 4, "GPT-Neo-125M": 1}
 
 
-def batched_per_sample(fisher, inputs, grad_outputs):
+def einsum_square_sum(fisher, inputs, grad_outputs):
     """Plain torch with an (n, d, k) tensor, as per-sample gradients are usually taken."""
     return fisher.add_(torch.einsum("ntd,ntk->ndk", grad_outputs, inputs).float().square_().sum(0))
 
 
-def check(inputs, grad_outputs, divisor):
-    d, k = divisor.shape
+def torch_func(fisher, weight, inputs, grad_outputs):
+    """The same tensor by torch.func: the gradient of one sample, vmapped over the samples."""
+
+    def sample_gradient(x, g):
+        _, pull_back = torch.func.vjp(lambda w: torch.nn.functional.linear(x, w), weight)
+        return pull_back(g)[0]
+
+    return fisher.add_(torch.func.vmap(sample_gradient)(inputs, grad_outputs).float().square_().sum(0))
+
+
+def check(inputs, grad_outputs, divisor, weight):
     grads = torch.einsum("ntd,ntk->ndk", grad_outputs.double(), inputs.double()).square()
-    tolerance = 2**-7 if inputs.dtype == torch.bfloat16 else 1e-5
+    tolerance = 1e-5 if inputs.dtype == torch.float32 else 2 * torch.finfo(inputs.dtype).eps
     exact = grads.sum(0)
-    ours = accumulate_squared_grad_(torch.zeros(d, k, device=divisor.device), inputs, grad_outputs)
-    assert ((ours - exact).abs() <= tolerance * exact + 1e-6 * exact.max()).all()
+    for name, accumulate in (
+        ("accumulate_squared_grad_", accumulate_squared_grad_),
+        ("einsum", einsum_square_sum),
+        ("torch.func", lambda fisher, *tensors: torch_func(fisher, weight, *tensors)),
+    ):
+        error = (accumulate(torch.zeros_like(divisor), inputs, grad_outputs) - exact).abs()
+        assert (error <= tolerance * (exact + exact.mean())).all(), f"{name} is wrong"
     exact = (exact / divisor).sum(1)
-    ours = accumulate_squared_grad_(torch.zeros(d, device=divisor.device), inputs, grad_outputs, divisor)
-    assert ((ours - exact).abs() <= tolerance * exact).all()
+    ours = accumulate_squared_grad_(
+        torch.zeros(len(divisor), device=divisor.device), inputs, grad_outputs, divisor
+    )
+    assert ((ours - exact).abs() <= tolerance * exact).all(), "accumulate_squared_grad_ with divisor is wrong"
 
 
-def measure(shape, dtype, device, runs):
-    n, tokens, d, k = map(int, shape.split("x"))
+def measure(bench, shape, dtype_name):
+    n, tokens, d, k = sizes(shape)
+    dtype, device = DTYPES[dtype_name], bench.device
     torch.manual_seed(0)
     inputs = torch.randn(n, tokens, k, device=device).to(dtype)
     grad_outputs = (torch.randn(n, tokens, d, device=device) * 1e-2).to(dtype)
     divisor = torch.rand(d, k, device=device) + 0.1
-    check(inputs, grad_outputs, divisor)
+    weight = torch.randn(d, k, device=device).to(dtype)
+    check(inputs, grad_outputs, divisor, weight)
     fisher, rows = torch.zeros(d, k, device=device), torch.zeros(d, device=device)
-    weight_grad = torch.empty(d, k, dtype=dtype, device=device)
+    weight_grad = torch.empty_like(weight)
     flat_inputs, flat_grads = inputs.view(-1, k), grad_outputs.view(-1, d)
     functions = {
         "weight-gradient GEMM": lambda: torch.mm(flat_grads.t(), flat_inputs, out=weight_grad),
         "accumulate_squared_grad_": lambda: accumulate_squared_grad_(fisher, inputs, grad_outputs),
-        "  with divisor": lambda: accumulate_squared_grad_(rows, inputs, grad_outputs, divisor),
-        "einsum, square, sum": lambda: batched_per_sample(fisher, inputs, grad_outputs),
+        "accumulate_squared_grad_, divisor": lambda: accumulate_squared_grad_(
+            rows, inputs, grad_outputs, divisor
+        ),
+        "einsum": lambda: einsum_square_sum(fisher, inputs, grad_outputs),
+        "torch.func": lambda: torch_func(fisher, weight, inputs, grad_outputs),
     }
-    times = interleaved_times(functions, device, runs)
-    return [
-        {
-            "what": shape,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "name": name,
-            "milliseconds": seconds * 1e3,
-            "times_floor": seconds / times["weight-gradient GEMM"],
-            "peak_extra_bytes": peak_extra_bytes(functions[name], device),
-        }
-        for name, seconds in times.items()
-    ]
+    bench.compare(
+        shape,
+        functions,
+        dtype=dtype_name,
+        over=["einsum", "torch.func"],
+        floors={"weight-gradient GEMM": ["weight-gradient GEMM"]},
+    )
 
 
 # --- a whole model --------------------------------------------------------------------------------
 
 
-def embedded_model(count):
+def embedded_model(count=40):
     """The embedded model and ``count`` rows of its forget set and as many of its retain set, tokenised."""
     from loku.data import padding_id, tokenize_dataset
     from loku.demo import load_model, load_rows
@@ -80,29 +98,24 @@ def embedded_model(count):
     return model, sets, padding_id(tokenizer)
 
 
-def gpt_neo(count, tokens=200):
+def gpt_neo(count=4, tokens=200):
     """A random GPT-Neo-125M and rows of random tokens."""
-    from transformers import GPTNeoConfig, GPTNeoForCausalLM
-
-    torch.manual_seed(0)
-    config = GPTNeoConfig(
-        num_layers=12, hidden_size=768, num_heads=12, attention_types=[[["global", "local"], 6]]
-    )
-    model = GPTNeoForCausalLM(config)
-
-    def rows():
-        ids = torch.randint(0, config.vocab_size, (count, tokens)).tolist()
-        return [{"input_ids": row, "labels": row} for row in ids]
-
-    return model, [rows(), rows()], 0
+    model = gpt_neo_125m()
+    ids = torch.randint(0, model.config.vocab_size, (2, count, tokens)).tolist()
+    return model, [[{"input_ids": row, "labels": row} for row in rows] for rows in ids], 0
 
 
-def measure_model(name, model, sets, padding, device, runs, batch_size):
+MODELS = {"embedded": embedded_model, "GPT-Neo-125M": gpt_neo}
+
+
+def measure_model(bench, name):
     from loku.data import collate
     from loku.head import negative_log_likelihood
     from loku.importance import fisher_row_scales
     from loku.targets import default_target_modules
 
+    model, sets, padding = MODELS[name]()
+    device = bench.device
     model.to(device).eval()
     targets = tuple(default_target_modules(model))
     modules = {
@@ -114,7 +127,7 @@ def measure_model(name, model, sets, padding, device, runs, batch_size):
         parts = [collate(rows[i : i + size], padding) for i in range(0, len(rows), size)]
         return [{key: value.to(device) for key, value in part.items()} for part in parts]
 
-    together, alone = ([batches(rows, size) for rows in sets] for size in (batch_size, 1))
+    together, alone = ([batches(rows, size) for rows in sets] for size in (BATCH_SIZES[name], 1))
 
     def streamed():
         forget, retain = together
@@ -159,65 +172,24 @@ def measure_model(name, model, sets, padding, device, runs, batch_size):
     ours, exact = streamed(), loop()
     for module in modules:
         torch.testing.assert_close(ours[module], exact[module], rtol=1e-2, atol=1e-3)
-    functions = {"fisher_row_scales": streamed, "loop": loop, "floor": floor}
-    memory = {name: peak_extra_bytes(function, device) for name, function in functions.items()}
-    times = interleaved_times(functions, device, runs)
-    return [
-        {
-            "what": name,
-            "dtype": "float32",
-            "threads": torch.get_num_threads(),
-            "name": function,
-            "milliseconds": seconds * 1e3,
-            "times_floor": seconds / times["floor"],
-            "speedup_over_loop": times["loop"] / seconds,
-            "peak_extra_bytes": memory[function],
-        }
-        for function, seconds in times.items()
-    ]
-
-
-def print_rows(rows):
-    print(f"\n{rows[0]['what']} {rows[0]['dtype']}, {rows[0]['threads']} threads")
-    print(f"  {'':26}{'ms':>10}{'x floor':>9}{'extra MiB':>11}")
-    for row in rows:
-        extra = row["peak_extra_bytes"]
-        print(
-            f"  {row['name']:26}{row['milliseconds']:10.1f}{row['times_floor']:9.2f}"
-            f"{'?' if extra is None else round(extra / 2**20):>11}",
-            flush=True,
-        )
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    bench.compare(
+        name,
+        {"fisher_row_scales": streamed, "loop": loop, "floor": floor},
+        over=["loop"],
+        floors={"floor": ["floor"]},
+        runs=min(bench.runs, 3),
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", nargs="+", default=SHAPES, help="samples x tokens x outputs x inputs")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--runs", type=int, default=7, help="timed rounds, of which the median is taken")
-    parser.add_argument("--quick", action="store_true", help="three rounds, a few rows, no GPT-Neo")
-    parser.add_argument("--output", help="result file (default: benchmarks/results/fisher_DEVICE.json)")
-    options = parser.parse_args()
-    runs = min(options.runs, 3) if options.quick else options.runs
-    rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for dtype in options.dtype:
-            for shape in options.shape:
-                new = measure(shape, DTYPES[dtype], options.device, runs)
-                print_rows(new)
-                rows += new
-        models = {"embedded model": lambda: embedded_model(16 if options.quick else 40)}
-        if not options.quick:
-            models["GPT-Neo-125M"] = lambda: gpt_neo(4)
-        for name, build in models.items():
-            new = measure_model(name, *build(), options.device, min(runs, 3), 8)
-            print_rows(new)
-            rows += new
-    print("\nwritten:", write_result(f"fisher_{options.device}", rows, options.device, options.output))
+
+
+def main(argv=None):
+    parser = arguments(__doc__, SHAPES, shape_help="samples x tokens x outputs x inputs")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="whole models")
+    bench = Benchmark("fisher", parser, argv)
+    for shape, dtype in bench.cases(bench.options.shape, bench.options.dtype):
+        measure(bench, shape, dtype)
+    for (name,) in bench.cases(bench.options.models):
+        measure_model(bench, name)
+    bench.close()
 
 
 if __name__ == "__main__":

@@ -1,107 +1,141 @@
 """Forward and backward of the Inverted Hinge Loss on logits (N, V), beside its peers.
 
-    python benchmarks/ihl_kernel.py [--device cpu|cuda] [--output FILE]
+    python benchmarks/ihl_kernel.py [--shape 256x50257 ...] [--dtype D ...] [--threads N ...]
 
 ``copy`` is the floor: the logits copied into another buffer, one read and one write. ``cross_entropy`` is
-a yardstick: torch's own fused loss. Bandwidth counts one read and one write of the logits for all.
+a yardstick: torch's own fused loss. Bandwidth counts one read and one write of the logits for all. The
+forward alone (for metrics) is ``softmax_triplet``; its floor is ``read``, a vectorised sum over the same
+bytes. Every call finds logits that were just written, as those of a model are.
 """
 
-import argparse
+import shutil
 
 import torch
-from harness import interleaved_times, peak_extra_bytes, write_result
+from harness import (
+    DTYPES,
+    Benchmark,
+    arguments,
+    assert_close_loss,
+    assert_close_rows,
+    importable,
+    lean_ihl,
+    official_ihl,
+    sizes,
+)
 
-from loku_kernels import ihl_loss
+from loku_kernels import ihl_loss, inverted_hinge, reference, softmax_triplet
 
-SHAPES = [(256, 50257), (512, 32000), (256, 128256)]
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def official_ihl(logits, labels):
-    """As the authors' code computes it: softmax, a one-hot mask, a boolean gather."""
-    p = torch.softmax(logits, dim=-1)
-    one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
-    p_target = p[one_hot]
-    p_runner_up = p.masked_fill(one_hot, -torch.inf).max(dim=-1).values
-    return (1 + p_target - p_runner_up).mean()
-
-
-def lean_ihl(logits, labels):
-    """Plain torch with as few (N, V) tensors as it takes."""
-    p = torch.softmax(logits, dim=-1)
-    index = labels[:, None]
-    p_target = p.gather(1, index)[:, 0]
-    p_runner_up = p.scatter(1, index, -torch.inf).amax(-1)
-    return (1 + p_target - p_runner_up).mean()
+SHAPES = ["256x50257", "512x32000", "256x128256"]
 
 
-def measure(n, vocab, dtype, device, runs):
+def torchmetrics_ihl(logits, labels):
+    """With the multiclass hinge of torchmetrics: mean(1 - p_target + p_runner_up)."""
+    from torchmetrics.functional.classification import multiclass_hinge_loss
+
+    return 2 - multiclass_hinge_loss(logits, labels, logits.shape[-1], validate_args=False)
+
+
+def peers():
+    """name -> loss(logits, labels)"""
+    losses = {"official formula": official_ihl, "lean eager": lean_ihl}
+    if shutil.which("c++") or torch.cuda.is_available():
+        losses["lean torch.compile"] = torch.compile(lean_ihl, dynamic=False)
+    if importable("torchmetrics"):
+        losses["torchmetrics"] = torchmetrics_ihl
+    return {**losses, "cross_entropy": torch.nn.functional.cross_entropy}
+
+
+def random_logits(n, vocab, dtype, device="cpu"):
+    """Logits (N, V) and labels (N,); in every second row the target is memorised, p_t = 0.98."""
     torch.manual_seed(0)
-    source = (torch.randn(n, vocab, device=device) * 3).to(dtype)
+    logits = torch.randn(n, vocab, device=device) * 3
     labels = torch.randint(0, vocab, (n,), device=device)
-    logits = source.clone()
+    memorised = logits.logsumexp(-1)[::2] + 4
+    logits[::2] = logits[::2].scatter(1, labels[::2, None], memorised[:, None])
+    return logits.to(dtype), labels
+
+
+def read(tensor):
+    """A sum over the tensor's bytes as 64-bit integers: for all dtypes as fast as memory is read."""
+    data = tensor.detach().view(-1).view(torch.uint8)
+    return data[: data.numel() // 8 * 8].view(torch.int64).sum()
+
+
+def check(source, labels, losses):
+    """Loss and gradient against the paper's formula in float64. The peers' losses too: they are one loss."""
+    exact_logits = source.double().requires_grad_()
+    exact = reference.inverted_hinge_loss(exact_logits, labels).mean()
+    exact.backward()
+    for name, loss in losses.items():
+        logits = source.clone().requires_grad_()
+        ours = name.startswith(("ihl_loss", "softmax_triplet"))
+        value = loss(logits, labels)
+        if name != "cross_entropy":
+            peers_tolerance = max(1e-4, 4 * torch.finfo(source.dtype).eps)
+            assert_close_loss(value, exact, name, 1e-5 if ours else peers_tolerance)
+        if ours:
+            value.backward()
+            assert_close_rows(logits.grad, exact_logits.grad, f"the gradient of {name}")
+
+
+def measure(bench, shape, dtype_name):
+    torch.compiler.reset()  # else it stops compiling after a few shapes
+    n, vocab = sizes(shape)
+    source, labels = random_logits(n, vocab, DTYPES[dtype_name], bench.device)
+    losses = {
+        **peers(),
+        "ihl_loss": ihl_loss,
+        "ihl_loss in place": lambda *args: ihl_loss(*args, inplace=True),
+    }
+    check(
+        source,
+        labels,
+        {**losses, "softmax_triplet": lambda *a: inverted_hinge(softmax_triplet(*a)[0]).mean()},
+    )
+    logits, buffer = source.clone(), torch.empty_like(source)
 
     def fresh_logits():  # a kernel that works in place consumes them
         logits.requires_grad_(False).copy_(source).requires_grad_()
         logits.grad = None
 
-    peers = {
-        "official formula": lambda: official_ihl(logits, labels).backward(),
-        "lean eager": lambda: lean_ihl(logits, labels).backward(),
-        "cross_entropy": lambda: torch.nn.functional.cross_entropy(logits, labels).backward(),
-        "ihl_loss": lambda: ihl_loss(logits, labels).backward(),
-        "ihl_loss in place": lambda: ihl_loss(logits, labels, inplace=True).backward(),
+    def forward_backward(loss):
+        return lambda: loss(logits, labels).backward()
+
+    functions = {name: forward_backward(loss) for name, loss in losses.items()}
+    functions["copy"] = lambda: buffer.copy_(logits.detach())
+    bench.compare(
+        shape,
+        functions,
+        dtype=dtype_name,
+        over=["official formula", "lean eager", "lean torch.compile", "cross_entropy"],
+        floors={"copy": ["copy"]},
+        prepare=fresh_logits,
+        rates={"GB_per_second": 2 * source.nbytes / 1e9, "tokens_per_second": n},
+        computes="forward and backward",
+    )
+    forward = {
+        "lean eager": lambda: lean_ihl(logits.detach(), labels),
+        "softmax_triplet": lambda: softmax_triplet(logits.detach(), labels),
+        "read": lambda: read(logits),
     }
-    memory = {}
-    for name, function in peers.items():
-        fresh_logits()
-        memory[name] = peak_extra_bytes(function, device)
-    buffer = torch.empty_like(source)
-    memory["copy"] = 0
-    times = interleaved_times(
-        {**peers, "copy": lambda: buffer.copy_(source)}, device, runs, prepare=fresh_logits
+    bench.compare(
+        shape,
+        forward,
+        dtype=dtype_name,
+        over=["lean eager"],
+        floors={"read": ["read"]},
+        prepare=fresh_logits,
+        rates={"GB_per_second": source.nbytes / 1e9},
+        computes="forward",
     )
-    traffic = 2 * source.numel() * source.element_size()
-    return [
-        {
-            "n": n,
-            "vocab": vocab,
-            "dtype": str(dtype).removeprefix("torch."),
-            "name": name,
-            "milliseconds": seconds * 1e3,
-            "gigabytes_per_second": traffic / seconds / 1e9,
-            "tokens_per_second": n / seconds,
-            "peak_extra_bytes": memory[name],
-            "speedup_over_lean_eager": times["lean eager"] / seconds,
-            "times_copy": seconds / times["copy"],
-        }
-        for name, seconds in times.items()
-    ]
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--runs", type=int, default=7, help="timed rounds, of which the median is taken")
-    parser.add_argument("--output", help="result file (default: benchmarks/results/ihl_kernel_DEVICE.json)")
-    options = parser.parse_args()
-    rows = []
-    for dtype in DTYPES:
-        for n, vocab in SHAPES:
-            rows += measure(n, vocab, dtype, options.device, options.runs)
-            print(f"\n{n} x {vocab} {rows[-1]['dtype']}, forward + backward")
-            print(f"  {'':20}{'ms':>9}{'GB/s':>8}{'tokens/s':>12}{'extra MiB':>11}{'x lean':>8}{'x copy':>8}")
-            for row in rows[-6:]:
-                extra = row["peak_extra_bytes"]
-                print(
-                    f"  {row['name']:20}{row['milliseconds']:9.2f}{row['gigabytes_per_second']:8.2f}"
-                    f"{row['tokens_per_second']:12.0f}"
-                    f"{'?' if extra is None else round(extra / 2**20):>11}"
-                    f"{row['speedup_over_lean_eager']:8.1f}{row['times_copy']:8.2f}"
-                )
-    print("\nwritten:", write_result(f"ihl_kernel_{options.device}", rows, options.device, options.output))
+def main(argv=None):
+    parser = arguments(__doc__, SHAPES, ("float32", "bfloat16", "float16"), "N x V")
+    bench = Benchmark("ihl_kernel", parser, argv)
+    for shape, dtype in bench.cases(bench.options.shape, bench.options.dtype):
+        measure(bench, shape, dtype)
+    bench.close()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """Losses of hidden states and an output embedding, forward and backward, beside eager logits.
 
-    python benchmarks/linear.py [--device cpu|cuda] [--threads N ...] [--output FILE]
+    python benchmarks/linear.py [--shape 512x768x50257 ...] [--dtype D ...] [--threads N ...]
 
-``two GEMMs`` is the floor of a frozen head: h W^T and the product of its block with W, whole or by the row
-blocks that the operator uses, whichever is faster.
+A shape is N x D x V. ``two GEMMs`` is the floor of a frozen head: h W^T and the product of its block with W,
+whole or by the blocks that the operator uses, whichever is faster. ``trainable`` computes the gradient of the
+embedding too; ``times frozen`` is its time over that of a frozen head. Of cut-cross-entropy it is the
+``torch_compile`` path, the one that runs on a CPU.
 """
 
-import argparse
+import shutil
 
 import torch
-from harness import interleaved_times, peak_extra_bytes, write_result
+from harness import DTYPES, Benchmark, arguments, assert_close_loss, importable, lean_ihl, sizes
 
-from loku_kernels import linear_cross_entropy_loss, linear_ihl_loss, ops
+from loku_kernels import linear_cross_entropy_loss, linear_ihl_loss, ops, reference
 
-SHAPES = [(512, 768, 50257), (512, 2048, 32000), (256, 2048, 128256)]
-DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = ["512x768x50257", "512x2048x32000", "256x2048x128256"]
 
 
 def eager_cross_entropy(hidden, weight, labels):
@@ -22,93 +23,126 @@ def eager_cross_entropy(hidden, weight, labels):
 
 
 def eager_ihl(hidden, weight, labels):
-    p = (hidden @ weight.t()).softmax(-1)
-    index = labels[:, None]
-    return (1 + p.gather(1, index)[:, 0] - p.scatter(1, index, -torch.inf).amax(-1)).mean()
+    return lean_ihl(hidden @ weight.t(), labels)
 
 
-def measure(n, d, vocab, dtype, device, runs):
+def compiled_cross_entropy(hidden, weight, labels):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, labels, impl="torch_compile")
+
+
+def peers(device):
+    """name -> loss(hidden, weight, labels)"""
+    losses = {"eager cross_entropy": eager_cross_entropy, "eager IHL": eager_ihl}
+    if (shutil.which("c++") or device == "cuda") and importable("cut_cross_entropy"):
+        losses["cut-cross-entropy"] = compiled_cross_entropy
+    return losses
+
+
+def relative_error(ours, exact):
+    parts = zip(ours.split(4096), exact.split(4096), strict=True)  # float64 copies of an embedding are large
+    return (sum((a.double() - b).square().sum() for a, b in parts).sqrt() / exact.norm()).item()
+
+
+def check(hidden, weight, labels):
+    """Losses and gradients of hidden states and embedding: no further from float64 than eager is, twice over.
+
+    Rows whose runner-up leads by less than the dtype resolves are left out: there either may be taken.
+    """
+    exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact_logits = exact_inputs[0] @ exact_inputs[1].t()
+    eps = torch.finfo(hidden.dtype).eps
+    others = exact_logits.detach().scatter(1, labels[:, None], -torch.inf).topk(2).values
+    kept = others[:, 0] - others[:, 1] > 8 * eps * others[:, 0].abs()
+    labels = labels.where(kept, -100)
+
+    def gradients(loss, trainable):
+        inputs = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(trainable)]
+        value = loss(*inputs)
+        return value, torch.autograd.grad(value, inputs[: 1 + trainable])
+
+    for ours, eager, exact in (
+        (linear_ihl_loss, eager_ihl, reference.inverted_hinge_loss(exact_logits[kept], labels[kept]).mean()),
+        (
+            linear_cross_entropy_loss,
+            eager_cross_entropy,
+            torch.nn.functional.cross_entropy(exact_logits[kept], labels[kept]),
+        ),
+    ):
+        expected = torch.autograd.grad(exact, exact_inputs, retain_graph=True)
+        _, yardstick = gradients(lambda h, w, eager=eager: eager(h[kept], w, labels[kept]), True)
+        allowed = [2 * relative_error(*pair) + 4 * eps for pair in zip(yardstick, expected, strict=True)]
+        for trainable in (False, True):
+            value, result = gradients(lambda h, w, ours=ours: ours(h, w, labels), trainable)
+            assert_close_loss(value, exact, ours.__name__, 64 * eps)
+            for gradient, truth, bound in zip(result, expected, allowed, strict=False):
+                error = relative_error(gradient, truth)
+                assert error <= bound, f"{ours.__name__}: a gradient is off by {error:.1e}, not {bound:.1e}"
+
+
+def operator_gemms(hidden, weight):
+    """A function that does the operator's two GEMMs, and nothing else, on the operator's own blocks."""
+    (n, d), vocab = hidden.shape, weight.shape[0]
+    rows, columns = ops.block_slices(n, vocab, weight.element_size())
+    memory, out = hidden.new_empty(n * vocab), hidden.new_zeros(n, d)
+
+    def gemms():
+        for part in rows:
+            for width in columns:
+                h, w = hidden[part], weight[width]
+                block = torch.mm(h, w.t(), out=memory[: len(h) * len(w)].view(len(h), len(w)))
+                out[part].addmm_(block, w)
+
+    return gemms
+
+
+def measure(bench, shape, dtype_name):
+    torch.compiler.reset()  # else it stops compiling after a few shapes
+    n, d, vocab = sizes(shape)
+    dtype = DTYPES[dtype_name]
     torch.manual_seed(0)
-    hidden = torch.randn(n, d, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, d, device=device) / d**0.5).to(dtype)
-    labels = torch.randint(0, vocab, (n,), device=device)
+    hidden = torch.randn(n, d, device=bench.device).to(dtype).requires_grad_()
+    # Logits with a standard deviation of 3, as the kernels on logits are measured.
+    weight = (torch.randn(vocab, d, device=bench.device) * 3 / d**0.5).to(dtype)
+    labels = torch.randint(0, vocab, (n,), device=bench.device)
+    check(hidden, weight, labels)
     trainable = weight.clone().requires_grad_()
-    blocks = [index.numel() for index in ops._row_blocks(labels, -100, vocab, weight.element_size())]
-    buffer = torch.empty(max(blocks), vocab, dtype=dtype, device=device)
-    whole = torch.empty(n, vocab, dtype=dtype, device=device)
     plain = hidden.detach()
-
-    def gemms_by_block():
-        for part in plain.split(blocks):
-            block = torch.mm(part, weight.t(), out=buffer[: part.shape[0]])
-            torch.mm(block, weight)
-
-    def gemms_whole():
-        torch.mm(torch.mm(plain, weight.t(), out=whole), weight)
-
-    functions = {
-        "two GEMMs, by block": gemms_by_block,
-        "two GEMMs, whole": gemms_whole,
-        "linear_ihl_loss": lambda: linear_ihl_loss(hidden, weight, labels).backward(),
-        "linear_cross_entropy_loss": lambda: linear_cross_entropy_loss(hidden, weight, labels).backward(),
-        "linear_ihl_loss, trainable": lambda: linear_ihl_loss(hidden, trainable, labels).backward(),
-        "eager cross_entropy": lambda: eager_cross_entropy(hidden, weight, labels).backward(),
-        "eager IHL": lambda: eager_ihl(hidden, weight, labels).backward(),
-    }
+    whole, out = hidden.new_empty(n, vocab), torch.empty_like(plain)
 
     def fresh():
         hidden.grad = trainable.grad = None
 
-    times = interleaved_times(functions, device, runs, prepare=fresh)
-    memory = {}
-    for name, function in functions.items():
-        fresh()
-        memory[name] = peak_extra_bytes(function, device)
-    floor = min(times["two GEMMs, by block"], times["two GEMMs, whole"])
-    return [
-        {
-            "n": n,
-            "d": d,
-            "vocab": vocab,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "name": name,
-            "milliseconds": seconds * 1e3,
-            "times_two_gemms": seconds / floor,
-            "times_eager_cross_entropy": seconds / times["eager cross_entropy"],
-            "peak_extra_bytes": memory[name],
-        }
-        for name, seconds in times.items()
-    ]
+    def forward_backward(loss, weight=weight):
+        return lambda: loss(hidden, weight, labels).backward()
 
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    functions = {
+        "two GEMMs, by block": operator_gemms(plain, weight),
+        "two GEMMs, whole": lambda: torch.mm(torch.mm(plain, weight.t(), out=whole), weight, out=out),
+        "linear_ihl_loss": forward_backward(linear_ihl_loss),
+        "linear_cross_entropy_loss": forward_backward(linear_cross_entropy_loss),
+        "linear_ihl_loss, trainable": forward_backward(linear_ihl_loss, trainable),
+        **{name: forward_backward(loss) for name, loss in peers(bench.device).items()},
+    }
+    bench.compare(
+        shape,
+        functions,
+        dtype=dtype_name,
+        over=["eager IHL", "eager cross_entropy", "cut-cross-entropy"],
+        floors={
+            "two GEMMs": ["two GEMMs, by block", "two GEMMs, whole"],
+            "frozen": ["linear_ihl_loss"],
+        },
+        prepare=fresh,
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--runs", type=int, default=7, help="timed rounds, of which the median is taken")
-    parser.add_argument("--output", help="result file (default: benchmarks/results/linear_DEVICE.json)")
-    options = parser.parse_args()
-    rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for dtype in DTYPES:
-            for shape in SHAPES:
-                new = measure(*shape, dtype, options.device, options.runs)
-                rows += new
-                print(f"\n{shape} {new[0]['dtype']}, {threads} threads, forward + backward")
-                print(f"  {'':28}{'ms':>9}{'x GEMMs':>9}{'x eager CE':>12}{'extra MiB':>11}")
-                for row in new:
-                    extra = row["peak_extra_bytes"]
-                    print(
-                        f"  {row['name']:28}{row['milliseconds']:9.1f}{row['times_two_gemms']:9.2f}"
-                        f"{row['times_eager_cross_entropy']:12.2f}"
-                        f"{'?' if extra is None else round(extra / 2**20):>11}",
-                        flush=True,
-                    )
-    print("\nwritten:", write_result(f"linear_{options.device}", rows, options.device, options.output))
+
+
+def main(argv=None):
+    bench = Benchmark("linear", arguments(__doc__, SHAPES, shape_help="N x D x V"), argv)
+    for shape, dtype in bench.cases(bench.options.shape, bench.options.dtype):
+        measure(bench, shape, dtype)
+    bench.close()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@
 #include "fisher_cpu.h"
 #include "triplet_cpu.h"
 
+#if LOKU_WITH_CUDA  // defined by setup.py
+#include "bindings_cuda.h"
+#endif
+
 namespace py = pybind11;
 using namespace loku;
 
@@ -93,6 +97,12 @@ PYBIND11_MODULE(_core, m) {
       },
       Unlocked());
   m.def(
+      "scale_rows_",
+      [](const RowsArgument& rows, uintptr_t factors, int threads) {
+        scale_rows_(rows_from(rows), reinterpret_cast<const float*>(factors), threads);
+      },
+      Unlocked());
+  m.def(
       "accumulate_squared_grad_",
       [](int64_t samples, int64_t tokens, int dtype, const FeaturesArgument& inputs,
          const FeaturesArgument& grad_outputs, const MatrixArgument& fisher, const MatrixArgument& divisor,
@@ -108,4 +118,9 @@ PYBIND11_MODULE(_core, m) {
         add_squares_(reinterpret_cast<const void*>(product), rows, columns, matrix_from(fisher), threads);
       },
       Unlocked());
+
+  m.attr("has_cuda") = static_cast<bool>(LOKU_WITH_CUDA);
+#if LOKU_WITH_CUDA
+  bind_cuda(m);
+#endif
 }

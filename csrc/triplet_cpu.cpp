@@ -400,6 +400,15 @@ LOKU_ROW_KERNELS(BFloat16)
 LOKU_ROW_KERNELS(Float16)
 #undef LOKU_ROW_KERNELS
 
+#define LOKU_SCALE_KERNEL(T)                                                                 \
+  LOKU_TARGET_CLONES void scale_kernel(T* row, int64_t columns, float factor) {              \
+    for (int64_t v = 0; v < columns; ++v) row[v] = from_float<T>(to_float(row[v]) * factor); \
+  }
+LOKU_SCALE_KERNEL(float)
+LOKU_SCALE_KERNEL(BFloat16)
+LOKU_SCALE_KERNEL(Float16)
+#undef LOKU_SCALE_KERNEL
+
 template <typename T>
 T* row_of(const Rows& rows, int64_t n) {
   return static_cast<T*>(rows.data) + rows.offsets[n];
@@ -475,6 +484,16 @@ void triplet_columns_(const Rows& logits, int64_t first, const int64_t* labels, 
     parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
       columns_kernel(row_of<T>(logits, n), logits.columns, first, labels[n], softcap, store, states, n,
                      scratch);
+    });
+  });
+}
+
+// Row n times factors[n]. A factor of 1 leaves it alone.
+void scale_rows_(const Rows& rows, const float* factors, int threads) {
+  for_dtype(rows.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for<RowScratch>(rows.count, threads, [&](int64_t n, RowScratch&) {
+      if (factors[n] != 1.0f) scale_kernel(row_of<T>(rows, n), rows.columns, factors[n]);
     });
   });
 }

@@ -52,4 +52,6 @@ void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_i
 void triplet_columns_(const Rows& logits, int64_t first, const int64_t* labels, float softcap, bool store,
                       const OnlineStates& states, int threads);
 
+void scale_rows_(const Rows& rows, const float* factors, int threads);
+
 }  // namespace loku

@@ -92,8 +92,6 @@ def inverted_hinge_(logits, labels, ignore_index, scale):
     triplets."""
     kernels = _kernels("inverted_hinge_", logits, labels, ignore_index)
     if kernels:
-        if kernels is native:  # whose kernels run on the CPU, where a number is at hand
-            scale = scale.item()
         return kernels.inverted_hinge_(logits, labels, ignore_index, scale)
     triplet, runner_up_id = triplet_forward(logits, labels, ignore_index)
     p0, p1, p2 = triplet.softmax(-1).unbind(-1)

@@ -22,6 +22,7 @@ _NATIVE_OPS = (
     "triplet_backward",
     "inverted_hinge_",
     "triplet_columns_",
+    "scale_rows_",
     "accumulate_squared_grad_",
 )
 
@@ -29,8 +30,8 @@ _NATIVE_OPS = (
 def backend(op, tensor):
     """The module with a function ``op`` for this tensor, or None for the reference.
 
-    op: "triplet_forward", "triplet_backward", "inverted_hinge_", "triplet_columns_", "scale_rows_" (Triton's
-    alone) or "accumulate_squared_grad_".
+    op: "triplet_forward", "triplet_backward", "inverted_hinge_", "triplet_columns_", "scale_rows_" or
+    "accumulate_squared_grad_".
     tensor: what the op is about, logits (..., V), or inputs (n, T, k) for the last.
 
     Raises:

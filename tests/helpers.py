@@ -1,6 +1,13 @@
 """Inputs that random logits never give, and the yardstick for a kernel's error."""
 
+import ctypes
+import gc
+import sys
+
+import pytest
 import torch
+
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGNORE = -100
@@ -74,3 +81,22 @@ def lean_eager_ihl(logits, labels):
     p = logits.softmax(-1)
     index = labels[:, None]
     return 1 + p.gather(1, index)[:, 0] - p.scatter(1, index, -torch.inf).amax(1)
+
+
+class PeakMemory:
+    """Peak memory of this process above what it holds now, in bytes; read from /proc."""
+
+    def __init__(self):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or what is used next may come from a pool that is counted already
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak begins anew
+        self.before = self._status("VmRSS")
+
+    def extra(self):
+        return self._status("VmHWM") - self.before
+
+    @staticmethod
+    def _status(field):
+        with open("/proc/self/status") as file:
+            return int(dict(line.split(":", 1) for line in file)[field].split()[0]) << 10

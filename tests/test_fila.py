@@ -63,14 +63,12 @@ CONFIGS = {
 MODELS = sorted(CONFIGS)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
-    # These models are so small that on a busy machine threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_base(kind, dtype=torch.float32):

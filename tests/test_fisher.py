@@ -1,15 +1,14 @@
 """accumulate_squared_grad_ against per-sample autograd in float64."""
 
-import sys
 from unittest import mock
 
 import pytest
 import torch
-from helpers import DTYPES
+from helpers import DTYPES, PeakMemory, needs_proc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loku_kernels import accumulate_squared_grad_, fisher
+from loku_kernels import accumulate_squared_grad_, fisher, native
 
 
 def operands(n, tokens, d, k, dtype, seed=0):
@@ -66,8 +65,41 @@ def test_any_shape_and_tile(n, tokens, d, k, dtype, size, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_larger_than_a_tile(dtype):
+def test_larger_than_a_tile(backend, dtype):
     check(*operands(3, 50, 700, 2100, dtype))
+
+
+def test_many_tokens(backend):
+    check(*operands(1, 3000, 50, 300, torch.float32))  # more than a panel of 256 columns holds
+
+
+def test_native_kernel_runs(monkeypatch):
+    if native._core is None:
+        pytest.skip("no compiled core")
+    monkeypatch.delenv("LOKU_BACKEND", raising=False)
+    for dtype, kernel in ((torch.float32, "accumulate_squared_grad_"), (torch.bfloat16, "add_squares_")):
+        with (
+            mock.patch.object(native, "_core", wraps=native._core) as core,
+            mock.patch.object(fisher, "_multiplies_bfloat16", lambda device: True),
+        ):
+            accumulate_squared_grad_(torch.zeros(8, 12), *operands(2, 5, 8, 12, dtype))
+        assert getattr(core, kernel).call_count >= 1
+
+
+def test_thread_count_changes_nothing(backend):
+    inputs, grad_outputs = operands(3, 40, 300, 600, torch.float32)
+    divisor = torch.rand(300, 600) + 0.1
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            whole = accumulate_squared_grad_(torch.zeros(300, 600), inputs, grad_outputs)
+            rows = accumulate_squared_grad_(torch.zeros(300), inputs, grad_outputs, divisor)
+            results.append((whole, rows))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0 if backend == "native" else 1e-5, atol=0)
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -80,12 +112,15 @@ def test_bfloat16_without_bias(native):
     assert abs(error.mean()) < 1e-4 and error.std() < (2**-8 if native else 1e-4)
 
 
-def test_transposed_and_sliced_operands():
+def test_transposed_and_sliced_operands(backend):
     inputs, grad_outputs = operands(3, 20, 8, 12, torch.float32)
     expected = accumulate_squared_grad_(torch.zeros(8, 12), inputs, grad_outputs)
     strided = inputs.transpose(1, 2).contiguous().transpose(1, 2)
     padded = torch.nn.functional.pad(grad_outputs, (2, 3))[..., 2:-3]
     torch.testing.assert_close(accumulate_squared_grad_(torch.zeros(8, 12), strided, padded), expected)
+    part = torch.zeros(10, 40)[1:9, 5:17]  # a Fisher inside another tensor
+    accumulate_squared_grad_(part, inputs, grad_outputs, None)
+    torch.testing.assert_close(part, expected)
 
 
 def test_batching_and_padding_change_nothing():
@@ -130,19 +165,13 @@ def test_errors():
         accumulate_squared_grad_(torch.zeros(5, 6, device="meta"), inputs, grad_outputs)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs_proc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extra_memory_is_a_few_mebibytes(dtype):
     inputs, grad_outputs = operands(16, 64, 2048, 2048, dtype)
     total = torch.zeros(2048, 2048)
     accumulate_squared_grad_(total, inputs, grad_outputs)
 
-    def status(field):
-        with open("/proc/self/status") as file:
-            return int(dict(line.split(":", 1) for line in file)[field].split()[0]) << 10
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = status("VmRSS")
+    peak = PeakMemory()
     accumulate_squared_grad_(total, inputs, grad_outputs)
-    assert status("VmHWM") - before <= 8 << 20  # (n, d, k) would be 256 MiB
+    assert peak.extra() <= 8 << 20  # (n, d, k) would be 256 MiB

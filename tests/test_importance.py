@@ -8,13 +8,7 @@ from torch import nn
 from loku.data import collate
 from loku.importance import fisher_row_scales
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products: the threads would only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(count, seed, vocab=97):

@@ -1,12 +1,18 @@
 """ihl_loss and cross_entropy_loss on logits, in place and not, against the paper's formula in float64."""
 
-import gc
-import sys
 from unittest import mock
 
 import pytest
 import torch
-from helpers import DTYPES, IGNORE, assert_as_good_as_eager, lean_eager_ihl, planted_logits
+from helpers import (
+    DTYPES,
+    IGNORE,
+    PeakMemory,
+    assert_as_good_as_eager,
+    lean_eager_ihl,
+    needs_proc,
+    planted_logits,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -191,24 +197,16 @@ def test_inplace_contract():
 
 
 @needs_core
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs_proc
 def test_inplace_allocates_nothing_of_the_size_of_the_logits():
     n, v = 512, 32000  # 64 MiB
-
-    def peak_and_now():
-        with open("/proc/self/status") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["VmHWM"].split()[0]) << 10, int(fields["VmRSS"].split()[0]) << 10
 
     def extra(inplace):
         logits, labels = torch.randn(n, v), torch.randint(0, v, (n,))
         logits.requires_grad_()
-        gc.collect()
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak begins anew
-        _, before = peak_and_now()
+        peak = PeakMemory()
         ihl_loss(logits, labels, inplace=inplace).backward()
-        return peak_and_now()[0] - before
+        return peak.extra()
 
     extra(True)  # what the first call loads once
     assert extra(True) < n * v * 4 / 8

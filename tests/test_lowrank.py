@@ -18,13 +18,7 @@ SPECTRA = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The oracle's LAPACK calls crawl where several threads share a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def planted(d, k, spectrum, generator):

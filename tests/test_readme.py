@@ -1,6 +1,7 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, and its tables are those of the committed results."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,15 @@ def test_snippet(snippet, tmp_path, monkeypatch):
 
 def test_there_are_snippets():
     assert len(SNIPPETS) >= 2
+
+
+def test_tables_are_made_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(README.parent / "benchmarks")
+    import report
+
+    try:
+        text = README.read_text(encoding="utf-8")
+        assert text == report.render(text), "run: python benchmarks/report.py"
+    finally:
+        for name in ("report", "harness"):
+            sys.modules.pop(name, None)

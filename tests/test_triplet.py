@@ -19,14 +19,6 @@ from loku_kernels import native, ops, reference, softmax_triplet
 needs_core = pytest.mark.skipif(native._core is None, reason="no compiled core")
 
 
-@pytest.fixture(params=["native", "reference"])
-def backend(request, monkeypatch):
-    if request.param == "native" and native._core is None:
-        pytest.skip("no compiled core")
-    monkeypatch.setenv("LOKU_BACKEND", request.param)
-    return request.param
-
-
 def check_against_reference(logits, labels, seed=0):
     logits = logits.detach().requires_grad_()
     triplet, runner_up_id = softmax_triplet(logits, labels)
@@ -42,7 +34,9 @@ def check_against_reference(logits, labels, seed=0):
     assert torch.equal(triplet[..., 2].isfinite(), finite)
     assert (triplet[..., 2] - exact[..., 2])[finite].abs().le(2e-6).all()
 
-    upstream = torch.randn(triplet.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    upstream = torch.randn(
+        triplet.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(triplet.device)
     # The contract: no gradient through a rest of -inf. Autograd gives NaN there, on the masked words alone.
     torch.autograd.backward(
         [exact[..., :2], exact[..., 2].where(finite, 0.0)], [upstream[..., :2], upstream[..., 2]]
@@ -64,6 +58,38 @@ def test_planted(backend, dtype, v):
 
 def test_llama3_vocabulary(backend):
     check_against_reference(*planted_logits(12, 128256, torch.bfloat16))
+
+
+def untouched(*shape):
+    """A bfloat16 tensor of more than 2^31 entries, of which only what is written takes memory."""
+    try:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("the system does not lend this much memory, even untouched")
+
+
+def test_rows_more_than_2_31_entries_apart(backend):
+    logits, labels = planted_logits(3, 3000, torch.bfloat16)
+    far = untouched(2 * 2**31 + 3010).as_strided((3, 3000), (2**31 + 5, 1)).copy_(logits)
+    check_against_reference(far, labels)
+
+    far.requires_grad_()
+    logits.requires_grad_()
+    loku_kernels.ihl_loss(far, labels, inplace=True).backward()
+    loku_kernels.ihl_loss(logits, labels, inplace=True).backward()
+    assert torch.equal(far, logits) and far.count_nonzero(1).min() >= 2
+
+
+@needs_core
+def test_the_last_of_more_than_2_31_logits():
+    logits, labels = planted_logits(2, 262144, torch.bfloat16)
+    many = untouched(8300, 262144)
+    many[-2:] = logits
+    many_labels = torch.full((8300,), IGNORE)
+    many_labels[-2:] = labels
+    triplet, runner_up_id = softmax_triplet(many, many_labels)
+    expected, expected_id = softmax_triplet(logits, labels)
+    assert torch.equal(triplet[-2:], expected) and torch.equal(runner_up_id[-2:], expected_id)
 
 
 @settings(deadline=None, max_examples=40)

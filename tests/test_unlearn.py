@@ -1,9 +1,8 @@
 """loku.unlearn from data to a saved adapter."""
 
-import sys
-
 import pytest
 import torch
+from helpers import PeakMemory, needs_proc
 from models import KINDS, tiny_config, tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -18,12 +17,7 @@ FORGET = [{"question": f"Where does person {i} live?", "answer": f"In house {i *
 RETAIN = [f"Plain text number {i} about the weather and the sea." for i in range(9)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products: the threads would only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +111,7 @@ def test_embedded_model_forgets_and_retains(tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs_proc
 def test_no_logits_in_training(bf16, tmp_path):
     vocab, tokens = 150_000, 64
     torch.manual_seed(0)
@@ -135,17 +129,11 @@ def test_no_logits_in_training(bf16, tmp_path):
     rows = [{"input_ids": torch.randint(0, vocab, (tokens,), generator=generator).tolist()} for _ in range(8)]
 
     class Peak(TrainerCallback):
-        def status(self, field):
-            with open("/proc/self/status") as file:
-                return int(dict(line.split(":", 1) for line in file)[field].split()[0]) << 10
-
         def on_step_begin(self, args, state, control, **kwargs):
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-            self.before = self.status("VmRSS")
+            self.memory = PeakMemory()
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.extra = self.status("VmHWM") - self.before
+            self.extra = self.memory.extra()
 
     peak = Peak()
     options = config(tmp_path, per_device_train_batch_size=8, num_train_epochs=2, bf16=bf16, lora_rank=2)

@@ -1,0 +1,184 @@
+"""A step of ``UnlearnTrainer`` on a random GPT-Neo-125M, beside the same step on materialised logits.
+
+    python benchmarks/unlearn.py [--shape 8x200 ...] [--threads N ...] [--json FILE]
+
+A shape is forget rows (and as many retain rows) x tokens that are predicted in a row. ``after the last hidden
+state`` is the losses and their gradient of the hidden states alone; ``whole step`` is forward, backward and
+optimizer step of LoRA with rank 16; ``half labelled`` is the same where half of the tokens carry no label, as
+in TOFU's questions; ``checkpointed`` is with gradient checkpointing. ``official`` is the same trainer with
+the logits of all tokens, on which it computes the authors' formula for the forget rows and ``cross_entropy``
+for the retain rows.
+"""
+
+import tempfile
+
+import torch
+from harness import DTYPES, Benchmark, arguments, gpt_neo_125m, official_ihl, sizes
+from torch.nn.functional import cross_entropy
+
+from loku import UnlearnConfig, UnlearnTrainer
+from loku.head import next_token_labels
+from loku.objectives import forget_loss, retain_loss
+from loku.targets import default_target_modules
+from loku.trainer import collate_pairs
+from loku_kernels import linear_softmax_triplet
+
+SHAPES = ["8x200"]
+RANK = 16
+
+
+def official_loss(logits, labels, is_forget):
+    """The authors' loss of the logits (B, T, V) of all tokens."""
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    forget_logits, forget_labels = logits[is_forget], labels[is_forget]
+    labelled = forget_labels != -100
+    forget = official_ihl(forget_logits[labelled], forget_labels[labelled])
+    retain = cross_entropy(logits[~is_forget].flatten(0, 1), labels[~is_forget].flatten())
+    return forget + retain
+
+
+class OfficialTrainer(UnlearnTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits
+        return official_loss(logits, inputs["labels"], inputs["is_forget"])
+
+
+def lora(model):
+    """The model with an adapter that does something already, so that all its gradients are there."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = default_target_modules(model)
+    model = get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    return model
+
+
+def batch_of(rows, tokens, unlabelled, vocab, device):
+    """``rows`` pairs of random rows; one token more than predictions, ``unlabelled`` of them first."""
+    torch.manual_seed(0)
+
+    def row():
+        ids = torch.randint(0, vocab, (tokens + 1,)).tolist()
+        return {"input_ids": ids, "labels": [-100] * unlabelled + ids[unlabelled:]}
+
+    batch = collate_pairs([{"forget": row(), "retain": row()} for _ in range(rows)], pad_token_id=0)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def check(what, ours, official, parameters):
+    """Both functions give the same loss and leave the same gradients."""
+    results = []
+    for function in (ours, official):
+        for parameter in parameters:
+            parameter.grad = None
+        loss = function()
+        results.append((loss, [parameter.grad for parameter in parameters]))
+    for parameter in parameters:
+        parameter.grad = None
+    (loss, gradients), (expected_loss, expected) = results
+    eps = torch.finfo(parameters[0].dtype).eps
+    torch.testing.assert_close(loss.double(), expected_loss.double(), rtol=64 * eps, atol=64 * eps)
+    for ours_, theirs in zip(gradients, expected, strict=True):
+        error = ((ours_ - theirs).norm() / theirs.norm()).item()
+        assert error <= 1e-3 + 16 * eps, f"{what}: a gradient is off by {error:.1e}"
+
+
+def measure_head(bench, shape, head, batch):
+    is_forget, labels = batch["is_forget"], batch["labels"]
+    hidden = torch.randn(*labels.shape, head.weight.shape[1]).to(head.weight).requires_grad_()
+
+    def ours():
+        next_labels = next_token_labels(labels)
+        counted = next_labels != -100
+        triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels)
+        loss = forget_loss(triplet[is_forget], counted[is_forget]) + retain_loss(
+            triplet[~is_forget], counted[~is_forget]
+        )
+        loss.backward()
+        return loss.detach()
+
+    def official():
+        loss = official_loss(head(hidden), labels, is_forget)
+        loss.backward()
+        return loss.detach()
+
+    compare(bench, shape, "after the last hidden state", ours, official, [hidden])
+
+
+def measure_step(bench, shape, part, model, batch, directory):
+    options = UnlearnConfig(output_dir=directory, use_cpu=bench.device == "cpu")
+    rows = [{"input_ids": [0, 0], "labels": [0, 0]}]  # the batch is given to the trainer as it is
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def stepper(kind):
+        trainer = kind(model, options, rows, rows)
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1  # what its loop sets before training_step
+
+        def step():
+            loss = trainer.training_step(model, batch)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            return loss
+
+        return trainer, step
+
+    (ours, our_step), (official, official_step) = stepper(UnlearnTrainer), stepper(OfficialTrainer)
+    compare(
+        bench,
+        shape,
+        part,
+        our_step,
+        official_step,
+        parameters,
+        lambda: ours.training_step(model, batch),
+        lambda: official.training_step(model, batch),
+    )
+
+
+def compare(bench, shape, part, ours, official, parameters, check_ours=None, check_official=None):
+    check(part, check_ours or ours, check_official or official, parameters)
+
+    def fresh():
+        for parameter in parameters:
+            parameter.grad = None
+
+    bench.compare(
+        shape,
+        {"loku": ours, "official": official},
+        dtype=str(parameters[0].dtype).removeprefix("torch."),
+        over=["official"],
+        prepare=fresh,
+        part=part,
+    )
+
+
+def main(argv=None, build_model=gpt_neo_125m):
+    parser = arguments(__doc__, SHAPES, ("float32",), "forget rows x labelled tokens")
+    bench = Benchmark("unlearn", parser, argv)
+    with tempfile.TemporaryDirectory() as directory:
+        for dtype, shape in bench.cases(bench.options.dtype, bench.options.shape):
+            model = lora(build_model().to(bench.device, DTYPES[dtype]))
+            head = model.get_base_model().get_output_embeddings()
+            rows, tokens = sizes(shape)
+            vocab = head.weight.shape[0]
+            full, half = (
+                batch_of(rows, tokens, unlabelled, vocab, bench.device) for unlabelled in (0, tokens // 2)
+            )
+            measure_head(bench, shape, head, full)
+            measure_step(bench, shape, "whole step", model, full, directory)
+            measure_step(bench, shape, "whole step, half labelled", model, half, directory)
+            # The body's own activations are kept by both; without them the heads' difference shows.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            measure_step(bench, shape, "whole step, checkpointed", model, full, directory)
+    bench.close()
+
+
+if __name__ == "__main__":
+    main()

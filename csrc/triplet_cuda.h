@@ -1,0 +1,42 @@
+// The softmax triplet of rows of logits on CUDA devices. See triplet_cuda.cu for what each function does.
+//
+// All addresses are of the device; nothing waits for the device, and nothing is allocated.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "triplet_cpu.h"
+
+namespace loku {
+
+// Row n starts (n / inner) * outer_stride + (n % inner) * inner_stride elements after `data`; its `columns`
+// entries are contiguous. With a softcap > 0 an entry is u, and the logit it stands for softcap * u.
+struct DeviceRows {
+  void* data;
+  int64_t count, inner, outer_stride, inner_stride, columns;
+  DType dtype;
+};
+
+struct Stream {
+  int device;
+  uintptr_t handle;  // a cudaStream_t of that device
+};
+
+// Why the kernels cannot run on this machine: no driver, too old a driver, no device. Empty if they can.
+std::string cuda_error();
+
+void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
+                          const Triplets& out, Stream stream);
+
+void cuda_triplet_backward(const DeviceRows& logits, int64_t first, const int64_t* labels,
+                           int64_t ignore_index, const Triplets& saved, const double* grad_triplet,
+                           double softcap, const DeviceRows& grad_logits, Stream stream);
+
+void cuda_inverted_hinge_(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
+                          const double* scale, const Triplets& out, Stream stream);
+
+void cuda_triplet_columns_(const DeviceRows& logits, int64_t first, const int64_t* labels, double softcap,
+                           bool store, const OnlineStates& states, Stream stream);
+
+}  // namespace loku

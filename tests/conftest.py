@@ -1,0 +1,22 @@
+import pytest
+import torch
+
+from loku_kernels import native
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request, monkeypatch):
+    """Run the test on each backend that serves the CPU."""
+    if request.param == "native" and native._core is None:
+        pytest.skip("no compiled core")
+    monkeypatch.setenv("LOKU_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny models and for LAPACK: on a busy machine their threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
