@@ -211,6 +211,7 @@ def test_fused_leaves_nothing_of_ignored_rows_and_touches_no_neighbour(machine):
 @pytest.mark.parametrize("block_bytes", [1 << 24, 10_000])  # all columns at once, or some at a time
 def test_linear(machine, dtype, softcap, block_bytes, monkeypatch):
     monkeypatch.setattr(ops, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(ops, "CUDA_BLOCK_BYTES", block_bytes)
     hidden, weight, bias, labels = (x.to(machine) for x in planted_operands(24, 16, 1301, dtype))
     check_linear([hidden, weight, bias], labels, softcap=softcap)
 

@@ -34,7 +34,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # In the interpreter bfloat16 is not rounded to nearest, and its products are nonsense.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
-EXAMPLES = 12 if INTERPRETED else 60
+EXAMPLES = 8 if INTERPRETED else 60
 LONGEST = 1500 if INTERPRETED else 140_000
 
 on_device = (
