@@ -54,9 +54,9 @@ def launches_of_triplet(dtype, vocab, rows):
 
 
 def launches_of_columns(dtype, softcap=0.0, store=True):
-    logits, labels = meta(1024, VOCAB, dtype=dtype), meta(1024, dtype=torch.int64)
+    logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
     state = OnlineState.start(labels)
-    triplet.triplet_columns_(logits, 0, labels, state, softcap, store)
+    triplet.triplet_columns_(logits, 8192, labels, state, softcap, store)
 
 
 def launches_of_fisher(dtype):
