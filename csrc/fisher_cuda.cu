@@ -248,7 +248,7 @@ void cuda_accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype,
   if (samples > kMax || tokens > kMax || grad_outputs.width > kMax || inputs.width > kMax) {
     throw std::invalid_argument("loku_kernels: accumulate_squared_grad_ takes sizes up to 8388480 on CUDA");
   }
-  const DeviceGuard guard(stream.device);
+  use_device(stream.device);
   const auto run = [&](auto word) {
     using Word = decltype(word);
     const auto loader = [&](const Features& x) {

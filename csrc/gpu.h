@@ -223,26 +223,9 @@ inline std::string device_error() {
          cudaGetErrorString(status);
 }
 
-// Makes a device current for the length of a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device == previous_) {
-      previous_ = -1;
-    } else {
-      check_cuda(cudaSetDevice(device), "cudaSetDevice");
-    }
-  }
-  ~DeviceGuard() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = -1;
-};
+// The caller, loku_kernels/native.py, has made this device torch's current one, and restores what was. This
+// library has a CUDA runtime of its own, which must be told too.
+inline void use_device(int device) { check_cuda(cudaSetDevice(device), "cudaSetDevice"); }
 
 struct DeviceLimits {
   int shared_per_block;           // bytes that a block may ask for

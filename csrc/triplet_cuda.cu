@@ -663,7 +663,7 @@ void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64
                           const Triplets& out, Stream stream) {
   if (logits.count == 0) return;
   check_size(logits);
-  const DeviceGuard guard(stream.device);
+  use_device(stream.device);
   for_word(logits.dtype, [&](auto word) {
     using Word = decltype(word);
     launch("triplet_forward", triplet_forward_kernel<Word>,
@@ -680,7 +680,7 @@ void cuda_triplet_backward(const DeviceRows& logits, int64_t first, const int64_
                            double softcap, const DeviceRows& grad_logits, Stream stream) {
   if (logits.count == 0) return;
   check_size(logits);
-  const DeviceGuard guard(stream.device);
+  use_device(stream.device);
   for_word(logits.dtype, [&](auto word) {
     using Word = decltype(word);
     launch("triplet_backward", triplet_backward_kernel<Word>,
@@ -695,7 +695,7 @@ void cuda_inverted_hinge_(const DeviceRows& logits, const int64_t* labels, int64
                           const double* scale, const Triplets& out, Stream stream) {
   if (logits.count == 0) return;
   check_size(logits);
-  const DeviceGuard guard(stream.device);
+  use_device(stream.device);
   const FusedPlan plan = plan_fused(device_limits(stream.device), logits.columns, bytes_of(logits.dtype));
   for_word(logits.dtype, [&](auto word) {
     using Word = decltype(word);
@@ -714,7 +714,7 @@ void cuda_triplet_columns_(const DeviceRows& logits, int64_t first, const int64_
                            bool store, const OnlineStates& states, Stream stream) {
   if (logits.count == 0) return;
   check_size(logits);
-  const DeviceGuard guard(stream.device);
+  use_device(stream.device);
   FusedPlan plan = {kThreads, 1, false, sizeof(Shared)};
   if (store) plan = plan_fused(device_limits(stream.device), logits.columns, bytes_of(logits.dtype));
   for_word(logits.dtype, [&](auto word) {

@@ -180,14 +180,15 @@ def inverted_hinge_(logits, labels, ignore_index, scale):
 def triplet_columns_(logits, first, labels, state, softcap, store):
     """Logits (N, C) from column ``first`` on go into ``state``, see blocks.OnlineState, in place."""
     if _on_cuda(logits):
-        _core.cuda_triplet_columns_(
+        _launch(
+            "cuda_triplet_columns_",
+            logits,
             _device_rows(logits),
             first,
             labels.data_ptr(),
             softcap,
             store,
             *(tensor.data_ptr() for tensor in state),
-            _stream(logits),
         )
         return
     offsets = _row_offsets(logits)
@@ -246,9 +247,11 @@ def add_squares_(fisher, product):
 # Labels are checked by the kernels, which assert; nothing here waits for the device.
 
 
-def _stream(tensor):
-    """(device, cudaStream_t) on which torch would compute with this tensor now."""
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+def _launch(name, tensor, *arguments):
+    """Call a CUDA function of the core where and on which stream torch would compute with this tensor now."""
+    with torch.cuda.device(tensor.device):
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        getattr(_core, name)(*arguments, (tensor.device.index, stream))
 
 
 def _device_rows(tensor):
@@ -294,13 +297,14 @@ def _cuda_triplet_forward(logits, labels, ignore_index):
     rows, labels = _device_rows(logits), labels.contiguous()
     if rows is None:
         return _stack(_cuda_triplet_forward(y, t, ignore_index) for y, t in zip(logits, labels, strict=True))
-    _core.cuda_triplet_forward(
+    _launch(
+        "cuda_triplet_forward",
+        logits,
         rows,
         labels.data_ptr(),
         ignore_index,
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
-        _stream(logits),
     )
     return triplet, runner_up_id
 
@@ -322,7 +326,9 @@ def _cuda_triplet_backward(
     labels, triplet, runner_up_id, grad_triplet = (
         x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)
     )
-    _core.cuda_triplet_backward(
+    _launch(
+        "cuda_triplet_backward",
+        logits,
         rows,
         first,
         labels.data_ptr(),
@@ -332,7 +338,6 @@ def _cuda_triplet_backward(
         grad_triplet.data_ptr(),
         softcap,
         grad_rows,
-        _stream(logits),
     )
     return out
 
@@ -346,14 +351,15 @@ def _cuda_inverted_hinge_(logits, labels, ignore_index, scale):
         return _stack(
             _cuda_inverted_hinge_(y, t, ignore_index, scale) for y, t in zip(logits, labels, strict=True)
         )
-    _core.cuda_inverted_hinge_(
+    _launch(
+        "cuda_inverted_hinge_",
+        logits,
         rows,
         labels.data_ptr(),
         ignore_index,
         scale.data_ptr(),
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
-        _stream(logits),
     )
     return triplet, runner_up_id
 
@@ -377,7 +383,9 @@ def _cuda_accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
         divisor = divisor.contiguous()
         partials = torch.empty(-(-k // _core.FISHER_TILE), d, dtype=torch.float32, device=fisher.device)
     aligned = [_aligned_features(x) for x in (inputs, grad_outputs)]
-    _core.cuda_accumulate_squared_grad_(
+    _launch(
+        "cuda_accumulate_squared_grad_",
+        inputs,
         n,
         tokens,
         _DTYPE_TAGS[inputs.dtype],
@@ -385,7 +393,6 @@ def _cuda_accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
         (total.data_ptr(), total.stride(0)),
         (0, 0) if divisor is None else (divisor.data_ptr(), divisor.stride(0)),
         0 if partials is None else partials.data_ptr(),
-        _stream(inputs),
     )
     if partials is not None:
         fisher += partials.sum(0)
