@@ -22,8 +22,13 @@ namespace loku {
 namespace {
 
 // Entries that stay in the L1 cache between two passes, and whose sum is taken in float: in at least 4
-// lanes, so that a term is rounded 256 times at most (equal terms would all be rounded the same way).
+// lanes, so that a term is rounded 256 times at most (equal terms would all be rounded the same way). Where
+// nothing makes vectors of a sum (no OpenMP, or sanitizers) there is one lane.
+#if defined(_OPENMP) && !defined(LOKU_NO_TARGET_CLONES)
 constexpr int64_t kBlock = 1024;
+#else
+constexpr int64_t kBlock = 128;
+#endif
 constexpr int64_t kCacheLine = 64;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
