@@ -46,13 +46,17 @@ LOKU_INLINE float to_float(float x) { return x; }
 LOKU_INLINE float to_float(BFloat16 x) { return as_float(uint32_t{x.bits} << 16); }
 
 LOKU_INLINE float to_float(Float16 x) {
-  // Shift exponent and mantissa into place and let one multiplication rebias the exponent: that is
-  // right for subnormals too. Inf and NaN need their exponent filled up by hand.
+  // Shift exponent and mantissa into place and add what the exponents' biases differ by. A subnormal becomes
+  // 2^-14 + itself, and loses the 2^-14 again: no float operand on the way is subnormal, which would be slow.
+  // Inf and NaN need their exponent filled up by hand.
+  constexpr uint32_t kSmallest = 113u << 23;  // 2^-14, the smallest normal number
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t sign = (x.bits & 0x8000u) << 16;
-  const float scaled = as_float(magnitude) * as_float((254u - 15u) << 23);
+  const bool subnormal = magnitude < (1u << 23);
+  const float shifted = as_float(magnitude + (subnormal ? kSmallest : 112u << 23));
+  const float value = shifted - (subnormal ? as_float(kSmallest) : 0.0f);
   const uint32_t special = magnitude >= (31u << 23) ? 0xffu << 23 : 0u;
-  return as_float(as_bits(scaled) | special | sign);
+  return as_float(as_bits(value) | special | sign);
 }
 
 // Rounded to the nearest, ties to even. Not for NaN, which would cost a vector loop a third of its time.
