@@ -159,8 +159,10 @@ def triplet_columns_(logits, first, labels, state, softcap, out=None):
 
 def scale_(logits, factor):
     """logits (..., V) *= factor, () or (...); where it is 1, without touching them."""
+    if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1.0:
+        return
     kernels = backend("scale_rows_", logits)
     if kernels:
         kernels.scale_rows_(logits, factor)
-    elif factor.dim() or factor.device.type != "cpu" or factor.item() != 1.0:
+    else:
         logits.mul_(factor.unsqueeze(-1))
