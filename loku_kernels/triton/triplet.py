@@ -551,9 +551,8 @@ def triplet_columns_kernel(
     rescale, share = tl.exp(rest_max - reference), tl.exp(demoted - reference)
     rest_sum = rest_sum * rescale + share + total * tl.exp(largest - reference) + tl.exp(joining - reference)
     if SOFTCAP:
-        u = (
-            tl.where(demoted > _MINUS_INFINITY, demoted, 0.0).to(tl.float32) / softcap
-        )  # in float64 a call, with spills
+        # In float64 the division would be a call, which spills registers.
+        u = tl.where(demoted > _MINUS_INFINITY, demoted, 0.0).to(tl.float32) / softcap
         share *= (1.0 - u) * (1.0 + u)
     # The state, and below the logits, were read by every thread, and are about to be overwritten by some.
     tl.debug_barrier()
