@@ -260,6 +260,9 @@ def test_logits_of_16_bit_operands_in_float32(backend, options, monkeypatch):
     exact, exact_id = eager_triplet(hidden.double(), weight.double(), labels, bias.double(), **options)
     assert torch.equal(ours_id, exact_id)
     torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
+    total = torch.zeros(24, 1301)
+    ops._add_product(total, hidden, weight.t())  # not rounded on the way
+    assert torch.equal(total, hidden.float() @ weight.float().t())
 
 
 def test_gradcheck_and_opcheck():
