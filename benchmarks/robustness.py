@@ -109,11 +109,14 @@ def main(argv=None):
         control, _ = load_model(options.control)
         runs.append(("half of the forget set, by the control", control, taught))
 
+    def tables():
+        yield rounded("original", original, tokens)
+        yield rounded("unlearned", unlearned, tokens)
+        for name, model, rows in runs:
+            yield relearned(name, model, tokenizer, rows, measured, options)
+
     results = []
-    for table in (
-        *(rounded(name, model, tokens) for name, model in [("original", original), ("unlearned", unlearned)]),
-        *(relearned(name, model, tokenizer, rows, measured, options) for name, model, rows in runs),
-    ):
+    for table in tables():
         print_table(table)
         results += table
     print("\nwritten:", write_result("robustness_cpu", results, path=options.json))
