@@ -35,9 +35,18 @@ def _entry_bytes(hidden):
     return 3 * wide + (2 * hidden.dtype.itemsize if hidden.dtype.itemsize < wide else 0)
 
 
-def _both_logits(current, original, softcap, logit_scale, slices):
-    """The blocks of both models: each (hidden, weight, bias)."""
-    return [LogitsBlocks(*operands, softcap, logit_scale, slices) for operands in (current, original)]
+def _both_logits(current, original, counted, softcap, logit_scale, slices):
+    """Indices of the counted rows, and the blocks of their logits in both models.
+
+    current, original: (hidden, weight, bias). slices: ``whole_row_slices`` or ``block_slices``.
+    """
+    index = counted.nonzero()[:, 0]
+    hidden, weight, _ = current
+    parts = slices(len(index), len(weight), _entry_bytes(hidden), hidden.device.type)
+    return index, *(
+        LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale, parts)
+        for hidden, weight, bias in (current, original)
+    )
 
 
 def _wide_logits(block, softcap):
@@ -84,14 +93,13 @@ def _linear_kl_divergence(
     divergence = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
     normalizers = torch.zeros(2, len(hidden), 2, dtype=dtype, device=hidden.device)
     direction = hidden.new_zeros((len(hidden) if want_direction else 0, hidden.shape[1]))
-    index = counted.nonzero()[:, 0]
-    slices = whole_row_slices(len(index), len(weight), _entry_bytes(hidden), hidden.device.type)
-    current, original = _both_logits(
-        (hidden[index], weight, bias),
-        (reference_hidden[index], reference_weight, reference_bias),
+    index, current, original = _both_logits(
+        (hidden, weight, bias),
+        (reference_hidden, reference_weight, reference_bias),
+        counted,
         softcap,
         logit_scale,
-        slices,
+        whole_row_slices,
     )
     columns = slice(0, len(weight))
     memory = torch.empty(len(current.memory), dtype=dtype, device=hidden.device)
@@ -134,14 +142,13 @@ def _backward_weight(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """d weight (V, D) and d bias (V,): each block of both logits is computed again."""
-    index = counted.nonzero()[:, 0]
-    slices = block_slices(len(index), len(weight), _entry_bytes(hidden), hidden.device.type)
-    current, original = _both_logits(
-        (hidden[index], weight, bias),
-        (reference_hidden[index], reference_weight, reference_bias),
+    index, current, original = _both_logits(
+        (hidden, weight, bias),
+        (reference_hidden, reference_weight, reference_bias),
+        counted,
         softcap,
         logit_scale,
-        slices,
+        block_slices,
     )
     normalizer, reference_normalizer = normalizers[:, index]
     scale = grad_divergence[index, None] * logit_scale
@@ -150,11 +157,8 @@ def _backward_weight(
         block = current.compute(rows, columns)
         log_p = _wide_logits(block, softcap)
         log_q = _wide_logits(original.compute(rows, columns), softcap).to(log_p.dtype)
-        for logits, (largest, log_sum) in (
-            (log_p, normalizer[rows].split(1, dim=1)),
-            (log_q, reference_normalizer[rows].split(1, dim=1)),
-        ):
-            logits.sub_(largest).sub_(log_sum)
+        for logits, numbers in ((log_p, normalizer[rows]), (log_q, reference_normalizer[rows])):
+            logits.sub_(numbers[:, :1]).sub_(numbers[:, 1:])
         q = log_q.exp_()
         return block.copy_(_logits_gradient_(log_p, q, normalizer[rows], softcap).mul_(scale[rows]))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import PeakMemory, needs_proc
 from models import KINDS, tiny_config, tiny_model
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import loku
@@ -14,6 +14,7 @@ from loku.data import collate, tokenize_dataset
 from loku.demo import EMBEDDED, load_model, load_rows
 from loku.evaluation import token_scores
 from loku.objectives import OBJECTIVES
+from loku.targets import default_target_modules, fila_targets
 from loku.trainer import PairedDataset, collate_pairs
 
 FORGET = [{"question": f"Where does person {i} live?", "answer": f"In house {i * 7}."} for i in range(6)]
@@ -103,6 +104,22 @@ def test_every_method_runs(method, tuning, tokenizer, tmp_path):
         with loku.reference_model(result.model):
             torch.testing.assert_close(logits_of(result.model, tokenizer), original, rtol=1e-3, atol=1e-3)
     assert (logits_of(loaded, tokenizer) - unlearned).norm() / unlearned.norm() < 1e-4
+
+
+def test_pissa_ignores_the_fisher(tokenizer, tmp_path):
+    model = tiny_model("llama", len(tokenizer))
+    options = config(tmp_path, init="pissa", max_steps=1)
+    result = loku.unlearn(model, FORGET, RETAIN, config=options, tokenizer=tokenizer)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=default_target_modules(tiny_model("llama")))
+    expected = get_peft_model(tiny_model("llama", len(tokenizer)), lora)
+    ones = {name: torch.ones(layer.out_features) for name, layer in fila_targets(expected).items()}
+    loku.initialize_lora_fila_weights(expected, fila_state_dict=ones)
+    ours, theirs = (
+        {name: value for name, value in x.state_dict().items() if ".reference." in name}
+        for x in (result.model, expected)
+    )
+    assert len(ours) == 20 and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("sweep", ["qv", "qkvo", "ffn", "qv+ffn"])
