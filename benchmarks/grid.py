@@ -18,11 +18,7 @@ import yaml
 from harness import environment
 from tqdm import tqdm
 
-
-def read_lines(path):
-    """The records of a file of JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+from loku.sources import read_rows
 
 
 def add_arguments(parser, kind, out):
@@ -65,7 +61,7 @@ def chosen_cells(options, kind):
 def finished(path, kind):
     """The cells that a result file holds."""
     names = {field.name for field in fields(kind)}
-    lines = read_lines(path) if path.exists() else []
+    lines = read_rows(path) if path.exists() else []
     return {kind(**{name: value for name, value in line.items() if name in names}) for line in lines}
 
 

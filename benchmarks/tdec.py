@@ -27,10 +27,10 @@ from pathlib import Path
 import grid
 import tdec_report
 import torch
-from grid import read_lines
 from harness import RESULTS
 
 from loku.demo import EMBEDDED, load_model
+from loku.sources import read_rows
 
 DATA = Path(__file__).parent / "data" / "wikitext.jsonl"
 SEQUENCES, TOKENS = 32, 200  # of a forget set
@@ -135,9 +135,9 @@ def trained_base(work_dir):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    answers = [row["answer"] for row in read_lines(EMBEDDED / "tofu.jsonl")]
+    answers = [row["answer"] for row in read_rows(EMBEDDED / "tofu.jsonl")]
     sequences = cut(answers, tokenizer, SEQUENCES * (TASKS + 1))
-    passages = first_tokens([row["text"] for row in read_lines(DATA)], tokenizer, RETAIN_ROWS + UNSEEN_ROWS)
+    passages = first_tokens([row["text"] for row in read_rows(DATA)], tokenizer, RETAIN_ROWS + UNSEEN_ROWS)
     tasks = [sequences[SEQUENCES * task : SEQUENCES * (task + 1)] for task in range(TASKS)]
     retain = passages[:RETAIN_ROWS]
     path = work_dir / "gpt-neo"
@@ -154,7 +154,7 @@ def given_base(options):
     if missing:
         raise SystemExit(f"--model needs its texts too; missing: {', '.join(missing)}")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    forget, holdout, retain = ([row["text"] for row in read_lines(getattr(options, name))] for name in names)
+    forget, holdout, retain = ([row["text"] for row in read_rows(getattr(options, name))] for name in names)
     forget = first_tokens(forget, tokenizer, len(forget))
     retain = first_tokens(retain, tokenizer, len(retain))
     tasks = [forget[start : start + SEQUENCES] for start in range(0, len(forget), SEQUENCES)]

@@ -16,8 +16,10 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-from grid import grouped, markdown_table, new_figure, read_lines, usual, varied_fields
+from grid import grouped, markdown_table, new_figure, usual, varied_fields
 from harness import RESULTS
+
+from loku.sources import read_rows
 
 MEASURED = {"before", "steps", "environment"}
 
@@ -148,7 +150,7 @@ def draw_continual(path, groups):
 def write_report(path):
     """Write the table and the pictures of the result file ``path`` beside it, and print the table."""
     path = Path(path)
-    runs = read_lines(path) if path.exists() else []
+    runs = read_rows(path) if path.exists() else []
     if not runs:
         print(f"{path} has no runs: nothing to draw")
         return

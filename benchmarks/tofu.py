@@ -26,10 +26,10 @@ from pathlib import Path
 
 import grid
 import tofu_report
-from grid import read_lines
 from harness import RESULTS
 
 from loku.demo import EMBEDDED, load_model
+from loku.sources import read_rows
 
 ROWS_PER_AUTHOR = 20
 UTILITY_ROWS = 60  # of the embedded model's retained rows, measured after each epoch
@@ -84,7 +84,7 @@ def twin_log(forget_authors):
 
 
 def embedded_base(forget_authors):
-    rows = read_lines(EMBEDDED / "tofu.jsonl")
+    rows = read_rows(EMBEDDED / "tofu.jsonl")
     count = ROWS_PER_AUTHOR * forget_authors
     forget, retain = rows[-count:], rows[:-count]
     perturbed = [row for row in retain if row.get("perturbed_answer")] or retain
@@ -105,9 +105,9 @@ def given_base(options):
     log = json.loads(Path(options.retain_log).read_text(encoding="utf-8")) if options.retain_log else None
     return Base(
         options.model,
-        read_lines(options.forget),
-        read_lines(options.retain),
-        {name: read_lines(path) for name, path in sections.items()},
+        read_rows(options.forget),
+        read_rows(options.retain),
+        {name: read_rows(path) for name, path in sections.items()},
         log,
     )
 

@@ -14,8 +14,10 @@ import argparse
 from pathlib import Path
 from statistics import geometric_mean, mean
 
-from grid import grouped, markdown_table, new_figure, read_lines, usual, varied_fields
+from grid import grouped, markdown_table, new_figure, usual, varied_fields
 from harness import RESULTS
+
+from loku.sources import read_rows
 
 KEPT = 0.95  # share of the utility before unlearning that a run has to keep to count
 FORGOTTEN = 0.05  # forget quality from which the test does not tell the model from one that never saw the set
@@ -169,7 +171,7 @@ def draw_steps(path, runs, method="ihl"):
 def write_report(path):
     """Write the table and the pictures of the result file ``path`` beside it, and print the table."""
     path = Path(path)
-    runs = read_lines(path) if path.exists() else []
+    runs = read_rows(path) if path.exists() else []
     runs = [run for run in runs if run["curve"][0]["forget_quality"] is not None]
     if not runs:
         print(f"{path} has no runs with a forget quality: nothing to draw")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loku.demo import EMBEDDED
+from loku.sources import read_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,7 +100,7 @@ def test_a_cell_runs_and_is_not_run_again(tmp_path, capsys, one_thread):
 
     out = tmp_path / "tofu.jsonl"
     flags = ["--num-train-epochs", "1", "--init", "default", "--seed", "3", "--out", str(out)]
-    rows = grid.read_lines(EMBEDDED / "tofu.jsonl")
+    rows = read_rows(EMBEDDED / "tofu.jsonl")
     base = tofu.Base(str(EMBEDDED), rows[-40:-32], rows[:16], {"retain": rows[400:404]}, tofu.twin_log(2))
     cell = tofu.Cell(num_train_epochs=1, init="default", seed=3)
     line = {**asdict(cell), **tofu.run_cell(cell, base)}
@@ -116,16 +117,15 @@ def test_a_cell_runs_and_is_not_run_again(tmp_path, capsys, one_thread):
 
 def test_finetune(tmp_path, one_thread):
     import finetune_tofu
-    from grid import read_lines
 
-    rows = read_lines(EMBEDDED / "tofu.jsonl")[400:408]
+    rows = read_rows(EMBEDDED / "tofu.jsonl")[400:408]
     for name, chosen in (("full", rows), ("forget", rows[-2:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     finetune_tofu.main(
         [str(EMBEDDED), "--full", str(tmp_path / "full.jsonl")]
         + ["--forget", str(tmp_path / "forget.jsonl"), "--out", str(tmp_path), "--epochs", "1"]
     )
-    assert len(read_lines(tmp_path / "retain.jsonl")) == 6
+    assert len(read_rows(tmp_path / "retain.jsonl")) == 6
     log = json.loads((tmp_path / "retain_log.json").read_text())
     assert set(log["eval_log_forget.json"]["average_perturb_loss"]) == {"0", "1"}
     assert (tmp_path / "full" / "config.json").exists() and (tmp_path / "retain" / "config.json").exists()
