@@ -83,12 +83,6 @@ def _fake_triplets(labels):
     )
 
 
-def _without_missing_rest(grad_triplet, triplet):
-    """The gradient of a rest of -inf (V = 2, or all other words masked) is 0, whatever the loss says."""
-    grad_rest = grad_triplet[..., 2:].where(triplet[..., 2:] != -torch.inf, 0.0)
-    return torch.cat([grad_triplet[..., :2], grad_rest], -1)
-
-
 # --- logits ---------------------------------------------------------------------------------------
 
 
@@ -111,7 +105,6 @@ def _softmax_triplet_backward(
     triplet: Tensor,
     runner_up_id: Tensor,
 ) -> Tensor:
-    grad_triplet = _without_missing_rest(grad_triplet, triplet)
     return blocks.triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id)
 
 
@@ -350,8 +343,10 @@ def _linear_backward_hidden(
 ) -> Tensor:
     """d hidden = g_t y'_t W[t] + g_r y'_r W[r] + g_rest O: elementwise, no logits."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    grad = _without_missing_rest(grad_triplet, triplet)
-    grad[:, :2] *= _slope(triplet[:, :2], softcap, logit_scale)
+    own = grad_triplet[:, :2] * _slope(triplet[:, :2], softcap, logit_scale)
+    # A rest of -inf (V = 2, or all other words masked) has no gradient, whatever the loss says.
+    rest = grad_triplet[:, 2:].where(triplet[:, 2:] != -torch.inf, 0.0)
+    grad = torch.cat([own, rest], 1)
     grad = grad.where(runner_up_id[:, None] >= 0, 0.0).to(dtype)  # an ignored row has no runner-up
     grad_hidden = direction * grad[:, 2:]
     for column, index in enumerate((labels, runner_up_id)):
@@ -380,7 +375,7 @@ def _linear_backward_weight(
     """d weight (V, D) and d bias (V,): each block of logits is computed again, and becomes its gradient."""
     index = (labels != ignore_index).nonzero()[:, 0]
     labels, triplet, runner_up_id = labels[index], triplet[index], runner_up_id[index]
-    grad = _without_missing_rest(grad_triplet[index], triplet) * logit_scale
+    grad = grad_triplet[index] * logit_scale
     logits = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
 
     def gradient(rows, columns):
