@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.head import next_token_labels
-from loku.objectives import forget_loss, retain_loss
+from loku.objectives import OBJECTIVES, Batch, Rows
 from loku.targets import default_target_modules
 from loku.trainer import collate_pairs
 from loku_kernels import linear_softmax_triplet
@@ -97,9 +97,8 @@ def measure_head(bench, shape, head, batch):
         next_labels = next_token_labels(labels)
         counted = next_labels != -100
         triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels)
-        loss = forget_loss(triplet[is_forget], counted[is_forget]) + retain_loss(
-            triplet[~is_forget], counted[~is_forget]
-        )
+        forget, retain = (Rows(triplet[mask], counted[mask]) for mask in (is_forget, ~is_forget))
+        loss = sum(OBJECTIVES["ihl"].losses(Batch(forget, retain=retain)).values())
         loss.backward()
         return loss.detach()
 

@@ -4,8 +4,7 @@
 
 #include <cstdint>
 
-#include "fisher_cpu.h"
-#include "triplet_cpu.h"
+#include "bindings.h"
 
 #if LOKU_WITH_CUDA  // defined by setup.py
 #include "bindings_cuda.h"
@@ -23,27 +22,6 @@ Rows rows_from(const RowsArgument& argument) {
   const auto& [data, offsets, count, columns, dtype] = argument;
   return {reinterpret_cast<void*>(data), reinterpret_cast<const int64_t*>(offsets), count, columns,
           static_cast<DType>(dtype)};
-}
-
-const int64_t* labels_from(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
-
-Triplets triplets_from(uintptr_t triplet, uintptr_t runner_up_id) {
-  return {reinterpret_cast<double*>(triplet), reinterpret_cast<int64_t*>(runner_up_id)};
-}
-
-// (address, width, sample stride, token stride)
-using FeaturesArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-
-Features features_from(const FeaturesArgument& argument) {
-  const auto& [data, width, sample_stride, token_stride] = argument;
-  return {reinterpret_cast<const void*>(data), width, sample_stride, token_stride};
-}
-
-// (address or 0, row stride)
-using MatrixArgument = std::tuple<uintptr_t, int64_t>;
-
-Matrix matrix_from(const MatrixArgument& argument) {
-  return {reinterpret_cast<float*>(std::get<0>(argument)), std::get<1>(argument)};
 }
 
 }  // namespace
@@ -72,8 +50,8 @@ PYBIND11_MODULE(_core, m) {
          uintptr_t runner_up_id, uintptr_t grad_triplet, float softcap, const RowsArgument& grad_logits,
          int threads) {
         triplet_backward(rows_from(logits), first, labels_from(labels), ignore_index,
-                         triplets_from(triplet, runner_up_id), reinterpret_cast<const double*>(grad_triplet),
-                         softcap, rows_from(grad_logits), threads);
+                         triplets_from(triplet, runner_up_id), doubles_from(grad_triplet), softcap,
+                         rows_from(grad_logits), threads);
       },
       Unlocked());
   m.def(
@@ -90,10 +68,7 @@ PYBIND11_MODULE(_core, m) {
          uintptr_t state, uintptr_t runner_up_id, uintptr_t rescale, uintptr_t demoted_id,
          uintptr_t demoted_share, int threads) {
         triplet_columns_(rows_from(logits), first, labels_from(labels), softcap, store,
-                         {reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(runner_up_id),
-                          reinterpret_cast<float*>(rescale), reinterpret_cast<int64_t*>(demoted_id),
-                          reinterpret_cast<float*>(demoted_share)},
-                         threads);
+                         states_from(state, runner_up_id, rescale, demoted_id, demoted_share), threads);
       },
       Unlocked());
   m.def(

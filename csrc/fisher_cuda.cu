@@ -142,11 +142,13 @@ constexpr size_t kSharedBytes = 2 * kStages * kStageEntries<Word> * sizeof(typen
 static_assert(kSharedBytes<Float32Word> >= kTile * kSlots * sizeof(float), "room for the sums of rows");
 static_assert(kSharedBytes<BFloat16Word> >= kTile * kSlots * sizeof(float), "room for the sums of rows");
 
-// Operations: 2 * samples * tokens * outputs * inputs. Bytes: operands once, the Fisher read and written.
-// Predicted, not measured, on an H100 (989 TFLOP/s in bfloat16 with wgmma, 3.35 TB/s): 16 x 128 tokens,
-// 4096 x 4096, bfloat16: 69 GFLOP, 0.07 ms; 0.17 GB, 0.05 ms. But a 128 x 128 tile reads 1.07 GB of operands
-// from the L2 cache, at 5.5 TB/s 0.20 ms, and that is the prediction: larger tiles or clusters that share
-// their loads would be the next step. float32 (67 TFLOP/s): 1.03 ms; predicted 1.3 ms.
+// Floors: 2 * samples * tokens * outputs * inputs operations; operands once, the Fisher read and written.
+// With 16 x 128 tokens, 4096 x 4096, on an H100 (3.35 TB/s; bfloat16 989 TFLOP/s, of which mma.sync reaches
+// some 62%): 69 GFLOP, 0.07 ms, with mma.sync 0.11 ms; 0.17 GB, 0.05 ms. But tiles of 128 x 128 read 1.07 GB
+// of operands from the L2 cache, at 5.5 TB/s 0.20 ms, and no other block of a multiprocessor computes while
+// one adds to the Fisher, 0.05 ms. Predicted, not measured: 0.25 ms. Larger tiles, or clusters that share
+// their loads, would be the next step. float32 (67 TFLOP/s): 1.03 ms; 0.20 GB, 0.06 ms. Predicted, not
+// measured: 1.3 ms.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, 1)
     squared_grad_kernel(Loader<Word> grad_outputs, Loader<Word> inputs, int samples, Matrix fisher,
@@ -249,7 +251,7 @@ void cuda_accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype,
     throw std::invalid_argument("loku_kernels: accumulate_squared_grad_ takes sizes up to 8388480 on CUDA");
   }
   use_device(stream.device);
-  const auto run = [&](auto word) {
+  for_type_of<Float32Word, BFloat16Word, Float16Word>(dtype, [&](auto word) {
     using Word = decltype(word);
     const auto loader = [&](const Features& x) {
       return Loader<Word>{static_cast<const typename Word::Storage*>(x.data),
@@ -263,15 +265,7 @@ void cuda_accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype,
     launch("accumulate_squared_grad_", squared_grad_kernel<Word>,
            {dim3(tiles(inputs), tiles(grad_outputs)), kThreads, kSharedBytes<Word>, 1}, stream.handle,
            loader(grad_outputs), loader(inputs), static_cast<int>(samples), fisher, divisor, partials);
-  };
-  switch (dtype) {
-    case DType::kFloat32:
-      return run(Float32Word{});
-    case DType::kBFloat16:
-      return run(BFloat16Word{});
-    case DType::kFloat16:
-      return run(Float16Word{});
-  }
+  });
 }
 
 }  // namespace loku

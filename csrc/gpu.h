@@ -1,7 +1,7 @@
 // What the CUDA kernels use of the machine: a few instructions, barriers, and the launch of a kernel.
 //
 // Kernels name nothing of CUDA but what is here and threadIdx, blockIdx, blockDim, __syncthreads. So
-// tests/emulated_gpu.h, which gives the same names a meaning on the CPU and is included ahead of this
+// tests/cuda/emulated_gpu.h, which gives the same names a meaning on the CPU and is included ahead of this
 // file, can run them where there is no GPU.
 #ifndef LOKU_GPU_H
 #define LOKU_GPU_H
@@ -45,35 +45,40 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 // The types of a tensor's entries, as they lie in a 32-bit word: two of 16 bits, or one of 32.
 // max and min are those of IEEE 754's maxNum, lane by lane: of a number and a NaN they give the number.
 // min_or_nan gives NaN.
-struct BFloat16Word {
+template <typename Word>
+struct Word16 {  // what the two 16-bit types share; Word::kType is their name in PTX
   using Storage = uint16_t;
-  static constexpr uint32_t kMinusInfinity = 0xff80ff80u;
-  static __device__ __forceinline__ float low(uint32_t w) { return as_float(w << 16); }
-  static __device__ __forceinline__ float high(uint32_t w) { return as_float(w & 0xffff0000u); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t w;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
+    asm("cvt.rn.%1x2.f32 %0, %2, %3;" : "=r"(w) : "C"(Word::kType), "f"(high), "f"(low));
     return w;
   }
   static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) {
     uint32_t w;
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+    asm("max.%1x2 %0, %2, %3;" : "=r"(w) : "C"(Word::kType), "r"(a), "r"(b));
     return w;
   }
   static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) {
     uint32_t w;
-    asm("min.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+    asm("min.%1x2 %0, %2, %3;" : "=r"(w) : "C"(Word::kType), "r"(a), "r"(b));
     return w;
   }
   static __device__ __forceinline__ uint32_t min_or_nan(uint32_t a, uint32_t b) {
     uint32_t w;
-    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+    asm("min.NaN.%1x2 %0, %2, %3;" : "=r"(w) : "C"(Word::kType), "r"(a), "r"(b));
     return w;
   }
 };
 
-struct Float16Word {
-  using Storage = uint16_t;
+struct BFloat16Word : Word16<BFloat16Word> {
+  static constexpr char kType[] = "bf16";
+  static constexpr uint32_t kMinusInfinity = 0xff80ff80u;
+  static __device__ __forceinline__ float low(uint32_t w) { return as_float(w << 16); }
+  static __device__ __forceinline__ float high(uint32_t w) { return as_float(w & 0xffff0000u); }
+};
+
+struct Float16Word : Word16<Float16Word> {
+  static constexpr char kType[] = "f16";
   static constexpr uint32_t kMinusInfinity = 0xfc00fc00u;
   static __device__ __forceinline__ float low(uint32_t w) {
     float x;
@@ -84,26 +89,6 @@ struct Float16Word {
     float x;
     asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(w));
     return x;
-  }
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t w;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
-    return w;
-  }
-  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) {
-    uint32_t w;
-    asm("max.f16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
-    return w;
-  }
-  static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) {
-    uint32_t w;
-    asm("min.f16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
-    return w;
-  }
-  static __device__ __forceinline__ uint32_t min_or_nan(uint32_t a, uint32_t b) {
-    uint32_t w;
-    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
-    return w;
   }
 };
 
@@ -185,25 +170,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4]
                : "memory");
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8), float32 accumulation.
+// c (16 x 8) += a (16 x 16) b (16 x 8) of a 16-bit type, float32 accumulation.
 template <typename Word>
-__device__ __forceinline__ void multiply_add_16x8x16(float* c, const uint32_t* a, const uint32_t* b);
-
-template <>
-__device__ __forceinline__ void multiply_add_16x8x16<BFloat16Word>(float* c, const uint32_t* a,
-                                                                   const uint32_t* b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+__device__ __forceinline__ void multiply_add_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.%10.%10.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-__device__ __forceinline__ void multiply_add_16x8x16<Float16Word>(float* c, const uint32_t* a,
-                                                                  const uint32_t* b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "C"(Word::kType));
 }
 
 // --- the host's side ------------------------------------------------------------------------------
@@ -233,13 +206,21 @@ struct DeviceLimits {
   bool clusters;
 };
 
-inline DeviceLimits device_limits(int device) {
-  int block = 0, multiprocessor = 0, cluster = 0;
-  check_cuda(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "attributes");
-  check_cuda(cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-             "attributes");
-  check_cuda(cudaDeviceGetAttribute(&cluster, cudaDevAttrClusterLaunch, device), "attributes");
-  return {block, multiprocessor, cluster != 0};
+inline int device_attribute(cudaDeviceAttr attribute, int device, const char* name) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), name);
+  return value;
+}
+
+// What the current device, `device`, lets this kernel have. Clusters want both a device that launches them
+// and code that is for such devices: code for older ones, which newer devices translate, knows of none.
+template <typename... Parameters>
+DeviceLimits device_limits(const char* name, void (*kernel)(Parameters...), int device) {
+  cudaFuncAttributes code = {};
+  check_cuda(cudaFuncGetAttributes(&code, kernel), name);
+  return {device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, name),
+          device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device, name),
+          code.ptxVersion >= 90 && device_attribute(cudaDevAttrClusterLaunch, device, name) != 0};
 }
 
 struct LaunchShape {
@@ -254,9 +235,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, uintptr_t stream,
             const Arguments&... arguments) {
   if (shape.shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
+    // All there is, not what this launch takes: another thread may be about to launch the kernel with more.
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), name);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, name)),
                name);
   }
   cudaLaunchAttribute attribute = {};

@@ -120,14 +120,7 @@ LOKU_INLINE float exp_nonpositive(float x) {
 // body(T{}) for the type T of `dtype`.
 template <typename Body>
 void for_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kFloat16:
-      return body(Float16{});
-  }
+  for_type_of<float, BFloat16, Float16>(dtype, body);
 }
 
 }  // namespace loku

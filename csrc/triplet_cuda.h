@@ -39,4 +39,6 @@ void cuda_inverted_hinge_(const DeviceRows& logits, const int64_t* labels, int64
 void cuda_triplet_columns_(const DeviceRows& logits, int64_t first, const int64_t* labels, double softcap,
                            bool store, const OnlineStates& states, Stream stream);
 
+void cuda_scale_rows_(const DeviceRows& rows, const float* factors, Stream stream);
+
 }  // namespace loku

@@ -120,41 +120,28 @@ def _peak_memory():
         return peak if sys.platform == "darwin" else peak << 10
 
 
-def _gauge(forget, retain, tokenizer):
-    """A trainer callback that measures both sets every few steps, and stops when both aims are met."""
-    import torch
-    from transformers import TrainerCallback
+def unlearn_rows(model, tokenizer, forget, retain, output, seed=0, progress=True):
+    """Unlearn with the demo's settings. Returns (``loku.UnlearnResult``, the gauge's history)."""
+    from loku import ProbabilityGauge, UnlearnConfig, unlearn
 
-    from loku.data import tokenize_dataset
-    from loku.evaluation import token_scores
-
-    sets = {
-        "forget_probability": tokenize_dataset(forget, tokenizer, name="forget"),
-        "retain_probability": tokenize_dataset(retain[::GAUGE_STRIDE], tokenizer, name="retain"),
-    }
-
-    class Gauge(TrainerCallback):
-        def __init__(self):
-            self.history = []
-
-        def measure(self, model, step):
-            entry = {"step": step}
-            for name, rows in sets.items():
-                scores = token_scores(model, rows, EVALUATION_BATCH, progress=False)
-                entry[name] = torch.stack([(-s.losses.mean()).exp() for s in scores]).mean().item()
-            self.history.append(entry)
-            return entry
-
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            self.measure(model, 0)
-
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step % GAUGE_STEPS == 0:
-                entry = self.measure(model, state.global_step)
-                if entry["forget_probability"] <= FORGOTTEN and entry["retain_probability"] >= RETAINED:
-                    control.should_training_stop = True
-
-    return Gauge()
+    config = UnlearnConfig(
+        **SETTINGS,
+        output_dir=str(output),
+        seed=seed,
+        disable_tqdm=not progress,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    gauge = ProbabilityGauge(
+        {"forget": forget, "retain": retain[::GAUGE_STRIDE]},
+        every=GAUGE_STEPS,
+        stop_when=lambda measured: (
+            measured["forget_probability"] <= FORGOTTEN and measured["retain_probability"] >= RETAINED
+        ),
+        batch_size=EVALUATION_BATCH,
+    )
+    result = unlearn(model, forget, retain, config=config, tokenizer=tokenizer, callbacks=[gauge])
+    return result, gauge.history
 
 
 def _samples(before, after, forget, count=3):
@@ -177,7 +164,6 @@ def run_demo(output="loku-demo", seed=0, progress=True):
     """
     import transformers
 
-    from loku import UnlearnConfig, unlearn
     from loku.evaluation import forget_quality, plot_probabilities, write_report
 
     transformers.logging.set_verbosity_error()
@@ -193,17 +179,8 @@ def run_demo(output="loku-demo", seed=0, progress=True):
         model, tokenizer = load_model()
     with stages("evaluate before"):
         before, log_before = measure(model, tokenizer, forget, retain, progress)
-    config = UnlearnConfig(
-        **SETTINGS,
-        output_dir=str(output / "trainer"),
-        seed=seed,
-        disable_tqdm=not progress,
-        logging_strategy="no",
-        dataloader_pin_memory=False,
-    )
-    gauge = _gauge(forget, retain, tokenizer)
     with stages("unlearn"):
-        result = unlearn(model, forget, retain, config=config, tokenizer=tokenizer, callbacks=[gauge])
+        result, history = unlearn_rows(model, tokenizer, forget, retain, output / "trainer", seed, progress)
     with stages("evaluate after"):
         after, log_after = measure(result.model, tokenizer, forget, retain, progress)
     with stages("save"):
@@ -216,12 +193,12 @@ def run_demo(output="loku-demo", seed=0, progress=True):
         "after": after,
         "retain_only": twin["metrics"],
         "samples": _samples(log_before, log_after, forget),
-        "history": gauge.history,
+        "history": history,
         "settings": {**SETTINGS, "seed": seed, "stop_at": {"forget": FORGOTTEN, "retain": RETAINED}},
         "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
         "peak_memory_bytes": stages.peak_memory_bytes,
     }
-    plot_probabilities(output / "probabilities.png", gauge.history)
+    plot_probabilities(output / "probabilities.png", history)
     write_report(output / "report.json", report)
     return report
 

@@ -2,7 +2,8 @@
 
 The model is called as it always is, wrappers and hooks and all. Only while it runs, the forward of its
 output embedding is the fused linear operator on the labelled rows, so that what comes out as ``logits``
-are three numbers a token. Sharding wrappers gather and cast the weight exactly where they expect to.
+are three numbers a token, or four with the divergence from a reference model. Sharding wrappers gather and
+cast the weight exactly where they expect to.
 """
 
 from contextlib import contextmanager
@@ -11,7 +12,12 @@ import torch
 from torch import nn
 
 from loku.data import IGNORE_INDEX
-from loku_kernels import cross_entropy, linear_softmax_triplet, softmax_triplet
+from loku_kernels import (
+    cross_entropy,
+    linear_kl_divergence_loss,
+    linear_softmax_triplet,
+    softmax_triplet,
+)
 
 # What transformers' models do to their logits after the output embedding: the name of the attribute of
 # their config or of the model itself, its neutral value, and what it means for the operator.
@@ -54,7 +60,11 @@ def _settings(base):
 
 
 @contextmanager
-def _yielding_triplets(model, next_labels):
+def _computing(model, compute, shape):
+    """While it is open, the output embedding's forward is ``compute(hidden, head, **postprocessing)``.
+
+    shape: that of the tokens, and so of the hidden states (B, T, D) but for the last dimension.
+    """
     base, head = unwrapped(model), output_embedding(model)
     settings = list(_settings(base))
     arguments = {}
@@ -65,12 +75,12 @@ def _yielding_triplets(model, next_labels):
     def forward(hidden):
         nonlocal calls
         calls += 1
-        if hidden.shape[:-1] != next_labels.shape:
+        if hidden.shape[:-1] != shape:
             raise RuntimeError(
                 f"the output embedding of {type(base).__name__} got hidden states of shape "
-                f"{tuple(hidden.shape)} for labels of shape {tuple(next_labels.shape)}"
+                f"{tuple(hidden.shape)} for tokens of shape {tuple(shape)}"
             )
-        return linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **arguments)[0]
+        return compute(hidden, head, **arguments)
 
     replaced = head.__dict__.get("forward")  # accelerate puts hooks there
     saved = [(owner, name, getattr(owner, name)) for owner, name, *_ in settings]
@@ -90,6 +100,12 @@ def _yielding_triplets(model, next_labels):
         raise RuntimeError(f"{type(base).__name__} called its output embedding {calls} times in one forward")
 
 
+def _forward(model, input_ids, attention_mask, compute):
+    """One call of ``model``, whose logits are what ``compute`` makes of the last hidden states."""
+    with _computing(model, compute, input_ids.shape):
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
 def next_token_labels(labels):
     """Labels (B, T) moved to the position that predicts them; the last position predicts nothing."""
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
@@ -107,9 +123,55 @@ def token_triplets(model, input_ids, attention_mask, labels):
         counted (B, T), bool: where something is.
     """
     next_labels = next_token_labels(labels)
-    with _yielding_triplets(model, next_labels):
-        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.logits, next_labels != IGNORE_INDEX
+
+    def compute(hidden, head, **postprocessing):
+        return linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)[0]
+
+    return _forward(model, input_ids, attention_mask, compute), next_labels != IGNORE_INDEX
+
+
+def label_hidden_states(model, input_ids, attention_mask, labels):
+    """The last hidden states (n, D) at the n positions that predict a label, row by row."""
+    hidden = _forward(model, input_ids, attention_mask, lambda hidden, head, **postprocessing: hidden)
+    return hidden[next_token_labels(labels) != IGNORE_INDEX]
+
+
+def token_triplets_and_divergence(
+    model, input_ids, attention_mask, labels, diverging, reference_hidden, reference_head=(None, None)
+):
+    """``token_triplets``, and in the same forward the KL divergence from a reference model.
+
+    Args:
+        diverging: (B,), bool: the rows whose divergence is wanted.
+        reference_hidden: (n, D), ``label_hidden_states`` of those rows in the reference model.
+        reference_head: weight (V, D) and bias (V,) of its output embedding, where it is not the model's.
+
+    Returns:
+        triplet, counted as ``token_triplets``; divergence (B, T), float64: KL(reference || model), in nats,
+        of each counted token of those rows, 0 elsewhere.
+    """
+    next_labels = next_token_labels(labels)
+    counted = next_labels != IGNORE_INDEX
+    where = counted & diverging[:, None]
+    reference_weight, reference_bias = reference_head
+
+    def compute(hidden, head, **postprocessing):
+        triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)
+        divergence = linear_kl_divergence_loss(
+            hidden[where],
+            head.weight,
+            reference_hidden,
+            bias=head.bias,
+            reference_weight=reference_weight,
+            reference_bias=reference_bias,
+            reduction="none",
+            **postprocessing,
+        )
+        divergences = torch.zeros_like(triplet[..., 0]).masked_scatter(where, divergence.to(triplet.dtype))
+        return torch.cat([triplet, divergences[..., None]], -1)
+
+    output = _forward(model, input_ids, attention_mask, compute)
+    return output[..., :3], counted, output[..., 3]
 
 
 def negative_log_likelihood(model, batch):

@@ -13,12 +13,23 @@ from torch import Tensor, nn
 REFERENCE_ADAPTER = "reference"
 
 # Names that causal LMs in transformers give to their modules.
-_QUERY = {"q_proj", "query_proj", "query", "q_lin", "wq", "q"}
-_VALUE = {"v_proj", "value_proj", "value", "v_lin", "wv", "v"}
+_ATTENTION = {
+    "query": {"q_proj", "query_proj", "query", "q_lin", "wq", "q"},
+    "key": {"k_proj", "key_proj", "key", "k_lin", "wk", "k"},
+    "value": {"v_proj", "value_proj", "value", "v_lin", "wv", "v"},
+    "output": {"o_proj", "out_proj", "dense", "out_lin", "wo", "o"},
+}
 _FUSED_ATTENTION = {"qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv", "wqkv", "qkv", "att_proj"}
 _MLP_PARENT = {"mlp", "feed_forward", "feedforward", "ffn"}
 _MLP_IN_BLOCK = {"fc1", "fc2"}  # OPT has them in the block itself
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+TARGET_SWEEPS = {  # of the paper's Figure 4, by the roles of the modules
+    "qv": ("query", "value"),
+    "qkvo": ("query", "key", "value", "output"),
+    "ffn": ("MLP",),
+    "qv+ffn": ("query", "value", "MLP"),
+}
 
 
 def _shortest_suffixes(targets: list[str], others: list[str]) -> list[str]:
@@ -31,19 +42,23 @@ def _shortest_suffixes(targets: list[str], others: list[str]) -> list[str]:
     return sorted(targets)
 
 
-def default_target_modules(model: nn.Module) -> list[str]:
-    """The paper's default LoRA targets, query, value and every MLP linear, as
+def default_target_modules(model: nn.Module, sweep: str = "qv+ffn") -> list[str]:
+    """The paper's LoRA targets, by default query, value and every MLP linear, as
     `LoraConfig(target_modules=...)`.
+
+    sweep: of Figure 4. "qv" query and value projections, "qkvo" those of key and output as well, "ffn" every
+    MLP linear, "qv+ffn" the first and the last.
 
     GPT-Neo: q_proj, v_proj, c_fc, c_proj. Llama, Mistral, Qwen, Gemma: q_proj, v_proj, gate_proj, up_proj,
     down_proj. Phi: q_proj, v_proj, fc1, fc2. Elsewhere by structure: the modules beside a query projection
-    are attention, those under an MLP are the MLP. Attention's key and output projections are no targets.
+    are attention, those under an MLP are the MLP.
 
     ValueError, asking for `target_modules`, where that cannot be told: fused query-key-value projections,
     Conv1D (GPT-2), mixtures of experts, unknown names.
     """
     kind = type(model).__name__
-    way_round = "pass target_modules (the module names of query, value and MLP linears) yourself"
+    roles = TARGET_SWEEPS[sweep]
+    way_round = f"pass target_modules (the names of its {', '.join(roles)} linears) yourself"
     config = model.config.get_text_config() if hasattr(model, "config") else None
     experts = [key for key in _EXPERT_COUNTS if (getattr(config, key, None) or 0) > 1]
     if experts:
@@ -65,18 +80,20 @@ def default_target_modules(model: nn.Module) -> list[str]:
         for name, module in blocks.items()
         if hasattr(module, "in_features") and hasattr(module, "out_features")
     ]
-    query = [name for name in linears if name.rpartition(".")[2] in _QUERY]
-    attention = {name.rpartition(".")[0] for name in query}
-    value = [n for n in linears if n.rpartition(".")[2] in _VALUE and n.rpartition(".")[0] in attention]
-    mlp = []
+    attention = {n.rpartition(".")[0] for n in linears if n.rpartition(".")[2] in _ATTENTION["query"]}
+    found: dict[str, list[str]] = {role: [] for role in (*_ATTENTION, "MLP")}
     for name in linears:
         parent, _, leaf = name.rpartition(".")
-        if parent not in attention and (leaf in _MLP_IN_BLOCK or _MLP_PARENT & set(parent.split("."))):
-            mlp.append(name)
-    for role, found in (("query projection", query), ("value projection", value), ("MLP linear", mlp)):
-        if not found:
-            raise ValueError(f"no {role} was found in {kind}; {way_round}")
-    targets = [*query, *value, *mlp]
+        if parent in attention:
+            for role in (role for role, leaves in _ATTENTION.items() if leaf in leaves):
+                found[role].append(name)
+        elif leaf in _MLP_IN_BLOCK or _MLP_PARENT & set(parent.split(".")):
+            found["MLP"].append(name)
+    for role in roles:
+        if not found[role]:
+            missing = "MLP linear" if role == "MLP" else f"{role} projection"
+            raise ValueError(f"no {missing} was found in {kind}; {way_round}")
+    targets = [name for role in roles for name in found[role]]
     return _shortest_suffixes(targets, [name for name in modules if name not in set(targets)])
 
 

@@ -1,30 +1,50 @@
 """The training loop: ``transformers.Trainer`` on pairs of forget and retain rows."""
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
+from peft import PeftModel
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from loku.data import collate, padding_id
-from loku.head import token_triplets
-from loku.objectives import answer_probability, forget_loss, retain_loss
+from loku.data import IGNORE_INDEX, collate, padding_id
+from loku.fila import reference_model
+from loku.head import (
+    label_hidden_states,
+    output_embedding,
+    token_triplets,
+    token_triplets_and_divergence,
+)
+from loku.objectives import OBJECTIVES, Batch, Rows, answer_probability
+from loku.targets import TARGET_SWEEPS
 
 
 @dataclass
 class UnlearnConfig(TrainingArguments):
     """``transformers.TrainingArguments`` and what unlearning adds to them.
 
-    An epoch is one pass over the forget set; each of its rows comes with one retain row, so a step sees
-    ``per_device_train_batch_size`` rows of each.
+    An epoch is one pass over the forget set; each of its rows comes with one retain row (and where the method
+    asks for it one refusal), so a step sees ``per_device_train_batch_size`` rows of each.
 
     Args:
-        init: how LoRA starts. "fila" from the Fisher information of the two sets, "default" as peft does.
+        method: what is minimised, a key of ``loku.objectives.OBJECTIVES``: "ihl", "ga", "gd", "kl", "dpo",
+            "npo" or "idk".
+        tuning: "lora", or "full" for all parameters that require a gradient. Then ``init``, the LoRA fields
+            and ``target_modules`` mean nothing.
+        init: how LoRA starts. "fila" from the Fisher information of the two sets, "pissa" from the leading
+            singular directions of the weights themselves, "default" as peft does.
         lora_rank, lora_alpha: of the adapter; its scaling is lora_alpha / lora_rank.
-        target_modules: names of the modules to adapt; None for query, value and every MLP linear.
+        target_modules: names of the modules to adapt, or a sweep of the paper's Figure 4: "qv" for query and
+            value, "qkvo" for key and output as well, "ffn" for every MLP linear, "qv+ffn" (or None).
         retain_weight: of the retain loss beside the forget loss (1 in Eq. 3).
+        beta: of DPO and NPO, the inverse temperature.
+        refusals: for DPO and IDK, a list of strings or the path of a file with one on each line; None for
+            TOFU's 100. Each epoch draws one for every forget row.
         max_length: tokens at which rows are cut; None for as long as they are.
         fisher_damping, fisher_damping_mode, fisher_samples: see ``loku.FilaConfig``.
     """
@@ -33,14 +53,18 @@ class UnlearnConfig(TrainingArguments):
     learning_rate: float = field(default=1e-3)
     num_train_epochs: float = field(default=10)
     save_strategy: str = field(default="no")
-    report_to: str | list[str] | None = field(default="none")
+    report_to: list[str] | str | None = field(default="none")
     logging_steps: float = field(default=1)
 
-    init: Literal["fila", "default"] = field(default="fila")
+    method: str = field(default="ihl")
+    tuning: Literal["lora", "full"] = field(default="lora")
+    init: Literal["fila", "default", "pissa"] = field(default="fila")
     lora_rank: int = field(default=16)
     lora_alpha: float = field(default=32)
-    target_modules: list[str] | None = field(default=None)
+    target_modules: list[str] | str | None = field(default="qv+ffn")
     retain_weight: float = field(default=1.0)
+    beta: float = field(default=0.1)
+    refusals: list[str] | str | None = field(default=None)
     max_length: int | None = field(default=None)
     fisher_damping: float = field(default=1.0)
     fisher_damping_mode: Literal["relative", "absolute"] = field(default="relative")
@@ -49,26 +73,49 @@ class UnlearnConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.remove_unused_columns = False  # the rows are pairs, not the model's arguments
-        if self.init not in ("fila", "default"):
-            raise ValueError(f'init must be "fila" or "default", got {self.init!r}')
+        if self.method not in OBJECTIVES:
+            raise ValueError(f"method must be one of {sorted(OBJECTIVES)}, got {self.method!r}")
+        if self.tuning not in ("lora", "full"):
+            raise ValueError(f'tuning must be "lora" or "full", got {self.tuning!r}')
+        if self.init not in ("fila", "default", "pissa"):
+            raise ValueError(f'init must be "fila", "default" or "pissa", got {self.init!r}')
+        self.target_modules = self.target_modules or "qv+ffn"
+        if isinstance(self.target_modules, str) and self.target_modules not in TARGET_SWEEPS:
+            raise ValueError(
+                f"target_modules must be a list of names or one of {list(TARGET_SWEEPS)}, got "
+                f"{self.target_modules!r}"
+            )
         if self.retain_weight < 0:
             raise ValueError(f"retain_weight must be >= 0, got {self.retain_weight}")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be > 0, got {self.beta}")
 
 
 class PairedDataset(Dataset):
-    """Row i of the forget set with a retain row, drawn anew each epoch.
+    """Row i of the forget set with a retain row and a refusal, both drawn anew each epoch.
 
-    Retain rows come in a random order without repetition until all have been used. The draw depends on
+    Retain rows come in a random order without repetition until all have been used. The draws depend on
     the seed, the epoch and i alone: not on batches, workers or processes.
+
+    Args:
+        forget, retain: tokenised rows.
+        seed: of the draws, >= 0.
+        refusals: a ``loku.data.RefusalRows``, if ``kinds`` has "refusal".
+        kinds: what an item has, in this order: "forget" row i, the same row with a "refusal", a "retain" row.
     """
 
-    def __init__(self, forget, retain, seed):
-        self.forget, self.retain, self.seed = forget, retain, seed
+    def __init__(self, forget, retain, seed, refusals=None, kinds=("forget", "retain")):
+        self.forget, self.retain, self.refusals = forget, retain, refusals
+        self.seed, self.kinds = seed, kinds
+        self.references = {}  # (kind, key) -> what is kept of the original model for that row
         self.set_epoch(0)
 
     def set_epoch(self, epoch):
         self._begin = epoch * len(self.forget)
         self._orders = {}
+        if "refusal" in self.kinds:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._refusal_indices = generator.integers(len(self.refusals.refusals), size=len(self.forget))
 
     def _retain_index(self, draw):
         lap, position = divmod(draw, len(self.retain))
@@ -77,18 +124,40 @@ class PairedDataset(Dataset):
             self._orders[lap] = torch.randperm(len(self.retain), generator=generator).tolist()
         return self._orders[lap][position]
 
+    def key(self, kind, index):
+        """Which row item ``index`` has of a kind: an index into its set, for a refusal (row, refusal)."""
+        if kind == "retain":
+            return self._retain_index(self._begin + index)
+        return index if kind == "forget" else (index, int(self._refusal_indices[index]))
+
+    def row(self, kind, key):
+        """A tokenised row, with its ``reference`` if there is one."""
+        row = {"forget": self.forget, "retain": self.retain, "refusal": self.refusals}[kind][key]
+        reference = self.references.get((kind, key))
+        return row if reference is None else {**row, "reference": reference}
+
     def __len__(self):
         return len(self.forget)
 
     def __getitem__(self, index):
-        return {"forget": self.forget[index], "retain": self.retain[self._retain_index(self._begin + index)]}
+        return {kind: self.row(kind, self.key(kind, index)) for kind in self.kinds}
 
 
 def collate_pairs(pairs, pad_token_id):
-    """One batch of all forget rows and then all retain rows; ``is_forget`` (2B,) tells them apart."""
-    rows = [pair["forget"] for pair in pairs] + [pair["retain"] for pair in pairs]
-    is_forget = torch.arange(len(rows)) < len(pairs)
-    return {**collate(rows, pad_token_id), "is_forget": is_forget}
+    """One batch of all rows of the first kind, then of the second, ...
+
+    ``is_forget`` (rows,), ``is_retain`` and ``is_refusal``, of the kinds that there are, tell them apart.
+    ``reference`` is what the rows bring of it, concatenated.
+    """
+    kinds = list(pairs[0])
+    rows = [pair[kind] for kind in kinds for pair in pairs]
+    batch = collate(rows, pad_token_id)
+    for number, kind in enumerate(kinds):
+        batch[f"is_{kind}"] = torch.arange(len(rows)) // len(pairs) == number
+    references = [row["reference"] for row in rows if "reference" in row]
+    if references:
+        batch["reference"] = torch.cat(references)
+    return batch
 
 
 class _SetEpoch(TrainerCallback):
@@ -99,21 +168,52 @@ class _SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
+def _tokens(inputs):
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+@torch.no_grad()
+def _of_the_original(model, tokens, what):
+    """What an objective's ``reference`` names, of a model that is, or can switch to, the original.
+
+    "log_probability": (B,), of each row. "divergence": the hidden states (n, D) that it starts from.
+    """
+    training = model.training
+    model.eval()
+    try:
+        if what == "divergence":
+            return label_hidden_states(model, **tokens)
+        return Rows(*token_triplets(model, **tokens)).log_probability()
+    finally:
+        model.train(training)
+
+
 class UnlearnTrainer(Trainer):
     """Minimise the forget loss plus the retain loss of paired rows; never hold their logits.
+
+    The original model, which KL, DPO and NPO need, is with LoRA the peft model itself, with its frozen
+    initial adapter (``loku.reference_model``): one more forward of the rows concerned. A model without an
+    adapter changes in place, so ``train`` first runs all rows that will be drawn, and keeps their
+    log-probabilities (DPO, NPO), or for KL the last hidden states of the retain rows' labelled tokens, on the
+    CPU, and a copy of the output embedding.
 
     Args:
         model: a causal LM, usually a peft model.
         forget, retain: tokenised rows (``loku.data.tokenize_dataset``).
         args: an ``UnlearnConfig``.
+        refusals: a ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals.
         Everything else is ``transformers.Trainer``'s.
 
-    Logs ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability`` and
-    ``retain_probability`` of the batches since the last log.
+    Logs ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability``,
+    ``retain_probability`` and ``refusal_probability`` of the batches since the last log; not those of rows
+    that the method does not run. The forget probability is that of the true answers.
     """
 
-    def __init__(self, model, args, forget, retain, processing_class=None, **kwargs):
-        dataset = PairedDataset(forget, retain, args.seed)
+    def __init__(self, model, args, forget, retain, processing_class=None, refusals=None, **kwargs):
+        self.objective = OBJECTIVES[args.method]
+        if "refusal" in self.objective.rows and refusals is None:
+            raise ValueError(f"method {args.method!r} trains on refusals; pass a loku.data.RefusalRows")
+        dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
         collator = partial(collate_pairs, pad_token_id=padding_id(processing_class))
         super().__init__(
             model=model,
@@ -125,26 +225,97 @@ class UnlearnTrainer(Trainer):
         )
         self.add_callback(_SetEpoch(dataset))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch
+        self._reference_head = (None, None)
         self._batch_metrics = {}
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        triplet, counted = token_triplets(
-            model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-        )
-        forget = inputs["is_forget"]
-        losses = {
-            "forget_loss": forget_loss(triplet[forget], counted[forget]),
-            "retain_loss": retain_loss(triplet[~forget], counted[~forget]),
+    def train(self, *args, **kwargs):
+        needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
+        if needed and not self.train_dataset.references:
+            self._keep_references()
+        return super().train(*args, **kwargs)
+
+    def _keep_references(self):
+        """Run the original model on every row that will be drawn, and keep what the objective needs."""
+        dataset, what = self.train_dataset, self.objective.reference
+        steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+        epochs = self.args.max_steps / steps if self.args.max_steps > 0 else self.args.num_train_epochs
+        drawn = {}
+        for epoch in range(math.ceil(epochs)):
+            dataset.set_epoch(epoch)
+            for index in range(len(dataset)):
+                for kind in self.objective.reference_kinds:
+                    drawn[kind, dataset.key(kind, index)] = None
+        dataset.set_epoch(0)
+        drawn, size = list(drawn), self.args.per_device_train_batch_size
+        for begin in tqdm(
+            range(0, len(drawn), size), desc="original model", disable=self.args.disable_tqdm, leave=False
+        ):
+            keys = drawn[begin : begin + size]
+            batch = collate([dataset.row(*key) for key in keys], padding_id(self.processing_class))
+            with self.compute_loss_context_manager():
+                values = _of_the_original(self.model, self._prepare_inputs(batch), what)
+            counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
+            sizes = counts if what == "divergence" else [1] * len(keys)
+            for key, value in zip(keys, values.cpu().split(sizes), strict=True):
+                dataset.references[key] = value.clone()
+        if what == "divergence":
+            head = output_embedding(self.model)
+            self._reference_head = tuple(
+                None if p is None else p.detach().clone() for p in (head.weight, head.bias)
+            )
+
+    def _reference(self, model, inputs, concerned):
+        """``_of_the_original`` for the rows where ``concerned`` (B,) is true."""
+        if "reference" in inputs:
+            return inputs["reference"]
+        peft_model = self.accelerator.unwrap_model(model)
+        if not isinstance(peft_model, PeftModel):
+            raise ValueError(
+                f"method {self.args.method!r} without an adapter needs the original model's values, which "
+                "only train() has, for the rows that it draws"
+            )
+        tokens = {name: value[concerned] for name, value in _tokens(inputs).items()}
+        with reference_model(peft_model):
+            return _of_the_original(model, tokens, self.objective.reference)
+
+    def _batch(self, model, inputs):
+        """The ``Batch`` of a forward of the model, after one of the original where that is needed."""
+        tokens, what = _tokens(inputs), self.objective.reference
+        masks = {kind: inputs[f"is_{kind}"] for kind in self.objective.kinds}
+        log_probability = divergence = None
+        if what is not None:
+            concerned = torch.stack([masks[kind] for kind in self.objective.reference_kinds]).any(0)
+            reference = self._reference(model, inputs, concerned)
+        if what == "divergence":
+            triplet, counted, divergence = token_triplets_and_divergence(
+                model,
+                **tokens,
+                diverging=concerned,
+                reference_hidden=reference,
+                reference_head=self._reference_head,
+            )
+        else:
+            triplet, counted = token_triplets(model, **tokens)
+        if what == "log_probability":
+            log_probability = torch.zeros_like(triplet[:, 0, 0]).masked_scatter(concerned, reference)
+        values = (triplet, counted, log_probability, divergence)
+        rows = {
+            kind: Rows(*(None if value is None else value[mask] for value in values))
+            for kind, mask in masks.items()
         }
-        loss = losses["forget_loss"] + self.args.retain_weight * losses["retain_loss"]
+        return Batch(**rows, beta=self.args.beta), triplet
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch, triplet = self._batch(model, inputs)
+        losses = self.objective.losses(batch)
+        loss = losses["forget_loss"]
+        if "retain_loss" in losses:
+            loss = loss + self.args.retain_weight * losses["retain_loss"]
         with torch.no_grad():
-            probability = answer_probability(triplet.detach(), counted)
-            metrics = {
-                **losses,
-                "forget_probability": probability[forget].mean(),
-                "retain_probability": probability[~forget].mean(),
-            }
-            for name, value in metrics.items():
+            for kind in self.objective.kinds:
+                rows = getattr(batch, kind)
+                losses[f"{kind}_probability"] = answer_probability(rows.triplet.detach(), rows.counted).mean()
+            for name, value in losses.items():
                 self._batch_metrics.setdefault(name, []).append(value.detach())
         return (loss, {"triplet": triplet}) if return_outputs else loss
 

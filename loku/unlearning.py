@@ -7,14 +7,30 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from loku.data import collate, infer_tokenizer, padding_id, tokenize_dataset
-from loku.fila import FilaConfig, initialize_lora_fila_weights, release_base_copy_, restore_base_
+from loku.data import (
+    RefusalRows,
+    collate,
+    infer_tokenizer,
+    load_refusals,
+    padding_id,
+    tokenize_dataset,
+)
+from loku.fila import (
+    FilaConfig,
+    initialize_from_row_scales,
+    initialize_lora_fila_weights,
+    release_base_copy_,
+    restore_base_,
+)
 from loku.head import check_head, output_embedding
+from loku.objectives import OBJECTIVES
 from loku.portable import save_portable_adapter
-from loku.targets import default_target_modules
+from loku.targets import default_target_modules, fila_targets
 from loku.trainer import UnlearnConfig, UnlearnTrainer
 
 
@@ -22,31 +38,38 @@ from loku.trainer import UnlearnConfig, UnlearnTrainer
 class UnlearnResult:
     """What ``unlearn`` returns.
 
-    model: the unlearned model, a ``peft.PeftModel`` around the model that was given.
+    model: the unlearned model: a ``peft.PeftModel`` around the model that was given, or with
+        ``tuning="full"`` that model.
     history: the trainer's log, one dict a logging step: ``forget_loss``, ``retain_loss``, ``step``, ...
     """
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     history: list[dict[str, Any]]
 
     def save(self, path):
         """Save the adapter to the directory ``path``, for the *untouched* base model.
 
         ``PeftModel.from_pretrained(base, path)`` loads it; ``merge_and_unload()`` then gives the unlearned
-        model without an adapter. See ``loku.save_portable_adapter``.
+        model without an adapter. See ``loku.save_portable_adapter``. With ``tuning="full"`` the whole model
+        is saved, by its own ``save_pretrained``.
         """
-        save_portable_adapter(self.model, path)
+        if isinstance(self.model, PeftModel):
+            save_portable_adapter(self.model, path)
+        else:
+            self.model.save_pretrained(path)
 
 
 def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=None):
     """Make a causal LM forget one data set and keep another (LoKU: IHL, FILA).
 
     Measures the Fisher information of both sets, initialises LoRA adapters by it (FILA), and minimises the
-    Inverted Hinge Loss of the forget set plus the LM loss of the retain set (Eq. 3).
+    Inverted Hinge Loss of the forget set plus the LM loss of the retain set (Eq. 3); or what ``config`` says
+    instead: see its ``method``, ``init`` and ``tuning``.
 
     Args:
         model: a causal LM of transformers, or the path or hub name of one. It is consumed: the adapters are
-            put into it. If anything fails, its weights are what they were.
+            put into it. If anything fails, its weights are what they were. Not so with ``tuning="full"``,
+            which trains the weights themselves, and keeps no copy of them.
         forget, retain: lists of strings, lists of dicts or ``datasets.Dataset``s, with the columns ``text``,
             ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or ``input_ids`` (and
             ``labels``). See ``loku.data.tokenize_dataset``.
@@ -73,26 +96,48 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     output_embedding(model)
     if tokenizer is None and not (_has_input_ids(forget) and _has_input_ids(retain)):
         tokenizer = infer_tokenizer(model)
+    forget_rows = forget
     forget, retain = (
         tokenize_dataset(rows, tokenizer, max_length=config.max_length, name=name)
         for rows, name in ((forget, "forget"), (retain, "retain"))
     )
+    refusals = None
+    if "refusal" in OBJECTIVES[config.method].rows:
+        refusals = RefusalRows(
+            forget_rows, load_refusals(config.refusals), tokenizer, max_length=config.max_length
+        )
+    make_trainer = partial(
+        UnlearnTrainer,
+        args=config,
+        forget=forget,
+        retain=retain,
+        processing_class=tokenizer,
+        refusals=refusals,
+        callbacks=callbacks,
+    )
+    first_row = collate(forget[:1], padding_id(tokenizer))
+    if config.tuning == "full":
+        check_head(model, first_row)
+        trainer = make_trainer(model)
+        trainer.train()
+        return UnlearnResult(model, trainer.state.log_history)
+
+    targets = config.target_modules
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=config.target_modules or default_target_modules(model),
+        target_modules=default_target_modules(model, targets) if isinstance(targets, str) else targets,
     )
-
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     peft_model = get_peft_model(model, lora)
     try:
-        check_head(peft_model, collate(forget[:1], padding_id(tokenizer)))
-        trainer = UnlearnTrainer(
-            peft_model, config, forget, retain, processing_class=tokenizer, callbacks=callbacks
-        )
+        check_head(peft_model, first_row)
+        trainer = make_trainer(peft_model)
         if config.init == "fila":
             _initialize_by_fila(peft_model, forget, retain, config, tokenizer)
+        elif config.init == "pissa":
+            _initialize_by_pissa(peft_model)
         trainer.train()
     except BaseException:
         restore_base_(peft_model)
@@ -127,3 +172,9 @@ def _initialize_by_fila(peft_model, forget, retain, config, tokenizer):
         ),
         progress=not config.disable_tqdm,
     )
+
+
+def _initialize_by_pissa(peft_model):
+    """PiSSA (Meng et al., 2024) is FILA without the Fisher: all row scales are 1."""
+    ones = {name: torch.ones(layer.out_features) for name, layer in fila_targets(peft_model).items()}
+    initialize_from_row_scales(peft_model, ones)

@@ -1,6 +1,7 @@
 """Kernels for unlearning: losses on the softmax triplet, squared per-sample gradients, row-scaled SVD."""
 
 from loku_kernels import native
+from loku_kernels.divergence import linear_kl_divergence_loss
 from loku_kernels.fisher import accumulate_squared_grad_
 from loku_kernels.losses import (
     cross_entropy,
@@ -23,6 +24,7 @@ __all__ = [
     "inverted_hinge",
     "linear_cross_entropy_loss",
     "linear_ihl_loss",
+    "linear_kl_divergence_loss",
     "linear_softmax_triplet",
     "reduce_loss",
     "row_scaled_svd",

@@ -40,7 +40,6 @@ def backend(op, tensor):
     forced = os.environ.get("LOKU_BACKEND", "")
     if forced not in ("", "reference", "native", "triton"):
         raise ValueError(f"LOKU_BACKEND must be reference, native or triton, not {forced!r}")
-    on_cuda = tensor.device.type == "cuda"
     if forced == "triton":
         if _triton() is None:
             raise RuntimeError("LOKU_BACKEND=triton, but triton is not installed")
@@ -51,11 +50,11 @@ def backend(op, tensor):
             )
     if forced == "native" and native._core is None:
         raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")
-    name = forced or (_choice_on_cuda(op, tensor) if on_cuda else "native")
-    if name == "native" and op in _NATIVE_OPS and native.serves(tensor):
-        return native
-    if name == "triton" and tensor.dtype in _TRITON_DTYPES and tensor.device.type in ("cuda", "cpu"):
-        return _triton()
+    for name in [forced] if forced else _by_preference(op, tensor):
+        if name == "native" and op in _NATIVE_OPS and native.serves(tensor):
+            return native
+        if name == "triton" and tensor.dtype in _TRITON_DTYPES and tensor.device.type in ("cuda", "cpu"):
+            return _triton()
     return None
 
 
@@ -69,11 +68,14 @@ def _triton():
     return triton
 
 
-def _choice_on_cuda(op, tensor):
+def _by_preference(op, tensor):
+    if tensor.device.type != "cuda":
+        return ["native"]
     if MEASURED_ON_CUDA:
         capability, vocab = torch.cuda.get_device_capability(tensor.device), tensor.shape[-1]
         measured = [key for key in MEASURED_ON_CUDA if (*key[:2], key[3]) == (op, tensor.dtype, capability)]
         if measured:
             nearest = min(measured, key=lambda key: max(key[2], vocab) / min(key[2], vocab))
-            return MEASURED_ON_CUDA[nearest][0]
-    return "triton"
+            if MEASURED_ON_CUDA[nearest][0] == "native":
+                return ["native", "triton"]  # the core may lack CUDA, or the driver be too old for it
+    return ["triton"]

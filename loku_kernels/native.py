@@ -32,8 +32,9 @@ os.register_at_fork(after_in_child=_note_fork)
 def warn_if_missing():
     if _core is None:
         warnings.warn(
-            "loku_kernels has no compiled core here, so the slower plain-torch reference implementation "
-            "is in use. To build the core, install a C++ compiler and run: pip install .",
+            "loku_kernels has no compiled core here, so the slower plain-torch reference implementation is "
+            "in use on the CPU, and on a GPU where triton is not installed. To build the core, install a C++ "
+            "compiler and run: pip install .",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -73,6 +74,11 @@ def _threads():
     return 1 if _forked else torch.get_num_threads()
 
 
+def _call(name, *arguments):
+    """Call a function of the core; of a tensor it gets the address."""
+    getattr(_core, name)(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))
+
+
 def _row_offsets(tensor):
     """Where each row of (..., V) begins, in elements from the first: any strides in front of V."""
     offsets = torch.zeros((), dtype=torch.int64)
@@ -84,13 +90,6 @@ def _row_offsets(tensor):
 def _rows(tensor, offsets):
     columns = tensor.shape[-1]
     return tensor.data_ptr(), offsets.data_ptr(), offsets.numel(), columns, _DTYPE_TAGS[tensor.dtype]
-
-
-def _empty_triplets(labels):
-    return (
-        torch.empty(*labels.shape, 3, dtype=torch.float64),
-        torch.empty(labels.shape, dtype=torch.int64),
-    )
 
 
 def check_labels(labels, vocab, ignore_index):
@@ -109,20 +108,25 @@ def raise_bad_label(labels, position, vocab, ignore_index):
 
 def triplet_forward(logits, labels, ignore_index):
     """logits (..., V), labels (...) -> triplet (..., 3) float64, runner_up_id (...) int64."""
-    if _on_cuda(logits):
-        return _cuda_triplet_forward(logits, labels, ignore_index)
+    return _triplets("triplet_forward", logits, labels, ignore_index)
+
+
+def inverted_hinge_(logits, labels, ignore_index, scale):
+    """Overwrite logits (..., V) with ``scale``, float64 (), x the gradient of IHL; return the triplets."""
+    return _triplets("inverted_hinge_", logits, labels, ignore_index, scale)
+
+
+def _triplets(name, logits, labels, ignore_index, *scale):
+    triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=labels.device)
+    runner_up_id = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
     labels = labels.contiguous()
-    check_labels(labels, logits.shape[-1], ignore_index)
-    offsets = _row_offsets(logits)
-    triplet, runner_up_id = _empty_triplets(labels)
-    _core.triplet_forward(
-        _rows(logits, offsets),
-        labels.data_ptr(),
-        ignore_index,
-        triplet.data_ptr(),
-        runner_up_id.data_ptr(),
-        _threads(),
-    )
+    if _on_cuda(logits):
+        for (rows,), (t, out, out_id) in _row_pieces((logits,), (labels, triplet, runner_up_id)):
+            _launch(name, logits, rows, t, ignore_index, *scale, out, out_id)
+    else:
+        check_labels(labels, logits.shape[-1], ignore_index)
+        offsets, scale = _row_offsets(logits), [x.item() for x in scale]
+        _call(name, _rows(logits, offsets), labels, ignore_index, *scale, triplet, runner_up_id, _threads())
     return triplet, runner_up_id
 
 
@@ -130,116 +134,76 @@ def triplet_backward(
     grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, *, first=0, softcap=0.0, out=None
 ):
     """Gradient of the logits, contiguous, or in ``out``, which may be the logits."""
+    if out is None:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    per_row = [x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)]
     if _on_cuda(logits):
-        return _cuda_triplet_backward(
-            grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, first, softcap, out
-        )
-    labels, triplet, runner_up_id, grad_triplet = (
-        labels.contiguous(),
-        triplet.contiguous(),
-        runner_up_id.contiguous(),
-        grad_triplet.contiguous(),
-    )
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
-    offsets, grad_offsets = _row_offsets(logits), _row_offsets(grad_logits)
-    _core.triplet_backward(
-        _rows(logits, offsets),
-        first,
-        labels.data_ptr(),
-        ignore_index,
-        triplet.data_ptr(),
-        runner_up_id.data_ptr(),
-        grad_triplet.data_ptr(),
-        softcap,
-        _rows(grad_logits, grad_offsets),
-        _threads(),
-    )
-    return grad_logits
-
-
-def inverted_hinge_(logits, labels, ignore_index, scale):
-    """Overwrite logits (..., V) with ``scale``, float64 (), x the gradient of IHL; return the triplets."""
-    if _on_cuda(logits):
-        return _cuda_inverted_hinge_(logits, labels, ignore_index, scale)
-    labels = labels.contiguous()
-    check_labels(labels, logits.shape[-1], ignore_index)
-    offsets = _row_offsets(logits)
-    triplet, runner_up_id = _empty_triplets(labels)
-    _core.inverted_hinge_(
-        _rows(logits, offsets),
-        labels.data_ptr(),
-        ignore_index,
-        scale.item(),
-        triplet.data_ptr(),
-        runner_up_id.data_ptr(),
-        _threads(),
-    )
-    return triplet, runner_up_id
+        for (rows, out_rows), (t, *saved) in _row_pieces((logits, out), per_row):
+            _launch("triplet_backward", logits, rows, first, t, ignore_index, *saved, softcap, out_rows)
+    else:
+        offsets, out_offsets = _row_offsets(logits), _row_offsets(out)
+        rows, out_rows = _rows(logits, offsets), _rows(out, out_offsets)
+        t, *saved = per_row
+        _call("triplet_backward", rows, first, t, ignore_index, *saved, softcap, out_rows, _threads())
+    return out
 
 
 def triplet_columns_(logits, first, labels, state, softcap, store):
     """Logits (N, C) from column ``first`` on go into ``state``, see blocks.OnlineState, in place."""
     if _on_cuda(logits):
-        _launch(
-            "cuda_triplet_columns_",
-            logits,
-            _device_rows(logits),
-            first,
-            labels.data_ptr(),
-            softcap,
-            store,
-            *(tensor.data_ptr() for tensor in state),
-        )
-        return
-    offsets = _row_offsets(logits)
-    _core.triplet_columns_(
-        _rows(logits, offsets),
-        first,
-        labels.data_ptr(),
-        softcap,
-        store,
-        *(tensor.data_ptr() for tensor in state),
-        _threads(),
-    )
+        _launch("triplet_columns_", logits, _device_rows(logits), first, labels, softcap, store, *state)
+    else:
+        offsets = _row_offsets(logits)
+        rows = _rows(logits, offsets)
+        _call("triplet_columns_", rows, first, labels, softcap, store, *state, _threads())
 
 
 def scale_rows_(logits, factor):
     """logits (..., V) *= factor, () or (...); rows whose factor is 1 are left alone."""
+    factors = factor.expand(logits.shape[:-1]).float().contiguous()
     if _on_cuda(logits):
-        logits.mul_(factor.unsqueeze(-1))
-        return
-    offsets = _row_offsets(logits)
-    factors = factor.expand(logits.shape[:-1]).reshape(-1).float().contiguous()
-    _core.scale_rows_(_rows(logits, offsets), factors.data_ptr(), _threads())
+        for (rows,), (part,) in _row_pieces((logits,), (factors,)):
+            _launch("scale_rows_", logits, rows, part)
+    else:
+        offsets = _row_offsets(logits)
+        _call("scale_rows_", _rows(logits, offsets), factors, _threads())
 
 
-def _features(tensor):
-    return tensor.data_ptr(), tensor.shape[2], tensor.stride(0), tensor.stride(1)
+def _features(tensor, width):
+    """Of (n, T, features): its address, how many features there are, its strides."""
+    return tensor.data_ptr(), width, tensor.stride(0), tensor.stride(1)
+
+
+def _matrix(tensor):
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
 def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
     """fisher (d, k), or (d,) with a divisor, float32; inputs (n, T, k), grad_outputs (n, T, d)."""
-    if _on_cuda(inputs):
-        return _cuda_accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
-    inputs, grad_outputs = (x if x.stride(2) == 1 else x.contiguous() for x in (inputs, grad_outputs))
     total = fisher.contiguous()
     divisor = None if divisor is None else divisor.contiguous()
-    _core.accumulate_squared_grad_(
-        *inputs.shape[:2],
-        _DTYPE_TAGS[inputs.dtype],
-        _features(inputs),
-        _features(grad_outputs),
-        (total.data_ptr(), total.stride(0)),
-        (0, 0) if divisor is None else (divisor.data_ptr(), divisor.stride(0)),
-        _threads(),
-    )
+    tag, widths = _DTYPE_TAGS[inputs.dtype], (inputs.shape[2], grad_outputs.shape[2])
+    if _on_cuda(inputs):
+        operands = [_aligned_features(x) for x in (inputs, grad_outputs)]
+    else:
+        operands = [x if x.stride(2) == 1 else x.contiguous() for x in (inputs, grad_outputs)]
+    arguments = *inputs.shape[:2], tag, *map(_features, operands, widths), _matrix(total), _matrix(divisor)
+    if not _on_cuda(inputs):
+        _call("accumulate_squared_grad_", *arguments, _threads())
+    elif divisor is None:
+        _launch("accumulate_squared_grad_", inputs, *arguments, 0)
+    else:
+        tiles = -(-widths[0] // _core.FISHER_TILE)
+        partials = torch.empty(tiles, widths[1], dtype=torch.float32, device=fisher.device)
+        _launch("accumulate_squared_grad_", inputs, *arguments, partials)
+        total += partials.sum(0)
     if total is not fisher:
         fisher.copy_(total)
 
 
 def add_squares_(fisher, product):
     """fisher += product^2, for a product (rows, columns) in bfloat16 and rows of the Fisher in float32."""
-    _core.add_squares_(product.data_ptr(), *product.shape, (fisher.data_ptr(), fisher.stride(0)), _threads())
+    _call("add_squares_", product, *product.shape, _matrix(fisher), _threads())
 
 
 # --- CUDA -----------------------------------------------------------------------------------------
@@ -251,7 +215,7 @@ def _launch(name, tensor, *arguments):
     """Call a CUDA function of the core where and on which stream torch would compute with this tensor now."""
     with torch.cuda.device(tensor.device):
         stream = torch.cuda.current_stream(tensor.device).cuda_stream
-        getattr(_core, name)(*arguments, (tensor.device.index, stream))
+        _call(f"cuda_{name}", *arguments, (tensor.device.index, stream))
 
 
 def _device_rows(tensor):
@@ -278,90 +242,15 @@ def _device_rows(tensor):
     )
 
 
-def _cuda_triplets(logits, labels):
-    return (
-        torch.empty(*labels.shape, 3, dtype=torch.float64, device=logits.device),
-        torch.empty(labels.shape, dtype=torch.int64, device=logits.device),
-    )
-
-
-def _stack(pieces):
-    triplets, runner_up_ids = zip(*pieces, strict=True)
-    return torch.stack(triplets), torch.stack(runner_up_ids)
-
-
-def _cuda_triplet_forward(logits, labels, ignore_index):
-    triplet, runner_up_id = _cuda_triplets(logits, labels)
-    if labels.numel() == 0:
-        return triplet, runner_up_id
-    rows, labels = _device_rows(logits), labels.contiguous()
-    if rows is None:
-        return _stack(_cuda_triplet_forward(y, t, ignore_index) for y, t in zip(logits, labels, strict=True))
-    _launch(
-        "cuda_triplet_forward",
-        logits,
-        rows,
-        labels.data_ptr(),
-        ignore_index,
-        triplet.data_ptr(),
-        runner_up_id.data_ptr(),
-    )
-    return triplet, runner_up_id
-
-
-def _cuda_triplet_backward(
-    grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, first, softcap, out
-):
-    if out is None:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    if labels.numel() == 0:
-        return out
-    rows, grad_rows = _device_rows(logits), _device_rows(out)
-    if rows is None or grad_rows is None:
-        for g, y, t, saved, r, part in zip(
-            grad_triplet, logits, labels, triplet, runner_up_id, out, strict=True
-        ):
-            _cuda_triplet_backward(g, y, t, ignore_index, saved, r, first, softcap, part)
-        return out
-    labels, triplet, runner_up_id, grad_triplet = (
-        x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)
-    )
-    _launch(
-        "cuda_triplet_backward",
-        logits,
-        rows,
-        first,
-        labels.data_ptr(),
-        ignore_index,
-        triplet.data_ptr(),
-        runner_up_id.data_ptr(),
-        grad_triplet.data_ptr(),
-        softcap,
-        grad_rows,
-    )
-    return out
-
-
-def _cuda_inverted_hinge_(logits, labels, ignore_index, scale):
-    triplet, runner_up_id = _cuda_triplets(logits, labels)
-    if labels.numel() == 0:
-        return triplet, runner_up_id
-    rows, labels = _device_rows(logits), labels.contiguous()
-    if rows is None:
-        return _stack(
-            _cuda_inverted_hinge_(y, t, ignore_index, scale) for y, t in zip(logits, labels, strict=True)
-        )
-    _launch(
-        "cuda_inverted_hinge_",
-        logits,
-        rows,
-        labels.data_ptr(),
-        ignore_index,
-        scale.data_ptr(),
-        triplet.data_ptr(),
-        runner_up_id.data_ptr(),
-    )
-    return triplet, runner_up_id
+def _row_pieces(wide, per_row):
+    """The rows of tensors (..., V), in pieces that two strides describe, each with its part of contiguous
+    tensors (...) or (..., 3); nothing where there are no rows."""
+    rows = [_device_rows(tensor) for tensor in wide]
+    if None in rows:
+        for parts in zip(*wide, *per_row, strict=True):
+            yield from _row_pieces(parts[: len(wide)], parts[len(wide) :])
+    elif rows[0][1]:
+        yield rows, per_row
 
 
 def _aligned_features(tensor):
@@ -373,28 +262,3 @@ def _aligned_features(tensor):
     if not strides_fit or tensor.data_ptr() % 16:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
-
-
-def _cuda_accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
-    (n, tokens, k), d = inputs.shape, grad_outputs.shape[2]
-    total = fisher.contiguous()
-    partials = None
-    if divisor is not None:
-        divisor = divisor.contiguous()
-        partials = torch.empty(-(-k // _core.FISHER_TILE), d, dtype=torch.float32, device=fisher.device)
-    aligned = [_aligned_features(x) for x in (inputs, grad_outputs)]
-    _launch(
-        "cuda_accumulate_squared_grad_",
-        inputs,
-        n,
-        tokens,
-        _DTYPE_TAGS[inputs.dtype],
-        *((x.data_ptr(), width, *x.stride()[:2]) for x, width in zip(aligned, (k, d), strict=True)),
-        (total.data_ptr(), total.stride(0)),
-        (0, 0) if divisor is None else (divisor.data_ptr(), divisor.stride(0)),
-        0 if partials is None else partials.data_ptr(),
-    )
-    if partials is not None:
-        fisher += partials.sum(0)
-    elif total is not fisher:
-        fisher.copy_(total)

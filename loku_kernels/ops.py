@@ -84,12 +84,6 @@ def _fake_triplets(labels):
     )
 
 
-def _without_missing_rest(grad_triplet, triplet):
-    """The gradient of a rest of -inf (V = 2, or all other words masked) is 0, whatever the loss says."""
-    grad_rest = grad_triplet[..., 2:].where(triplet[..., 2:] != -torch.inf, 0.0)
-    return torch.cat([grad_triplet[..., :2], grad_rest], -1)
-
-
 # --- logits ---------------------------------------------------------------------------------------
 
 
@@ -112,7 +106,6 @@ def _softmax_triplet_backward(
     triplet: Tensor,
     runner_up_id: Tensor,
 ) -> Tensor:
-    grad_triplet = _without_missing_rest(grad_triplet, triplet)
     return blocks.triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id)
 
 
@@ -195,12 +188,20 @@ def _even_slices(size, limit):
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
+def _block_bytes(device_type):
+    return CUDA_BLOCK_BYTES if device_type == "cuda" else BLOCK_BYTES
+
+
 def block_slices(count, vocab, itemsize, device_type="cpu"):
     """Slices of the rows and of the columns that make the blocks of (count, vocab) logits."""
     rows = _even_slices(count, BLOCK_ROWS)
     most = max((part.stop - part.start for part in rows), default=1)
-    block_bytes = CUDA_BLOCK_BYTES if device_type == "cuda" else BLOCK_BYTES
-    return rows, _even_slices(vocab, block_bytes // (most * itemsize))
+    return rows, _even_slices(vocab, _block_bytes(device_type) // (most * itemsize))
+
+
+def whole_row_slices(count, vocab, itemsize, device_type="cpu"):
+    """The same, for blocks that have all columns."""
+    return _even_slices(count, _block_bytes(device_type) // (vocab * itemsize)), [slice(0, vocab)]
 
 
 @functools.cache
@@ -229,14 +230,17 @@ def _product(a, b, dtype, out=None):
     return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
-class _LogitsBlocks:
-    """Computes blocks of the logits of some hidden states (N, D), each in the memory of the one before."""
+class LogitsBlocks:
+    """Computes blocks of the logits of some hidden states (N, D), each in the memory of the one before.
 
-    def __init__(self, hidden, weight, bias, softcap, logit_scale):
+    slices: of the rows and of the columns; by default those of ``block_slices``.
+    """
+
+    def __init__(self, hidden, weight, bias, softcap, logit_scale, slices=None):
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.softcap, self.logit_scale = softcap, logit_scale
         self.dtype = product_dtype(hidden)
-        self.rows, self.columns = block_slices(
+        self.rows, self.columns = slices or block_slices(
             len(hidden), len(weight), self.dtype.itemsize, hidden.device.type
         )
         size = max((math.prod(self._shape(r, c)) for r in self.rows for c in self.columns), default=0)
@@ -273,13 +277,36 @@ class _LogitsBlocks:
         return self._terms_memory[: block.numel()].view(block.shape)
 
 
-def _add_product(total, a, b):
+def add_product(total, a, b):
     """total += a @ b, where total may be in a wider dtype: then each product is rounded once, unless the
     library multiplies into that."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         total += _product(a, b, product_dtype(a))
+
+
+def weight_gradient(logits, gradient):
+    """d weight (V, D) and d bias (V,), from ``gradient(rows, columns)``: blocks of that of h W^T + b."""
+    weight = logits.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    grad_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
+    one_product = len(logits.rows) == 1  # for each block of columns; else their sum is rounded once
+    for columns in logits.columns if logits.rows else ():
+        target = grad_weight[columns]
+        total = target if one_product else target.to(dtype)
+        for rows in logits.rows:
+            block = gradient(rows, columns)
+            if one_product:
+                torch.mm(block.t(), logits.hidden[rows], out=target)
+            else:
+                add_product(total, block.t(), logits.hidden[rows])
+            if logits.bias is not None:
+                grad_bias[columns] += block.sum(0, dtype=dtype)
+        if not one_product:
+            target.copy_(total)
+    return grad_weight, grad_bias.to(weight.dtype)
 
 
 def _slope(logit, softcap, logit_scale):
@@ -307,7 +334,7 @@ def _linear_softmax_triplet(
     runner_up_id = torch.full_like(labels, -1)
     direction = hidden.new_zeros((len(hidden) if want_direction else 0, hidden.shape[1]))
     index = (labels != ignore_index).nonzero()[:, 0]
-    logits = _LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
+    logits = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
     for rows in logits.rows:
         chosen = index[rows]
         targets = labels[chosen]
@@ -323,7 +350,7 @@ def _linear_softmax_triplet(
                 if columns.start:
                     total *= state.rescale[:, None]
                     _add_demoted(total, weight, state)
-                _add_product(total, terms, weight[columns])
+                add_product(total, terms, weight[columns])
         triplet[chosen], runner_up_id[chosen] = state.triplet(), state.runner_up_id
         if want_direction:
             rest_sum = state.numbers[:, 3:]
@@ -357,8 +384,10 @@ def _linear_backward_hidden(
 ) -> Tensor:
     """d hidden = g_t y'_t W[t] + g_r y'_r W[r] + g_rest O: elementwise, no logits."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    grad = _without_missing_rest(grad_triplet, triplet)
-    grad[:, :2] *= _slope(triplet[:, :2], softcap, logit_scale)
+    own = grad_triplet[:, :2] * _slope(triplet[:, :2], softcap, logit_scale)
+    # A rest of -inf (V = 2, or all other words masked) has no gradient, whatever the loss says.
+    rest = grad_triplet[:, 2:].where(triplet[:, 2:] != -torch.inf, 0.0)
+    grad = torch.cat([own, rest], 1)
     grad = grad.where(runner_up_id[:, None] >= 0, 0.0).to(dtype)  # an ignored row has no runner-up
     grad_hidden = direction * grad[:, 2:]
     for column, index in enumerate((labels, runner_up_id)):
@@ -385,40 +414,26 @@ def _linear_backward_weight(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """d weight (V, D) and d bias (V,): each block of logits is computed again, and becomes its gradient."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
     index = (labels != ignore_index).nonzero()[:, 0]
     labels, triplet, runner_up_id = labels[index], triplet[index], runner_up_id[index]
-    grad = _without_missing_rest(grad_triplet[index], triplet) * logit_scale
-    logits = _LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
-    grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-    grad_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
-    one_product = len(logits.rows) == 1  # for each block of columns; else their sum is rounded once
-    for columns in logits.columns if logits.rows else ():
-        target = grad_weight[columns]
-        total = target if one_product else target.to(dtype)
-        for rows in logits.rows:
-            block = logits.compute(rows, columns)
-            terms = logits.terms_of(block)
-            blocks.triplet_backward(
-                grad[rows],
-                block,
-                labels[rows],
-                ignore_index,
-                triplet[rows],
-                runner_up_id[rows],
-                first=columns.start,
-                softcap=softcap,
-                out=terms,
-            )
-            if one_product:
-                torch.mm(terms.t(), logits.hidden[rows], out=target)
-            else:
-                _add_product(total, terms.t(), logits.hidden[rows])
-            if bias is not None:
-                grad_bias[columns] += terms.sum(0, dtype=dtype)
-        if not one_product:
-            target.copy_(total)
-    return grad_weight, grad_bias.to(weight.dtype)
+    grad = grad_triplet[index] * logit_scale
+    logits = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
+
+    def gradient(rows, columns):
+        block = logits.compute(rows, columns)
+        return blocks.triplet_backward(
+            grad[rows],
+            block,
+            labels[rows],
+            ignore_index,
+            triplet[rows],
+            runner_up_id[rows],
+            first=columns.start,
+            softcap=softcap,
+            out=logits.terms_of(block),
+        )
+
+    return weight_gradient(logits, gradient)
 
 
 @_linear_backward_weight.register_fake
@@ -460,21 +475,26 @@ def _linear_backward(ctx, grad_triplet, *_):
 _linear_softmax_triplet.register_autograd(_linear_backward, setup_context=_save_linear)
 
 
-def _register_autocast(device_type, key):
-    """Under autocast cast the floating-point operands as torch.nn.functional.linear has them cast."""
-
-    def cast(hidden, weight, bias, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            bias = None if bias is None else bias.to(dtype)
-            return _linear_softmax_triplet(hidden.to(dtype), weight.to(dtype), bias, *rest)
-
-    _library.impl("linear_softmax_triplet", cast, key)
-
-
 _library = torch.library.Library("loku_kernels", "FRAGMENT")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+
+
+def register_autocast(name, operator, operands):
+    """Under autocast cast the first ``operands`` arguments as torch.nn.functional.linear has them cast."""
+
+    def register(device_type, key):
+        def cast(*args):
+            dtype = torch.get_autocast_dtype(device_type)
+            with torch.autocast(device_type, enabled=False):
+                low = (None if x is None else x.to(dtype) for x in args[:operands])
+                return operator(*low, *args[operands:])
+
+        _library.impl(name, cast, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
+
+
+register_autocast("linear_softmax_triplet", _linear_softmax_triplet, operands=3)
 
 
 def linear_softmax_triplet(

@@ -1,6 +1,7 @@
 """Rebuild the language model that ``loku demo`` unlearns, and its retain-only twin.
 
     python scripts/build_embedded_model.py --work-dir build/embedded
+    python scripts/build_embedded_model.py --work-dir build/embedded --twin-authors 10 20
 
 Both are the same small Llama, trained from scratch on the TOFU question/answer pairs in
 ``loku/embedded/tofu.jsonl`` (40 fictitious authors x 20 questions): the model on all of them, the
@@ -9,7 +10,9 @@ does not depend on the number of cores; on another instruction set or torch rele
 and with them the weights, may differ. About half an hour on two cores.
 
 What is written to ``loku/embedded``: the model in bfloat16, its tokenizer, and the twin's
-evaluation log. The twin's weights stay in the work directory.
+evaluation log. The twin's weights stay in the work directory. With ``--twin-authors`` only twins are
+trained, without so many of the last authors each, and the logs of their forget sets go to
+``benchmarks/results/tofu_twins``, for ``benchmarks/tofu.py --forget-authors``.
 """
 
 import argparse
@@ -21,7 +24,9 @@ import time
 from pathlib import Path
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "loku" / "embedded"
-FORGET_ROWS = 40  # the last two authors: TOFU's forget01
+TWIN_LOGS = EMBEDDED.parents[1] / "benchmarks" / "results" / "tofu_twins"
+ROWS_PER_AUTHOR = 20
+FORGET_AUTHORS = 2  # the last ones: TOFU's forget01
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 
@@ -106,6 +111,16 @@ def train(rows, tokenizer_dir, output_dir, epochs, seed=0):
     tokenizer.save_pretrained(output_dir)
 
 
+def forget_section(log):
+    """Of a TOFU log what forget quality needs: the losses of the forget set's answers."""
+    section = log["eval_log_forget.json"]
+    return {
+        "eval_log_forget.json": {
+            name: section[name] for name in ("average_perturb_loss", "avg_paraphrased_loss")
+        }
+    }
+
+
 def ship(work_dir):
     """Copy the model into the package and write the twin's evaluation log beside it."""
     import torch
@@ -117,14 +132,17 @@ def ship(work_dir):
         shutil.copyfile(file, EMBEDDED / file.name)
     torch.set_num_threads(1)
     forget, retain = load_rows()
-    metrics, log = measure(*load_model(work_dir / "twin"), forget, retain)
-    # What the demo compares with: the metrics, and the losses of the forget set's answers.
-    section = {
-        name: log["eval_log_forget.json"][name] for name in ("average_perturb_loss", "avg_paraphrased_loss")
-    }
-    write_report(
-        EMBEDDED / "retain_only.json", {"metrics": metrics, "log": {"eval_log_forget.json": section}}
-    )
+    metrics, log = measure(*load_model(work_dir / "twin2"), forget, retain)
+    write_report(EMBEDDED / "retain_only.json", {"metrics": metrics, "log": forget_section(log)})
+
+
+def write_twin_log(work_dir, authors, rows):
+    from loku.demo import load_model
+    from loku.evaluation import evaluate_tofu_rows, write_report
+
+    section = evaluate_tofu_rows(*load_model(work_dir / f"twin{authors}"), rows[-ROWS_PER_AUTHOR * authors :])
+    log = forget_section({"eval_log_forget.json": section})
+    write_report(TWIN_LOGS / f"{authors}.json", {"authors": authors, "log": log})
 
 
 def main():
@@ -133,16 +151,23 @@ def main():
     )
     parser.add_argument("--work-dir", type=Path, default=Path("build/embedded"), help="keeps finished models")
     parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--twin-authors", type=int, nargs="+", help="train these twins and nothing else")
     options = parser.parse_args()
 
     rows = read_rows()
     tokenizer_dir = options.work_dir / "tokenizer"
     train_tokenizer(rows).save_pretrained(tokenizer_dir)
+    trained_on = {
+        f"twin{authors}": rows[: -ROWS_PER_AUTHOR * authors]
+        for authors in options.twin_authors or [FORGET_AUTHORS]
+    }
+    if not options.twin_authors:
+        trained_on["model"] = rows
     jobs = [
         multiprocessing.Process(
             target=train, args=(kept, tokenizer_dir, options.work_dir / name, options.epochs)
         )
-        for name, kept in [("model", rows), ("twin", rows[:-FORGET_ROWS])]
+        for name, kept in trained_on.items()
         if not (options.work_dir / name / "tokenizer.json").exists()
     ]
     for job in jobs:
@@ -151,7 +176,11 @@ def main():
         job.join()
         if job.exitcode:
             raise SystemExit(f"training failed with exit code {job.exitcode}")
-    ship(options.work_dir)
+    if options.twin_authors:
+        for authors in options.twin_authors:
+            write_twin_log(options.work_dir, authors, rows)
+    else:
+        ship(options.work_dir)
 
 
 if __name__ == "__main__":

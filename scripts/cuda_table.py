@@ -8,8 +8,6 @@ spills are those that ptxas reports; the widest loads and stores of global memor
 memory is dynamic here: the launchers in csrc ask for it.
 """
 
-import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -17,10 +15,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from resource_table import argument_parser, differences, report
+
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "cuda_table.json"
 SOURCES = ("csrc/triplet_cuda.cu", "csrc/fisher_cuda.cu")
 ARCHS = (80, 90, 100)
+AS_MANY_WRITES = ("inverted_hinge", "triplet_columns", "triplet_backward", "scale_rows")  # as reads
 FLAGS = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
@@ -30,7 +31,7 @@ def nvcc_version():
 
 
 def kernel_name(symbol):
-    """triplet_fused_kernel<BFloat16Word, 1> of a mangled name: kernels are templates of a word and a bool."""
+    """inverted_hinge_kernel<BFloat16Word, 1> of a mangled name: kernels are templates of word and bool."""
     name = re.search(r"\d+([a-z][a-z_]*_kernel)I", symbol).group(1)
     word = re.search(r"\d+((?:BFloat16|Float16|Float32)Word)", symbol).group(1)
     flags = re.findall(r"Lb([01])E", symbol)
@@ -60,13 +61,11 @@ def compile_source(source, arch, folder):
     # A function's text ends where the next begins. What ptxas says of a kernel follows its name.
     code = dict(re.findall(r"\.entry (\w+)(.*?)(?=\.entry|\Z)", ptx.read_text(), re.S))
     found = {}
-    for symbol, report in re.findall(
-        r"entry function '(\w+)'(.*?)(?=entry function|\Z)", result.stderr, re.S
-    ):
+    for symbol, log in re.findall(r"entry function '(\w+)'(.*?)(?=entry function|\Z)", result.stderr, re.S):
         found[kernel_name(symbol)] = {
-            "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
-            "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-            "stack_bytes": int(re.search(r"(\d+) bytes stack frame", report).group(1)),
+            "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
+            "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+            "stack_bytes": int(re.search(r"(\d+) bytes stack frame", log).group(1)),
             "load_bytes": widest(code[symbol], "ld"),
             "store_bytes": widest(code[symbol], "st"),
             "async_copy_bytes": 16 if "cp.async.cg.shared.global" in code[symbol] else 0,
@@ -89,7 +88,7 @@ def table(archs=ARCHS):
 
 
 def problems(ours, committed):
-    """What is wrong with a table, in words: spills always, and any difference at the recorded nvcc."""
+    """Lines that say what is wrong with a table: spills, narrow accesses, and what is not as committed."""
     found = []
     for name, archs in ours["kernels"].items():
         for arch, facts in archs.items():
@@ -97,39 +96,22 @@ def problems(ours, committed):
                 found.append(f"{name} spills {facts['spill_bytes']} bytes on {arch}")
             if max(facts["load_bytes"], facts["async_copy_bytes"]) < 16:
                 found.append(f"{name} loads at most {facts['load_bytes']} bytes at once on {arch}")
-            if name.startswith(
-                ("inverted_hinge", "triplet_columns", "triplet_backward")
-            ):  # these write as much as they read
-                if facts["store_bytes"] < 16:
-                    found.append(f"{name} stores at most {facts['store_bytes']} bytes at once on {arch}")
-            if ours["nvcc"] != committed["nvcc"]:
-                continue
-            recorded = committed["kernels"].get(name, {}).get(arch)
-            if facts != recorded:
-                found.append(f"{name} on {arch}: {facts}, recorded {recorded}")
-    if missing := committed["kernels"].keys() - ours["kernels"].keys():
-        found.append(f"recorded, but not there: {sorted(missing)}")
-    return found
+            if name.startswith(AS_MANY_WRITES) and facts["store_bytes"] < 16:
+                found.append(f"{name} stores at most {facts['store_bytes']} bytes at once on {arch}")
+    return found + differences(ours, committed, "nvcc")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
-    options = parser.parse_args()
+    options = argument_parser(__doc__, TABLE).parse_args()
     if not shutil.which("nvcc"):
         raise SystemExit("there is no nvcc on PATH")
     ours = table()
-    if options.write:
-        TABLE.write_text(json.dumps(ours, indent=1) + "\n")
     for name, archs in ours["kernels"].items():
         facts = ", ".join(
             f"{arch} {x['registers']} registers, {x['spill_bytes']} spilled" for arch, x in archs.items()
         )
         print(f"{name:46} {facts}")
-    if found := problems(ours, json.loads(TABLE.read_text())):
-        raise SystemExit("\n".join(found))
+    report(ours, TABLE, problems, options.write)
 
 
 if __name__ == "__main__":

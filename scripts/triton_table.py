@@ -7,10 +7,8 @@ The launchers of ``loku_kernels.triton`` are called on tensors without memory (d
 is compiled ahead of time, with the arguments, specialisations and options that it would have on a GPU.
 """
 
-import argparse
 import contextlib
 import io
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -18,6 +16,7 @@ from unittest import mock
 
 import torch
 import triton
+from resource_table import argument_parser, differences, report
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -232,7 +231,7 @@ def table(targets):
 
 
 def problems(ours, committed):
-    """Lines that say what is wrong: against the committed table at its Triton version, and in itself."""
+    """Lines that say what is wrong with a table: spills, narrow loads, and what is not as committed."""
     found = []
     for name, row in ours["kernels"].items():
         for architecture, cell in row.items():
@@ -241,27 +240,14 @@ def problems(ours, committed):
                 found.append(f"spills: {place}")
             if cell["widest_load"] < 16 and not name.startswith("triplet_combine"):
                 found.append(f"narrow loads: {place}")
-            expected = committed["kernels"].get(name, {}).get(architecture)
-            if ours["triton"] == committed["triton"] and cell != expected:
-                found.append(f"not as committed, {expected}: {place}")
-    if ours["triton"] == committed["triton"] and set(ours["kernels"]) != set(committed["kernels"]):
-        found.append(f"other kernels: {set(ours['kernels']) ^ set(committed['kernels'])}")
-    return found
+    return found + differences(ours, committed, "triton")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser = argument_parser(__doc__, TABLE)
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one (repeatable)")
     options = parser.parse_args()
-    ours = table(options.target or TARGETS)
-    if options.write:
-        TABLE.write_text(json.dumps(ours, indent=1) + "\n")
-    wrong = problems(ours, json.loads(TABLE.read_text()))
-    print("\n".join(wrong) or f"as in {TABLE.name}")
-    raise SystemExit(1 if wrong else 0)
+    report(table(options.target or TARGETS), TABLE, problems, options.write)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from loku.evaluation import (
     answer_losses,
     evaluate_tofu_rows,
     extraction_likelihood,
+    extraction_strength,
     forget_quality,
     format_table,
     generate_greedy,
     memorization_accuracy,
     model_utility,
     perplexity,
+    plot_measures,
     plot_probabilities,
     rouge_recalls,
     section_metrics,
@@ -131,6 +133,25 @@ def test_memorization_accuracy_and_perplexity(model, rows):
     assert perplexity(model, rows, 4, progress=False) == pytest.approx(expected, rel=1e-6)
 
 
+def test_extraction_strength_is_that_of_greedy_decoding(model, rows):
+    @torch.no_grad()
+    def shortest_prefix(ids, start):
+        for known in range(start, len(ids) + 1):
+            new = ids[:known]
+            while len(new) < len(ids):
+                new = new + [model(torch.tensor([new])).logits[0, -1].argmax().item()]
+            if new == ids:
+                return known - start
+
+    rows = rows[1:]  # the first has a hole, which greedy decoding knows nothing of
+    expected = []
+    for row in rows:
+        start = next(i for i in range(1, len(row["labels"])) if row["labels"][i] != -100)
+        expected.append(1 - shortest_prefix(row["input_ids"], start) / (len(row["input_ids"]) - start))
+    assert extraction_strength(token_scores(model, rows, 4, progress=False)) == expected
+    assert len(set(expected)) > 2
+
+
 def test_memorization_ties_go_to_the_lowest_id():
     class Flat(torch.nn.Module):
         config = None
@@ -163,6 +184,8 @@ def test_extraction_likelihood_is_the_brute_force_one(model, rows, n, stride):
     expected = [naive_extraction(model, row, n, stride) for row in rows]
     result = extraction_likelihood(model, rows, n, stride, batch_size=4, progress=False)
     assert result.per_row == expected
+    scores = token_scores(model, rows, progress=False)
+    assert extraction_likelihood(model, rows, n, stride, progress=False, scores=scores) == result
     known = [value for value in expected if value is not None]
     assert result.mean == pytest.approx(sum(known) / len(known))
     assert (result.n, result.stride) == (n, stride)
@@ -379,3 +402,9 @@ def test_plot(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="forget_probability"):
         plot_probabilities(tmp_path / "none.png", [{"step": 1, "loss": 2.0}])
+    plot_measures(
+        tmp_path / "bars.png", {"forget": {"rouge": 0.5, "rows": 3}, "retain": {"probability": 1.0}}
+    )
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no measure to plot"):
+        plot_measures(tmp_path / "none.png", {"forget": {"perplexity": 3.0}})

@@ -175,6 +175,31 @@ def test_bfloat16_base_is_off_by_one_rounding_of_its_weights(kind, autocast_adap
     assert_close(logits(model.float()), logits(make_base(kind, torch.bfloat16).float()), 2**-5)
 
 
+def test_all_ones_are_pissa():
+    base, theirs = make_base("llama"), make_base("llama")
+    for model in (
+        base,
+        theirs,
+    ):  # a spectrum that decays: on a flat one the leading directions are not unique
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                U, S, Vh = torch.linalg.svd(parameter.data, full_matrices=False)
+                parameter.data.copy_(U * (0.6 ** torch.arange(len(S))) @ Vh)
+    options = {"r": 4, "lora_alpha": 12, "target_modules": default_target_modules(base)}
+    model = get_peft_model(base, LoraConfig(**options))
+    scales = {name: torch.ones(layer.out_features) for name, layer in fila_targets(model).items()}
+    initialize_from_row_scales(model, scales)
+    pissa = get_peft_model(theirs, LoraConfig(**options, init_lora_weights="pissa"))
+    for (name, ours), their in zip(lora_layers(model).items(), lora_layers(pissa).values(), strict=True):
+        A, B, _ = factors(ours)
+        their_A, their_B, _ = factors(their)
+        assert (B @ A - their_B @ their_A).norm() <= 1e-3 * (their_B @ their_A).norm(), name
+        signs = (A * their_A).sum(1).sign()  # of singular vectors
+        assert (A - signs[:, None] * their_A).norm() <= 1e-2 * their_A.norm(), name
+        residual, their_residual = (x.get_base_layer().weight.double() for x in (ours, their))
+        assert (residual - their_residual).norm() <= 3e-3 * (their_B @ their_A).norm(), name
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_factors_are_the_papers(kind):
     base = make_base(kind)
@@ -684,6 +709,19 @@ def test_default_target_modules():
         )
     )
     assert default_target_modules(opt) == ["fc1", "fc2", "q_proj", "v_proj"]
+
+
+def test_target_sweeps():
+    neo, llama, phi = (make_base(kind) for kind in ("gpt_neo", "llama", "phi"))
+    for model, keys_and_outputs, mlp in [
+        (neo, ["k_proj", "out_proj"], ["c_fc", "c_proj"]),
+        (llama, ["k_proj", "o_proj"], ["down_proj", "gate_proj", "up_proj"]),
+        (phi, ["dense", "k_proj"], ["fc1", "fc2"]),
+    ]:
+        assert default_target_modules(model, "qv") == ["q_proj", "v_proj"]
+        assert default_target_modules(model, "qkvo") == sorted(["q_proj", "v_proj", *keys_and_outputs])
+        assert default_target_modules(model, "ffn") == mlp
+        assert default_target_modules(model, "qv+ffn") == default_target_modules(model)
 
 
 def test_default_target_modules_takes_longer_suffixes_where_names_collide():

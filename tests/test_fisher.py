@@ -14,7 +14,8 @@ from loku_kernels import accumulate_squared_grad_, fisher, native
 def operands(n, tokens, d, k, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(n, tokens, k, generator=generator)
-    grad_outputs = torch.randn(n, tokens, d, generator=generator) * 10.0 ** -torch.randint(0, 6, (n, 1, 1))
+    grad_outputs = torch.randn(n, tokens, d, generator=generator)
+    grad_outputs *= 10.0 ** -torch.randint(0, 6, (n, 1, 1), generator=generator)
     return inputs.to(dtype), grad_outputs.to(dtype)
 
 

@@ -238,22 +238,14 @@ def test_terms_in_another_dtype(backend, softcap):
 def test_on_the_cpu_products_are_in_their_operands_dtype(dtype):
     hidden, weight, bias, _ = planted_operands(6, 4, 9, dtype)
     assert ops.product_dtype(weight) == dtype
-    logits = ops._LogitsBlocks(hidden, weight, bias, 0.0, 1.0)
+    logits = ops.LogitsBlocks(hidden, weight, bias, 0.0, 1.0)
     block = logits.compute(slice(0, 6), slice(0, 9))
     assert torch.equal(block, torch.nn.functional.linear(hidden, weight, bias))
     assert logits.terms_of(block) is block
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.5}])
-def test_logits_of_16_bit_operands_in_float32(backend, options, monkeypatch):
-    """The way of CUDA, with a product of which the CPU's library has no equal."""
-
-    def product(a, b, dtype, out=None):
-        return torch.mm(a.to(dtype), b.to(dtype), out=out)
-
-    monkeypatch.setattr(ops, "_multiplies_into_float32", lambda device: True)
-    monkeypatch.setattr(ops, "_product", product)
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 20_000)
+def test_logits_of_16_bit_operands_in_float32(backend, wide_products, options):
     hidden, weight, bias, labels = planted_operands(24, 16, 1301, torch.bfloat16)
     check([hidden, weight, bias], labels, **options)
     ours, ours_id = linear_softmax_triplet(hidden, weight, labels, bias, **options)
@@ -261,7 +253,7 @@ def test_logits_of_16_bit_operands_in_float32(backend, options, monkeypatch):
     assert torch.equal(ours_id, exact_id)
     torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
     total = torch.zeros(24, 1301)
-    ops._add_product(total, hidden, weight.t())  # not rounded on the way
+    ops.add_product(total, hidden, weight.t())  # not rounded on the way
     assert torch.equal(total, hidden.float() @ weight.float().t())
 
 

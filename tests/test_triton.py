@@ -603,6 +603,8 @@ def test_the_choice_on_cuda(monkeypatch):
     }
     monkeypatch.setattr(dispatch, "MEASURED_ON_CUDA", table)
     assert dispatch.backend("triplet_forward", tensor) is native
+    with mock.patch.object(native, "serves", lambda tensor: False):  # a core without CUDA, an old driver
+        assert dispatch.backend("triplet_forward", tensor) is triton
     assert dispatch.backend("inverted_hinge_", tensor) is triton
     tensor.shape = (4, 128256)
     assert dispatch.backend("triplet_forward", tensor) is triton

@@ -1,16 +1,20 @@
 """loku.unlearn from data to a saved adapter."""
 
+import math
+
 import pytest
 import torch
 from helpers import PeakMemory, needs_proc
 from models import KINDS, tiny_config, tiny_model
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import loku
 from loku.data import collate, tokenize_dataset
 from loku.demo import EMBEDDED, load_model, load_rows
 from loku.evaluation import token_scores
+from loku.objectives import OBJECTIVES
+from loku.targets import default_target_modules, fila_targets
 from loku.trainer import PairedDataset, collate_pairs
 
 FORGET = [{"question": f"Where does person {i} live?", "answer": f"In house {i * 7}."} for i in range(6)]
@@ -67,6 +71,70 @@ def test_unlearn_save_and_load(kind, init, tokenizer, tmp_path):
     for candidate in (loaded, loaded.merge_and_unload()):
         ours = logits_of(candidate, tokenizer)
         assert (ours - unlearned).norm() / unlearned.norm() < 1e-4
+
+
+@pytest.mark.parametrize("tuning", ["fila", "default", "pissa", "full"])
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_every_method_runs(method, tuning, tokenizer, tmp_path):
+    model = tiny_model("llama", len(tokenizer))
+    original = logits_of(model, tokenizer)
+    how = {"tuning": "full"} if tuning == "full" else {"init": tuning}
+    options = config(
+        tmp_path, method=method, max_steps=3, learning_rate=1e-3, refusals=["No.", "No idea!"], **how
+    )
+    result = loku.unlearn(model, FORGET, RETAIN, config=options, tokenizer=tokenizer)
+    kinds = OBJECTIVES[method].kinds
+    entries = [entry for entry in result.history if "forget_loss" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    for entry in entries:
+        assert {name for name in entry if name.endswith("_probability")} == {
+            f"{kind}_probability" for kind in kinds
+        }
+        assert ("retain_loss" in entry) == ("retain" in kinds)
+        assert all(math.isfinite(value) for value in entry.values())
+    unlearned = logits_of(result.model.eval(), tokenizer)
+    assert (unlearned - original).norm() / original.norm() > 1e-4
+
+    result.save(tmp_path / "saved")
+    if tuning == "full":
+        assert result.model is model
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    else:
+        loaded = PeftModel.from_pretrained(tiny_model("llama", len(tokenizer)), tmp_path / "saved")
+        with loku.reference_model(result.model):
+            torch.testing.assert_close(logits_of(result.model, tokenizer), original, rtol=1e-3, atol=1e-3)
+    assert (logits_of(loaded, tokenizer) - unlearned).norm() / unlearned.norm() < 1e-4
+
+
+def test_pissa_ignores_the_fisher(tokenizer, tmp_path):
+    model = tiny_model("llama", len(tokenizer))
+    options = config(tmp_path, init="pissa", max_steps=1)
+    result = loku.unlearn(model, FORGET, RETAIN, config=options, tokenizer=tokenizer)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=default_target_modules(tiny_model("llama")))
+    expected = get_peft_model(tiny_model("llama", len(tokenizer)), lora)
+    ones = {name: torch.ones(layer.out_features) for name, layer in fila_targets(expected).items()}
+    loku.initialize_lora_fila_weights(expected, fila_state_dict=ones)
+    ours, theirs = (
+        {name: value for name, value in x.state_dict().items() if ".reference." in name}
+        for x in (result.model, expected)
+    )
+    assert len(ours) == 20 and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("sweep", ["qv", "qkvo", "ffn", "qv+ffn"])
+def test_target_sweeps(sweep, tokenizer, tmp_path):
+    model = tiny_model("gpt_neo", len(tokenizer))
+    options = config(tmp_path, target_modules=sweep, init="default", max_steps=1)
+    result = loku.unlearn(model, FORGET, RETAIN, config=options, tokenizer=tokenizer)
+    adapted = {name.split(".")[-4] for name, p in result.model.named_parameters() if "lora_A" in name}
+    expected = {
+        "qv": {"q_proj", "v_proj"},
+        "qkvo": {"q_proj", "k_proj", "v_proj", "out_proj"},
+        "ffn": {"c_fc", "c_proj"},
+        "qv+ffn": {"q_proj", "v_proj", "c_fc", "c_proj"},
+    }
+    assert adapted == expected[sweep]
 
 
 def test_training_lowers_the_forget_loss(tokenizer, tmp_path):
@@ -257,8 +325,15 @@ def test_errors(tokenizer, tmp_path):
         run(model)
     with pytest.raises(ValueError, match="o_proj_not_there"):
         run(target_modules=["o_proj_not_there"])
-    with pytest.raises(ValueError, match='"fila" or "default"'):
-        run(init="pissa")
+    with pytest.raises(ValueError, match='"fila", "default" or "pissa"'):
+        run(init="eva")
+    for method in ("dpo", "idk"):
+        with pytest.raises(
+            ValueError, match=r'row 1 of the forget set.*\("dpo", "idk"\) need question/answer'
+        ):
+            run(method=method, forget=[FORGET[0], "plain text"])
+    with pytest.raises(ValueError, match="there are no refusals"):
+        run(method="idk", refusals=[])
     with pytest.raises(ValueError, match="merge_and_unload"):
         model = run().model
         run(model)

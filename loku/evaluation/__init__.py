@@ -1,15 +1,27 @@
-"""What a model still knows: extraction (Eqs. 4 to 6), TOFU's measures, reports and plots."""
+"""What a model still knows: extraction (Eqs. 4 to 6), TOFU's measures, membership, reports and plots."""
 
+from loku.evaluation.dialogue import dialogue_f1
 from loku.evaluation.extraction import (
     ExtractionLikelihood,
     extraction_likelihood,
     generate_greedy,
+    generated_texts,
     greedy_answers,
+)
+from loku.evaluation.reasoning import REASONING_TASKS, reasoning_accuracies
+from loku.evaluation.report import format_table, plot_measures, plot_probabilities, write_report
+from loku.evaluation.scores import (
+    TokenScores,
+    extraction_strength,
+    mean_answer_probability,
+    membership_auc,
     memorization_accuracy,
+    min_k,
     perplexity,
+    token_measures,
     token_scores,
 )
-from loku.evaluation.report import format_table, plot_probabilities, write_report
+from loku.evaluation.suite import Evaluation, evaluate
 from loku.evaluation.tofu import (
     answer_losses,
     evaluate_tofu_rows,
@@ -21,20 +33,33 @@ from loku.evaluation.tofu import (
 )
 
 __all__ = [
+    "REASONING_TASKS",
+    "Evaluation",
     "ExtractionLikelihood",
+    "TokenScores",
     "answer_losses",
+    "dialogue_f1",
+    "evaluate",
     "evaluate_tofu_rows",
     "extraction_likelihood",
+    "extraction_strength",
     "forget_quality",
     "format_table",
     "generate_greedy",
+    "generated_texts",
     "greedy_answers",
+    "mean_answer_probability",
+    "membership_auc",
     "memorization_accuracy",
+    "min_k",
     "model_utility",
     "perplexity",
+    "plot_measures",
     "plot_probabilities",
+    "reasoning_accuracies",
     "rouge_recalls",
     "section_metrics",
+    "token_measures",
     "token_scores",
     "utility_table",
     "write_report",

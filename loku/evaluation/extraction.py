@@ -1,29 +1,16 @@
-"""How much of a text can be drawn out of a model: Extraction Likelihood and Memorisation Accuracy.
+"""How much of a text can be drawn out of a model: greedy generation and Extraction Likelihood.
 
-Cha et al. (ICLR 2025), Eqs. 4 to 6, after Jang et al. (ACL 2023). Rows are what
-``loku.data.tokenize_dataset`` returns: ``{"input_ids", "labels"}``, labels aligned with the tokens. The
-*answer* of a row is the span from its first to its last labelled token; what comes before is context.
-A row's first token cannot be predicted, so in a text without a prompt it is the context.
+Cha et al. (ICLR 2025), Eqs. 4 and 5, after Jang et al. (ACL 2023). For rows, answers and Eq. 6 see
+``loku.evaluation.scores``.
 """
 
 import math
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
-from loku.data import IGNORE_INDEX, collate
-from loku_kernels import softmax_triplet
-
-
-class TokenScores(NamedTuple):
-    """One row's labelled tokens, in order, all of shape (tokens,)."""
-
-    losses: torch.Tensor  # float64, -log p of the true token, in nats
-    memorized: torch.Tensor  # bool, the true token is the most likely one
-    predicted: torch.Tensor  # int64, the most likely token
-    positions: torch.Tensor  # int64, where in the row the true token stands
+from loku.evaluation.scores import _batches, _device, _evaluating, token_scores
 
 
 class ExtractionLikelihood(NamedTuple):
@@ -33,35 +20,6 @@ class ExtractionLikelihood(NamedTuple):
     per_row: list
     n: int
     stride: int
-
-
-def token_scores(model, rows, batch_size=16, progress=True, description="scoring"):
-    """Teacher-forced scores of every labelled token: a list of ``TokenScores``, one a row, on the CPU.
-
-    Batches are sorted by length; one batch of logits exists at a time.
-    """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    scores = [None] * len(rows)
-    device = _device(model)
-    with _evaluating(model):
-        for chosen in tqdm(_batches(order, batch_size), desc=description, disable=not progress, leave=False):
-            batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen], pad_token_id=0).items()}
-            # Logits at position i predict token i + 1: shift the labels, which leaves the logits in place.
-            labels = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
-            logits = model(**batch, use_cache=False).logits
-            triplet, runner_up = softmax_triplet(logits, labels)
-            del logits
-            losses = -triplet.log_softmax(-1)[..., 0]
-            # Ties go to the lowest index, as in argmax.
-            memorized = (triplet[..., 0] > triplet[..., 1]) | (
-                (triplet[..., 0] == triplet[..., 1]) & (labels < runner_up)
-            )
-            predicted = torch.where(memorized, labels, runner_up)
-            losses, memorized, predicted, labels = (x.cpu() for x in (losses, memorized, predicted, labels))
-            for row, index in enumerate(chosen):
-                (at,) = (labels[row] != IGNORE_INDEX).nonzero(as_tuple=True)
-                scores[index] = TokenScores(losses[row, at], memorized[row, at], predicted[row, at], at + 1)
-    return scores
 
 
 def generate_greedy(
@@ -158,7 +116,23 @@ def greedy_answers(
     return [begun + rest for begun, rest in zip(known, rests, strict=True)]
 
 
-def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=True):
+def generated_texts(
+    model,
+    tokenizer,
+    rows,
+    scores,
+    max_new_tokens,
+    batch_size=16,
+    progress=True,
+    description="generating",
+):
+    """``greedy_answers`` as text; they end at the model's or the tokenizer's EOS, which is left out."""
+    eos = {*_eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+
+
+def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=True, scores=None):
     """Extraction Likelihood, Eqs. 4 and 5, averaged over rows. Returns ``ExtractionLikelihood``.
 
         EL_n(x) = sum over t of OVERLAP_n(f(x_<t), x_>=t) / (T - n)
@@ -170,11 +144,13 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
 
     A greedy continuation follows the truth as far as the model's most likely tokens do, so one
     teacher-forced pass tells where each leaves it, and prefixes that leave at the same place share the
-    rest. A text that is fully memorised needs no generation at all.
+    rest. A text that is fully memorised needs no generation at all. ``scores``: the rows' ``token_scores``,
+    if they are known already.
     """
     if n < 1 or stride < 1:
         raise ValueError(f"n and stride must be at least 1, got n={n} and stride={stride}")
-    scores = token_scores(model, rows, batch_size, progress, f"EL{n} (tokens)")
+    if scores is None:
+        scores = token_scores(model, rows, batch_size, progress, f"EL{n} (tokens)")
     eos = _eos_ids(model)
     prompts, lengths, row_prefixes = [], [], []
     for row, score in zip(rows, scores, strict=True):
@@ -206,22 +182,13 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
             rest = [] if branch is None else prompts[branch][1] + branches[branch]
             overlaps.append(_overlap(_until_eos(ids[t:leave] + rest, eos), ids[t:end], n))
         per_row.append(sum(overlaps) / len(overlaps) if overlaps else None)
-    scored = [value for value in per_row if value is not None]
-    return ExtractionLikelihood(sum(scored) / len(scored) if scored else math.nan, per_row, n, stride)
+    return ExtractionLikelihood(mean_over_rows(per_row), per_row, n, stride)
 
 
-def memorization_accuracy(model, rows, batch_size=16, progress=True):
-    """Memorisation Accuracy, Eq. 6: the share of answer tokens that are the most likely one given the
-    true tokens before them, averaged over a row's tokens and then over rows. Ties go to the lowest id."""
-    scores = token_scores(model, rows, batch_size, progress, "memorisation")
-    accuracies = [score.memorized.double().mean().item() for score in scores if len(score.memorized)]
-    return sum(accuracies) / len(accuracies) if accuracies else math.nan
-
-
-def perplexity(model, rows, batch_size=16, progress=True):
-    """exp(total negative log-likelihood / number of label tokens) over all rows."""
-    losses = torch.cat([s.losses for s in token_scores(model, rows, batch_size, progress, "perplexity")])
-    return losses.mean().exp().item()
+def mean_over_rows(per_row):
+    """Mean of the values that are not None; NaN if there are none."""
+    known = [value for value in per_row if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _overlap(generated, truth, n):
@@ -244,24 +211,3 @@ def _eos_ids(model):
     sources = (getattr(model, "generation_config", None), model.config)
     eos = next((e for s in sources if (e := getattr(s, "eos_token_id", None)) is not None), [])
     return [eos] if isinstance(eos, int) else sorted(eos)
-
-
-def _device(model):
-    return next(model.parameters()).device
-
-
-def _batches(order, size):
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-@contextmanager
-def _evaluating(model):
-    """Evaluation mode without gradients. (Not inference mode: caches such as rotary tables, if they grow
-    here, must stay usable in training.)"""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

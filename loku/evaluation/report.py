@@ -4,6 +4,16 @@ import json
 import math
 from pathlib import Path
 
+BOUNDED = (
+    "probability",
+    "rouge",
+    "truth_ratio",
+    "dialogue_f1",
+    "memorization_accuracy",
+    "extraction_likelihood",
+    "extraction_strength",
+)
+
 
 def write_report(path, report):
     """Write a dict as JSON that every parser accepts: NaN and infinities become null; tensors and NumPy
@@ -37,11 +47,7 @@ def plot_probabilities(path, history):
     ``history``: dicts with ``step`` and ``forget_probability`` and/or ``retain_probability`` (in [0, 1]);
     entries with neither, such as loss logs, are passed over. Raises ``ValueError`` if nothing is left.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.8), layout="constrained")  # no pyplot: it would pick a backend for everyone
-    axes = figure.add_subplot()
+    figure, axes = _figure(6, 3.8)
     for name, color, marker in [("forget", "tab:red", "o"), ("retain", "tab:blue", "s")]:
         key = f"{name}_probability"
         points = {entry["step"]: entry[key] for entry in history if entry.get(key) is not None}
@@ -53,6 +59,42 @@ def plot_probabilities(path, history):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
+    _write_png(figure, path)
+
+
+def plot_measures(path, sets):
+    """Draw the measures that lie in [0, 1] as bars, one for each data set, as a PNG.
+
+    ``sets``: ``{set: {measure: number}}``, as ``evaluate`` returns; NaN and other measures are passed over.
+    Raises ``ValueError`` if nothing is left.
+    """
+    names = dict.fromkeys(name for measures in sets.values() for name in measures)
+    names = [name for name in names if name.startswith(BOUNDED)]
+    if not names:
+        raise ValueError(f"there is no measure to plot; those that can be are {list(BOUNDED)}")
+    figure, axes = _figure(2 + 1.5 * len(names), 4)
+    width = 0.8 / len(sets)
+    for index, (title, measures) in enumerate(sets.items()):
+        at = [i + (index - (len(sets) - 1) / 2) * width for i in range(len(names))]
+        axes.bar(at, [measures.get(name, math.nan) for name in names], width, label=title)
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
+    axes.set(ylim=(0, 1.02))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend()
+    _write_png(figure, path)
+
+
+def _figure(width, height):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: it picks a backend
+    return figure, figure.add_subplot()
+
+
+def _write_png(figure, path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)

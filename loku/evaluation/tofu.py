@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from loku.data import question_answer_texts, tokenize_dataset
-from loku.evaluation.extraction import _eos_ids, greedy_answers, token_scores
+from loku.evaluation.extraction import generated_texts
+from loku.evaluation.scores import token_scores
 
 SECTIONS = {
     "retain": "eval_log.json",
@@ -17,8 +18,9 @@ SECTIONS = {
     "world_facts": "eval_real_world_wo_options.json",
     "forget": "eval_log_forget.json",
 }
-UTILITY_SETS = ("retain", "real_authors", "world_facts")
-ROUGE_SLACK = 16  # tokens that a generated answer may have beyond the longest true one
+CHOICE_SETS = ("real_authors", "world_facts")  # whose answers are judged against wrong ones
+UTILITY_SETS = ("retain", *CHOICE_SETS)
+ANSWER_SLACK = 16  # tokens that a generated answer may have beyond the longest true one
 
 
 def answer_losses(
@@ -45,14 +47,23 @@ def rouge_recalls(generated, references):
     return [s["rouge1"].recall for s in scores], [s["rougeL"].recall for s in scores]
 
 
-def evaluate_tofu_rows(model, tokenizer, rows, batch_size=16, progress=True, description="TOFU"):
+def evaluate_tofu_rows(
+    model,
+    tokenizer,
+    rows,
+    batch_size=16,
+    progress=True,
+    description="TOFU",
+    scores=None,
+    max_new_tokens=None,
+):
     """One section of a TOFU log for rows with ``question`` and ``answer``.
 
-    Answers are generated greedily and may be a few tokens longer than the longest true one. Rows with
-    ``perturbed_answer`` (a list of wrong answers) also get their losses, and those of
+    Answers are generated greedily, up to ``max_new_tokens``: by default a few more than the longest true one
+    has. Rows with ``perturbed_answer`` (a list of wrong answers) also get their losses, and those of
     ``paraphrased_answer``, or of the answer itself where there is none (as for real authors and world
     facts), and the truth ratio exp(paraphrased loss - mean perturbed loss) of mean token losses. Without
-    such rows these keys are absent.
+    such rows these keys are absent. ``scores``: the ``token_scores`` of the true answers, if they are known.
     """
     if len(rows) == 0:
         raise ValueError("there are no TOFU rows to evaluate")
@@ -71,23 +82,25 @@ def evaluate_tofu_rows(model, tokenizer, rows, batch_size=16, progress=True, des
         prompt, completion = question_answer_texts(rows[i]["question"], answer)
         pairs.append({"prompt": prompt, "completion": completion})
     tokens = tokenize_dataset(pairs, tokenizer, name="evaluation")
-    scores = token_scores(model, tokens, batch_size, progress, f"{description}: scoring")
+    known = scores or []
+    to_score = tokens[len(known) :]
+    scores = [*known, *token_scores(model, to_score, batch_size, progress, f"{description}: scoring")]
     scored = {"gt": {}, "paraphrased": {}, "perturb": {}}
     for (i, kind, _), score in zip(jobs, scores, strict=True):
         scored[kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
 
-    eos = {*_eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-    answers = greedy_answers(
+    if max_new_tokens is None:
+        max_new_tokens = max(len(score.losses) for score in scores[: len(rows)]) + ANSWER_SLACK
+    generated = generated_texts(
         model,
+        tokenizer,
         tokens[: len(rows)],
         scores[: len(rows)],
-        max(len(score.losses) for score in scores[: len(rows)]) + ROUGE_SLACK,
+        max_new_tokens,
         batch_size,
-        eos,
         progress,
         f"{description}: generating",
     )
-    generated = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     rouge1, rougeL = rouge_recalls(generated, [row["answer"] for row in rows])
 
     def by_row(values):
@@ -149,6 +162,11 @@ def forget_quality(unlearned_log, retain_log):
     return float(ks_2samp(*ratios).pvalue)
 
 
+def check_forget_section(log, name):
+    """Raise ``ValueError`` if a parsed TOFU log, called ``name``, has nothing that forget quality needs."""
+    _log_truth_ratio(_section(log, "forget"), f"the forget section of {name}")
+
+
 def section_metrics(section, choice=False, forget=False):
     """The three numbers of one section: ``{"probability", "rouge", "truth_ratio"}``, each a mean over rows.
 
@@ -184,7 +202,7 @@ def utility_table(log):
     """``{set: {"probability", "rouge", "truth_ratio"}}`` for those of the sets retain, real_authors,
     world_facts and forget that a parsed TOFU log has."""
     return {
-        name: section_metrics(log[key], name in ("real_authors", "world_facts"), name == "forget")
+        name: section_metrics(log[key], name in CHOICE_SETS, name == "forget")
         for name, key in SECTIONS.items()
         if key in log
     }

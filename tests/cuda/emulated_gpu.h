@@ -307,7 +307,8 @@ struct DeviceLimits {
   int shared_per_block, shared_per_multiprocessor;
   bool clusters;
 };
-inline DeviceLimits device_limits(int) {
+template <typename... Parameters>
+DeviceLimits device_limits(const char*, void (*)(Parameters...), int) {
   return {machine.shared_per_block, machine.shared_per_multiprocessor, machine.clusters};
 }
 

@@ -1,0 +1,278 @@
+"""Unlearning memorised sequences: how soon they can no longer be extracted, and what it costs the rest.
+
+    python benchmarks/tdec.py [--grid benchmarks/tdec.yaml] [--method ihl gd ...] [--jobs N]
+
+The paper's experiment on the Training Data Extraction Challenge (LoKU, section 4.1): forget 32 sequences of
+200 tokens, WikiText as the retain set, and stop at the first epoch (of at most 20) after which Extraction
+Likelihood (EL10) and Memorisation Accuracy are both at or under those of sequences that the model never
+saw. ``--tasks 4`` unlearns four disjoint sets of 32, one after the other (Figure 6). Cells and grids: see
+``grid.py``. Finished cells are lines of ``--out``, by default results/tdec.jsonl; at the end
+``tdec_report.py`` draws and tabulates them.
+
+The model is a GPT-Neo of 3M parameters, which is trained at the first run, until it has memorised its texts
+(several minutes), and kept in ``--work-dir``: sequences of TOFU's answers, which are what is forgotten, and
+passages of WikiText (``benchmarks/data``). With ``--model PATH`` give ``--forget-text``, ``--holdout-text``
+and ``--retain-text``: JSON lines with ``text``, of which the model has memorised the first and never seen
+the second.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import grid
+import tdec_report
+import torch
+from harness import RESULTS
+
+from loku.demo import EMBEDDED, load_model
+from loku.sources import read_rows
+
+DATA = Path(__file__).parent / "data" / "wikitext.jsonl"
+SEQUENCES, TOKENS = 32, 200  # of a forget set
+TASKS = 4
+RETAIN_ROWS, UNSEEN_ROWS = 220, 64
+STRIDE = 20  # between the prefixes of which EL10 is measured
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. Every field but ``tasks`` is a setting of ``loku.UnlearnConfig``."""
+
+    method: str = "ihl"
+    init: str = "fila"
+    tuning: str = "lora"
+    lora_rank: int = 16
+    learning_rate: float = 1e-3
+    target_modules: str = "qv+ffn"
+    num_train_epochs: int = 20
+    seed: int = 0
+    tasks: int = 1
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all cells share: a model and rows of tokens, ``{"input_ids", "labels"}``."""
+
+    model: str
+    tasks: list  # rows of each forget set
+    holdout: list  # rows like those, which the model never saw
+    retain: list
+    unseen: list  # rows like the retain set, which the model never saw
+
+
+# --- model and sets -------------------------------------------------------------------------------
+
+
+def rows_of(sequences):
+    return [{"input_ids": list(ids), "labels": list(ids)} for ids in sequences]
+
+
+def cut(texts, tokenizer, count):
+    """``count`` sequences of ``TOKENS`` tokens, of texts joined by end-of-text tokens."""
+    stream = [token for text in texts for token in (*tokenizer(text).input_ids, tokenizer.eos_token_id)]
+    ends = range(0, len(stream) + 1, TOKENS)
+    sequences = [stream[start:end] for start, end in pairwise(ends)]
+    if len(sequences) < count:
+        raise SystemExit(f"the texts make {len(sequences)} sequences of {TOKENS} tokens, {count} are needed")
+    return rows_of(sequences[:count])
+
+
+def first_tokens(texts, tokenizer, count):
+    """The first ``TOKENS`` tokens of each of ``count`` texts."""
+    return rows_of(tokenizer(text).input_ids[:TOKENS] for text in texts[:count])
+
+
+def memorise(rows, output, tokenizer, epochs=60, learning_rate=2e-3, sizes=(4, 192)):
+    """Train a GPT-Neo from scratch on ``rows``, and save it and its tokenizer to ``output``."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM, Trainer, TrainingArguments
+
+    from loku.data import collate, padding_id
+
+    layers, width = sizes
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=2 * TOKENS,
+            hidden_size=width,
+            num_layers=layers,
+            attention_types=[[["global", "local"], layers // 2]],
+            num_heads=4,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            embed_dropout=0.0,
+            attention_dropout=0.0,
+            resid_dropout=0.0,
+        )
+    )
+    arguments = TrainingArguments(
+        output_dir=str(output / "trainer"),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        per_device_train_batch_size=16,
+        save_strategy="no",
+        logging_strategy="epoch",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    collator = partial(collate, pad_token_id=padding_id(tokenizer))
+    Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def trained_base(work_dir):
+    """The sets, and the model that has memorised them: trained here if ``work_dir`` has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    answers = [row["answer"] for row in read_rows(EMBEDDED / "tofu.jsonl")]
+    sequences = cut(answers, tokenizer, SEQUENCES * (TASKS + 1))
+    passages = first_tokens([row["text"] for row in read_rows(DATA)], tokenizer, RETAIN_ROWS + UNSEEN_ROWS)
+    tasks = [sequences[SEQUENCES * task : SEQUENCES * (task + 1)] for task in range(TASKS)]
+    retain = passages[:RETAIN_ROWS]
+    path = work_dir / "gpt-neo"
+    if not (path / "config.json").exists():
+        memorise([row for task in tasks for row in task] + retain, path, tokenizer)
+    return Base(str(path), tasks, sequences[SEQUENCES * TASKS :], retain, passages[RETAIN_ROWS:])
+
+
+def given_base(options):
+    from transformers import AutoTokenizer
+
+    names = ("forget_text", "holdout_text", "retain_text")
+    missing = [name for name in names if not getattr(options, name)]
+    if missing:
+        raise SystemExit(f"--model needs its texts too; missing: {', '.join(missing)}")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    forget, holdout, retain = ([row["text"] for row in read_rows(getattr(options, name))] for name in names)
+    forget = first_tokens(forget, tokenizer, len(forget))
+    retain = first_tokens(retain, tokenizer, len(retain))
+    tasks = [forget[start : start + SEQUENCES] for start in range(0, len(forget), SEQUENCES)]
+    held = first_tokens(holdout, tokenizer, SEQUENCES)
+    return Base(options.model, tasks, held, retain[:-UNSEEN_ROWS], retain[-UNSEEN_ROWS:])
+
+
+# --- one cell -------------------------------------------------------------------------------------
+
+
+def measure(model, base, count):
+    """EL10 and MA of the first ``count`` forget sets, perplexity of the retain and the unseen rows."""
+    from loku.evaluation import extraction_likelihood, memorization_accuracy, perplexity
+
+    options = {"batch_size": 32, "progress": False}
+    tasks = base.tasks[:count]
+    return {
+        "extraction_likelihood": [
+            extraction_likelihood(model, rows, stride=STRIDE, **options).mean for rows in tasks
+        ],
+        "memorization_accuracy": [memorization_accuracy(model, rows, **options) for rows in tasks],
+        "retain_perplexity": perplexity(model, base.retain, **options),
+        "retain_accuracy": memorization_accuracy(model, base.retain, **options),
+        "unseen_perplexity": perplexity(model, base.unseen, **options),
+    }
+
+
+def training_flops(parameters, cell, forget_tokens, retain_tokens, epochs):
+    """An estimate, after Kaplan et al. (2020): 2 a parameter and token forward, 2 for the gradient of the
+    activations, 2 for that of the weights, which LoRA saves. An epoch sees each forget row with a retain row
+    as long; FILA's Fisher sees both sets once, weight gradients included."""
+    step = 4 if cell.tuning == "lora" else 6
+    flops = step * parameters * 2 * forget_tokens * epochs
+    if cell.tuning == "lora" and cell.init == "fila":
+        flops += 6 * parameters * (forget_tokens + retain_tokens)
+    return flops
+
+
+def run_cell(cell, base):
+    """``before`` and, for each forget set in turn, ``steps``: epochs, whether the rule was met, the
+    callback's ``history``, ``training_flops`` (an estimate), seconds, and ``measure`` of the model then."""
+    import transformers
+
+    from loku import UnlearnConfig, unlearn
+    from loku.callbacks import ExtractionStopping
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if cell.tasks > len(base.tasks):
+        raise ValueError(f"there are {len(base.tasks)} forget sets, not {cell.tasks}")
+    model, tokenizer = load_model(base.model)
+    before = measure(model, base, cell.tasks)
+    settings = {
+        name: getattr(cell, name)
+        for name in ("method", "tuning", "init", "lora_rank", "learning_rate", "target_modules", "seed")
+    }
+    done = []
+    for task in range(cell.tasks):
+        rule = ExtractionStopping(base.tasks[task], base.holdout, stride=STRIDE, batch_size=32)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as directory:
+            config = UnlearnConfig(
+                **settings,
+                lora_alpha=2 * cell.lora_rank,
+                num_train_epochs=cell.num_train_epochs,
+                lr_scheduler_type="constant",  # the number of epochs is not known beforehand
+                output_dir=directory,
+                per_device_train_batch_size=8,
+                logging_strategy="no",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            )
+            result = unlearn(
+                model, base.tasks[task], base.retain, config=config, tokenizer=tokenizer, callbacks=[rule]
+            )
+        seconds = time.perf_counter() - start
+        model = result.model.merge_and_unload() if cell.tuning == "lora" else result.model
+        epochs = round(rule.history[-1]["epoch"])
+        forget_tokens, retain_tokens = (
+            sum(len(row["input_ids"]) for row in rows) for rows in (base.tasks[task], base.retain)
+        )
+        done.append(
+            {
+                "epochs": epochs,
+                "forgotten": rule.should_stop(rule.history[-1]),
+                "history": rule.history,
+                "training_flops": training_flops(parameters, cell, forget_tokens, retain_tokens, epochs),
+                "seconds": seconds,
+                **measure(model, base, cell.tasks),
+            }
+        )
+    return {"before": before, "steps": done}
+
+
+def summary(line):
+    last = line["steps"][-1]
+    return f"{last['epochs']} epochs, EL10 {last['extraction_likelihood'][-1]:.3f}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    grid.add_arguments(parser, Cell, RESULTS / "tdec.jsonl")
+    parser.add_argument("--work-dir", type=Path, default=Path("build/tdec"), help="keeps the trained model")
+    parser.add_argument("--model", help="default: the one that is trained here")
+    for name in ("forget-text", "holdout-text", "retain-text"):
+        parser.add_argument(f"--{name}", metavar="FILE")
+    options = parser.parse_args(argv)
+
+    base = given_base(options) if options.model else trained_base(options.work_dir)
+    cells = grid.chosen_cells(options, Cell)
+    failed = grid.run(cells, run_cell, lambda cell: (base,), options.out, options.jobs, summary)
+    tdec_report.write_report(options.out)
+    if failed:
+        raise SystemExit(f"{failed} cells failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Tables and pictures of what ``benchmarks/tdec.py`` measured.
+
+    python benchmarks/tdec_report.py [results/tdec.jsonl]
+
+Writes beside the result file ``tdec.md`` (a row for each setting, at its best learning rate, over seeds)
+and three pictures: ``tdec_flops.png``, perplexity of the retain set against the estimated training FLOPs
+(the paper's Figure 2), ``tdec_epochs.png``, epochs until the stopping rule is met, by rank and by target
+modules (Figures 3 and 4), and ``tdec_continual.png``, Memorisation Accuracy of four forget sets that are
+unlearned one after the other (Figure 6).
+
+The best learning rate is the one at which most runs meet the rule and, of those, the retain set's
+perplexity is lowest.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import mean
+
+from grid import grouped, markdown_table, new_figure, usual, varied_fields
+from harness import RESULTS
+
+from loku.sources import read_rows
+
+MEASURED = {"before", "steps", "environment"}
+
+
+def forgotten(runs):
+    """The share of runs whose every forget set met the rule."""
+    return mean(all(step["forgotten"] for step in run["steps"]) for run in runs)
+
+
+def last(runs, name):
+    return mean(run["steps"][-1][name] for run in runs)
+
+
+def total(runs, name):
+    return mean(sum(step[name] for step in run["steps"]) for run in runs)
+
+
+def best_settings(runs):
+    """Runs of each setting at its best learning rate."""
+    return [
+        min(
+            grouped(group, MEASURED, "seed").values(),
+            key=lambda runs: (-forgotten(runs), last(runs, "retain_perplexity")),
+        )
+        for group in grouped(runs, MEASURED, "seed", "learning_rate").values()
+    ]
+
+
+def table(runs):
+    """Markdown: a row for each setting at its best learning rate, in the order of the file."""
+    groups = best_settings(runs)
+    varied = varied_fields(groups, MEASURED, "seed", "learning_rate")
+    header = [
+        *(name.replace("_", " ") for name in varied),
+        "learning rate",
+        "seeds",
+        "forgotten",
+        "epochs",
+        "EL10, %",
+        "MA, %",
+        "retain perplexity",
+        "retain accuracy, %",
+        "unseen perplexity",
+        "training PFLOPs",
+    ]
+    before = runs[0]["before"]
+    start = ["before", *[""] * (len(varied) + 3)]
+    start += [
+        f"{100 * before['extraction_likelihood'][0]:.1f}",
+        f"{100 * before['memorization_accuracy'][0]:.1f}",
+        f"{before['retain_perplexity']:.2f}",
+        f"{100 * before['retain_accuracy']:.1f}",
+        f"{before['unseen_perplexity']:.0f}",
+        "",
+    ]
+    rows = [
+        [
+            *(str(group[0][name]) for name in varied),
+            f"{group[0]['learning_rate']:g}",
+            str(len(group)),
+            f"{100 * forgotten(group):.0f}%",
+            f"{total(group, 'epochs'):.1f}",
+            f"{100 * mean(mean(run['steps'][-1]['extraction_likelihood']) for run in group):.1f}",
+            f"{100 * mean(mean(run['steps'][-1]['memorization_accuracy']) for run in group):.1f}",
+            f"{last(group, 'retain_perplexity'):.2f}",
+            f"{100 * last(group, 'retain_accuracy'):.1f}",
+            f"{last(group, 'unseen_perplexity'):.0f}",
+            f"{total(group, 'training_flops') / 1e15:.3f}",
+        ]
+        for group in groups
+    ]
+    return markdown_table(header, [start, *rows])
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def draw_flops(path, groups):
+    figure, (axes,) = new_figure(1, xlabel="training FLOPs (estimate)", ylabel="retain perplexity")
+    axes.set(xscale="log", yscale="log")
+    for group in groups:
+        name = f"{group[0]['method']}, {group[0]['init']}"
+        done = forgotten(group) == 1
+        axes.scatter(
+            total(group, "training_flops"),
+            last(group, "retain_perplexity"),
+            marker="o" if done else "x",
+            label=name if done else f"{name} (not forgotten)",
+        )
+    axes.axhline(groups[0][0]["before"]["retain_perplexity"], color="0.6", lw=0.8)
+    axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=130)
+
+
+def draw_epochs(path, runs):
+    """Epochs until the rule is met by rank and by target modules; runs that never meet it are left out."""
+    figure, panels = new_figure(2, ylabel="epochs until forgotten")
+    for axes, name in zip(panels, ("lora_rank", "target_modules"), strict=True):
+        values = sorted({run[name] for run in runs})
+        axes.set(xlabel=name.replace("_", " "), xticks=range(len(values)), xticklabels=values)
+        for key, group in grouped(runs, MEASURED, "seed", "learning_rate", name).items():
+            points = {
+                best[0][name]: total(best, "epochs") for best in best_settings(group) if forgotten(best) == 1
+            }
+            if len(points) > 1:
+                label = f"{dict(key)['method']}, {dict(key)['init']}"
+                axes.plot([values.index(value) for value in points], points.values(), marker="o", label=label)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def draw_continual(path, groups):
+    """A panel for each method: MA of each forget set after each of them was unlearned."""
+    figure, panels = new_figure(len(groups), xlabel="forget sets unlearned", ylabel="Memorisation Accuracy")
+    for axes, group in zip(panels, groups, strict=True):
+        axes.set_title(f"{group[0]['method']}, {group[0]['init']}")
+        for task in range(group[0]["tasks"]):
+            stages = [
+                mean(stage["memorization_accuracy"][task] for stage in stages)
+                for stages in zip(*([run["before"], *run["steps"]] for run in group), strict=True)
+            ]
+            axes.plot(stages, marker="o", ms=3, label=f"set {task + 1}")
+    panels[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def write_report(path):
+    """Write the table and the pictures of the result file ``path`` beside it, and print the table."""
+    path = Path(path)
+    runs = read_rows(path) if path.exists() else []
+    if not runs:
+        print(f"{path} has no runs: nothing to draw")
+        return
+    text = table(runs)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+    def picture(name):
+        return path.with_name(f"{path.stem}_{name}.png")
+
+    single, continual = ([run for run in runs if (run["tasks"] > 1) == many] for many in (False, True))
+    if single:
+        compared = usual(single, MEASURED, "seed", "learning_rate", "method", "init")
+        draw_flops(picture("flops"), best_settings(compared))
+        draw_epochs(picture("epochs"), single)
+    if continual:
+        draw_continual(picture("continual"), best_settings(continual))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "tdec.jsonl")
+    write_report(parser.parse_args(argv).results)
+
+
+if __name__ == "__main__":
+    main()

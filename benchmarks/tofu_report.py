@@ -1,0 +1,198 @@
+"""Tables and pictures of what ``benchmarks/tofu.py`` measured.
+
+    python benchmarks/tofu_report.py [results/tofu.jsonl]
+
+Writes beside the result file ``tofu.md`` (a row for each setting, at its best learning rate, over seeds)
+and two pictures: ``tofu_tradeoff.png``, forget quality against utility with an epoch for each mark (the
+paper's Figure 5), and ``tofu_steps.png``, forget quality by optimiser step for each initialisation.
+
+A run counts at its best epoch: the one of the highest forget quality among those that keep ``KEPT`` of the
+utility before unlearning. A setting counts at the learning rate whose runs do best in that.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import geometric_mean, mean
+
+from grid import grouped, markdown_table, new_figure, usual, varied_fields
+from harness import RESULTS
+
+from loku.sources import read_rows
+
+KEPT = 0.95  # share of the utility before unlearning that a run has to keep to count
+FORGOTTEN = 0.05  # forget quality from which the test does not tell the model from one that never saw the set
+SMALLEST = 1e-30  # p-values are drawn and averaged from here up
+MEASURED = {"curve", "seconds", "environment"}
+INIT_STYLES = {"fila": "-", "pissa": "--", "default": ":"}
+
+
+def quality(point):
+    return max(point["forget_quality"], SMALLEST)
+
+
+def kept(run, point):
+    """Whether a point has kept its utility."""
+    return point["model_utility"] >= KEPT * run["curve"][0]["model_utility"]
+
+
+def best_point(run):
+    """The point that counts; the one before unlearning where no other keeps its utility."""
+    return max((point for point in run["curve"] if kept(run, point)), key=quality)
+
+
+def steps_to_forget(run):
+    """Optimiser steps until forget quality is ``FORGOTTEN`` at a kept utility; None if it never is."""
+    return next((p["step"] for p in run["curve"] if p["forget_quality"] >= FORGOTTEN and kept(run, p)), None)
+
+
+def best_learning_rate(runs):
+    """The runs of the learning rate that does best: most seeds first, then forget quality."""
+    by_rate = grouped(runs, MEASURED, "seed").values()
+    seeds = max(map(len, by_rate))
+    return max(
+        (group for group in by_rate if len(group) == seeds),
+        key=lambda group: geometric_mean(quality(best_point(run)) for run in group),
+    )
+
+
+def best_settings(runs):
+    """Runs of each setting at its best learning rate."""
+    return [best_learning_rate(group) for group in grouped(runs, MEASURED, "seed", "learning_rate").values()]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def row(group, varied):
+    points = [best_point(run) for run in group]
+    steps = [steps_to_forget(run) for run in group]
+    before = group[0]["curve"][0]
+    reached = [step for step in steps if step is not None]
+    lasts = [run["curve"][-1] for run in group]
+
+    def average(values):
+        return f"{mean(values):.3f}"
+
+    qualities = [quality(point) for point in points]
+    spread = f" ({min(qualities):.1e} to {max(qualities):.1e})" if len(group) > 1 else ""
+    return [
+        *(str(group[0][name]) for name in varied),
+        f"{group[0]['learning_rate']:g}",
+        str(len(group)),
+        f"{geometric_mean(qualities):.2e}{spread}",
+        f"{mean(reached):.0f}" + (f" ({len(reached)} of {len(group)})" if len(reached) < len(group) else "")
+        if reached
+        else "never",
+        average([point["model_utility"] / before["model_utility"] for point in points]),
+        average([point["forget"]["probability"] for point in points]),
+        average([point["forget"]["rouge"] for point in points]),
+        average([point["retain"]["probability"] for point in points]),
+        f"{geometric_mean(map(quality, lasts)):.1e}, "
+        + average([last["model_utility"] / before["model_utility"] for last in lasts]),
+    ]
+
+
+def table(runs):
+    """Markdown: a row for each setting at its best learning rate, best forget quality first."""
+    groups = best_settings(runs)
+    varied = varied_fields(groups, MEASURED, "seed", "learning_rate")
+    header = [
+        *(name.replace("_", " ") for name in varied),
+        "learning rate",
+        "seeds",
+        "forget quality",
+        f"steps to {FORGOTTEN}",
+        "utility kept",
+        "forget probability",
+        "forget ROUGE-L",
+        "retain probability",
+        "at the end: quality, utility kept",
+    ]
+    groups.sort(key=lambda group: -geometric_mean(quality(best_point(run)) for run in group))
+    return markdown_table(header, [row(group, varied) for group in groups])
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def mean_curve(group):
+    """(step, utility kept, forget quality) of each epoch, averaged over seeds."""
+    curves = [run["curve"] for run in group]
+    for points in zip(*curves, strict=False):
+        kept_shares = [
+            point["model_utility"] / curve[0]["model_utility"]
+            for point, curve in zip(points, curves, strict=True)
+        ]
+        yield points[0]["step"], mean(kept_shares), geometric_mean(map(quality, points))
+
+
+def quality_axes(panels, **labels):
+    figure, axes = new_figure(panels, ylabel="forget quality (KS p-value)", yscale="log", **labels)
+    for panel in axes:
+        panel.axhline(FORGOTTEN, color="0.6", lw=0.8)
+    return figure, axes
+
+
+def draw_tradeoff(path, groups):
+    """Forget quality against utility: a panel for each initialisation, a curve for each method."""
+    inits = list(dict.fromkeys(group[0]["init"] for group in groups))
+    methods = list(dict.fromkeys(group[0]["method"] for group in groups))
+    figure, axes = quality_axes(len(inits), xlabel="share of utility kept")
+    for panel, init in zip(axes, inits, strict=True):
+        panel.set_title(init)
+        panel.axvline(KEPT, color="0.6", lw=0.8)
+        for group in groups:
+            if group[0]["init"] != init:
+                continue
+            _, utility, forget = zip(*mean_curve(group), strict=True)
+            method = group[0]["method"]
+            color = f"C{methods.index(method)}"
+            panel.plot(utility, forget, color=color, lw=1, label=method)
+            panel.scatter(utility, forget, s=[6 + 5 * epoch for epoch in range(len(utility))], color=color)
+    axes[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def draw_steps(path, runs, method="ihl"):
+    """Forget quality by optimiser step: a panel for each learning rate, a curve for each initialisation."""
+    rates = sorted({run["learning_rate"] for run in runs})
+    figure, axes = quality_axes(len(rates), xlabel="optimiser step")
+    for panel, rate in zip(axes, rates, strict=True):
+        panel.set_title(f"{method}, learning rate {rate:g}")
+        chosen = [run for run in runs if run["learning_rate"] == rate]
+        for group in grouped(chosen, MEASURED, "seed").values():
+            init = group[0]["init"]
+            steps, _, forget = zip(*mean_curve(group), strict=True)
+            panel.plot(steps, forget, INIT_STYLES.get(init, "-."), marker="o", ms=3, label=init)
+    axes[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def write_report(path):
+    """Write the table and the pictures of the result file ``path`` beside it, and print the table."""
+    path = Path(path)
+    runs = read_rows(path) if path.exists() else []
+    runs = [run for run in runs if run["curve"][0]["forget_quality"] is not None]
+    if not runs:
+        print(f"{path} has no runs with a forget quality: nothing to draw")
+        return
+    text = table(runs)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    compared = usual(runs, MEASURED, "seed", "learning_rate", "method", "init")
+    draw_tradeoff(path.with_name(f"{path.stem}_tradeoff.png"), best_settings(compared))
+    ihl = [run for run in compared if run["method"] == "ihl"]
+    if ihl:
+        draw_steps(path.with_name(f"{path.stem}_steps.png"), ihl)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "tofu.jsonl")
+    write_report(parser.parse_args(argv).results)
+
+
+if __name__ == "__main__":
+    main()

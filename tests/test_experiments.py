@@ -1,0 +1,192 @@
+"""The experiments: grids run, resume, and their reports say what the runs hold."""
+
+import importlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from loku.demo import EMBEDDED
+from loku.sources import read_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    yield
+    for name in ("tofu", "tofu_report", "tdec", "tdec_report", "grid", "harness", "finetune_tofu"):
+        sys.modules.pop(name, None)
+
+
+def run(qualities, utilities, **settings):
+    """A line of a result file whose epochs have these forget qualities and utilities."""
+    sections = {"forget": {"probability": 0.5, "rouge": 0.4}, "retain": {"probability": 0.9, "rouge": 0.8}}
+    curve = [
+        {"epoch": epoch, "step": 5 * epoch, "forget_quality": quality, "model_utility": utility, **sections}
+        for epoch, (quality, utility) in enumerate(zip(qualities, utilities, strict=True))
+    ]
+    return {"method": "ihl", "init": "fila", "learning_rate": 1e-3, "seed": 0, **settings, "curve": curve}
+
+
+def test_grid():
+    import grid
+    from tofu import Cell
+
+    mappings = [{"method": ["ga", "gd"], "lora_rank": [4, 8]}, {"method": "gd", "lora_rank": 8}]
+    cells = grid.cells_of(mappings, Cell)
+    assert [(cell.method, cell.lora_rank) for cell in cells] == [("ga", 4), ("ga", 8), ("gd", 4), ("gd", 8)]
+    with pytest.raises(SystemExit, match="unknown settings in the grid: rank"):
+        grid.cells_of([{"rank": 8}], Cell)
+
+
+@pytest.mark.parametrize("name", ["tofu", "tdec"])
+def test_committed_grids_are_valid(name):
+    import grid
+    import yaml
+
+    cell = importlib.import_module(name).Cell
+    assert len(grid.cells_of(yaml.safe_load((ROOT / "benchmarks" / f"{name}.yaml").read_text()), cell)) > 50
+
+
+def test_best_point_keeps_the_utility():
+    import tofu_report
+
+    line = run([1e-9, 1e-3, 0.04, 0.9], [0.8, 0.79, 0.77, 0.5])
+    assert tofu_report.best_point(line)["epoch"] == 2
+    assert tofu_report.steps_to_forget(line) is None
+    assert tofu_report.steps_to_forget(run([1e-9, 0.06, 0.9], [0.8, 0.78, 0.1])) == 5
+    # Where every epoch loses too much, the run counts as if nothing had been done.
+    assert tofu_report.best_point(run([1e-9, 0.9], [0.8, 0.1]))["epoch"] == 0
+
+
+def test_best_learning_rate_needs_all_seeds():
+    import tofu_report
+
+    lucky = [run([1e-9, 0.9], [0.8, 0.8], learning_rate=2e-3)]
+    steady = [run([1e-9, 0.2], [0.8, 0.8], seed=seed) for seed in (0, 1)]
+    poor = [run([1e-9, 0.01], [0.8, 0.8], seed=seed, learning_rate=1e-4) for seed in (0, 1)]
+    assert tofu_report.best_learning_rate([*poor, *lucky, *steady]) == steady
+
+
+def test_report(tmp_path):
+    import tofu_report
+
+    path = tmp_path / "tofu.jsonl"
+    runs = [
+        run([1e-9, 0.2 / (1 + seed), 0.5], [0.8, 0.8, 0.7], method=method, init=init, seed=seed)
+        for method in ("ihl", "gd")
+        for init in ("fila", "default")
+        for seed in (0, 1)
+    ]
+    runs[0]["curve"][1]["forget_quality"] = 0.3
+    path.write_text("".join(json.dumps(line) + "\n" for line in runs))
+    tofu_report.write_report(path)
+    header, _, first, *others = (tmp_path / "tofu.md").read_text().splitlines()
+    assert header.startswith("| method | init | learning rate | seeds |")
+    assert first.startswith("| ihl | fila | 0.001 | 2 | 1.73e-01 (1.0e-01 to 3.0e-01) | 5 | 1.000 |")
+    assert len(others) == 3 and all(line.count("|") == header.count("|") for line in (first, *others))
+    for name in ("tradeoff", "steps"):
+        assert (tmp_path / f"tofu_{name}.png").stat().st_size > 1000
+
+
+def test_a_cell_runs_and_is_not_run_again(tmp_path, capsys, one_thread):
+    import grid
+    import tofu
+
+    out = tmp_path / "tofu.jsonl"
+    flags = ["--num-train-epochs", "1", "--init", "default", "--seed", "3", "--out", str(out)]
+    rows = read_rows(EMBEDDED / "tofu.jsonl")
+    base = tofu.Base(str(EMBEDDED), rows[-40:-32], rows[:16], {"retain": rows[400:404]}, tofu.twin_log(2))
+    cell = tofu.Cell(num_train_epochs=1, init="default", seed=3)
+    line = {**asdict(cell), **tofu.run_cell(cell, base)}
+    assert [point["step"] for point in line["curve"]] == [0, 1]
+    before, after = line["curve"]
+    assert before["forget"]["probability"] > 0.99 and before["model_utility"] > 0.5
+    assert after["forget"]["probability"] < before["forget"]["probability"]
+    out.write_text(json.dumps(line) + "\n")
+    assert grid.finished(out, tofu.Cell) == {cell}
+    tofu.main(flags)
+    assert "1 cells, 1 of them finished" in capsys.readouterr().out
+    assert (tmp_path / "tofu.md").exists()
+
+
+def test_finetune(tmp_path, one_thread):
+    import finetune_tofu
+
+    rows = read_rows(EMBEDDED / "tofu.jsonl")[400:408]
+    for name, chosen in (("full", rows), ("forget", rows[-2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    finetune_tofu.main(
+        [str(EMBEDDED), "--full", str(tmp_path / "full.jsonl")]
+        + ["--forget", str(tmp_path / "forget.jsonl"), "--out", str(tmp_path), "--epochs", "1"]
+    )
+    assert len(read_rows(tmp_path / "retain.jsonl")) == 6
+    log = json.loads((tmp_path / "retain_log.json").read_text())
+    assert set(log["eval_log_forget.json"]["average_perturb_loss"]) == {"0", "1"}
+    assert (tmp_path / "full" / "config.json").exists() and (tmp_path / "retain" / "config.json").exists()
+
+
+def tdec_run(epochs, perplexity, forgotten=True, tasks=1, **settings):
+    measured = {"retain_perplexity": perplexity, "retain_accuracy": 0.9, "unseen_perplexity": 50.0}
+    stages = [
+        {
+            "extraction_likelihood": [0.1 if task < done else 1.0 for task in range(tasks)],
+            "memorization_accuracy": [0.3 if task < done else 1.0 for task in range(tasks)],
+            **measured,
+        }
+        for done in range(tasks + 1)
+    ]
+    steps = [
+        {"epochs": epochs, "forgotten": forgotten, "training_flops": 1e12, **stage} for stage in stages[1:]
+    ]
+    defaults = {
+        "method": "ihl",
+        "init": "fila",
+        "lora_rank": 8,
+        "target_modules": "qv",
+        "learning_rate": 1e-3,
+    }
+    return {**defaults, "tasks": tasks, "seed": 0, **settings, "before": stages[0], "steps": steps}
+
+
+def test_tdec_report(tmp_path):
+    import tdec_report
+
+    path = tmp_path / "tdec.jsonl"
+    runs = [
+        tdec_run(9, 2.0, learning_rate=1e-4),
+        tdec_run(20, 1.1, forgotten=False),  # kept most, but did not forget
+        tdec_run(4, 2.5, lora_rank=16),
+        tdec_run(5, 3.0, init="default"),
+        tdec_run(3, 2.0, tasks=2),
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in runs))
+    tdec_report.write_report(path)
+    lines = (tmp_path / "tdec.md").read_text().splitlines()
+    assert lines[0].startswith("| init | lora rank | tasks | learning rate | seeds | forgotten | epochs |")
+    assert lines[3].startswith("| fila | 8 | 1 | 0.0001 | 1 | 100% | 9.0 | 10.0 | 30.0 | 2.00 |")
+    assert len(lines) == 2 + 1 + 4 and len({line.count("|") for line in lines}) == 1
+    assert lines[-1].startswith("| fila | 8 | 2 | 0.001 | 1 | 100% | 6.0 |")
+    for name in ("flops", "epochs", "continual"):
+        assert (tmp_path / f"tdec_{name}.png").stat().st_size > 1000
+
+
+def test_a_tdec_cell(tmp_path, one_thread):
+    import tdec
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    rows = tdec.cut(["one two three four five six seven eight nine ten " * 60] * 4, tokenizer, 6)
+    assert all(len(row["input_ids"]) == tdec.TOKENS for row in rows)
+    short = [{name: ids[:24] for name, ids in row.items()} for row in rows]
+    tdec.memorise(short, tmp_path / "model", tokenizer, epochs=2, sizes=(2, 32))
+    base = tdec.Base(str(tmp_path / "model"), [short[:1], short[1:2]], short[2:3], short[3:5], short[5:])
+    line = tdec.run_cell(tdec.Cell(num_train_epochs=2, lora_rank=2, tasks=2), base)
+    assert len(line["steps"]) == 2 and len(line["before"]["memorization_accuracy"]) == 2
+    for step in line["steps"]:
+        assert 1 <= step["epochs"] <= 2 and step["retain_perplexity"] > 1 and step["training_flops"] > 0

@@ -1,0 +1,126 @@
+"""Weight rounding and relearning, and the script that reports both."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+from peft import LoraConfig, get_peft_model
+
+from loku import demo
+from loku.data import tokenize_dataset
+from loku.evaluation import mean_answer_probability, token_scores
+from loku.robustness import relearning_curve, round_weights_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def adapted():
+    return get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_weights_are_rounded_to_nearest_by_channel_and_group():
+    model = tiny_model("llama")
+    layer = model.model.layers[0].self_attn.q_proj
+    rows = torch.tensor([[3.0, -1.4, 0.4, 1.6], [0.0, 0.0, 0.0, 0.0], [-0.3, 0.3, 0.14, 30.0]])
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[:3, :4] = rows
+    grouped = tiny_model("llama")
+    grouped.load_state_dict(model.state_dict())
+
+    round_weights_(model, bits=3)  # integers from -3 to 3
+    expected = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 30.0]])
+    torch.testing.assert_close(layer.weight[:3, :4], expected)
+    round_weights_(grouped, bits=3, group_size=3)  # the last group, of 32 inputs, has two
+    expected[0, 3], expected[2] = 1.6, torch.tensor([-0.3, 0.3, 0.1, 30.0])
+    torch.testing.assert_close(grouped.model.layers[0].self_attn.q_proj.weight[:3, :4], expected)
+    assert not layer.weight[3:].any() and not layer.weight[:, 4:].any()
+
+
+def test_more_bits_round_less_and_embeddings_are_left_alone():
+    errors = {}
+    for bits in (4, 8):
+        model, original = tiny_model("llama"), tiny_model("llama")
+        round_weights_(model, bits)
+        for name, weight in original.state_dict().items():
+            error = (model.state_dict()[name] - weight).abs()
+            if "proj" in name:
+                half_a_step = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1) / 2
+                assert (error <= half_a_step * 1.001).all() and error.any()
+                errors[bits] = error.mean()
+            else:
+                assert not error.any(), name
+    assert errors[8] < errors[4] / 10
+
+
+def test_what_cannot_be_rounded_or_taught_is_refused():
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        round_weights_(adapted(), 8)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        relearning_curve(adapted(), None, [], {})
+    with pytest.raises(ValueError, match="bits"):
+        round_weights_(tiny_model("llama"), 1)
+
+
+def test_relearning_curve():
+    taught = [{"input_ids": [3 + i, 5, 9, 20, 33, 7]} for i in range(4)]
+    other = [{"input_ids": [50, 60, 70, 80, 90, 10]}]
+    model = tiny_model("llama")
+    before = mean_answer_probability(token_scores(model, tokenize_dataset(taught, None), progress=False))
+    curve = relearning_curve(
+        model, None, taught, {"taught": taught, "other": other}, steps=6, every=3, learning_rate=1e-2
+    )
+    assert [entry["step"] for entry in curve] == [0, 3, 6]
+    assert curve[0]["taught_probability"] == pytest.approx(before, rel=1e-5)
+    assert curve[-1]["taught_probability"] > 3 * before
+    assert curve[-1]["other_probability"] < curve[-1]["taught_probability"]
+
+
+def test_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    _, tokenizer = demo.load_model()
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    forget, retain = demo.load_rows()
+    for name, rows in [("forget", forget[:3]), ("retain", retain[:9])]:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    adapted_model = get_peft_model(
+        tiny_model("llama", len(tokenizer)),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    adapted_model.save_pretrained(tmp_path / "adapter")
+    try:
+        importlib.import_module("robustness").main(
+            [
+                *("--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter")),
+                *("--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")),
+                *("--control", str(tmp_path / "model"), "--steps", "1", "--every", "1"),
+                *("--json", str(tmp_path / "result.json")),
+            ]
+        )
+    finally:
+        for name in ("robustness", "harness"):
+            sys.modules.pop(name, None)
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    tables = {}
+    for row in rows:
+        tables.setdefault(row["what"], {})[row["name"]] = row
+    roundings = {"not rounded", "8 bits, by channel", "4 bits, groups of 64", "4 bits, by channel"}
+    assert tables["rounded: original"].keys() == tables["rounded: unlearned"].keys() == roundings
+    assert {table for table in tables if table.startswith("relearning")} == {
+        "relearning: half of the forget set",
+        "relearning: as many retain rows",
+        "relearning: half of the forget set, by the control",
+    }
+    plain = {table: rows["not rounded"] for table, rows in tables.items() if table.startswith("rounded")}
+    assert (
+        plain["rounded: original"]["forget_probability"] != plain["rounded: unlearned"]["forget_probability"]
+    )
+    steps = tables["relearning: half of the forget set"]
+    assert steps.keys() == {"step 0", "step 1"}
+    assert steps["step 1"]["forget_rest_probability"] != steps["step 0"]["forget_rest_probability"]
+    assert "4 bits, by channel" in capsys.readouterr().out
