@@ -5,10 +5,13 @@
 
 Builds the compiled core for the card found, runs the tests marked ``gpu``, then measures, each kernel beside
 its peers in one process and beside a floor measured there too: a device copy for kernels that move bytes, the
-two bare GEMMs for the linear losses, one GEMM for the Fisher. Every case is written to DIR as soon as it is
-measured, a chart at the end of each step; a run that is cut off keeps what it has. What does not fit into the
-minutes is left out, and said so. ``--dry-run`` needs no GPU: it prints the plan, and floors computed from a
-card's data sheet, which are no measurements.
+bare products for the others. Every case is written to DIR/gpu.json as soon as it is measured, a chart at the
+end of each step. What does not fit into the minutes is left out, and said so; the same command with the same
+DIR goes on there. A peer that is missing or fails, a case that is too large, an error after which the device
+is of no use (the command then starts itself anew): each is noted, and costs nothing but itself. ``--dry-run``
+needs no GPU: it prints the plan, and floors computed from a card's data sheet, which are no measurements.
+
+Times are the device's own, by events; the launches of what is timed queue up behind a short wait.
 """
 
 import argparse
@@ -20,10 +23,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
+
+import torch
+from harness import environment, importable, lean_ihl, official_ihl, peak_extra_bytes
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda"
 CARDS = {  # bytes a second, bfloat16 and float32 operations a second, of the data sheets
     "A100 SXM": (2.04e12, 312e12, 19.5e12),
     "H100 SXM": (3.35e12, 989e12, 67e12),
@@ -31,11 +41,30 @@ CARDS = {  # bytes a second, bfloat16 and float32 operations a second, of the da
     "B200": (8.0e12, 2250e12, 75e12),
 }
 LOGITS = [(n, v) for v in (32000, 50257, 128256, 262144) for n in (2048, 8192, 16384)]
-LINEAR = [(8192, 4096, 32000), (8192, 4096, 128256), (2048, 2304, 256000)]
-FISHER = [(n, t, 4096, k) for k in (4096, 11008) for t in (128, 512) for n in (1, 4, 16)]
 LLAMA_7B = [(4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32)]  # outputs, inputs, how many: 224
+SHAPES = {
+    "forward": LOGITS,
+    "fused": LOGITS,
+    "linear": [(8192, 4096, 32000), (8192, 4096, 128256), (2048, 2304, 256000)],
+    "dropped": [(2048, 4096, 1024, 4096), (2048, 50257, 1024, 4096), (2048, 50257, 128, 256)],
+    "fisher": [(n, t, 4096, k) for k in (4096, 11008) for t in (128, 512) for n in (1, 4, 16)],
+    "fila": LLAMA_7B,
+}
+STEPS = {
+    "build": "the compiled core, for the card found",
+    "tests": "pytest -m gpu",
+    "forward": "triplet forward, bfloat16 logits; target: 90% of the copy's bandwidth at 2 bytes a logit",
+    "fused": "IHL forward and backward in place; target: 85% of the copy's bandwidth at 4 bytes a logit",
+    "linear": "linear IHL and cross entropy, frozen head; target: two GEMMs + 1.2 x the elementwise bytes",
+    "dropped": "the second GEMM without tiles below a cap of probability: N x V, tiles; see dropped_mass.py",
+    "fisher": "accumulate_squared_grad_; target: 1.8 x max(compute, bytes) from 2048 tokens on",
+    "fila": "row_scaled_svd of all 224 matrices of Llama-2-7B; target: 10 x faster than torch.svd_lowrank",
+}
 RANK = 32
+LOWRANK_MATRICES = 4  # of those of a shape that torch.svd_lowrank is timed on
 MAX_LOGITS_BYTES = 9 << 30  # of one tensor; eager peers need several of them
+LEAD = 2_000_000  # cycles, about 1 ms, that the device waits while launches queue up
+SECONDS = 0.4  # of measuring, for each function
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -43,42 +72,38 @@ MAX_LOGITS_BYTES = 9 << 30  # of one tensor; eager peers need several of them
 
 def floors(step, shape, card):
     """(bytes, operations, seconds) that no version can go below, in bfloat16, by a card's data sheet."""
-    bandwidth, bfloat16, _ = CARDS[card]
+    bandwidth, bfloat16, float32 = CARDS[card]
     if step in ("forward", "fused"):
         n, v = shape
         moved, operations = (2 if step == "forward" else 4) * n * v, 0
     elif step == "linear":
         n, d, v = shape
         moved, operations = 2 * (v * d + 3 * n * d), 4 * n * d * v
+    elif step == "dropped":  # in float32, with 256 features
+        n, v, _, _ = shape
+        moved, operations = 4 * (n * v + 256 * (n + v)), 2 * n * v * 256
     elif step == "fisher":
         n, t, d, k = shape
         moved, operations = 2 * n * t * (d + k) + 8 * d * k, 2 * n * t * d * k
     else:  # three Krylov blocks and the values of V, from weights read once a product
         d, k, count = shape
         moved, operations = 8 * 2 * d * k * count, 8 * 2 * d * k * (RANK + 8) * count
-    return moved, operations, max(moved / bandwidth, operations / bfloat16)
+    rate = float32 if step == "dropped" else bfloat16
+    return moved, operations, max(moved / bandwidth, operations / rate)
 
 
-STEPS = {
-    "build": "the compiled core, for the card found",
-    "tests": "pytest -m gpu",
-    "forward": "triplet forward, bfloat16 logits; target: 90% of the copy's bandwidth at 2 bytes a logit",
-    "fused": "IHL forward and backward in place; target: 85% of the copy's bandwidth at 4 bytes a logit",
-    "linear": "linear IHL and cross entropy, frozen head; target: two GEMMs + 1.2 x the elementwise bytes",
-    "fisher": "accumulate_squared_grad_; target: 1.8 x max(compute, bytes) from 2048 tokens on",
-    "fila": "row_scaled_svd of all 224 matrices of Llama-2-7B; target: 10 x faster than torch.svd_lowrank",
-}
-SHAPES = {"forward": LOGITS, "fused": LOGITS, "linear": LINEAR, "fisher": FISHER, "fila": LLAMA_7B}
+def label_of(shape):
+    return "x".join(map(str, shape))
 
 
-def dry_run(card):
+def dry_run(steps, card):
     print(f"floors by the data sheet of {card}, computed and not measured\n")
-    for step, what in STEPS.items():
-        print(f"{step}: {what}")
+    for step in steps:
+        print(f"{step}: {STEPS[step]}")
         for shape in SHAPES.get(step, ()):
             moved, operations, seconds = floors(step, shape, card)
             print(
-                f"  {'x'.join(map(str, shape)):20} {moved / 1e9:8.2f} GB {operations / 1e12:8.2f} TFLOP"
+                f"  {label_of(shape):20} {moved / 1e9:8.2f} GB {operations / 1e12:8.2f} TFLOP"
                 f" {seconds * 1e3:9.3f} ms"
             )
 
@@ -87,39 +112,57 @@ def dry_run(card):
 
 
 class Run:
-    """Where results go, and how much time is left."""
+    """Where results go, what is there already, and how much time is left."""
 
     def __init__(self, out, minutes):
         self.out, self.end = Path(out), time.monotonic() + 60 * minutes
         self.out.mkdir(parents=True, exist_ok=True)
-        self.rows, self.skipped = [], []
+        self.path = self.out / "gpu.json"
+        self.environment = environment(DEVICE)
+        self.rows, self.failed, self.left_out = [], [], []
+        if self.path.exists():
+            earlier = json.loads(self.path.read_text())
+            for fact in ("device", "versions", "commit"):
+                if earlier["environment"][fact] != self.environment[fact]:
+                    raise SystemExit(f"{self.path} is of another {fact}: give another folder")
+            self.rows, self.failed = earlier["rows"], earlier["failed"]
 
     def left(self):
         return self.end - time.monotonic()
 
-    def add(self, row):
-        self.rows.append(row)
-        print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    def done(self, step, shape=None):
+        return any((entry["step"], entry.get("shape")) == (step, shape) for entry in self.rows + self.failed)
+
+    def add(self, rows, failed=()):
+        """A case's results at once: a run that is cut off has it whole or not at all."""
+        self.rows += rows
+        self.failed += failed
+        for row in rows:
+            print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        for entry in failed:
+            print(f"  failed: {entry}", flush=True)
         self.write()
 
-    def skip(self, what, why):
-        self.skipped.append({"what": what, "why": why})
-        print(f"  skipped: {what}: {why}", flush=True)
+    def leave_out(self, step, shape):
+        self.left_out.append({"step": step, "shape": shape})
+        print(f"  no time left: {step} {shape}", flush=True)
         self.write()
 
     def write(self):
-        from harness import environment
-
-        facts = environment("cuda") | {"gpu_versions": package_versions()}
-        result = {"environment": facts, "rows": self.rows, "skipped": self.skipped}
-        path = self.out / "gpu.json.part"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        path.replace(self.out / "gpu.json")
+        result = {
+            "environment": self.environment,
+            "rows": self.rows,
+            "failed": self.failed,
+            "left_out": self.left_out,
+        }
+        part = self.path.with_suffix(".json.part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(self.path)
 
     def chart(self, step):
         """Time over the floor, by shape and name."""
         rows = [row for row in self.rows if row["step"] == step and row.get("times_floor")]
-        if not rows or importlib.util.find_spec("matplotlib") is None:
+        if not rows or not importable("matplotlib"):
             return
         import matplotlib
 
@@ -142,58 +185,119 @@ class Run:
         pyplot.close(figure)
 
 
-def package_versions():
-    from importlib.metadata import PackageNotFoundError, version
+class Case(NamedTuple):
+    """What is measured on a shape, and what it is held against."""
 
-    found = {}
-    for name in ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy"):
+    functions: dict[str, Callable]
+    floor: Callable  # of the measured seconds, by name: the seconds of the floor
+    target: Callable = lambda times: None  # likewise: what our function should take at most
+    over: tuple[str, ...] = ()  # peers
+    prepare: Callable = lambda: None  # called, untimed, before each call
+    repeats: dict[str, float] = {}  # noqa: RUF012 - how many calls do the work of one of the others
+    rates: dict[str, float] = {}  # noqa: RUF012 - amounts, kept a second
+    columns: dict[str, dict] = {}  # noqa: RUF012 - what else belongs into a function's row
+
+
+def reason(error):
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def release():
+    gc.collect()
+    if DEVICE == "cuda" and usable():
+        torch.cuda.empty_cache()
+
+
+def usable():
+    """Whether the device still computes: after an assertion or a bad address it refuses everything."""
+    try:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return True
+    except RuntimeError:
+        return False
+
+
+def seconds_of(function):
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(LEAD)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measured(case):
+    """Median seconds of each function, taken in turns; its peak extra bytes; and why others failed."""
+    times, peaks, failed = {name: [] for name in case.functions}, {}, {}
+
+    def attempt(name, call):
+        case.prepare()
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    import torch
-
-    return found | {"cuda": torch.version.cuda}
-
-
-def event_times(functions, prepare=None, seconds=0.4):
-    """Median seconds of each function by device events, in turns; None, with the reason, where one fails."""
-    import torch
-
-    times, failed = {name: [] for name in functions}, {}
-
-    def once(name):
-        if prepare is not None:
-            prepare()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        functions[name]()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    for name in functions:
-        try:
-            once(name)
-            once(name)  # compiled, allocated, warm
+            return call(case.functions[name])
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            torch.cuda.empty_cache()
-    alive = [name for name in functions if name not in failed]
-    start = time.monotonic()
+            failed[name] = reason(error)
+            times.pop(name)
+            release()
+
+    for name in case.functions:
+        attempt(name, seconds_of)  # compiles
+    for name in list(times):
+        peaks[name] = attempt(name, partial(peak_extra_bytes, device=DEVICE))
+    start, budget = time.monotonic(), SECONDS * len(times)
     for round_ in range(30):
-        for name in alive:
-            times[name].append(once(name))
-        if round_ >= 4 and time.monotonic() - start > seconds * len(alive):
+        for name in list(times):
+            value = attempt(name, seconds_of)
+            if name in times:
+                times[name].append(value)
+        if round_ >= 4 and time.monotonic() - start > budget:
             break
-    return {name: median(values) for name, values in times.items() if values}, failed
+    return {name: case.repeats.get(name, 1) * median(values) for name, values in times.items()}, peaks, failed
 
 
-def peak_bytes(function, prepare):
-    from harness import peak_extra_bytes
+def ratio(seconds, base):
+    return None if base is None else seconds / base
 
-    prepare()
-    return peak_extra_bytes(function, "cuda")
+
+def base_of(function, times):
+    """The seconds of a floor or a target; None where one of those that make it was not measured."""
+    try:
+        return function(times)
+    except KeyError:
+        return None
+
+
+def measure(run, step, shape):
+    """Add a case to the results, or why it has none."""
+    here = {"step": step, "shape": label_of(shape)}
+    try:
+        case = CASES[step](*shape)
+        times, peaks, failed = measured(case)
+    except Exception as error:
+        run.add([], [{**here, "why": reason(error)}])
+        return
+    floor, target = base_of(case.floor, times), base_of(case.target, times)
+    rows = [
+        {
+            **here,
+            "name": name,
+            "milliseconds": seconds * 1e3,
+            "times_floor": ratio(seconds, floor),
+            "times_target": ratio(seconds, target),
+            "over": {peer: times[peer] / seconds for peer in case.over if peer in times},
+            "peak_extra_bytes": peaks[name],
+            **{key: amount / seconds for key, amount in case.rates.items()},
+            **case.columns.get(name, {}),
+        }
+        for name, seconds in times.items()
+    ]
+    run.add(rows, [{**here, "name": name, "why": why} for name, why in failed.items()])
 
 
 def forced(backend, function):
@@ -218,59 +322,43 @@ def on_backends(name, function):
     from loku_kernels import native
 
     found = {}
-    if importlib.util.find_spec("triton") and importlib.util.find_spec("loku_kernels.triton"):
+    if DEVICE == "cuda" and importlib.util.find_spec("triton"):
         found[f"{name} [triton]"] = forced("triton", function)
-    if native._core is not None and native._core.has_cuda:
+    if native._core is not None and (DEVICE == "cpu" or native._core.has_cuda):
         found[f"{name} [native]"] = forced("native", function)
     return found
 
 
-def compare(run, step, shape, functions, floor, prepare=None, moved=None, operations=None):
-    """Measure a case. floor: from the measured times, name -> seconds, the seconds of the floor."""
-    label = "x".join(map(str, shape))
-    if run.left() < 20:
-        run.skip(f"{step} {label}", "no time left")
-        return
-    times, failed = event_times(functions, prepare)
-    for name, why in failed.items():
-        run.skip(f"{step} {label} {name}", why)
-    base = floor(times)
-    for name, seconds in times.items():
-        row = {"step": step, "shape": label, "name": name, "milliseconds": seconds * 1e3}
-        row["times_floor"] = seconds / base
-        if moved:
-            row["gigabytes_per_second"] = moved / seconds / 1e9
-        if operations:
-            row["teraflops"] = operations / seconds / 1e12
-        if "[" in name:
-            row["peak_extra_bytes"] = peak_bytes(functions[name], prepare or (lambda: None))
-        run.add(row)
-    gc.collect()
+def peer(name, module, attribute, make=lambda found: found):
+    """{name: function} of another library, {} where it is not installed or does not import."""
+    if not importable(module.split(".")[0]):
+        return {}
+    try:
+        return {name: make(getattr(importlib.import_module(module), attribute))}
+    except Exception as error:
+        print(f"  skipped: {name}: {reason(error)}", flush=True)
+        return {}
 
 
-def liger(module, name):
-    """A peer of Liger-Kernel, or None."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return None
-    return getattr(importlib.import_module(module), name, None)
+@cache
+def compiled(function):
+    return torch.compile(function, dynamic=True)
 
 
-# --- steps ----------------------------------------------------------------------------------------
+# --- build and tests ------------------------------------------------------------------------------
 
 
-def build():
-    """Compile for the card found, in place; True if that worked."""
-    import torch
-
+def build(run):
+    """Compile for the card found, in place."""
     major, minor = torch.cuda.get_device_capability()
     environment = {**os.environ, "LOKU_CUDA": "1", "LOKU_CUDA_ARCHS": f"{major}{minor}"}
     start = time.monotonic()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(f"  build: exit status {result.returncode}, {time.monotonic() - start:.0f} s", flush=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    seconds = time.monotonic() - start
     if result.returncode:
         print((result.stdout + result.stderr)[-3000:])
-    return result.returncode == 0
+    run.add([{"step": "build", "name": "setup.py", "status": result.returncode, "seconds": seconds}])
 
 
 def tests(run):
@@ -289,16 +377,20 @@ def tests(run):
         except subprocess.TimeoutExpired:
             status = "cut off"
     print(log.read_text()[-3000:], flush=True)
-    run.add({"step": "tests", "name": "pytest -m gpu", "status": status, "seconds": time.monotonic() - start})
+    seconds = time.monotonic() - start
+    run.add([{"step": "tests", "name": "pytest -m gpu", "status": status, "seconds": seconds}])
+
+
+# --- cases ----------------------------------------------------------------------------------------
 
 
 def random_logits(n, v):
     """Logits (N, V) in bfloat16 and labels (N,); in every second row the target is memorised, p_t = 0.98."""
-    import torch
-
+    if 2 * n * v > MAX_LOGITS_BYTES:
+        raise ValueError("the logits are too large")
     torch.manual_seed(0)
-    logits = torch.randn(n, v, device="cuda", dtype=torch.bfloat16) * 3
-    labels = torch.randint(0, v, (n,), device="cuda")
+    logits = torch.randn(n, v, device=DEVICE, dtype=torch.bfloat16) * 3
+    labels = torch.randint(0, v, (n,), device=DEVICE)
     for part, t in zip(logits.split(512), labels.split(512), strict=True):
         memorised = part.float().logsumexp(-1)[::2] + 4
         part[::2] = part[::2].scatter(1, t[::2, None], memorised[:, None].bfloat16())
@@ -306,229 +398,214 @@ def random_logits(n, v):
 
 
 def cross_entropy(logits, labels):
-    import torch
-
     return torch.nn.functional.cross_entropy(logits.float(), labels)
 
 
-def forward(run):
-    import torch
+def linear_cross_entropy(hidden, weight, labels):
+    return cross_entropy(hidden @ weight.t(), labels)
 
+
+def forward(n, v):
     from loku_kernels import softmax_triplet
 
-    for n, v in LOGITS:
-        if 2 * n * v > MAX_LOGITS_BYTES:
-            run.skip(f"forward {n}x{v}", "the logits are too large")
-            continue
-        logits, labels = random_logits(n, v)
-        buffer = torch.empty_like(logits)
-        functions = {
-            "copy": lambda b=buffer, y=logits: b.copy_(y),
-            **on_backends("softmax_triplet", lambda y=logits, t=labels: softmax_triplet(y, t)),
-            "eager cross_entropy": lambda y=logits, t=labels: torch.nn.functional.cross_entropy(y, t),
-            "torch.compile cross_entropy": lambda y=logits, t=labels: compiled(cross_entropy)(y, t),
-        }
+    logits, labels = random_logits(n, v)
+    buffer = torch.empty_like(logits)
+    losses = {
+        "eager cross_entropy": torch.nn.functional.cross_entropy,
+        "torch.compile cross_entropy": compiled(cross_entropy),
+        **peer("quack cross_entropy", "quack.cross_entropy", "cross_entropy"),
+    }
+    return Case(
+        {
+            "copy": lambda: buffer.copy_(logits),
+            **on_backends("softmax_triplet", lambda: softmax_triplet(logits, labels)),
+            **{name: partial(loss, logits, labels) for name, loss in losses.items()},
+        },
         # The copy reads and writes: at its bandwidth a read alone takes half its time.
-        with torch.no_grad():
-            compare(run, "forward", (n, v), functions, lambda times: times["copy"] / 2, moved=2 * n * v)
-        del logits, labels, buffer, functions
-        torch.cuda.empty_cache()
+        floor=lambda times: times["copy"] / 2,
+        target=lambda times: times["copy"] / 2 / 0.9,
+        over=tuple(losses),
+        rates={"gigabytes_per_second": 2 * n * v / 1e9},
+    )
 
 
-_compiled = {}
-
-
-def compiled(function):
-    import torch
-
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=True)
-    return _compiled[function]
-
-
-def fused(run):
-    import torch
-    from harness import lean_ihl, official_ihl
-
+def fused(n, v):
     from loku_kernels import ihl_loss
 
-    for n, v in LOGITS:
-        if 2 * n * v > MAX_LOGITS_BYTES:
-            run.skip(f"fused {n}x{v}", "the logits are too large")
-            continue
-        source, labels = random_logits(n, v)
-        logits, buffer = source.clone(), torch.empty_like(source)
+    source, labels = random_logits(n, v)
+    logits, buffer = source.clone().requires_grad_(), torch.empty_like(source)
+    size = 2 * n * v
+    losses = {
+        "eager cross_entropy": torch.nn.functional.cross_entropy,
+        **peer("quack cross_entropy", "quack.cross_entropy", "cross_entropy",
+               lambda loss: partial(loss, inplace_backward=True)),
+        **peer("Liger cross entropy", "liger_kernel.transformers", "LigerCrossEntropyLoss",
+               lambda loss: loss()),
+    }  # fmt: skip
+    if size <= MAX_LOGITS_BYTES // 4:  # these hold several float or int64 tensors of that shape
+        losses |= {"lean eager IHL": lean_ihl, "torch.compile IHL": compiled(lean_ihl)}
+    if size <= MAX_LOGITS_BYTES // 16:
+        losses["official formula"] = official_ihl
 
-        def prepare(y=logits, x=source):  # untimed: an in-place kernel consumes the logits
-            y.requires_grad_(False).copy_(x).requires_grad_()
-            y.grad = None
+    def gradient(loss):
+        return lambda: torch.autograd.grad(loss(logits, labels), logits)
 
-        def peer(loss, y=logits, t=labels):
-            return lambda: loss(y, t).backward()
-
-        functions = {
-            "copy": lambda b=buffer, x=source: b.copy_(x),
-            **on_backends("ihl_loss in place", peer(lambda y, t: ihl_loss(y, t, inplace=True))),
-            **on_backends("ihl_loss", peer(ihl_loss)),
-            "eager cross_entropy": peer(torch.nn.functional.cross_entropy),
-        }
-        if 2 * n * v <= MAX_LOGITS_BYTES // 4:  # these hold several float or int64 tensors of that shape
-            functions["lean eager IHL"] = peer(lean_ihl)
-            functions["torch.compile IHL"] = peer(lambda y, t: compiled(lean_ihl)(y, t))
-        if 2 * n * v <= MAX_LOGITS_BYTES // 16:
-            functions["official formula"] = peer(official_ihl)
-        if loss := liger("liger_kernel.transformers", "LigerCrossEntropyLoss"):
-            functions["Liger cross entropy"] = peer(loss())
-        compare(run, "fused", (n, v), functions, lambda times: times["copy"], prepare, moved=4 * n * v)
-        del source, labels, logits, buffer, functions, prepare, peer
-        torch.cuda.empty_cache()
+    return Case(
+        {
+            "copy": lambda: buffer.copy_(source),
+            **on_backends("ihl_loss in place", gradient(partial(ihl_loss, inplace=True))),
+            **on_backends("ihl_loss", gradient(ihl_loss)),
+            **{name: gradient(loss) for name, loss in losses.items()},
+        },
+        floor=lambda times: times["copy"],
+        target=lambda times: times["copy"] / 0.85,
+        over=tuple(losses),
+        prepare=lambda: logits.detach().copy_(source),  # an in-place kernel consumes the logits
+        rates={"gigabytes_per_second": 2 * size / 1e9},
+    )
 
 
-def linear(run):
-    import torch
+def linear(n, d, v):
+    from linear import operator_gemms
 
     from loku_kernels import linear_cross_entropy_loss, linear_ihl_loss
 
-    for n, d, v in LINEAR:
-        torch.manual_seed(0)
-        hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        weight = torch.randn(v, d, device="cuda", dtype=torch.bfloat16) / d**0.5
-        labels = torch.randint(0, v, (n,), device="cuda")
-        plain, logits = hidden.detach(), torch.empty(n, v, device="cuda", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    hidden = torch.randn(n, d, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(v, d, device=DEVICE, dtype=torch.bfloat16) / d**0.5
+    labels = torch.randint(0, v, (n,), device=DEVICE)
+    plain = hidden.detach()
+    logits, buffer, out = (
+        torch.empty(shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((n, v), (n, v), (n, d))
+    )
+    losses = {
+        "eager cross_entropy": lambda h, w, t: torch.nn.functional.cross_entropy(h @ w.t(), t),
+        "torch.compile cross_entropy": compiled(linear_cross_entropy),
+        **peer("Liger fused linear cross entropy", "liger_kernel.transformers",
+               "LigerFusedLinearCrossEntropyLoss", lambda loss: lambda h, w, t: loss()(w, h, t)),
+        **peer("Cut Cross Entropy", "cut_cross_entropy", "linear_cross_entropy"),
+    }  # fmt: skip
 
-        def gemms(h=plain, w=weight, y=logits):
-            torch.mm(h, w.t(), out=y)
-            torch.mm(y, w)
+    def gradient(loss):
+        return lambda: torch.autograd.grad(loss(hidden, weight, labels), hidden)
 
-        def prepare(h=hidden):
-            h.grad = None
+    def gemms(times):
+        return min(times["two GEMMs, whole"], times["two GEMMs, by block"])
 
-        def peer(loss, h=hidden, w=weight, t=labels):
-            return lambda: loss(h, w, t).backward()
-
-        functions = {
-            "two GEMMs": gemms,
-            "copy of the logits": lambda y=logits: y.clone(),
-            **on_backends("linear_ihl_loss", peer(linear_ihl_loss)),
-            **on_backends("linear_cross_entropy_loss", peer(linear_cross_entropy_loss)),
-            "eager cross_entropy": peer(lambda h, w, t: torch.nn.functional.cross_entropy(h @ w.t(), t)),
-            "torch.compile cross_entropy": peer(lambda h, w, t: compiled(eager_linear)(h, w, t)),
-        }
-        if loss := liger("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss"):
-            instance = loss()
-            functions["Liger fused linear cross entropy"] = peer(lambda h, w, t, f=instance: f(w, h, t))
-        if importlib.util.find_spec("cut_cross_entropy"):
-            from cut_cross_entropy import linear_cross_entropy
-
-            functions["Cut Cross Entropy"] = peer(linear_cross_entropy)
-        compare(
-            run,
-            "linear",
-            (n, d, v),
-            functions,
-            lambda times: times["two GEMMs"],
-            prepare,
-            operations=4 * n * d * v,
-        )
-        del hidden, weight, labels, plain, logits, functions, gemms, prepare, peer
-        torch.cuda.empty_cache()
+    return Case(
+        {
+            "two GEMMs, whole": lambda: torch.mm(torch.mm(plain, weight.t(), out=logits), weight, out=out),
+            "two GEMMs, by block": operator_gemms(plain, weight),
+            "copy of the logits": lambda: buffer.copy_(logits),
+            **on_backends("linear_ihl_loss", gradient(linear_ihl_loss)),
+            **on_backends("linear_cross_entropy_loss", gradient(linear_cross_entropy_loss)),
+            **{name: gradient(loss) for name, loss in losses.items()},
+        },
+        floor=gemms,
+        target=lambda times: gemms(times) + 1.2 * times["copy of the logits"],
+        over=tuple(losses),
+        rates={"teraflops": 4 * n * d * v / 1e12},
+    )
 
 
-def eager_linear(hidden, weight, labels):
-    import torch
+def dropped(n, v, rows, columns):
+    """On the embedded model's logits where V is its vocabulary, else on simulated ones."""
+    import dropped_mass
 
-    return torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels)
+    source = "embedded, sorted" if v == 4096 else "simulated, sorted"
+    functions, columns_of = dropped_mass.products(
+        source, f"{rows}x{columns}", dropped_mass.CAPS, n, v, DEVICE
+    )
+    return Case(
+        functions,
+        floor=lambda times: times["one product"],
+        over=("one product",),
+        columns=columns_of,
+    )
 
 
-def fisher(run):
-    import torch
-
+def fisher(n, t, d, k):
     from loku_kernels import accumulate_squared_grad_
 
-    for n, t, d, k in FISHER:
-        torch.manual_seed(0)
-        inputs = torch.randn(n, t, k, device="cuda", dtype=torch.bfloat16)
-        grads = torch.randn(n, t, d, device="cuda", dtype=torch.bfloat16) * 1e-2
-        total, rows = torch.zeros(d, k, device="cuda"), torch.zeros(d, device="cuda")
-        divisor = torch.rand(d, k, device="cuda") + 0.1
-        product = torch.empty(d, k, device="cuda", dtype=torch.bfloat16)
-        copy = torch.empty_like(total)
+    torch.manual_seed(0)
+    inputs = torch.randn(n, t, k, device=DEVICE, dtype=torch.bfloat16)
+    grads = torch.randn(n, t, d, device=DEVICE, dtype=torch.bfloat16) * 1e-2
+    total, rows = torch.zeros(d, k, device=DEVICE), torch.zeros(d, device=DEVICE)
+    divisor = torch.rand(d, k, device=DEVICE) + 0.1
+    product = torch.empty(d, k, device=DEVICE, dtype=torch.bfloat16)
+    buffer = torch.empty_like(total)
 
-        def accumulate(x=inputs, g=grads, f=total):
-            accumulate_squared_grad_(f, x, g)
+    def floor(times):
+        return max(times["weight-gradient GEMM"], times["copy of the Fisher"])
 
-        def with_divisor(x=inputs, g=grads, f=rows, q=divisor):
-            accumulate_squared_grad_(f, x, g, q)
-
-        def batched(x=inputs, g=grads, f=total):
-            f.add_(torch.bmm(g.mT, x).float().square_().sum(0))
-
-        functions = {
-            "weight-gradient GEMM": lambda x=inputs, g=grads, p=product: torch.mm(
-                g.flatten(0, 1).t(), x.flatten(0, 1), out=p
+    return Case(
+        {
+            "weight-gradient GEMM": lambda: torch.mm(
+                grads.flatten(0, 1).t(), inputs.flatten(0, 1), out=product
             ),
-            "copy of the Fisher": lambda f=total, c=copy: c.copy_(f),
-            **on_backends("accumulate_squared_grad_", accumulate),
-            **on_backends("with divisor", with_divisor),
-            "bmm, square, sum": batched,
-        }
-        compare(
-            run,
-            "fisher",
-            (n, t, d, k),
-            functions,
-            lambda times: max(times["weight-gradient GEMM"], times["copy of the Fisher"]),
-            operations=2 * n * t * d * k,
-        )
-        del inputs, grads, total, rows, divisor, product, copy, functions, accumulate, with_divisor, batched
-        torch.cuda.empty_cache()
+            "copy of the Fisher": lambda: buffer.copy_(total),
+            **on_backends("accumulate_squared_grad_", lambda: accumulate_squared_grad_(total, inputs, grads)),
+            **on_backends("with divisor", lambda: accumulate_squared_grad_(rows, inputs, grads, divisor)),
+            "bmm, square, sum": lambda: total.add_(torch.bmm(grads.mT, inputs).float().square_().sum(0)),
+        },
+        floor=floor,
+        target=lambda times: 1.8 * floor(times) if n * t >= 2048 else None,
+        over=("bmm, square, sum",),
+        rates={"teraflops": 2 * n * t * d * k / 1e12},
+    )
 
 
-def fila(run):
-    """All matrices of a shape at once; ``svd_lowrank`` on four of them, times how many there are."""
-    import torch
+def fila(d, k, count):
+    """All matrices of a shape at once; ``svd_lowrank`` on a few of them, times how many there are."""
+    from fila import thin_products
 
     from loku_kernels import row_scaled_svd
 
-    for d, k, count in LLAMA_7B:
-        label = f"{d}x{k}x{count}"
-        if run.left() < 30:
-            run.skip(f"fila {label}", "no time left")
-            continue
-        torch.manual_seed(0)
-        weights = [torch.randn(d, k, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-        scales = torch.randn(count, d, device="cuda").exp()
+    torch.manual_seed(0)
+    weights = [torch.randn(d, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(count)]
+    scales = torch.randn(count, d, device=DEVICE).exp()
+    few = min(LOWRANK_MATRICES, count)
 
-        def lowrank(weights=weights[:4], scales=scales[:4]):
-            for w, s in zip(weights, scales, strict=True):
-                torch.svd_lowrank(s[:, None] * w.float(), q=RANK)
+    def lowrank():
+        for w, s in zip(weights[:few], scales, strict=False):
+            torch.svd_lowrank(s[:, None] * w.float(), q=RANK)
 
-        functions = {
-            "row_scaled_svd": lambda w=weights, s=scales: row_scaled_svd(w, s, RANK),
-            "svd_lowrank": lowrank,
-        }
-        times, failed = event_times(functions, seconds=1.0)
-        for name, why in failed.items():
-            run.skip(f"fila {label} {name}", why)
-        if "svd_lowrank" in times:
-            times["svd_lowrank"] *= count / 4
-        _, operations, _ = floors("fila", (d, k, count), "H100 SXM")
-        for name, seconds in times.items():
-            run.add(
-                {
-                    "step": "fila",
-                    "shape": label,
-                    "name": name,
-                    "milliseconds": seconds * 1e3,
-                    "times_floor": seconds / min(times.values()),
-                    "teraflops": operations / seconds / 1e12 if name == "row_scaled_svd" else None,
-                }
-            )
-        del weights, scales, functions, lowrank
-        torch.cuda.empty_cache()
+    _, v = row_scaled_svd(weights[:1], scales[:1], RANK)
+    scaled = scales[0].double()[:, None] * weights[0].double()
+    gram = scaled @ scaled.T if d < k else scaled.T @ scaled
+    captured, most = (scaled @ v[0].double()).square().sum(), torch.linalg.eigvalsh(gram)[-RANK:].sum()
+    return Case(
+        {
+            "thin products": partial(thin_products, weights, RANK),
+            "row_scaled_svd": lambda: row_scaled_svd(weights, scales, RANK),
+            "torch.svd_lowrank": lowrank,
+        },
+        floor=lambda times: times["thin products"],
+        target=lambda times: times["torch.svd_lowrank"] / 10,
+        over=("torch.svd_lowrank",),
+        repeats={"torch.svd_lowrank": count / few},
+        columns={"row_scaled_svd": {"deficit": (1 - captured / most).item()}},
+    )
 
 
-def main():
+CASES = {
+    "forward": forward,
+    "fused": fused,
+    "linear": linear,
+    "dropped": dropped,
+    "fisher": fisher,
+    "fila": fila,
+}
+
+
+def start_anew(run, steps):
+    """This command in a new process: a device that has failed in this one computes there."""
+    command = [__file__, "--out", str(run.out), "--minutes", f"{run.left() / 60:.3f}", "--only", *steps]
+    print("the device has failed: starting anew", flush=True)
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -539,36 +616,43 @@ def main():
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="steps")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and floors; needs no GPU")
     parser.add_argument("--card", choices=CARDS, default="H100 SXM", help="whose data sheet --dry-run takes")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.dry_run:
-        dry_run(options.card)
+        dry_run(options.only, options.card)
         return
     if options.out is None:
         parser.error("--out is needed, or --dry-run")
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device; --dry-run prints the plan without one")
 
     run = Run(options.out, options.minutes)
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device; --dry-run prints the plan without one")
-    print(torch.cuda.get_device_name(), f"torch {torch.__version__}", flush=True)
-    if "build" in options.only and not build():
-        run.skip("native", "the build failed")
-    sys.path.insert(0, str(ROOT))  # the checkout, with what was built in place
-    steps = {"forward": forward, "fused": fused, "linear": linear, "fisher": fisher, "fila": fila}
-    if "tests" in options.only:
-        tests(run)
-    for name in options.only:
-        if name not in steps:
+    print(f"{run.environment['device']}, torch {torch.__version__}", flush=True)
+    sys.path.insert(0, str(ROOT))  # the checkout, with what is built in place
+    for step, first in (("build", build), ("tests", tests)):
+        if step in options.only and not run.done(step):
+            print(f"{step}: {STEPS[step]}", flush=True)
+            try:
+                first(run)
+            except Exception as error:
+                run.add([], [{"step": step, "why": reason(error)}])
+    for step in CASES:
+        if step not in options.only:
             continue
-        print(f"{name}: {STEPS[name]}", flush=True)
-        try:
-            steps[name](run)
-        except Exception as error:  # one step must not take the others' results with it
-            run.skip(name, f"{type(error).__name__}: {error}")
-            torch.cuda.empty_cache()
-        run.chart(name)
-    print("written:", run.out / "gpu.json")
+        print(f"{step}: {STEPS[step]}", flush=True)
+        before = len(run.rows)
+        for shape in SHAPES[step]:
+            if run.done(step, label_of(shape)):
+                continue
+            if run.left() < 20:
+                run.leave_out(step, label_of(shape))
+                continue
+            measure(run, step, shape)
+            release()
+            if not usable():
+                start_anew(run, options.only)
+        if len(run.rows) > before:
+            run.chart(step)
+    print("written:", run.path)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,10 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = ["torch", "transformers", "peft", "cut-cross-entropy", "torchmetrics", "scikit-learn", "scipy"]
+PACKAGES = [
+    "torch", "triton", "transformers", "peft", "cut-cross-entropy", "liger-kernel", "quack-kernels",
+    "torchmetrics", "scikit-learn", "scipy",
+]  # fmt: skip
 
 
 # --- time and memory ------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def check(hidden, weight, labels):
 def operator_gemms(hidden, weight):
     """A function that does the operator's two GEMMs, and nothing else, on the operator's own blocks."""
     (n, d), vocab = hidden.shape, weight.shape[0]
-    rows, columns = ops.block_slices(n, vocab, weight.element_size(), weight.device.type)
+    itemsize = ops.product_dtype(weight).itemsize
+    rows, columns = ops.block_slices(n, vocab, itemsize, weight.device.type)
     memory, out = hidden.new_empty(n * vocab), hidden.new_zeros(n, d)
 
     def gemms():

@@ -66,8 +66,12 @@ def triplet_forward(logits, labels, ignore_index):
 def triplet_backward(
     grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, *, first=0, softcap=0.0, out=None
 ):
-    """Gradient of the logits in their dtype, contiguous, or in ``out``, which may be the logits."""
+    """Gradient of the logits in their dtype, contiguous, or in ``out``, which may be the logits, or of
+    another dtype: then the logits may be overwritten too."""
     kernels = backend("triplet_backward", logits)
+    if kernels is native and out is not None and out.dtype != logits.dtype:  # its kernels know one dtype
+        arguments = (grad_triplet, logits, labels, ignore_index, triplet, runner_up_id)
+        return out.copy_(native.triplet_backward(*arguments, first=first, softcap=softcap, out=logits))
     if kernels:
         return kernels.triplet_backward(
             grad_triplet,
@@ -129,22 +133,28 @@ class OnlineState(NamedTuple):
         return torch.stack([target, runner_up, rest], 1)
 
 
-def triplet_columns_(logits, first, labels, state, softcap, store):
+def triplet_columns_(logits, first, labels, state, softcap, out=None):
     """Take logits (N, C) of the next columns, from ``first`` on, into ``state``.
 
-    With ``store`` they become exp(y - rest_max), 0 at target and runner-up, times the softcap's slope.
-    No label is ignored here: the block loop has dropped them.
+    exp(y - rest_max), 0 at target and runner-up, times the softcap's slope, goes to ``out`` (N, C), which may
+    be the logits, or of another dtype: then the logits may be overwritten too. No label is ignored here: the
+    block loop has dropped them.
     """
     kernels = backend("triplet_columns_", logits)
-    if kernels:
-        kernels.triplet_columns_(logits, first, labels, state, softcap, store)
+    if kernels is native:  # in place
+        native.triplet_columns_(logits, first, labels, state, softcap, out is not None)
+        if out is not None and out is not logits:
+            out.copy_(logits)
         return
-    for y, t, *piece in _row_pieces(logits, labels, *state):
+    if kernels:
+        kernels.triplet_columns_(logits, first, labels, state, softcap, out)
+        return
+    for y, t, target, *piece in _row_pieces(logits, labels, logits if out is None else out, *state):
         terms, *new = reference.triplet_columns(y, first, t, *piece[:2], softcap)
         for old, value in zip(piece, new, strict=True):
             old.copy_(value)
-        if store:
-            y.copy_(terms)
+        if out is not None:
+            target.copy_(terms)
 
 
 def scale_(logits, factor):

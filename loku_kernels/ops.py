@@ -6,6 +6,7 @@
 The public functions check their arguments; the operators behind them do not check again.
 """
 
+import functools
 import itertools
 import math
 
@@ -203,6 +204,32 @@ def whole_row_slices(count, vocab, itemsize, device_type="cpu"):
     return _even_slices(count, _block_bytes(device_type) // (vocab * itemsize)), [slice(0, vocab)]
 
 
+@functools.cache
+def _multiplies_into_float32(device):
+    """Whether the library's product of 16-bit operands comes in float32 as it was summed: cuBLAS's does."""
+    if device.type != "cuda":
+        return False
+    operand = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(operand, operand, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
+def product_dtype(operand):
+    """What the products of the linear op are in: float32 of 16-bit operands where the library can."""
+    if operand.dtype.itemsize == 2 and _multiplies_into_float32(operand.device):
+        return torch.float32
+    return operand.dtype
+
+
+def _product(a, b, dtype, out=None):
+    if dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=dtype, out=out)
+
+
 class LogitsBlocks:
     """Computes blocks of the logits of some hidden states (N, D), each in the memory of the one before.
 
@@ -212,12 +239,16 @@ class LogitsBlocks:
     def __init__(self, hidden, weight, bias, softcap, logit_scale, slices=None):
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.softcap, self.logit_scale = softcap, logit_scale
+        self.dtype = product_dtype(hidden)
         self.rows, self.columns = slices or block_slices(
-            len(hidden), len(weight), hidden.element_size(), hidden.device.type
+            len(hidden), len(weight), self.dtype.itemsize, hidden.device.type
         )
-        self.memory = hidden.new_empty(
-            max((math.prod(self._shape(r, c)) for r in self.rows for c in self.columns), default=0)
-        )
+        size = max((math.prod(self._shape(r, c)) for r in self.rows for c in self.columns), default=0)
+        self.memory = hidden.new_empty(size, dtype=self.dtype)
+
+    @functools.cached_property
+    def _terms_memory(self):
+        return self.hidden.new_empty(len(self.memory))
 
     def _shape(self, rows, columns):
         return rows.stop - rows.start, columns.stop - columns.start
@@ -227,23 +258,32 @@ class LogitsBlocks:
         shape = self._shape(rows, columns)
         block = self.memory[: math.prod(shape)].view(shape)
         weight = self.weight[columns].t()
-        if self.bias is None:
-            torch.mm(self.hidden[rows], weight, out=block)
-        else:
+        if self.bias is not None and self.dtype == weight.dtype:
             torch.addmm(self.bias[columns], self.hidden[rows], weight, out=block)
+        else:
+            _product(self.hidden[rows], weight, self.dtype, out=block)
+            if self.bias is not None:
+                block += self.bias[columns]
         if self.softcap:
             block.mul_(self.logit_scale / self.softcap).tanh_()
         elif self.logit_scale != 1.0:
             block.mul_(self.logit_scale)
         return block
 
+    def terms_of(self, block):
+        """Where to put, in the dtype of the operands, what is made of a block: there, if it is the same."""
+        if block.dtype == self.hidden.dtype:
+            return block
+        return self._terms_memory[: block.numel()].view(block.shape)
+
 
 def add_product(total, a, b):
-    """total += a @ b, where total may be in a wider dtype: then each product is rounded once."""
+    """total += a @ b, where total may be in a wider dtype: then each product is rounded once, unless the
+    library multiplies into that."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        total += torch.mm(a, b)
+        total += _product(a, b, product_dtype(a))
 
 
 def weight_gradient(logits, gradient):
@@ -304,12 +344,13 @@ def _linear_softmax_triplet(
             total = torch.zeros(len(chosen), hidden.shape[1], dtype=dtype, device=hidden.device)
         for columns in logits.columns:
             block = logits.compute(rows, columns)
-            blocks.triplet_columns_(block, columns.start, targets, state, softcap, store=want_direction)
+            terms = logits.terms_of(block) if want_direction else None
+            blocks.triplet_columns_(block, columns.start, targets, state, softcap, terms)
             if want_direction:
                 if columns.start:
                     total *= state.rescale[:, None]
                     _add_demoted(total, weight, state)
-                add_product(total, block, weight[columns])
+                add_product(total, terms, weight[columns])
         triplet[chosen], runner_up_id[chosen] = state.triplet(), state.runner_up_id
         if want_direction:
             rest_sum = state.numbers[:, 3:]
@@ -380,7 +421,8 @@ def _linear_backward_weight(
 
     def gradient(rows, columns):
         block = logits.compute(rows, columns)
-        return blocks.triplet_backward(
+        terms = logits.terms_of(block)
+        blocks.triplet_backward(
             grad[rows],
             block,
             labels[rows],
@@ -389,8 +431,9 @@ def _linear_backward_weight(
             runner_up_id[rows],
             first=columns.start,
             softcap=softcap,
-            out=block,
+            out=terms,
         )
+        return terms
 
     return weight_gradient(logits, gradient)
 
@@ -468,8 +511,8 @@ def linear_softmax_triplet(
             logits = softcap * torch.tanh(logits / softcap)
         triplet, runner_up_id = softmax_triplet(logits, labels)
 
-    The logits exist for one block of rows and columns at a time (at most 16 MiB,
-    on CUDA 256). With a frozen ``weight``
+    The logits exist for one block of rows and columns at a time (at most 16 MiB, on CUDA 256; there logits of
+    16-bit operands are float32, and what multiplies W takes half as much again). With a frozen ``weight``
     forward and backward together cost two matrix products of that size; where ``weight`` or ``bias``
     trains, the backward computes each block again. Under autocast the operands are cast as ``linear``
     casts them.

@@ -52,10 +52,17 @@ def launches_of_triplet(dtype, vocab, rows):
     triplet.scale_rows_(logits, meta(dtype=torch.float32))
 
 
-def launches_of_columns(dtype, softcap=0.0, store=True):
+def launches_of_columns(dtype, out_dtype=None, softcap=0.0):
     logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
-    state = OnlineState.start(labels)
-    triplet.triplet_columns_(logits, 8192, labels, state, softcap, store)
+    out = None if out_dtype is None else meta(1024, 8192, dtype=out_dtype)
+    triplet.triplet_columns_(logits, 8192, labels, OnlineState.start(labels), softcap, out)
+
+
+def launches_of_trained_head(dtype, out_dtype):
+    logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
+    found = meta(1024, 3, dtype=torch.float64)
+    out = meta(1024, 8192, dtype=out_dtype)
+    triplet.triplet_backward(found, logits, labels, -100, found, labels, first=8192, out=out)
 
 
 def launches_of_fisher(dtype):
@@ -115,15 +122,19 @@ def all_launches():
 
     for short, dtype in DTYPES.items():
         add(short, record(launches_of_triplet, dtype, VOCAB, MANY))
-        add(short, record(launches_of_columns, dtype))
+        add(short, record(launches_of_columns, dtype, dtype))
         add(short, record(launches_of_fisher, dtype))
     # What does not depend on the dtype: once.
     few = record(launches_of_triplet, torch.bfloat16, VOCAB, FEW)
     add("bf16", [launch for launch in few if launch[0] is not triplet.scale_rows_kernel])
     long = record(launches_of_triplet, torch.bfloat16, LONG_VOCAB, MANY)
     add("bf16 long", [launch for launch in long if launch[0] is triplet.inverted_hinge_kernel])
-    add("bf16", record(launches_of_columns, torch.bfloat16, store=False))
-    add("bf16 softcap", record(launches_of_columns, torch.bfloat16, softcap=30.0))
+    add("bf16", record(launches_of_columns, torch.bfloat16))
+    add("bf16 softcap", record(launches_of_columns, torch.bfloat16, torch.bfloat16, softcap=30.0))
+    add("fp32", record(launches_of_columns, torch.float32))
+    add("fp32 to bf16", record(launches_of_columns, torch.float32, torch.bfloat16))
+    add("fp32 to bf16", record(launches_of_trained_head, torch.float32, torch.bfloat16))
+    add("fp32 to bf16 softcap", record(launches_of_columns, torch.float32, torch.bfloat16, softcap=30.0))
     with mock.patch.object(fisher, "_precision", lambda dtype: "tf32"):
         add("tf32", record(launches_of_fisher, torch.float32))
     return named
@@ -142,7 +153,8 @@ def source(kernel, arguments):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -150,7 +162,7 @@ def source(kernel, arguments):
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = specialised and value % 16 == 0
         else:
             signature[parameter.name], aligned = "fp32", False
         if aligned:

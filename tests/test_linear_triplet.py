@@ -4,11 +4,12 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import DTYPES, IGNORE, PeakMemory, assert_as_good_as_eager, needs_proc
+from helpers import DTYPES, IGNORE, PeakMemory, assert_as_good_as_eager, needs_proc, planted_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loku_kernels import (
+    blocks,
     linear_cross_entropy_loss,
     linear_ihl_loss,
     linear_softmax_triplet,
@@ -211,6 +212,59 @@ def test_autocast_is_that_of_linear(dtype):
     assert hidden.grad.dtype == torch.float32 and hidden.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_terms_in_another_dtype(backend, softcap):
+    """As on CUDA, where logits are float32 and what is made of them multiplies 16-bit operands."""
+    logits, labels = planted_logits(12, 700, torch.float32)
+    logits, labels = logits.tanh() if softcap else logits, labels.where(labels != IGNORE, 0)
+    for first, end in ((0, 300), (300, 700)):
+        block, inside, states = logits[:, first:end].contiguous(), [], []
+        for out in (block.clone(), torch.empty(block.shape, dtype=torch.bfloat16)):
+            states.append(blocks.OnlineState.start(labels))
+            source = out if out.dtype == block.dtype else block.clone()
+            blocks.triplet_columns_(source, first, labels, states[-1], softcap, out)
+            inside.append(out)
+        assert torch.equal(inside[0].bfloat16(), inside[1]) and inside[1].count_nonzero() > 12
+        assert all(map(torch.equal, *states))
+    triplet, runner_up_id = reference.softmax_triplet(logits.double() * (softcap or 1.0), labels)
+    arguments = (torch.randn(12, 3).double(), logits, labels, IGNORE, triplet, runner_up_id)
+    expected = blocks.triplet_backward(*arguments, softcap=softcap).bfloat16()
+    out = torch.empty(logits.shape, dtype=torch.bfloat16)
+    assert blocks.triplet_backward(*arguments, softcap=softcap, out=out) is out
+    assert torch.equal(out, expected) and out.count_nonzero() > 12
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_on_the_cpu_products_are_in_their_operands_dtype(dtype):
+    hidden, weight, bias, _ = planted_operands(6, 4, 9, dtype)
+    assert ops.product_dtype(weight) == dtype
+    logits = ops.LogitsBlocks(hidden, weight, bias, 0.0, 1.0)
+    block = logits.compute(slice(0, 6), slice(0, 9))
+    assert torch.equal(block, torch.nn.functional.linear(hidden, weight, bias))
+    assert logits.terms_of(block) is block
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.5}])
+def test_logits_of_16_bit_operands_in_float32(backend, options, monkeypatch):
+    """The way of CUDA, with a product of which the CPU's library has no equal."""
+
+    def product(a, b, dtype, out=None):
+        return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+    monkeypatch.setattr(ops, "_multiplies_into_float32", lambda device: True)
+    monkeypatch.setattr(ops, "_product", product)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 20_000)
+    hidden, weight, bias, labels = planted_operands(24, 16, 1301, torch.bfloat16)
+    check([hidden, weight, bias], labels, **options)
+    ours, ours_id = linear_softmax_triplet(hidden, weight, labels, bias, **options)
+    exact, exact_id = eager_triplet(hidden.double(), weight.double(), labels, bias.double(), **options)
+    assert torch.equal(ours_id, exact_id)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
+    total = torch.zeros(24, 1301)
+    ops.add_product(total, hidden, weight.t())  # not rounded on the way
+    assert torch.equal(total, hidden.float() @ weight.float().t())
+
+
 def test_gradcheck_and_opcheck():
     hidden, weight, bias, labels = planted_operands(6, 4, 7, torch.float64, memorised=False)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
@@ -224,18 +278,43 @@ def test_gradcheck_and_opcheck():
         torch.library.opcheck(op, (h.requires_grad_(), w, b, t, IGNORE, 0.0, 1.0, True))
         torch.library.opcheck(op, (h, w.requires_grad_(), None, t, IGNORE, 5.0, 0.5, True))
         torch.library.opcheck(op, (h.detach(), w.detach(), None, t, IGNORE, 0.0, 1.0, False))
+        direction = op(h.detach(), w.detach(), b, t, IGNORE, 5.0, 0.5, True)
+        grad = torch.randn_like(direction[0])
+        for backward, operands in (
+            (torch.ops.loku_kernels.linear_softmax_triplet_backward, (w, t, *direction)),
+            (
+                torch.ops.loku_kernels.linear_softmax_triplet_backward_weight,
+                (h, w, b, t, IGNORE, *direction[:2]),
+            ),
+        ):
+            operands = [x.detach() if isinstance(x, torch.Tensor) else x for x in operands]
+            torch.library.opcheck(backward.default, (grad, *operands, 5.0, 0.5))
 
 
-def test_compile():
-    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
-    hidden.requires_grad_()
+@pytest.mark.parametrize("trained", [False, True])
+def test_compile(trained):
+    """One graph, for any number of tokens."""
+    torch.compiler.reset()
 
-    def step(hidden):
-        return linear_ihl_loss(hidden * 2, weight, labels, bias)
+    def step(hidden, weight, bias, labels):
+        triplet, runner_up_id = linear_softmax_triplet(hidden * 2, weight, labels, bias, softcap=5.0)
+        loss = linear_ihl_loss(hidden, weight, labels, bias, reduction="sum")
+        return loss + triplet[:, 1:].sum(), triplet, runner_up_id
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    (ours,) = torch.autograd.grad(compiled(hidden), hidden)
-    torch.testing.assert_close(ours, torch.autograd.grad(step(hidden), hidden)[0])
+    def gradients(step, operands, labels):
+        leaves = [x.clone().requires_grad_(trained or i == 0) for i, x in enumerate(operands)]
+        loss, triplet, runner_up_id = step(*leaves, labels)
+        loss.backward()
+        return loss.detach(), triplet.detach(), runner_up_id, *(x.grad for x in leaves if x.requires_grad)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, stance in ((24, "default"), (31, "fail_on_recompile"), (9, "fail_on_recompile")):
+        *operands, labels = planted_operands(n, 16, 301, torch.float32)
+        with torch.compiler.set_stance(stance):
+            ours = gradients(compiled, operands, labels)
+        expected = gradients(step, operands, labels)
+        assert len(ours) == (6 if trained else 4) and expected[3].abs().sum() > 0
+        torch.testing.assert_close(ours, expected)
 
 
 def test_errors(backend):

@@ -222,14 +222,27 @@ def test_a_wrong_gradient_fails(monkeypatch):
             check()
 
 
-def test_compile():
-    def step(logits, labels):
-        triplet, _ = softmax_triplet(logits, labels)
-        return ihl_loss(logits, labels) + triplet[:, 0].float().mean()
+@pytest.mark.parametrize("loss_function", [ihl_loss, cross_entropy_loss])
+def test_compile(loss_function):
+    """One graph, for any number of tokens."""
+    torch.compiler.reset()
 
-    logits, labels = planted_logits(12, 33, torch.float32)
-    logits = logits.nan_to_num(neginf=-9.0).requires_grad_()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(logits, labels), step(logits, labels))
-    (grad,) = torch.autograd.grad(compiled(logits, labels), logits)
-    torch.testing.assert_close(grad, torch.autograd.grad(step(logits, labels), logits)[0])
+    def step(logits, labels):
+        triplet, runner_up_id = softmax_triplet(logits * 2, labels)
+        return loss_function(logits, labels) + triplet[..., 1:].float().mean(), triplet, runner_up_id
+
+    def gradient(step, logits, labels):
+        leaf = logits.clone().requires_grad_()
+        loss, triplet, runner_up_id = step(leaf, labels)
+        loss.backward()
+        return loss.detach(), triplet.detach(), runner_up_id, leaf.grad
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, stance in ((12, "default"), (18, "fail_on_recompile"), (30, "fail_on_recompile")):
+        logits, labels = planted_logits(n, 33, torch.float32)
+        logits, labels = logits.nan_to_num(neginf=-9.0).view(2, -1, 33), labels.view(2, -1)
+        with torch.compiler.set_stance(stance):
+            ours = gradient(compiled, logits, labels)
+        expected = gradient(step, logits, labels)
+        assert expected[-1].abs().sum() > 0
+        torch.testing.assert_close(ours, expected)

@@ -4,6 +4,7 @@ TRITON_INTERPRET must be set before triton is imported, so the interpreter has a
 ``test_in_the_interpreter`` runs this file there. In this process the same tests are those of the GPU.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -23,10 +24,13 @@ from loku_kernels import (
     dispatch,
     ihl_loss,
     linear_ihl_loss,
+    linear_softmax_triplet,
+    ops,
     reference,
     softmax_triplet,
 )
 from loku_kernels.blocks import OnlineState
+from loku_kernels.losses import cross_entropy
 
 pytest.importorskip("triton", reason="no triton")
 
@@ -35,6 +39,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # In the interpreter bfloat16 is not rounded to nearest, and its products are nonsense.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 EXAMPLES = 8 if INTERPRETED else 60
+TABLE_SCRIPT = Path(__file__).parents[1] / "scripts" / "triton_table.py"
 LONGEST = 1500 if INTERPRETED else 140_000
 
 on_device = (
@@ -122,28 +127,34 @@ def check_triplet(logits, labels, seed=0):
         assert torch.equal(clone, grad)
 
 
-def check_columns(logits, labels, cuts, softcap):
-    """Logits (N, V), block by block of columns, as the linear op does it; no label is ignored."""
+def check_columns(logits, labels, cuts, softcap, out_dtype=None):
+    """Logits (N, V), block by block of columns, as the linear op does it; no label is ignored. What is made
+    of them takes their place or, in another dtype, one of its own."""
     from loku_kernels import triton as kernels
 
-    dtype, scale = logits.dtype, softcap or 1.0
+    dtype, scale = out_dtype or logits.dtype, softcap or 1.0
     exact, exact_id = reference.softmax_triplet(logits.cpu().double() * scale, labels.cpu())
     unit = torch.zeros_like(exact)
     unit[:, 2] = 1.0
     arguments = (logits.cpu(), labels.cpu(), IGNORE, exact, exact_id)
     expected = reference.softmax_triplet_backward(unit, *arguments, 0, softcap)
+
+    def place_for(block):
+        return block if out_dtype is None else torch.empty(block.shape, dtype=dtype, device=block.device)
+
     state, silent = OnlineState.start(labels), OnlineState.start(labels)
     terms = torch.zeros(logits.shape, dtype=torch.float64)
     for first, end in itertools.pairwise([0, *cuts, logits.shape[1]]):
         block = logits[:, first:end].clone()
-        kernels.triplet_columns_(block, first, labels, silent, softcap, store=False)
+        kernels.triplet_columns_(block, first, labels, silent, softcap)
         assert torch.equal(block, logits[:, first:end])
-        kernels.triplet_columns_(block, first, labels, state, softcap, store=True)
+        out = place_for(block)
+        kernels.triplet_columns_(block, first, labels, state, softcap, out)
         terms *= state.rescale.cpu().double()[:, None]
         demoted = state.demoted_id.cpu()
         row = (demoted >= 0).nonzero()[:, 0]
         terms[row, demoted[row]] = state.demoted_share.cpu().double()[row]
-        terms[:, first:end] = block.cpu().double()
+        terms[:, first:end] = out.cpu().double()
     for ours, theirs in zip(state[:2], silent[:2], strict=True):
         assert torch.equal(ours, theirs)
     triplet = state.triplet().cpu()
@@ -165,6 +176,7 @@ def check_columns(logits, labels, cuts, softcap):
                 *saved,
                 first=first,
                 softcap=softcap,
+                out=None if out_dtype is None else place_for(logits[:, first:end]),
             )
             for first, end in itertools.pairwise([0, *cuts, logits.shape[1]])
         ],
@@ -238,12 +250,15 @@ def test_any_shape_and_stride(n, v, dtype, seed, layout, parts, vectors):
     st.sampled_from(DTYPES),
     st.integers(0, 1000),
     st.sampled_from([0.0, 6.0]),
+    st.booleans(),
 )
-def test_any_columns(v, cuts, dtype, seed, softcap):
-    logits, labels = planted_logits(11, v, dtype, seed)
+def test_any_columns(v, cuts, dtype, seed, softcap, narrow):
+    """In the logits' dtype, or as on CUDA from float32 logits to 16-bit operands."""
+    logits, labels = planted_logits(11, v, torch.float32 if narrow else dtype, seed)
     if softcap:
         logits = torch.tanh(logits / softcap)
-    check_columns(*on(DEVICE, logits, labels.where(labels != IGNORE, 0)), unique(cuts, v), softcap)
+    logits, labels = on(DEVICE, logits, labels.where(labels != IGNORE, 0))
+    check_columns(logits, labels, unique(cuts, v), softcap, DTYPES[-1] if narrow else None)
 
 
 def unique(cuts, v):
@@ -399,6 +414,22 @@ def test_fisher(n, tokens, d, k, dtype, strided, seed):
     torch.testing.assert_close(rows.cpu().double(), expected, rtol=1e-4, atol=1e-5 * expected.max().item())
 
 
+@on_device
+def test_fisher_of_tokens_more_than_2_to_the_31_entries_apart():
+    generator = torch.Generator().manual_seed(0)
+    near = torch.randn(1, 3, 40, generator=generator).half().to(DEVICE)
+    stride = 2**30 + 8  # less than 2^31, but twice it is more
+    try:
+        memory = torch.empty(2 * stride + 40, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("the system does not lend this much memory, even untouched")
+    far = memory.as_strided((1, 3, 40), (3 * stride, stride, 1)).copy_(near)
+    expected = accumulate_squared_grad_(torch.zeros(40, 40, device=DEVICE), near, near)
+    for operands in ((far, near), (near, far)):
+        ours = accumulate_squared_grad_(torch.zeros(40, 40, device=DEVICE), *operands)
+        assert torch.equal(ours, expected) and ours.gt(0).all()
+
+
 # --- what only a GPU has --------------------------------------------------------------------------
 
 gpu_alone = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
@@ -472,6 +503,25 @@ def test_nothing_waits_for_the_device():
             softmax_triplet(leaf, labels)[0].sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@gpu_alone
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_16_bit_operands_are_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = (4 * torch.randn(300, 64, generator=generator)).to("cuda", dtype).requires_grad_()
+    weight = torch.randn(5000, 64, generator=generator).to("cuda", dtype)
+    labels = torch.randint(0, 5000, (300,), generator=generator).cuda()
+    assert ops.product_dtype(weight) == torch.float32
+    triplet, runner_up_id = linear_softmax_triplet(hidden, weight, labels)
+    exact, exact_id = reference.softmax_triplet(hidden.detach().double() @ weight.double().t(), labels)
+    assert torch.equal(runner_up_id, exact_id)
+    assert (triplet - exact).abs().max() < 1e-3  # rounded to 16 bits, logits near 100 would be off by 0.02
+    cross_entropy(triplet).sum().backward()
+    leaf = hidden.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(leaf @ weight.double().t(), labels, reduction="sum").backward()
+    assert (hidden.grad - leaf.grad).norm() < 4 * ulp(dtype) * leaf.grad.norm()
 
 
 @pytest.mark.gpu
@@ -566,14 +616,58 @@ def test_the_choice_on_cuda(monkeypatch):
 
 
 @outside
+def test_tf32_is_as_torch_has_it():
+    from loku_kernels.triton import fisher
+
+    matmul = torch.backends.cuda.matmul
+    assert fisher._precision(torch.float32) == "ieee"
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"  # set so, the older attribute allow_tf32 cannot even be read
+        assert fisher._precision(torch.float32) == "tf32" and fisher._precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+@outside
+def test_another_batch_compiles_nothing_anew(monkeypatch):
+    """Kernels are made for dtypes and options, not for how many rows, tokens or columns there are."""
+    if not TABLE_SCRIPT.exists():
+        pytest.skip("no checkout")
+    monkeypatch.syspath_prepend(TABLE_SCRIPT.parent)
+    table = importlib.import_module("triton_table")
+
+    def compiled(launcher, *args):
+        launches = table.record(launcher, *args)
+        sources = [table.source(kernel, arguments) for kernel, arguments, _ in launches]
+        return [(source.fn.__name__, source.signature, source.constants, source.attrs) for source in sources]
+
+    def fisher(n, tokens):
+        operands = [table.meta(n, tokens, 4096, dtype=torch.bfloat16) for _ in range(2)]
+        table.fisher.accumulate_squared_grad_(table.meta(4096, 4096, dtype=torch.float32), *operands)
+
+    def columns(first, count):
+        block, labels = table.meta(1024, count, dtype=torch.float32), table.meta(1024, dtype=torch.int64)
+        table.triplet.triplet_columns_(block, first, labels, OnlineState.start(labels), 0.0, block)
+
+    def of_triplet(vocab, rows):
+        return compiled(table.launches_of_triplet, torch.bfloat16, vocab, rows)
+
+    assert len(of_triplet(50257, 4096)) == 4
+    assert of_triplet(50257, 4096) == of_triplet(50304, 4097) != of_triplet(50257, 16)
+    assert of_triplet(50257, 16) == of_triplet(50304, 13)
+    assert compiled(fisher, 16, 128) == compiled(fisher, 1, 77)
+    assert compiled(columns, 0, 4096) == compiled(columns, 4097, 4099)
+
+
+@outside
 def test_what_the_kernels_compile_to():
     """Registers, spills and vector widths, as committed, for GPUs that need not be there."""
-    script = Path(__file__).parents[1] / "scripts" / "triton_table.py"
-    if not script.exists():
+    if not TABLE_SCRIPT.exists():
         pytest.skip("no checkout")
     environment = {key: value for key, value in os.environ.items() if key != "LOKU_BACKEND"}
     result = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=1800, env=environment
+        [sys.executable, TABLE_SCRIPT], capture_output=True, text=True, timeout=1800, env=environment
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert json.loads(script.with_suffix(".json").read_text())["kernels"]
+    assert json.loads(TABLE_SCRIPT.with_suffix(".json").read_text())["kernels"]

@@ -6,7 +6,7 @@ sample's gradient leaves the chip, and the tile is read and written once. The lo
 over tokens are one: loads for the next sample start while the last one's product is under way.
 
 float16 and bfloat16 are multiplied as they are, exactly, and summed in float32. float32 is multiplied in
-float32, or in TF32 where ``torch.backends.cuda.matmul.allow_tf32`` is set, as by torch.
+float32, or in TF32 where torch may (``torch.backends.cuda.matmul.fp32_precision``, or ``allow_tf32``).
 """
 
 import torch
@@ -37,7 +37,8 @@ def tile_of(dtype, tf32):
 # Predicted: 0.18 ms. (A prediction, not measured.)
 
 
-@triton.jit
+# How many samples and tokens there are varies from batch to batch: they are no reason to compile anew.
+@triton.jit(do_not_specialize=["samples", "tokens"])
 def squared_grad_kernel(
     inputs,
     inputs_sample_stride,
@@ -75,10 +76,11 @@ def squared_grad_kernel(
     column_tile = within // group_rows
 
     t = tl.arange(0, BLOCK_T)
+    token = t.to(tl.int64)[:, None]  # tokens may lie far apart
     row = row_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     column = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    x_tile = inputs + t[:, None] * inputs_token_stride + column[None, :]
-    delta_tile = grad_outputs + t[:, None] * grad_token_stride + row[None, :]
+    x_tile = inputs + token * inputs_token_stride + column[None, :]
+    delta_tile = grad_outputs + token * grad_token_stride + row[None, :]
 
     steps = tl.cdiv(tokens, BLOCK_T)
     product = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
@@ -111,7 +113,9 @@ def squared_grad_kernel(
 
 
 def _precision(dtype):
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
+    # Asked for in the newer way: the older one, allow_tf32, raises where somebody has used the newer.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    tf32 = dtype == torch.float32 and allowed
     return "tf32" if tf32 else "ieee"
 
 

@@ -38,6 +38,9 @@ _NO_COLUMN = tl.constexpr(2**31 - 1)
 # A vector load of 16 bytes must be aligned, and a row of odd length begins anywhere. So a row is a body of
 # whole aligned vectors, and edges of less than a vector before and after it, which go together in a little
 # block of their own. `first` counts from the begin of the body, columns from that of the row.
+#
+# How long a row is, where rows begin and how many there are varies from batch to batch. Nothing is gained by
+# compiling anew where such a number is 1 or a multiple of 16, since `_split_row` finds what is aligned.
 
 
 @triton.jit
@@ -56,6 +59,14 @@ def _split_row(start, vocab, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _part_of(body, part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a part of the body begins, a multiple of BLOCK, and ends; the last parts may be empty."""
+    length = tl.cdiv(tl.cdiv(body, BLOCK), PARTS) * BLOCK
+    begin = part * length
+    return begin, tl.minimum(begin + length, body)
+
+
+@triton.jit
 def _edge_columns(head, body, vocab, asked, VECTOR: tl.constexpr):
     i = tl.arange(0, 2 * VECTOR)
     column = tl.where(i < VECTOR, i, head + body + i - VECTOR)
@@ -68,6 +79,33 @@ def _exp_of_difference(x, reference, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         difference *= softcap
     return tl.exp(difference)
+
+
+@triton.jit
+def _take_runner_up(x, column, target, runner_up, runner_up_id):
+    """Take the target and the new runner-up, if one is among them, out of entries x at ``column``.
+
+    Returns what is left of x, what it brings to the rest (x and a former runner-up): the largest, and that
+    runner-up or -inf; and the runner-up and its column.
+    """
+    x = tl.where(column == target, _MINUS_INFINITY, x)
+    top = tl.max(x)
+    best = tl.min(tl.where(x == top, column, _NO_COLUMN))
+    # On ties the lower column wins: the edge at the begin of a row comes last.
+    take = (top > runner_up) | ((top == runner_up) & (best < runner_up_id) & (top > _MINUS_INFINITY))
+    x = tl.where(column == tl.where(take, best, -1), _MINUS_INFINITY, x)
+    leaving = tl.where(take, runner_up, _MINUS_INFINITY)
+    joining = tl.maximum(tl.max(x), leaving)
+    return x, joining, leaving, tl.where(take, top, runner_up), tl.where(take, best, runner_up_id)
+
+
+@triton.jit
+def _raise_largest(largest, joining, softcap, SOFTCAP: tl.constexpr):
+    """The new largest entry of the rest, what to subtract from entries, and the factor of earlier terms."""
+    new_largest = tl.maximum(largest, joining)
+    # Where all is masked there is no reference to subtract. A NaN shows in the sum, whatever this is.
+    reference = tl.where(new_largest == _MINUS_INFINITY, 0.0, new_largest)
+    return new_largest, reference, _exp_of_difference(largest, reference, softcap, SOFTCAP)
 
 
 @triton.jit
@@ -86,9 +124,7 @@ def _reduce_row(
     largest entry of the rest, and the sum over the rest of exp(y - largest)."""
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     aligned, head, body = _split_row(start, vocab, VECTOR)
-    blocks = tl.cdiv(tl.cdiv(body, BLOCK), PARTS)  # of a part
-    begin = part * blocks * BLOCK
-    end = tl.minimum(begin + blocks * BLOCK, body)
+    begin, end = _part_of(body, part, PARTS, BLOCK)
 
     runner_up = _MINUS_INFINITY
     runner_up_id = (target == 0).to(tl.int32)  # if all others are masked, the lowest of them
@@ -100,48 +136,28 @@ def _reduce_row(
     for first in range(begin, end, BLOCK):
         x = tl.load(block + lane, mask=lane < body - first, other=_MINUS_INFINITY).to(tl.float32)
         block += BLOCK
-        target_lane = target - head - first
-        top = tl.max(x)
-        joining = top  # the largest of what this block brings to the rest
+        joining = tl.max(x)  # the largest of what this block brings to the rest
         leaving = _MINUS_INFINITY
-        if (top > runner_up) | ((target_lane >= 0) & (target_lane < BLOCK)):
-            x = tl.where(lane == target_lane, _MINUS_INFINITY, x)
-            top = tl.max(x)
-            best = tl.where(top > runner_up, tl.min(tl.where(x == top, lane, BLOCK)), -1)
-            x = tl.where(lane == best, _MINUS_INFINITY, x)
-            joining = tl.max(x)
-            if best >= 0:
-                leaving = runner_up
-                joining = tl.maximum(joining, runner_up)
-                runner_up = top
-                runner_up_id = first + best + head
-        new_largest = tl.maximum(largest, joining)
-        # Where all is masked there is no reference to subtract. A NaN shows in the sum, whatever this is.
-        reference = tl.where(new_largest == _MINUS_INFINITY, 0.0, new_largest)
-        factor = _exp_of_difference(largest, reference, softcap, SOFTCAP)
+        offset = first + head  # of the block's first column
+        if (joining > runner_up) | ((target >= offset) & (target < offset + BLOCK)):
+            # By lane, not by column: that takes no registers.
+            x, joining, leaving, runner_up, runner_up_id = _take_runner_up(
+                x, lane, target - offset, runner_up, runner_up_id - offset
+            )
+            runner_up_id += offset
+        largest, reference, factor = _raise_largest(largest, joining, softcap, SOFTCAP)
         share = _exp_of_difference(x, reference, softcap, SOFTCAP)
         terms = terms * factor + tl.sum(tl.reshape(share, [BLOCK // VECTOR, VECTOR]), 1)
         demoted = demoted * factor + _exp_of_difference(leaving, reference, softcap, SOFTCAP)
-        largest = new_largest
-    total = tl.sum(terms) + demoted
 
     column, valid = _edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid, other=_MINUS_INFINITY).to(tl.float32)
-    x = tl.where(column == target, _MINUS_INFINITY, x)
-    top = tl.max(x)
-    best = tl.min(tl.where(x == top, column, _NO_COLUMN))
-    # The head comes before the body: on ties the lower column wins.
-    take = (top > runner_up) | ((top == runner_up) & (best < runner_up_id) & (top > _MINUS_INFINITY))
-    x = tl.where(column == tl.where(take, best, -1), _MINUS_INFINITY, x)
-    leaving = tl.where(take, runner_up, _MINUS_INFINITY)
-    runner_up = tl.where(take, top, runner_up)
-    runner_up_id = tl.where(take, best, runner_up_id)
-    new_largest = tl.maximum(largest, tl.maximum(tl.max(x), leaving))
-    reference = tl.where(new_largest == _MINUS_INFINITY, 0.0, new_largest)
-    total *= _exp_of_difference(largest, reference, softcap, SOFTCAP)
+    x, joining, leaving, runner_up, runner_up_id = _take_runner_up(x, column, target, runner_up, runner_up_id)
+    largest, reference, factor = _raise_largest(largest, joining, softcap, SOFTCAP)
+    total = (tl.sum(terms) + demoted) * factor
     total += tl.sum(_exp_of_difference(x, reference, softcap, SOFTCAP))
     total += _exp_of_difference(leaving, reference, softcap, SOFTCAP)
-    return runner_up, runner_up_id, new_largest, total
+    return runner_up, runner_up_id, largest, total
 
 
 # --- a row's numbers ------------------------------------------------------------------------------
@@ -181,12 +197,19 @@ def _write_ignored(triplet, runner_up_ids, n):
 @triton.jit
 def _inverted_hinge_gradient(target, runner_up, rest, scale):
     """``scale`` x the gradient of IHL = 1 + p_0 - p_1 in the triplet, p its softmax. With sums of
-    probabilities only, so nothing cancels where p_0 is near 1."""
+    probabilities only, so nothing cancels where p_0 is near 1.
+
+    Every thread of a program computes this. In float64 it would be some 200 instructions more, for which
+    an SM of an H100 has half as many units as for float32, other GPUs a 64th: by estimate a tenth of the time
+    of a long row there, and more than all the rest here. So float64 is left to differences.
+    """
     top = tl.maximum(target, tl.maximum(runner_up, rest))
-    e0, e1, e2 = tl.exp(target - top), tl.exp(runner_up - top), tl.exp(rest - top)
+    e0 = tl.exp((target - top).to(tl.float32))
+    e1 = tl.exp((runner_up - top).to(tl.float32))
+    e2 = tl.exp((rest - top).to(tl.float32))
     total = e0 + e1 + e2
     p0, p1, p2 = e0 / total, e1 / total, e2 / total
-    return scale * p0 * (2 * p1 + p2), -scale * p1 * (2 * p0 + p2), scale * p2 * (p1 - p0)
+    return scale * (p0 * (2 * p1 + p2)), -scale * (p1 * (2 * p0 + p2)), scale * (p2 * (p1 - p0))
 
 
 @triton.jit
@@ -211,7 +234,7 @@ def _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, soft
 # 3.0 TB/s; 3.2e9 instructions, 0.11 ms. Predicted: 0.37 ms. (A prediction, not measured.)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride", "vocab"])
 def triplet_forward_kernel(
     logits,
     inner_rows,
@@ -254,7 +277,7 @@ def triplet_forward_kernel(
         tl.store(partial_ids + place, runner_up_id)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride"])
 def triplet_combine_kernel(
     logits,
     inner_rows,
@@ -310,6 +333,68 @@ def triplet_combine_kernel(
 
 
 @triton.jit
+def _write_gradient(
+    logits,
+    start,
+    vocab,
+    out,
+    out_start,
+    part,
+    counted,
+    target,
+    runner_up_id,
+    g0,
+    g1,
+    g2,
+    rest,
+    softcap,
+    PARTS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SAME_ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a part of the row at offset ``start``, the last part with the edges: the gradient of its entries, to
+    offset ``out_start`` of ``out``, which may be the logits; where not ``counted``, zeros without a read.
+
+    SAME_ALIGNMENT: each row of out begins as far from an aligned vector as its row of logits does.
+    """
+    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    aligned, head, body = _split_row(start, vocab, VECTOR)
+    if SAME_ALIGNMENT:
+        out_aligned, _, _ = _split_row(out_start, vocab, VECTOR)
+    else:
+        out_aligned = out_start + head
+    begin, end = _part_of(body, part, PARTS, BLOCK)
+    readable, readable_body = tl.where(counted, vocab, 0), tl.where(counted, body, 0)
+    lane = tl.arange(0, BLOCK)
+    blocks = tl.cdiv(end - begin, BLOCK)
+    for i in range(blocks):  # backwards: what was read last, in a pass before this, is still in the cache
+        first = begin + (blocks - 1 - i) * BLOCK
+        x = tl.load(logits + aligned + first + lane, mask=lane < readable_body - first, other=0.0)
+        offset = first + head  # of the block's first column
+        grad = _gradient_of_entries(
+            x.to(tl.float32), lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, softcap, SOFTCAP
+        )
+        tl.store(out + out_aligned + first + lane, grad.to(out.dtype.element_ty), mask=lane < body - first)
+    # The edges are so few that several threads hold each; only one of them stores it, after its own load.
+    column, valid = _edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
+    x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
+    grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP)
+    tl.store(out + out_start + column, grad.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "inner_rows",
+        "outer_stride",
+        "inner_stride",
+        "vocab",
+        "first_column",
+        "grad_inner_rows",
+        "grad_outer_stride",
+        "grad_inner_stride",
+    ]
+)
 def triplet_backward_kernel(
     logits,
     inner_rows,
@@ -333,62 +418,42 @@ def triplet_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """grad_triplet (N, 3) -> grad_logits (N, V), which may be the logits. A program does a part of a row. The
-    logits may be those of some columns alone, from ``first_column`` on.
-
-    SAME_ALIGNMENT: each row of grad_logits begins as far from an aligned vector as its row of logits does.
-    """
+    logits may be those of some columns alone, from ``first_column`` on."""
     n = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
-    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    start = _row_start(n, inner_rows, outer_stride, inner_stride)
-    grad_start = _row_start(n, grad_inner_rows, grad_outer_stride, grad_inner_stride)
-    aligned, head, body = _split_row(start, vocab, VECTOR)
-    if SAME_ALIGNMENT:
-        grad_aligned, _, _ = _split_row(grad_start, vocab, VECTOR)
-    else:
-        grad_aligned = grad_start + head
-    blocks = tl.cdiv(tl.cdiv(body, BLOCK), PARTS)
-    begin = part * blocks * BLOCK
-    end = tl.minimum(begin + blocks * BLOCK, body)
-
     label = tl.load(labels + n)
     counted = label != ignore_index
-    target = (label - first_column).to(tl.int32)
-    runner_up_id = (tl.load(runner_up_ids + n) - first_column).to(tl.int32)
-    rest = tl.load(triplet + n * 3 + 2)
-    g0 = tl.where(counted, tl.load(grad_triplet + n * 3), 0.0)
-    g1 = tl.load(grad_triplet + n * 3 + 1)  # an ignored row has no runner-up
-    g2 = tl.where(counted, tl.load(grad_triplet + n * 3 + 2), 0.0)
-
-    readable, readable_body = tl.where(counted, vocab, 0), tl.where(counted, body, 0)
-    lane = tl.arange(0, BLOCK)
-    block = logits + aligned + begin
-    grad_block = grad_logits + grad_aligned + begin
-    for first in range(begin, end, BLOCK):
-        x = tl.load(block + lane, mask=lane < readable_body - first, other=0.0).to(tl.float32)
-        offset = first + head  # of the block's first column
-        grad = _gradient_of_entries(
-            x, lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, softcap, SOFTCAP
-        )
-        tl.store(grad_block + lane, grad.to(grad_logits.dtype.element_ty), mask=lane < body - first)
-        block += BLOCK
-        grad_block += BLOCK
-    column, valid = _edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
-    x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
-    grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP)
-    tl.store(grad_logits + grad_start + column, grad.to(grad_logits.dtype.element_ty), mask=valid)
+    _write_gradient(
+        logits,
+        _row_start(n, inner_rows, outer_stride, inner_stride),
+        vocab,
+        grad_logits,
+        _row_start(n, grad_inner_rows, grad_outer_stride, grad_inner_stride),
+        part,
+        counted,
+        (label - first_column).to(tl.int32),
+        (tl.load(runner_up_ids + n) - first_column).to(tl.int32),
+        tl.where(counted, tl.load(grad_triplet + n * 3), 0.0),
+        tl.load(grad_triplet + n * 3 + 1),  # an ignored row has no runner-up
+        tl.where(counted, tl.load(grad_triplet + n * 3 + 2), 0.0),
+        tl.load(triplet + n * 3 + 2),
+        softcap,
+        PARTS,
+        SOFTCAP,
+        SAME_ALIGNMENT,
+        BLOCK,
+    )
 
 
 # --- forward and backward at once, in place -------------------------------------------------------
 #
 # Floors: one read and one write of the logits from main memory, if the second read meets the first's lines in
 # the L2 cache: the rows under way, two programs an SM, are 17 MB at V = 32000 bfloat16, and 34 MB at 128256,
-# where it is one. So the second pass goes backwards, to begin with what is sure to be there. About 18
-# instructions an entry. For 4096 x 128256 bfloat16 on an H100: 2.1 GB, 0.70 ms; 9.5e9 instructions, 0.32 ms.
-# Predicted: 0.85 ms. (A prediction, not measured.)
+# where it is one. About 18 instructions an entry. For 4096 x 128256 bfloat16 on an H100: 2.1 GB, 0.70 ms;
+# 9.5e9 instructions, 0.32 ms. Predicted: 0.85 ms. (A prediction, not measured.)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride", "vocab"])
 def inverted_hinge_kernel(
     logits,
     inner_rows,
@@ -405,57 +470,42 @@ def inverted_hinge_kernel(
     """logits (N, V), labels (N,) -> triplet, runner_up_ids, and where the logits were ``scale`` x the
     gradient of IHL."""
     n = tl.program_id(0)
-    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     start = _row_start(n, inner_rows, outer_stride, inner_stride)
-    aligned, head, body = _split_row(start, vocab, VECTOR)
-    lane = tl.arange(0, BLOCK)
-    column, valid = _edge_columns(head, body, vocab, True, VECTOR)
     label = tl.load(labels + n)
-    if label == ignore_index:
-        _write_ignored(triplet, runner_up_ids, n)
-        zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
-        for first in range(0, body, BLOCK):
-            tl.store(logits + aligned + first + lane, zeros, mask=lane < body - first)
-        tl.store(logits + start + column, tl.zeros([2 * VECTOR], logits.dtype.element_ty), mask=valid)
-        return
-    _assert_label(label, vocab)
-    target = label.to(tl.int32)
-    runner_up, runner_up_id, largest, total = _reduce_row(
-        logits, start, vocab, target, 0, 1.0, 1, False, BLOCK
-    )
-    target_logit = tl.load(logits + start + target).to(tl.float64)
-    runner_up_logit = runner_up.to(tl.float64)
-    rest = _rest(largest, total)
-    _write_triplet(triplet, runner_up_ids, n, target_logit, runner_up_logit, rest, runner_up_id)
-    g0, g1, g2 = _inverted_hinge_gradient(target_logit, runner_up_logit, rest, tl.load(scale))
-    # The target was read by every thread, and is about to be overwritten by one.
-    tl.debug_barrier()
-
-    blocks = tl.cdiv(body, BLOCK)
-    block = logits + aligned + (blocks - 1) * BLOCK
-    for i in range(blocks):
-        first = (blocks - 1 - i) * BLOCK
-        x = tl.load(block + lane, mask=lane < body - first, other=0.0).to(tl.float32)
-        offset = first + head  # of the block's first column
-        grad = _gradient_of_entries(
-            x, lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, 1.0, False
+    counted = label != ignore_index
+    target = tl.full((), -1, tl.int32)
+    runner_up_id = tl.full((), -1, tl.int32)
+    g0 = tl.full((), 0.0, tl.float64)
+    g1, g2, rest = g0, g0, g0
+    if counted:
+        _assert_label(label, vocab)
+        target = label.to(tl.int32)
+        runner_up, runner_up_id, largest, total = _reduce_row(
+            logits, start, vocab, target, 0, 1.0, 1, False, BLOCK
         )
-        tl.store(block + lane, grad.to(logits.dtype.element_ty), mask=lane < body - first)
-        block -= BLOCK
-    # The edges are so few that several threads hold each; only one of them stores it, after its own load.
-    x = tl.load(logits + start + column, mask=valid, other=0.0).to(tl.float32)
-    grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, 1.0, False)
-    tl.store(logits + start + column, grad.to(logits.dtype.element_ty), mask=valid)
+        target_logit = tl.load(logits + start + target).to(tl.float64)
+        runner_up_logit = runner_up.to(tl.float64)
+        rest = _rest(largest, total)
+        _write_triplet(triplet, runner_up_ids, n, target_logit, runner_up_logit, rest, runner_up_id)
+        g0, g1, g2 = _inverted_hinge_gradient(target_logit, runner_up_logit, rest, tl.load(scale))
+        # The row was read by every thread, and each is about to overwrite some of it.
+        tl.debug_barrier()
+    else:
+        _write_ignored(triplet, runner_up_ids, n)
+    _write_gradient(
+        logits, start, vocab, logits, start, 0, counted, target, runner_up_id, g0, g1, g2, rest, 1.0,
+        1, False, True, BLOCK,
+    )  # fmt: skip
 
 
 # --- the next columns of rows that come in blocks of columns --------------------------------------
 #
-# For the linear op, between its two products. Floors: a read, and with STORE a write, of a block that the
+# For the linear op, between its two products. Floors: a read, and with ``out`` a write, of a block that the
 # first product has just left, in the L2 cache if it fits. For 1024 x 8192 bfloat16 on an H100: 34 MB, 6 us at
 # 5.5 TB/s. Predicted: 12 us. (A prediction, not measured.)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "columns", "first_column", "out_stride"])
 def triplet_columns_kernel(
     logits,
     row_stride,
@@ -463,6 +513,8 @@ def triplet_columns_kernel(
     first_column,
     labels,
     softcap,
+    out,
+    out_stride,
     numbers,
     runner_up_ids,
     rescales,
@@ -470,12 +522,13 @@ def triplet_columns_kernel(
     demoted_shares,
     STORE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SAME_ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Take logits (N, C) of the columns from ``first_column`` on into the state, see ``blocks.OnlineState``;
-    with STORE they become exp(y - rest_max), 0 at target and runner-up, times the softcap's slope."""
+    with STORE exp(y - rest_max), 0 at target and runner-up, times the softcap's slope goes to out (N, C),
+    which may be the logits."""
     n = tl.program_id(0)
-    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     start = n.to(tl.int64) * row_stride
     target = (tl.load(labels + n) - first_column).to(tl.int32)
     top, top_id, largest, total = _reduce_row(logits, start, columns, target, 0, softcap, 1, SOFTCAP, BLOCK)
@@ -498,7 +551,8 @@ def triplet_columns_kernel(
     rescale, share = tl.exp(rest_max - reference), tl.exp(demoted - reference)
     rest_sum = rest_sum * rescale + share + total * tl.exp(largest - reference) + tl.exp(joining - reference)
     if SOFTCAP:
-        u = tl.where(demoted > _MINUS_INFINITY, demoted, 0.0) / softcap
+        # In float64 the division would be a call, which spills registers.
+        u = tl.where(demoted > _MINUS_INFINITY, demoted, 0.0).to(tl.float32) / softcap
         share *= (1.0 - u) * (1.0 + u)
     # The state, and below the logits, were read by every thread, and are about to be overwritten by some.
     tl.debug_barrier()
@@ -512,23 +566,10 @@ def triplet_columns_kernel(
     if STORE:
         skip = (runner_up_id - first_column).to(tl.int32)
         zero = tl.full((), 0.0, tl.float64)
-        aligned, head, body = _split_row(start, columns, VECTOR)
-        lane = tl.arange(0, BLOCK)
-        block = logits + aligned
-        for first in range(0, body, BLOCK):
-            offset = first + head  # of the block's first column
-            x = tl.load(block + lane, mask=lane < body - first, other=0.0).to(tl.float32)
-            term = _gradient_of_entries(
-                x, lane, target - offset, skip - offset, zero, zero, zero + 1.0, reference, softcap, SOFTCAP
-            )
-            tl.store(block + lane, term.to(logits.dtype.element_ty), mask=lane < body - first)
-            block += BLOCK
-        column, valid = _edge_columns(head, body, columns, True, VECTOR)
-        x = tl.load(logits + start + column, mask=valid, other=0.0).to(tl.float32)
-        term = _gradient_of_entries(
-            x, column, target, skip, zero, zero, zero + 1.0, reference, softcap, SOFTCAP
-        )
-        tl.store(logits + start + column, term.to(logits.dtype.element_ty), mask=valid)
+        _write_gradient(
+            logits, start, columns, out, n.to(tl.int64) * out_stride, 0, True, target, skip, zero, zero,
+            zero + 1.0, reference, softcap, 1, SOFTCAP, SAME_ALIGNMENT, BLOCK,
+        )  # fmt: skip
 
 
 # --- scaling, where the factor is known to the device alone ---------------------------------------
@@ -537,7 +578,7 @@ def triplet_columns_kernel(
 # 0.70 ms. Predicted: 0.75 ms, or 10 us with a factor of 1. (A prediction, not measured.)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride", "vocab"])
 def scale_rows_kernel(
     logits,
     inner_rows,
@@ -558,11 +599,10 @@ def scale_rows_kernel(
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     start = _row_start(n, inner_rows, outer_stride, inner_stride)
     aligned, head, body = _split_row(start, vocab, VECTOR)
-    blocks = tl.cdiv(tl.cdiv(body, BLOCK), PARTS)
-    begin = part * blocks * BLOCK
+    begin, end = _part_of(body, part, PARTS, BLOCK)
     lane = tl.arange(0, BLOCK)
     block = logits + aligned + begin
-    for first in range(begin, tl.minimum(begin + blocks * BLOCK, body), BLOCK):
+    for first in range(begin, end, BLOCK):
         inside = lane < body - first
         x = tl.load(block + lane, mask=inside).to(tl.float32) * factor
         tl.store(block + lane, x.to(logits.dtype.element_ty), mask=inside)
@@ -764,9 +804,9 @@ def inverted_hinge_(logits, labels, ignore_index, scale):
     return triplet, runner_up_id
 
 
-def triplet_columns_(logits, first, labels, state, softcap, store):
-    """Logits (N, C) from column ``first`` on go into ``state``, see blocks.OnlineState, in place. No label is
-    ignored."""
+def triplet_columns_(logits, first, labels, state, softcap, out=None):
+    """Logits (N, C) from column ``first`` on go into ``state``, see blocks.OnlineState, and their terms to
+    ``out`` (N, C), which may be the logits. No label is ignored."""
     rows, columns = logits.shape
     if rows == 0:
         return
@@ -778,9 +818,12 @@ def triplet_columns_(logits, first, labels, state, softcap, store):
             first,
             labels,
             softcap,
+            out,
+            0 if out is None else out.stride(0),
             *state,
-            STORE=store,
+            STORE=out is not None,
             SOFTCAP=softcap > 0,
+            SAME_ALIGNMENT=out is None or _same_alignment(logits, out),
             BLOCK=_block(logits, WARPS),
             num_warps=WARPS,
         )
