@@ -230,8 +230,9 @@ def linear_kl_divergence_loss(
     except that a word which both mask (a bias of -inf) adds 0 instead of NaN. Differentiable in ``hidden``,
     ``weight`` and ``bias``; the reference gets no gradient. Both logits exist for a few rows at a time (with
     what is made of them, at most 16 MiB, on CUDA 256, or one row). With a frozen ``weight`` forward and
-    backward together cost three matrix products of that size; where ``weight`` or ``bias`` trains, the
-    backward computes both logits again. Under autocast the operands are cast as ``linear`` casts them.
+    backward together cost three matrix products, of those few rows each, which is slower than whole ones;
+    where ``weight`` or ``bias`` trains, the backward computes both logits again. Under autocast the operands
+    are cast as ``linear`` casts them.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
