@@ -547,9 +547,9 @@ __global__ void __launch_bounds__(kKeep ? kKeepingThreads : kRereadingThreads, k
 
 // The next columns of rows that come in blocks of columns, see blocks.OnlineState: numbers, and with `store`
 // exp(y - rest_max), zero at target and runner-up, times the softcap's slope. Blocks as in the kernel above.
-// Floors: as above. 1024 x 128256 bfloat16, all columns of a Llama 3 head at once: 0.53 GB, 0.16 ms; 2.4e9
-// instructions, 0.08 ms. Predicted: 0.19 ms, between two matrix products that take 1.1 ms each with 4096
-// features. Without `store` as the forward: 0.26 GB, 0.08 ms; 1.3e9 instructions, 0.04 ms; predicted 0.10 ms.
+// Floors: as above. 1024 x 64128 float32, a block of the linear op on a Llama 3 head: 0.53 GB, 0.16 ms; 1.3e9
+// instructions, 0.04 ms. Predicted: 0.19 ms, between two matrix products that take 0.54 ms each with 4096
+// features. Without `store`: 0.26 GB, 0.08 ms; 0.8e9 instructions, 0.03 ms. Predicted: 0.10 ms.
 template <typename Word, bool kKeep>
 __global__ void __launch_bounds__(kKeep ? kKeepingThreads : kRereadingThreads, kKeep ? 2 : 1)
     triplet_columns_kernel(RowLayout logits, int columns, int cluster, int64_t first, const int64_t* labels,

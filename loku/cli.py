@@ -82,14 +82,11 @@ def _evaluate(options):
 def _evaluation_table(report):
     from loku.evaluation import format_table
 
-    whole = {
-        name: f"not available: {report['not_available'][name]}" if value is None else value
-        for name, value in report["whole"].items()
-    }
-    tables = [format_table(report["sets"]), format_table({"": whole})]
+    tables = [format_table(report["sets"]), format_table({"all sets": report["whole"]})]
     if report["reasoning"] is not None:
         tables.append(format_table({"accuracy": report["reasoning"]}))
-    return "\n\n".join(tables)
+    lines = [f"{name} is not available: {reason}" for name, reason in report["not_available"].items()]
+    return "\n\n".join([*tables, "\n".join(lines)]).rstrip()
 
 
 def _named_source(text):

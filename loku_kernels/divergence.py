@@ -115,8 +115,9 @@ def _linear_kl_divergence(
         terms = log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0)  # a masked word is -inf in both
         divergence[chosen] = terms.sum(1)
         if want_direction:
-            gradient = _logits_gradient_(log_p, q, normalizer, softcap, spare=terms)
-            gradient = current.terms_of(block).copy_(gradient)
+            gradient = current.terms_of(block).copy_(
+                _logits_gradient_(log_p, q, normalizer, softcap, spare=terms)
+            )
             direction[chosen] = torch.mm(gradient, weight).mul_(logit_scale)
     return divergence, normalizers, direction
 
@@ -161,8 +162,9 @@ def _backward_weight(
         for logits, numbers in ((log_p, normalizer[rows]), (log_q, reference_normalizer[rows])):
             logits.sub_(numbers[:, :1]).sub_(numbers[:, 1:])
         q = log_q.exp_()
-        grad = _logits_gradient_(log_p, q, normalizer[rows], softcap).mul_(scale[rows])
-        return current.terms_of(block).copy_(grad)
+        return current.terms_of(block).copy_(
+            _logits_gradient_(log_p, q, normalizer[rows], softcap).mul_(scale[rows])
+        )
 
     return weight_gradient(current, gradient)
 
@@ -228,8 +230,9 @@ def linear_kl_divergence_loss(
     except that a word which both mask (a bias of -inf) adds 0 instead of NaN. Differentiable in ``hidden``,
     ``weight`` and ``bias``; the reference gets no gradient. Both logits exist for a few rows at a time (with
     what is made of them, at most 16 MiB, on CUDA 256, or one row). With a frozen ``weight`` forward and
-    backward together cost three matrix products of that size; where ``weight`` or ``bias`` trains, the
-    backward computes both logits again. Under autocast the operands are cast as ``linear`` casts them.
+    backward together cost three matrix products, of those few rows each, which is slower than whole ones;
+    where ``weight`` or ``bias`` trains, the backward computes both logits again. Under autocast the operands
+    are cast as ``linear`` casts them.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.

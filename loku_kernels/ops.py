@@ -421,7 +421,8 @@ def _linear_backward_weight(
 
     def gradient(rows, columns):
         block = logits.compute(rows, columns)
-        return blocks.triplet_backward(
+        terms = logits.terms_of(block)
+        blocks.triplet_backward(
             grad[rows],
             block,
             labels[rows],
@@ -430,8 +431,9 @@ def _linear_backward_weight(
             runner_up_id[rows],
             first=columns.start,
             softcap=softcap,
-            out=logits.terms_of(block),
+            out=terms,
         )
+        return terms
 
     return weight_gradient(logits, gradient)
 

@@ -81,7 +81,7 @@ def plot_measures(path, sets):
     axes.set(ylim=(0, 1.02))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(sets))
     _write_png(figure, path)
 
 
