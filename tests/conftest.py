@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from loku_kernels import native
+from loku_kernels import native, ops
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -20,3 +20,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def wide_products(monkeypatch):
+    """The way of CUDA, where products of 16-bit operands come in float32, with a product that the CPU has."""
+
+    def product(a, b, dtype, out=None):
+        return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+    monkeypatch.setattr(ops, "_multiplies_into_float32", lambda device: True)
+    monkeypatch.setattr(ops, "_product", product)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 20_000)

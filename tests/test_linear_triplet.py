@@ -245,15 +245,7 @@ def test_on_the_cpu_products_are_in_their_operands_dtype(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.5}])
-def test_logits_of_16_bit_operands_in_float32(backend, options, monkeypatch):
-    """The way of CUDA, with a product of which the CPU's library has no equal."""
-
-    def product(a, b, dtype, out=None):
-        return torch.mm(a.to(dtype), b.to(dtype), out=out)
-
-    monkeypatch.setattr(ops, "_multiplies_into_float32", lambda device: True)
-    monkeypatch.setattr(ops, "_product", product)
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 20_000)
+def test_logits_of_16_bit_operands_in_float32(backend, wide_products, options):
     hidden, weight, bias, labels = planted_operands(24, 16, 1301, torch.bfloat16)
     check([hidden, weight, bias], labels, **options)
     ours, ours_id = linear_softmax_triplet(hidden, weight, labels, bias, **options)
