@@ -115,9 +115,8 @@ def _linear_kl_divergence(
         terms = log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0)  # a masked word is -inf in both
         divergence[chosen] = terms.sum(1)
         if want_direction:
-            gradient = current.terms_of(block).copy_(
-                _logits_gradient_(log_p, q, normalizer, softcap, spare=terms)
-            )
+            gradient = _logits_gradient_(log_p, q, normalizer, softcap, spare=terms)
+            gradient = current.terms_of(block).copy_(gradient)
             direction[chosen] = torch.mm(gradient, weight).mul_(logit_scale)
     return divergence, normalizers, direction
 
@@ -162,9 +161,8 @@ def _backward_weight(
         for logits, numbers in ((log_p, normalizer[rows]), (log_q, reference_normalizer[rows])):
             logits.sub_(numbers[:, :1]).sub_(numbers[:, 1:])
         q = log_q.exp_()
-        return current.terms_of(block).copy_(
-            _logits_gradient_(log_p, q, normalizer[rows], softcap).mul_(scale[rows])
-        )
+        grad = _logits_gradient_(log_p, q, normalizer[rows], softcap).mul_(scale[rows])
+        return current.terms_of(block).copy_(grad)
 
     return weight_gradient(current, gradient)
 
