@@ -4,6 +4,7 @@ A cell is a frozen dataclass of settings; a grid is a list of mappings from its 
 of values, of which all combinations are run. Below: what the reports on result files share.
 """
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -73,7 +74,7 @@ def run(cells, function, arguments_of, out, jobs, summary):
         arguments_of: cell -> its further arguments, which are pickled.
         summary: line -> text for the progress bar.
 
-    Returns how many failed; their errors are printed, and the others go on.
+    Where one fails its error is printed and the others go on. Returns how many failed.
     """
     done = finished(out, type(cells[0]))
     todo = [cell for cell in cells if cell not in done]
@@ -100,7 +101,22 @@ def run(cells, function, arguments_of, out, jobs, summary):
     return failed
 
 
+def run_and_report(cells, function, arguments_of, options, summary, write_report):
+    """``run``, then ``write_report`` on the result file; ``SystemExit`` if a cell failed."""
+    failed = run(cells, function, arguments_of, options.out, options.jobs, summary)
+    write_report(options.out)
+    if failed:
+        raise SystemExit(f"{failed} cells failed")
+
+
 # --- reports --------------------------------------------------------------------------------------
+
+
+def report_command(doc, default, write_report, argv=None):
+    """The command line of a report: ``write_report`` on a result file."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, default=default)
+    write_report(parser.parse_args(argv).results)
 
 
 def grouped(runs, measured, *without):

@@ -268,10 +268,7 @@ def main(argv=None):
 
     base = given_base(options) if options.model else trained_base(options.work_dir)
     cells = grid.chosen_cells(options, Cell)
-    failed = grid.run(cells, run_cell, lambda cell: (base,), options.out, options.jobs, summary)
-    tdec_report.write_report(options.out)
-    if failed:
-        raise SystemExit(f"{failed} cells failed")
+    grid.run_and_report(cells, run_cell, lambda cell: (base,), options, summary, tdec_report.write_report)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ The best learning rate is the one at which most runs meet the rule and, of those
 perplexity is lowest.
 """
 
-import argparse
 from pathlib import Path
 from statistics import mean
 
-from grid import grouped, markdown_table, new_figure, usual, varied_fields
+from grid import grouped, markdown_table, new_figure, report_command, usual, varied_fields
 from harness import RESULTS
 
 from loku.sources import read_rows
@@ -170,13 +169,5 @@ def write_report(path):
         draw_continual(picture("continual"), best_settings(continual))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "tdec.jsonl")
-    write_report(parser.parse_args(argv).results)
-
-
 if __name__ == "__main__":
-    main()
+    report_command(__doc__, RESULTS / "tdec.jsonl", write_report)

@@ -199,10 +199,7 @@ def main(argv=None):
         return (given_base(options) if options.model else embedded_base(cell.forget_authors),)
 
     cells = grid.chosen_cells(options, Cell)
-    failed = grid.run(cells, run_cell, base_of, options.out, options.jobs, summary)
-    tofu_report.write_report(options.out)
-    if failed:
-        raise SystemExit(f"{failed} cells failed")
+    grid.run_and_report(cells, run_cell, base_of, options, summary, tofu_report.write_report)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ A run counts at its best epoch: the one of the highest forget quality among thos
 utility before unlearning. A setting counts at the learning rate whose runs do best in that.
 """
 
-import argparse
 from pathlib import Path
 from statistics import geometric_mean, mean
 
-from grid import grouped, markdown_table, new_figure, usual, varied_fields
+from grid import grouped, markdown_table, new_figure, report_command, usual, varied_fields
 from harness import RESULTS
 
 from loku.sources import read_rows
@@ -186,13 +185,5 @@ def write_report(path):
         draw_steps(path.with_name(f"{path.stem}_steps.png"), ihl)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "tofu.jsonl")
-    write_report(parser.parse_args(argv).results)
-
-
 if __name__ == "__main__":
-    main()
+    report_command(__doc__, RESULTS / "tofu.jsonl", write_report)

@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import PeakMemory, needs_proc
-from models import tiny_model
+from helpers import needs_proc
+from models import PeakOfAStep, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.head import next_token_labels
@@ -366,14 +366,7 @@ def test_no_logits_in_training(method, tuning, tmp_path):
         def __getitem__(self, key):
             return data[key[0]]
 
-    class Peak(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.memory = PeakMemory()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.extra = self.memory.extra()
-
-    peak = Peak()
+    peak = PeakOfAStep()
     if tuning == "lora":
         model = with_lora(model)
     args = UnlearnConfig(

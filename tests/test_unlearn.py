@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import PeakMemory, needs_proc
-from models import KINDS, tiny_config, tiny_model
+from helpers import needs_proc
+from models import KINDS, PeakOfAStep, tiny_config, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -196,14 +196,7 @@ def test_no_logits_in_training(bf16, tmp_path):
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(0, vocab, (tokens,), generator=generator).tolist()} for _ in range(8)]
 
-    class Peak(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.memory = PeakMemory()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.extra = self.memory.extra()
-
-    peak = Peak()
+    peak = PeakOfAStep()
     options = config(tmp_path, per_device_train_batch_size=8, num_train_epochs=2, bf16=bf16, lora_rank=2)
     loku.unlearn(model, rows, rows, config=options, callbacks=[peak])
     logits = 2 * 8 * tokens * vocab * (2 if bf16 else 4)
