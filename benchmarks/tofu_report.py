@@ -115,7 +115,7 @@ def table(runs):
 
 
 def first_forgotten(group):
-    """(each run's point, mean forget quality) at the first step at which the mean is ``FORGOTTEN``, or None."""
+    """(each run's point, mean forget quality) of the first step whose mean is ``FORGOTTEN``, or None."""
     for points in zip(*(run["curve"] for run in group), strict=False):
         if (forget := geometric_mean(map(quality, points))) >= FORGOTTEN:
             return points, forget
@@ -131,9 +131,7 @@ def steps_row(group):
     else:
         points, forget = found
         cells += [str(points[0]["step"]), f"{forget:.2f}"]
-    shares = [
-        p["model_utility"] / run["curve"][0]["model_utility"] for p, run in zip(points, group, strict=True)
-    ]
+    before = group[0]["curve"][0]["model_utility"]
     return [
         *cells,
         *(f"{mean(p[name]['probability'] for p in points):.3f}" for name in ("forget", "retain")),
