@@ -40,7 +40,9 @@ def tokenize_dataset(rows, tokenizer, *, max_length=None, name="forget"):
     -100 marks what is not learnt or forgotten. Each row is a string or has, in this order of preference:
 
     - ``input_ids``, with ``labels`` or with every token labelled. Taken as they are, except that
-      positions which an ``attention_mask`` column masks are dropped.
+      positions which an ``attention_mask`` column masks are dropped. Several documents in one row are told
+      apart by ``position_ids``, which begin again at 0 with each, or by their ``seq_lengths``: they do not
+      see each other, and the first token of each is not predicted. The result then has ``position_ids``.
     - ``messages``: the tokenizer's chat template. Every assistant turn is labelled if the template marks
       them with ``{% generation %}``, otherwise the last message, which must be the assistant's.
     - ``prompt`` and ``completion``: the completion is labelled. They are tokenised apart, so that the
@@ -71,33 +73,75 @@ def tokenize_dataset(rows, tokenizer, *, max_length=None, name="forget"):
     if len(rows) == 0:
         raise ValueError(f"the {name} set is empty; it needs at least one row")
 
-    leading = [] if tokenizer is None else _leading_special(tokenizer)
-    tokenized, truncated = [], 0
-    for index, row in enumerate(rows):
-        try:
-            ids, labels = _tokenize_row(row, tokenizer, leading)
-            length = len(ids)
-            if max_length is not None and length > max_length:
-                ids, labels = ids[:max_length], labels[:max_length]
-                truncated += 1
-            if all(label == IGNORE_INDEX for label in labels[1:]):
-                raise _BadRow(
-                    f"no label token is left of its {length} tokens after cutting it to max_length="
-                    f"{max_length}; raise max_length or drop the row"
-                    if length > len(ids)
-                    else "there is no label token after its first token; give it a longer text, a "
-                    "non-empty completion or labels that are not all -100, or drop the row"
-                )
-        except _BadRow as error:
-            raise ValueError(f"row {index} of the {name} set: {error}") from error.__cause__
-        tokenized.append({"input_ids": ids, "labels": labels})
-    if truncated:
+    tokenize = RowTokenizer(tokenizer, max_length, name)
+    tokenized = [tokenize(index, row) for index, row in enumerate(rows)]
+    if tokenize.truncated:
         warnings.warn(
-            f"{truncated} of the {len(rows)} rows of the {name} set were cut to "
+            f"{tokenize.truncated} of the {len(rows)} rows of the {name} set were cut to "
             f"max_length={max_length} tokens",
             stacklevel=2,
         )
     return tokenized
+
+
+class RowTokenizer:
+    """Called with the index of a row and the row, tokenises it as ``tokenize_dataset`` says.
+
+    Raises ``ValueError``, naming ``name`` and the index. ``truncated`` counts the rows that were cut.
+    """
+
+    def __init__(self, tokenizer, max_length, name):
+        self.tokenizer, self.max_length, self.name = tokenizer, max_length, name
+        self.truncated = 0
+        self._leading = [] if tokenizer is None else _leading_special(tokenizer)
+
+    def __call__(self, index, row):
+        try:
+            columns = _tokenize_row(row, self.tokenizer, self._leading)
+            length = len(columns["input_ids"])
+            columns = _cut(columns, self.max_length)
+            left = len(columns["input_ids"])
+            if all(label == IGNORE_INDEX for label in columns["labels"][1:]):
+                raise _BadRow(
+                    f"no label token is left of its {length} tokens after cutting it to max_length="
+                    f"{self.max_length}; raise max_length or drop the row"
+                    if length > left
+                    else "there is no label token after its first token; give it a longer text, a "
+                    "non-empty completion or labels that are not all -100, or drop the row"
+                )
+        except _BadRow as error:
+            raise ValueError(f"row {index} of the {self.name} set: {error}") from error.__cause__
+        self.truncated += length > left
+        return columns
+
+
+def _cut(columns, max_length):
+    return {name: values[:max_length] for name, values in columns.items()}
+
+
+def documents(row):
+    """The documents of a tokenised row, as rows: the row itself, unless it has ``position_ids``."""
+    if "position_ids" not in row:
+        return [row]
+    bounds = [i for i, position in enumerate(row["position_ids"]) if position == 0]
+    parts = [slice(*bound) for bound in zip(bounds, [*bounds[1:], None], strict=True)]
+    split = [{name: row[name][part] for name in ("input_ids", "labels")} for part in parts]
+    return [part for part in split if any(label != IGNORE_INDEX for label in part["labels"])]
+
+
+def has_input_ids(rows):
+    """Whether a data set is tokenised already, by its first row."""
+    first = next(iter(rows), None) if hasattr(rows, "__iter__") else None
+    return isinstance(first, Mapping) and "input_ids" in first
+
+
+def duplicate_rows(forget, retain):
+    """(retain index, forget index) of each tokenised retain row whose tokens are those of a forget row."""
+    known = {}
+    for index, row in enumerate(forget):
+        known.setdefault(tuple(row["input_ids"]), index)
+    found = ((index, known.get(tuple(row["input_ids"]))) for index, row in enumerate(retain))
+    return [(index, same) for index, same in found if same is not None]
 
 
 def load_refusals(refusals=None):
@@ -148,8 +192,7 @@ class RefusalRows:
     def __getitem__(self, key):
         row, refusal = key
         row = _with_answer(self.rows[row], self.refusals[refusal])
-        ids, labels = _tokenize_row(row, self.tokenizer, self._leading)
-        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+        return _cut(_tokenize_row(row, self.tokenizer, self._leading), self.max_length)
 
 
 def _with_answer(row, answer):
@@ -177,19 +220,25 @@ def collate(rows, pad_token_id):
     """Pad tokenised rows on the right.
 
     Returns ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape (len(rows), longest row),
-    with ``pad_token_id``, 0 and -100 in the padding. ``functools.partial(collate, pad_token_id=...)`` is
-    a ``data_collator`` for ``transformers.Trainer`` and a ``collate_fn`` for a ``DataLoader``.
+    with ``pad_token_id``, 0 and -100 in the padding. If a row has several documents there are
+    ``position_ids``, 0 in the padding, and no ``attention_mask``, as transformers' models take packed
+    sequences. ``functools.partial(collate, pad_token_id=...)`` is a ``data_collator`` for
+    ``transformers.Trainer`` and a ``collate_fn`` for a ``DataLoader``.
     """
 
     def pad(sequences, value):
         tensors = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    return {
+    batch = {
         "input_ids": pad([row["input_ids"] for row in rows], pad_token_id),
-        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
         "labels": pad([row["labels"] for row in rows], IGNORE_INDEX),
     }
+    lengths = [len(row["input_ids"]) for row in rows]
+    if any("position_ids" in row for row in rows):
+        positions = [row.get("position_ids", range(n)) for row, n in zip(rows, lengths, strict=True)]
+        return {**batch, "position_ids": pad(positions, 0)}
+    return {**batch, "attention_mask": pad([[1] * n for n in lengths], 0)}
 
 
 def infer_tokenizer(model):
@@ -240,9 +289,12 @@ def _tokenize_row(row, tokenizer, leading):
         completion.append(eos)
     if prompt is None:
         ids = _prepend(leading, completion)
-        return ids, list(ids)
-    prompt = _prepend(leading, _encode(tokenizer, prompt))
-    return prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
+        return {"input_ids": ids, "labels": list(ids)}
+    return _prompted(_prepend(leading, _encode(tokenizer, prompt)), completion)
+
+
+def _prompted(prompt, completion):
+    return {"input_ids": prompt + completion, "labels": [IGNORE_INDEX] * len(prompt) + completion}
 
 
 def _text(row, column):
@@ -267,20 +319,44 @@ def _prepend(leading, ids):
 
 
 def _given_tokens(row):
-    def column(key):
+    def integers(key):
         values = row[key].tolist() if hasattr(row[key], "tolist") else row[key]
         if not (isinstance(values, (list, tuple)) and all(isinstance(value, int) for value in values)):
             raise _BadRow(f"'{key}' must be a flat list of integers, one sequence a row")
-        if len(values) != len(row["input_ids"]):
-            raise _BadRow(f"it has {len(row['input_ids'])} input_ids but '{key}' has {len(values)} entries")
         return list(values)
 
-    ids = column("input_ids")
-    labels = column("labels") if "labels" in row else list(ids)
-    if "attention_mask" in row:
-        kept = [i for i, attended in enumerate(column("attention_mask")) if attended]
-        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
-    return ids, labels
+    ids = integers("input_ids")
+    columns = {"input_ids": ids, "labels": list(ids)}
+    for key in ("labels", "position_ids", "attention_mask"):
+        if key in row:
+            columns[key] = integers(key)
+    if "position_ids" not in row and "seq_lengths" in row:
+        columns["position_ids"] = [i for length in integers("seq_lengths") for i in range(length)]
+    for key, values in columns.items():
+        if len(values) != len(ids):
+            source = "seq_lengths" if key == "position_ids" and key not in row else key
+            raise _BadRow(f"it has {len(ids)} input_ids but '{source}' has {len(values)} entries")
+    mask = columns.pop("attention_mask", None)
+    if mask is not None:
+        kept = [i for i, attended in enumerate(mask) if attended]
+        columns = {key: [values[i] for i in kept] for key, values in columns.items()}
+    if "position_ids" in columns:
+        _end_documents(columns)
+    return columns
+
+
+def _end_documents(columns):
+    """Check ``position_ids``, and leave them out where they say nothing; no document predicts the next."""
+    positions, labels = columns["position_ids"], columns["labels"]
+    for before, position in zip([-1, *positions], positions, strict=False):
+        if position not in (0, before + 1):
+            raise _BadRow("'position_ids' must count 0, 1, 2, ... in each document")
+    if positions.count(0) > 1:
+        columns["labels"] = [
+            label if position else IGNORE_INDEX for label, position in zip(labels, positions, strict=True)
+        ]
+    else:
+        del columns["position_ids"]
 
 
 def _tokenize_messages(messages, tokenizer):
@@ -302,7 +378,8 @@ def _tokenize_messages(messages, tokenizer):
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids = list(encoded["input_ids"])
         mask = encoded["assistant_masks"]
-        return ids, [t if assistant else IGNORE_INDEX for t, assistant in zip(ids, mask, strict=True)]
+        labels = [t if assistant else IGNORE_INDEX for t, assistant in zip(ids, mask, strict=True)]
+        return {"input_ids": ids, "labels": labels}
 
     if messages[-1]["role"] != "assistant":
         raise _BadRow(f"its last message has the role {messages[-1]['role']!r}; it must be 'assistant'")
@@ -313,5 +390,4 @@ def _tokenize_messages(messages, tokenizer):
             "the chat template renders the last message so that it does not continue the messages before "
             "it; write the row as 'prompt' + 'completion'"
         )
-    prompt_ids, completion = _encode(tokenizer, prompt), _encode(tokenizer, whole[len(prompt) :])
-    return prompt_ids + completion, [IGNORE_INDEX] * len(prompt_ids) + completion
+    return _prompted(_encode(tokenizer, prompt), _encode(tokenizer, whole[len(prompt) :]))

@@ -100,10 +100,19 @@ def _computing(model, compute, shape):
         raise RuntimeError(f"{type(base).__name__} called its output embedding {calls} times in one forward")
 
 
-def _forward(model, input_ids, attention_mask, compute):
-    """One call of ``model``, whose logits are what ``compute`` makes of the last hidden states."""
+def _forward(model, compute, input_ids, **tokens):
+    """One call of ``model``, whose logits are what ``compute`` makes of the last hidden states.
+
+    tokens: ``attention_mask``, or the ``position_ids`` of packed sequences.
+    """
     with _computing(model, compute, input_ids.shape):
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return model(input_ids=input_ids, use_cache=False, **tokens).logits
+
+
+def model_tokens(batch):
+    """What of a batch is the model's: ``input_ids``, ``labels``, ``attention_mask`` or ``position_ids``."""
+    optional = [name for name in ("attention_mask", "position_ids") if name in batch]
+    return {name: batch[name] for name in ("input_ids", "labels", *optional)}
 
 
 def next_token_labels(labels):
@@ -111,11 +120,12 @@ def next_token_labels(labels):
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
 
 
-def token_triplets(model, input_ids, attention_mask, labels):
+def token_triplets(model, labels, **tokens):
     """One forward of ``model``, differentiable, without logits.
 
     Args:
-        input_ids, attention_mask, labels: (B, T), int64, aligned as transformers has them; -100 is ignored.
+        labels and tokens: (B, T), int64, as ``loku.data.collate`` has them: ``input_ids``, and
+            ``attention_mask`` or ``position_ids``; labels are aligned with the tokens, -100 is ignored.
 
     Returns:
         triplet (B, T, 3): of each position's prediction of the next token (``loku_kernels.softmax_triplet``);
@@ -127,17 +137,20 @@ def token_triplets(model, input_ids, attention_mask, labels):
     def compute(hidden, head, **postprocessing):
         return linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)[0]
 
-    return _forward(model, input_ids, attention_mask, compute), next_labels != IGNORE_INDEX
+    return _forward(model, compute, **tokens), next_labels != IGNORE_INDEX
 
 
-def label_hidden_states(model, input_ids, attention_mask, labels):
+def _hidden_states(model, **tokens):
+    return _forward(model, lambda hidden, head, **postprocessing: hidden, **tokens)
+
+
+def label_hidden_states(model, labels, **tokens):
     """The last hidden states (n, D) at the n positions that predict a label, row by row."""
-    hidden = _forward(model, input_ids, attention_mask, lambda hidden, head, **postprocessing: hidden)
-    return hidden[next_token_labels(labels) != IGNORE_INDEX]
+    return _hidden_states(model, **tokens)[next_token_labels(labels) != IGNORE_INDEX]
 
 
 def token_triplets_and_divergence(
-    model, input_ids, attention_mask, labels, diverging, reference_hidden, reference_head=(None, None)
+    model, labels, diverging, reference_hidden, reference_head=(None, None), **tokens
 ):
     """``token_triplets``, and in the same forward the KL divergence from a reference model.
 
@@ -170,13 +183,13 @@ def token_triplets_and_divergence(
         divergences = torch.zeros_like(triplet[..., 0]).masked_scatter(where, divergence.to(triplet.dtype))
         return torch.cat([triplet, divergences[..., None]], -1)
 
-    output = _forward(model, input_ids, attention_mask, compute)
+    output = _forward(model, compute, **tokens)
     return output[..., :3], counted, output[..., 3]
 
 
 def negative_log_likelihood(model, batch):
     """Negative log-likelihood, in nats, summed over a batch's label tokens: the Fisher's loss (Eq. 2)."""
-    triplet, counted = token_triplets(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    triplet, counted = token_triplets(model, **model_tokens(batch))
     return cross_entropy(triplet).where(counted, 0.0).sum()
 
 
@@ -187,12 +200,13 @@ def check_head(model, batch):
     Raises ``ValueError`` if they differ: the model does something to its logits that is not known here.
     """
     device = next(model.parameters()).device
-    rows = {name: batch[name][:1, :16].to(device) for name in ("input_ids", "attention_mask")}
-    labels = rows["input_ids"]
+    rows = {name: values[:1, :16].to(device) for name, values in model_tokens(batch).items()}
+    labels = rows["labels"] = rows["input_ids"]
     training = model.training
     model.eval()
     try:
-        ours, counted = token_triplets(model, **rows, labels=labels)
+        ours, counted = token_triplets(model, **rows)
+        del rows["labels"]
         logits = model(**rows, use_cache=False).logits
     finally:
         model.train(training)
@@ -204,4 +218,36 @@ def check_head(model, batch):
         raise ValueError(
             f"{type(unwrapped(model)).__name__} changes its logits after the output embedding in a way that "
             f"is not supported (off by {error:.3g} where {allowed:.3g} is allowed)"
+        )
+
+
+@torch.no_grad()
+def check_packing(model):
+    """Raise ``ValueError`` if documents that share a row (``position_ids``) see each other in this model."""
+    device = next(model.parameters()).device
+    documents = [torch.arange(1, 6, device=device), torch.arange(5, 1, -1, device=device)]
+    training = model.training
+    model.eval()
+    try:
+        apart = [_hidden_states(model, input_ids=ids[None])[0] for ids in documents]
+        orders = [[0, 1], [1, 0]]  # two rows, as in training: flash attention packs in batches of one alone
+        together = _hidden_states(
+            model,
+            input_ids=torch.stack([torch.cat([documents[i] for i in order]) for order in orders]),
+            position_ids=torch.stack(
+                [
+                    torch.cat([torch.arange(len(documents[i]), device=device) for i in order])
+                    for order in orders
+                ]
+            ),
+        )
+    finally:
+        model.train(training)
+    expected = torch.stack([torch.cat([apart[i] for i in order]) for order in orders])
+    error = ((together - expected).norm() / expected.norm()).item()
+    if not error <= (1e-3 if expected.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            f"rows have several documents (position_ids), and {type(unwrapped(model)).__name__} with "
+            f"attn_implementation={model.config._attn_implementation!r} lets them see each other; load it "
+            "with another one, such as 'sdpa', or give each document a row"
         )

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from loku.head import negative_log_likelihood, unwrapped
+from loku.head import model_tokens, negative_log_likelihood, unwrapped
 from loku_kernels import accumulate_squared_grad_
 
 
@@ -144,7 +144,7 @@ def _accumulate(model, modules, batches, totals, divisors, description, progress
     count = 0
     try:
         for batch in tqdm(batches, desc=description, disable=not progress, leave=False):
-            batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+            batch = {name: values.to(device) for name, values in model_tokens(batch).items()}
             negative_log_likelihood(model, batch).backward()
             missing = [name for name in modules if inputs.get(name, True) is not None]
             if missing:

@@ -1,27 +1,45 @@
 """The training loop: ``transformers.Trainer`` on pairs of forget and retain rows."""
 
 import math
+import os
+import sys
+import time
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from loku.data import IGNORE_INDEX, collate, padding_id
+from loku.data import (
+    IGNORE_INDEX,
+    RefusalRows,
+    collate,
+    duplicate_rows,
+    has_input_ids,
+    infer_tokenizer,
+    load_refusals,
+    padding_id,
+    tokenize_dataset,
+)
 from loku.fila import reference_model
 from loku.head import (
+    check_packing,
     label_hidden_states,
+    model_tokens,
     next_token_labels,
     output_embedding,
     token_triplets,
     token_triplets_and_divergence,
 )
 from loku.objectives import OBJECTIVES, Batch, Rows, answer_probability
+from loku.streams import LazyRows, StreamedRows, retain_rows
 from loku.targets import TARGET_SWEEPS
 from loku_kernels import reduce_loss
 
@@ -49,7 +67,13 @@ class UnlearnConfig(TrainingArguments):
             TOFU's 100. Each epoch draws one for every forget row.
         max_length: tokens at which rows are cut; None for as long as they are.
         fisher_damping, fisher_damping_mode, fisher_samples: see ``loku.FilaConfig``.
+        model_init_kwargs: for ``from_pretrained``, where the model is given by its path or name.
+        train_sampling_strategy: the order of the forget rows in an epoch. "random", "sequential", or
+            "group_by_length": random, but rows that are run together are of similar length. What is drawn
+            for each does not depend on it.
     """
+
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     output_dir: str | None = field(default="loku-output")
     learning_rate: float = field(default=1e-3)
@@ -71,6 +95,8 @@ class UnlearnConfig(TrainingArguments):
     fisher_damping: float = field(default=1.0)
     fisher_damping_mode: Literal["relative", "absolute"] = field(default="relative")
     fisher_samples: int | None = field(default=None)
+    model_init_kwargs: dict[str, Any] | str | None = field(default=None)
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(default="random")
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,6 +113,11 @@ class UnlearnConfig(TrainingArguments):
                 f"target_modules must be a list of names or one of {list(TARGET_SWEEPS)}, got "
                 f"{self.target_modules!r}"
             )
+        if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '
+                f"{self.train_sampling_strategy!r}"
+            )
         if self.retain_weight < 0:
             raise ValueError(f"retain_weight must be >= 0, got {self.retain_weight}")
         if not self.beta > 0:
@@ -100,8 +131,11 @@ class PairedDataset(Dataset):
     the seed, the epoch and i alone: not on batches, workers or processes. Row None has no labels: it fills up
     a batch and adds nothing to any loss.
 
+    From a stream the retain rows come in its own order, as they are used. Then an item is (p, i), the forget
+    row's place in the epoch's order and its index.
+
     Args:
-        forget, retain: tokenised rows.
+        forget, retain: tokenised rows; retain may be ``loku.streams.StreamedRows``.
         seed: of the draws, >= 0.
         refusals: a ``loku.data.RefusalRows``, if ``kinds`` has "refusal".
         kinds: what an item has, in this order: "forget" row i, the same row with a "refusal", a "retain" row.
@@ -110,6 +144,7 @@ class PairedDataset(Dataset):
     def __init__(self, forget, retain, seed, refusals=None, kinds=("forget", "retain")):
         self.forget, self.retain, self.refusals = forget, retain, refusals
         self.seed, self.kinds = seed, kinds
+        self.streams_retain = isinstance(retain, StreamedRows)
         self.references = {}  # (kind, key) -> what is kept of the original model for that row
         self.set_epoch(0)
 
@@ -125,13 +160,17 @@ class PairedDataset(Dataset):
         lap, position = divmod(draw, len(self.retain))
         if lap not in self._orders:
             generator = torch.Generator().manual_seed(self.seed + lap)
-            self._orders[lap] = torch.randperm(len(self.retain), generator=generator).tolist()
-        return self._orders[lap][position]
+            self._orders[lap] = torch.randperm(len(self.retain), generator=generator)
+        return int(self._orders[lap][position])
 
     def key(self, kind, index):
         """Which row item ``index`` has of a kind: an index into its set, for a refusal (row, refusal)."""
         if index is None:
             return None
+        if self.streams_retain:
+            position, index = index
+            if kind == "retain":
+                return self._begin + position
         if kind == "retain":
             return self._retain_index(self._begin + index)
         return index if kind == "forget" else (index, int(self._refusal_indices[index]))
@@ -144,6 +183,11 @@ class PairedDataset(Dataset):
             row = {"forget": self.forget, "retain": self.retain, "refusal": self.refusals}[kind][key]
         reference = self.references.get((kind, key))
         return row if reference is None else {**row, "reference": reference}
+
+    def length(self, index):
+        """Tokens of the longest row of an item; those of a stream are not known."""
+        kinds = [kind for kind in self.kinds if not (kind == "retain" and self.streams_retain)]
+        return max(len(self.row(kind, self.key(kind, index))["input_ids"]) for kind in kinds)
 
     def __len__(self):
         return len(self.forget)
@@ -158,27 +202,41 @@ class PairSampler(Sampler):
     Args:
         dataset: a ``PairedDataset``.
         seed: of the order, >= 0.
+        strategy: see ``UnlearnConfig.train_sampling_strategy``.
+        step: rows of an optimizer step, which "group_by_length" makes alike.
         multiple: the order is filled up to a multiple of this with None, the row without labels. With the
             rows that all processes take together, each has as many whole batches as the others, and no row
             counts twice (accelerate would repeat the first ones).
     """
 
-    def __init__(self, dataset, seed, multiple=1):
-        self.dataset, self.seed, self.multiple = dataset, seed, multiple
+    def __init__(self, dataset, seed, strategy="random", step=1, multiple=1):
+        self.dataset, self.seed = dataset, seed
+        self.strategy, self.step, self.multiple = strategy, step, multiple
 
     def __len__(self):
         return math.ceil(len(self.dataset) / self.multiple) * self.multiple
 
     def __iter__(self):
+        order = self._order()
+        yield from enumerate(order) if self.dataset.streams_retain else order
+        yield from [None] * (len(self) - len(order))
+
+    def _order(self):
+        rows = range(len(self.dataset))
         generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
-        yield from torch.randperm(len(self.dataset), generator=generator).tolist()
-        yield from [None] * (len(self) - len(self.dataset))
+        if self.strategy == "sequential":
+            return rows
+        if self.strategy == "group_by_length":
+            lengths = [self.dataset.length((i, i) if self.dataset.streams_retain else i) for i in rows]
+            return get_length_grouped_indices(lengths, self.step, generator=generator)
+        return torch.randperm(len(rows), generator=generator).tolist()
 
 
 def collate_pairs(pairs, pad_token_id):
     """One batch of all rows of the first kind, then of the second, ...
 
     ``is_forget`` (rows,), ``is_retain`` and ``is_refusal``, of the kinds that there are, tell them apart.
+    ``token_count`` (rows,) is how many tokens each has.
     ``reference`` is what the rows bring of it, concatenated.
     """
     kinds = list(pairs[0])
@@ -186,6 +244,7 @@ def collate_pairs(pairs, pad_token_id):
     batch = collate(rows, pad_token_id)
     for number, kind in enumerate(kinds):
         batch[f"is_{kind}"] = torch.arange(len(rows)) // len(pairs) == number
+    batch["token_count"] = torch.tensor([len(row["input_ids"]) for row in rows])
     references = [row["reference"] for row in rows if "reference" in row]
     if references:
         batch["reference"] = torch.cat(references)
@@ -200,8 +259,36 @@ class _SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
-def _tokens(inputs):
-    return {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+def load_model(model, config):
+    """The model itself, or the causal LM of that path or hub name."""
+    if isinstance(model, (str, os.PathLike)):
+        return AutoModelForCausalLM.from_pretrained(model, **(config.model_init_kwargs or {}))
+    if config.model_init_kwargs:
+        raise ValueError("model_init_kwargs are for a model that is given by its path or name")
+    return model
+
+
+def prepare_data(model, forget, retain, config, tokenizer=None, refusals=None):
+    """Tokenise what is not yet tokenised: (forget rows, retain rows, refusals or None, tokenizer or None).
+
+    forget, retain: as for ``loku.unlearn``. tokenizer: by default the one saved beside the model, if needed.
+    """
+    if tokenizer is None and not all(
+        isinstance(rows, (LazyRows, StreamedRows)) or has_input_ids(rows) for rows in (forget, retain)
+    ):
+        tokenizer = infer_tokenizer(model)
+    if refusals is None and "refusal" in OBJECTIVES[config.method].rows:
+        if has_input_ids(forget):
+            raise ValueError(
+                f"method {config.method!r} trains on refusals; pass a loku.data.RefusalRows, or a forget set "
+                "that is not tokenised"
+            )
+        refusals = RefusalRows(
+            forget, load_refusals(config.refusals), tokenizer, max_length=config.max_length
+        )
+    forget = tokenize_dataset(forget, tokenizer, max_length=config.max_length)
+    retain = retain_rows(retain, tokenizer, max_length=config.max_length, forget=forget)
+    return forget, retain, refusals, tokenizer
 
 
 @torch.no_grad()
@@ -220,20 +307,37 @@ def _of_the_original(model, tokens, what):
         model.train(training)
 
 
+def _peak_memory(device):
+    """Peak bytes that tensors took of an accelerator; on the CPU, peak resident memory of this process."""
+    module = torch.get_device_module(device)
+    if hasattr(module, "max_memory_allocated"):
+        return module.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
 class UnlearnTrainer(Trainer):
     """Minimise the forget loss plus the retain loss of paired rows; never hold their logits.
 
-    The original model, which KL, DPO and NPO need, is with LoRA the peft model itself, with its frozen
-    initial adapter (``loku.reference_model``): one more forward of the rows concerned. A model without an
-    adapter changes in place, so ``train`` first runs all rows that will be drawn, and keeps their
-    log-probabilities (DPO, NPO), or for KL the last hidden states of the retain rows' labelled tokens, on the
-    CPU, and a copy of the output embedding.
+    It trains the model, or the adapter, as it is: ``loku.unlearn`` is this with FILA or PiSSA before it
+    (``UnlearnConfig.init``). The original model, which KL, DPO and NPO need, is with LoRA the peft model
+    itself, with its frozen initial adapter (``loku.reference_model``): one more forward of the rows
+    concerned. A model without an adapter changes in place, so ``train`` first runs all rows that will be
+    drawn, and keeps their log-probabilities (DPO, NPO), or for KL the last hidden states of the retain rows'
+    labelled tokens, on the CPU, and a copy of the output embedding.
 
     Args:
-        model: a causal LM, usually a peft model.
-        forget, retain: tokenised rows (``loku.data.tokenize_dataset``).
-        args: an ``UnlearnConfig``.
-        refusals: a ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals.
+        model: a causal LM, usually a peft model, or the path or hub name of one.
+        args: an ``UnlearnConfig``; by default its defaults.
+        forget, retain: data sets as for ``loku.unlearn``, or tokenised rows (``loku.data.tokenize_dataset``).
+        processing_class: the tokenizer; by default the one saved beside the model, if it is needed.
+        refusals: a ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals; by
+            default made from it.
+        peft_config: of an adapter to put into the model, such as a ``peft.LoraConfig``.
         Everything else is ``transformers.Trainer``'s.
 
     A step's loss is that of one batch with all its rows: ``gradient_accumulation_steps`` and the number of
@@ -244,13 +348,34 @@ class UnlearnTrainer(Trainer):
     Logs ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability``,
     ``retain_probability`` and ``refusal_probability`` of the steps since the last log, of all processes
     together; not those of rows that the method does not run. The forget probability is that of the true
-    answers.
+    answers. And ``tokens_per_second``, of all processes and since the last log, padding and the original
+    model's forwards not counted; ``peak_memory_gib``, the most that a process took so far.
     """
 
-    def __init__(self, model, args, forget, retain, processing_class=None, refusals=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args,
+        forget,
+        retain,
+        processing_class=None,
+        refusals=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        args = UnlearnConfig() if args is None else args
         self.objective = OBJECTIVES[args.method]
-        if "refusal" in self.objective.rows and refusals is None:
-            raise ValueError(f"method {args.method!r} trains on refusals; pass a loku.data.RefusalRows")
+        model = load_model(model, args)
+        if peft_config is not None and isinstance(model, PeftModel):
+            raise ValueError(
+                "model is a PeftModel already; leave out peft_config, or merge its adapter first"
+            )
+        forget, retain, refusals, processing_class = prepare_data(
+            model, forget, retain, args, processing_class, refusals
+        )
+        self._check_data(model, args, forget, retain)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
         dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
         collator = partial(collate_pairs, pad_token_id=padding_id(processing_class))
         super().__init__(
@@ -268,6 +393,27 @@ class UnlearnTrainer(Trainer):
         # name -> its part of the step's mean, and the share of the step that was averaged, of each batch
         # since the last log
         self._batch_metrics, self._batch_shares = {}, {}
+        self._tokens, self._since = [], None  # of each batch, and the time, since then
+
+    def _check_data(self, model, args, forget, retain):
+        if isinstance(retain, StreamedRows) and args.dataloader_num_workers > 0:
+            raise ValueError("a retain set without a length is read by one process: dataloader_num_workers=0")
+        packed = any("position_ids" in row for row in forget)
+        if packed and self.objective.forget_over == "rows":
+            raise ValueError(
+                f"method {args.method!r} compares whole answers; give each document of the forget set a row"
+            )
+        listed = isinstance(retain, list) and "retain" in self.objective.kinds
+        if packed or any("position_ids" in row for row in (retain if listed else [])):
+            check_packing(model)
+        twice = duplicate_rows(forget, retain) if listed else []
+        if twice:
+            warnings.warn(
+                f"{len(twice)} of the {len(retain)} rows of the retain set are also in the forget set, the "
+                f"first is row {twice[0][0]} (row {twice[0][1]} of the forget set): the two losses work "
+                "against each other",
+                stacklevel=3,
+            )
 
     def train(self, *args, **kwargs):
         needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
@@ -315,13 +461,13 @@ class UnlearnTrainer(Trainer):
                 f"method {self.args.method!r} without an adapter needs the original model's values, which "
                 "only train() has, for the rows that it draws"
             )
-        tokens = {name: value[concerned] for name, value in _tokens(inputs).items()}
+        tokens = {name: value[concerned] for name, value in model_tokens(inputs).items()}
         with reference_model(peft_model):
             return _of_the_original(model, tokens, self.objective.reference)
 
     def _batch(self, model, inputs):
         """The ``Batch`` of a forward of the model, after one of the original where that is needed."""
-        tokens, what = _tokens(inputs), self.objective.reference
+        tokens, what = model_tokens(inputs), self.objective.reference
         masks = {kind: inputs[f"is_{kind}"] for kind in self.objective.kinds}
         log_probability = divergence = None
         if what is not None:
@@ -350,8 +496,13 @@ class UnlearnTrainer(Trainer):
         size, config = self._train_batch_size, self.args.accelerator_config
         together = size if config.split_batches else size * self.accelerator.num_processes
         one = self.accelerator.num_processes == 1 or self.args.dataloader_drop_last
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PairSampler(self.train_dataset, seed, 1 if one else together)
+        return PairSampler(
+            self.train_dataset,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            strategy=self.args.train_sampling_strategy,
+            step=together * self.args.gradient_accumulation_steps,
+            multiple=1 if one else together,
+        )
 
     def _counts(self, counted):
         """What there is in a batch of all that is averaged, by its name in the log; counted: by kind."""
@@ -376,6 +527,9 @@ class UnlearnTrainer(Trainer):
         By default the step has no more than this batch. Added up over the step's micro-batches and averaged
         over processes, as DDP averages gradients, the parts are the loss of one batch with all rows.
         """
+        if self._since is None:
+            self._since = time.perf_counter()
+        self._tokens.append(inputs["token_count"].sum())
         batch, triplet = self._batch(model, inputs)
         measured = self.objective.losses(batch)
         with torch.no_grad():
@@ -402,8 +556,14 @@ class UnlearnTrainer(Trainer):
                 torch.stack([torch.stack(parts).sum() for parts in kept.values()])
                 for kept in (self._batch_metrics, self._batch_shares)
             ]
-            sums, steps = self.accelerator.reduce(torch.stack(sums), "sum")
-            logs |= dict(zip(self._batch_metrics, (sums / steps).tolist(), strict=True))
-            self._batch_metrics.clear()
-            self._batch_shares.clear()
+            tokens = torch.stack(self._tokens).sum(dtype=torch.float64)
+            *sums, tokens = self.accelerator.reduce([*sums, tokens], "sum")
+            logs |= dict(zip(self._batch_metrics, (sums[0] / sums[1]).tolist(), strict=True))
+            now, device = time.perf_counter(), self.args.device
+            logs["tokens_per_second"] = tokens.item() / (now - self._since)
+            peak = torch.tensor([_peak_memory(device)], dtype=torch.float64, device=device)
+            logs["peak_memory_gib"] = self.accelerator.gather(peak).max().item() / 2**30
+            self._since = now
+            for kept in (self._batch_metrics, self._batch_shares, self._tokens):
+                kept.clear()
         super().log(logs, *args, **kwargs)

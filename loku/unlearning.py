@@ -1,8 +1,6 @@
 """``unlearn``: the whole of LoKU in one call."""
 
 import copy
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,14 +10,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from loku.data import (
-    RefusalRows,
-    collate,
-    infer_tokenizer,
-    load_refusals,
-    padding_id,
-    tokenize_dataset,
-)
+from loku.data import collate, documents, padding_id
 from loku.fila import (
     FilaConfig,
     initialize_from_row_scales,
@@ -28,10 +19,10 @@ from loku.fila import (
     restore_base_,
 )
 from loku.head import check_head, output_embedding
-from loku.objectives import OBJECTIVES
 from loku.portable import save_portable_adapter
+from loku.streams import StreamedRows
 from loku.targets import default_target_modules, fila_targets
-from loku.trainer import UnlearnConfig, UnlearnTrainer
+from loku.trainer import UnlearnConfig, UnlearnTrainer, load_model, prepare_data
 
 
 @dataclass
@@ -72,7 +63,9 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
             which trains the weights themselves, and keeps no copy of them.
         forget, retain: lists of strings, lists of dicts or ``datasets.Dataset``s, with the columns ``text``,
             ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or ``input_ids`` (and
-            ``labels``). See ``loku.data.tokenize_dataset``.
+            ``labels``). See ``loku.data.tokenize_dataset``. Of more than 100,000 retain rows each is
+            tokenised when it is drawn, and the retain set may be a stream without a length, such as a
+            ``datasets.IterableDataset``: see ``loku.streams``.
         config: an ``UnlearnConfig``.
         tokenizer: by default the one that was saved beside the model.
         callbacks: further ``transformers.TrainerCallback``s.
@@ -87,24 +80,15 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     config = copy.deepcopy(config) if config is not None else UnlearnConfig()
     if not isinstance(config, UnlearnConfig):
         raise ValueError(f"config must be a loku.UnlearnConfig, got {type(config).__name__}")
-    if isinstance(model, (str, os.PathLike)):
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(model)
+    model = load_model(model, config)
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
     output_embedding(model)
-    if tokenizer is None and not (_has_input_ids(forget) and _has_input_ids(retain)):
-        tokenizer = infer_tokenizer(model)
-    forget_rows = forget
-    forget, retain = (
-        tokenize_dataset(rows, tokenizer, max_length=config.max_length, name=name)
-        for rows, name in ((forget, "forget"), (retain, "retain"))
-    )
-    refusals = None
-    if "refusal" in OBJECTIVES[config.method].rows:
-        refusals = RefusalRows(
-            forget_rows, load_refusals(config.refusals), tokenizer, max_length=config.max_length
+    forget, retain, refusals, tokenizer = prepare_data(model, forget, retain, config, tokenizer)
+    if isinstance(retain, StreamedRows) and config.init == "fila" and config.fisher_samples is None:
+        raise ValueError(
+            'init="fila" measures the retain set, which has no length: set fisher_samples, and its first '
+            "rows are measured"
         )
     make_trainer = partial(
         UnlearnTrainer,
@@ -148,13 +132,19 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     return UnlearnResult(peft_model, trainer.state.log_history)
 
 
-def _has_input_ids(rows):
-    return len(rows) > 0 and isinstance(rows[0], Mapping) and "input_ids" in rows[0]
-
-
 def _initialize_by_fila(peft_model, forget, retain, config, tokenizer):
-    # Batches of like length: the Fisher does not depend on the grouping, the padding costs time.
-    forget, retain = (sorted(rows, key=lambda row: len(row["input_ids"])) for rows in (forget, retain))
+    if isinstance(retain, StreamedRows):
+        retain = [retain[index] for index in range(config.fisher_samples)]
+    # A sample is a document. Batches of like length: the Fisher does not depend on the grouping, the padding
+    # costs time; but what is too large to be held is not sorted.
+    forget, retain = (
+        sorted(
+            (document for row in rows for document in documents(row)), key=lambda row: len(row["input_ids"])
+        )
+        if isinstance(rows, list)
+        else rows
+        for rows in (forget, retain)
+    )
     loader = partial(
         DataLoader,
         batch_size=config.per_device_train_batch_size,

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from loku.data import (
     RefusalRows,
     collate,
+    documents,
     infer_tokenizer,
     load_refusals,
     padding_id,
@@ -103,6 +104,46 @@ def test_input_ids_are_taken_as_they_are():
     tokens = tokenize_dataset(rows, tokenizer=None)
     assert [row["input_ids"] for row in tokens] == [[5, 6, 7]] * 4
     assert [row["labels"] for row in tokens] == [[5, 6, 7], [-100, 6, -100], [5, 6, 7], [5, 6, 7]]
+
+
+def test_documents_that_share_a_row():
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1]},
+        {
+            "input_ids": [5, 6, 7, 8, 9],
+            "labels": [-100, 6, 7, 8, 9],
+            "seq_lengths": [3, 2],
+            "position_ids": None,
+        },
+        {"input_ids": [5, 6], "position_ids": [0, 1]},
+        {"input_ids": [4, 5, 6], "position_ids": [1, 0, 1], "attention_mask": [0, 1, 1]},
+    ]
+    tokens = tokenize_dataset(rows, None)
+    assert tokens[0] == tokens[1]
+    assert tokens[0]["labels"] == [-100, 6, 7, -100, 9] and tokens[0]["position_ids"] == [0, 1, 2, 0, 1]
+    assert tokens[2:] == [{"input_ids": [5, 6], "labels": [5, 6]}] * 2  # one document
+    assert documents(tokens[0]) == [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8, 9], "labels": [-100, 9]},
+    ]
+    assert documents(tokens[2]) == [tokens[2]]
+    with pytest.warns(UserWarning, match="1 of the 1 rows"):
+        (cut,) = tokenize_dataset(rows[:1], None, max_length=4)
+    assert cut["position_ids"] == [0, 1, 2, 0] and len(documents(cut)) == 1
+    for bad, message in [
+        ({"position_ids": [0, 2]}, "must count 0, 1, 2"),
+        ({"position_ids": [1, 2]}, "must count 0, 1, 2"),
+        ({"position_ids": [0]}, "2 input_ids but 'position_ids' has 1"),
+        ({"seq_lengths": [1, 2]}, "2 input_ids but 'seq_lengths' has 3"),
+        ({"seq_lengths": [1, 1]}, "no label token"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tokenize_dataset([{"input_ids": [5, 6], **bad}], None)
+
+    batch = collate([tokens[0], {"input_ids": [6], "labels": [6]}], pad_token_id=9)
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0] * 5]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [6, 9, 9, 9, 9]]
 
 
 def test_a_chat_template_with_an_assistant_mask_labels_every_assistant_turn(tokenizer):

@@ -86,7 +86,7 @@ def test_under_autocast():
 def test_put_back_when_the_forward_fails():
     model, batch = model_of("gemma2"), a_batch()
     with pytest.raises(Exception):  # noqa: B017 - whatever the model makes of a bad id
-        token_triplets(model, batch["input_ids"] + VOCAB, batch["attention_mask"], batch["labels"])
+        token_triplets(model, **{**batch, "input_ids": batch["input_ids"] + VOCAB})
     assert "forward" not in output_embedding(model).__dict__
     assert model.config.final_logit_softcapping == 2.0
 

@@ -1,10 +1,17 @@
-"""``UnlearnTrainer``: a step's loss is that of one batch, wherever its rows are run."""
+"""``UnlearnTrainer`` as transformers' and TRL's users expect it; a step's loss is that of one batch."""
 
+import math
+
+import datasets
 import pytest
 import torch
 from models import tiny_model
+from peft import LoraConfig, PeftModel
 from test_objectives import FORGET, METHODS, RETAIN, VOCAB, trainer_of, with_lora
+from transformers import AutoTokenizer, HfArgumentParser, TrainerCallback
 
+from loku import UnlearnConfig, UnlearnTrainer
+from loku.demo import EMBEDDED
 from loku.objectives import OBJECTIVES
 from loku.trainer import PairedDataset, PairSampler, collate_pairs
 
@@ -29,7 +36,10 @@ def trained(method, tmp_path, size, steps, tuning="lora"):
     )
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-    return weights, [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    log = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    for entry in log:
+        assert entry.pop("tokens_per_second") > 0 and entry.pop("peak_memory_gib") > 0.01
+    return weights, log
 
 
 @pytest.mark.parametrize("method", ["ihl", "kl", "dpo"])  # means over tokens, and over rows
@@ -100,3 +110,96 @@ def test_counts():
     for method, counts in expected.items():
         assert tuple(n.item() for n in OBJECTIVES[method].counts(counted).values()) == counts
     assert OBJECTIVES["ga"].counts(counted).keys() == {"forget_loss"}
+
+
+# Conventions
+
+QUESTIONS = [{"question": f"Where does person {i} live?", "answer": f"In house {i * 7}."} for i in range(4)]
+TEXTS = [f"Plain text number {i} about the weather and the sea." for i in range(6)]
+
+
+def arguments(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return UnlearnConfig(**{**defaults, **options})
+
+
+def lora(**options):
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model and its tokenizer, saved together."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tiny_model("llama", len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_by_name_raw_rows_and_a_peft_config(saved, tmp_path):
+    """Everything is made from the model's name; the run reports, and writes a model card."""
+
+    class Seen(TrainerCallback):
+        logs = ()
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.logs = [*self.logs, dict(logs)]
+
+    seen = Seen()
+    args = arguments(tmp_path, method="dpo", refusals=["No idea."], model_init_kwargs={"dtype": "bfloat16"})
+    trainer = UnlearnTrainer(
+        str(saved),
+        args,
+        QUESTIONS,
+        datasets.Dataset.from_dict({"text": TEXTS}),
+        peft_config=lora(),
+        callbacks=[seen],
+    )
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.model.get_base_model().dtype == torch.bfloat16
+    trainer.train()
+    assert [log["step"] for log in trainer.state.log_history][:2] == [1, 2]
+    for log in seen.logs[:2]:
+        assert {"forget_loss", "retain_loss", "tokens_per_second", "peak_memory_gib"} <= log.keys()
+        assert all(math.isfinite(value) for value in log.values())
+
+    trainer.create_model_card(tags=["unlearning"], finetuned_from="someone/base")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "base_model: someone/base" in card and "- unlearning" in card and "learning_rate: 0.01" in card
+
+    with pytest.raises(ValueError, match="leave out peft_config"):
+        UnlearnTrainer(trainer.model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora())
+    with pytest.raises(ValueError, match="by its path or name"):
+        UnlearnTrainer(tiny_model("llama"), args, QUESTIONS, TEXTS)
+
+
+def test_the_command_line_takes_model_arguments(tmp_path):
+    line = ["--output_dir", str(tmp_path), "--model_init_kwargs", '{"dtype": "bfloat16"}']
+    (args,) = HfArgumentParser(UnlearnConfig).parse_args_into_dataclasses(line)
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="group_by_length"):
+        UnlearnConfig(str(tmp_path), train_sampling_strategy="batch_rebalance")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_lora(reentrant, tmp_path):
+    """The adapter trains, and as without checkpoints."""
+    weights = []
+    for options in ({}, {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}):
+        args = arguments(tmp_path, gradient_checkpointing=bool(options), **options)
+        model = tiny_model("llama", VOCAB)
+        trainer = UnlearnTrainer(model, args, FORGET, RETAIN, peft_config=lora())
+        trainer.train()
+        weights.append([p.detach() for name, p in trainer.model.named_parameters() if "lora_B" in name])
+    assert len(weights[1]) == 4 and all(B.abs().max() > 1e-3 for B in weights[1])
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs)
