@@ -10,10 +10,12 @@ import torch
 from peft import PeftModel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
+from loku.checkpoints import ResumableTrainer
 from loku.data import IGNORE_INDEX, collate, padding_id
 from loku.fila import reference_model
+from loku.finite import LossCheck, first_module_not_finite
 from loku.head import (
     label_hidden_states,
     output_embedding,
@@ -55,6 +57,7 @@ class UnlearnConfig(TrainingArguments):
     save_strategy: str = field(default="no")
     report_to: list[str] | str | None = field(default="none")
     logging_steps: float = field(default=1)
+    logging_nan_inf_filter: bool = field(default=False)  # UnlearnTrainer stops at the first of them
 
     method: str = field(default="ihl")
     tuning: Literal["lora", "full"] = field(default="lora")
@@ -188,7 +191,7 @@ def _of_the_original(model, tokens, what):
         model.train(training)
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(ResumableTrainer):
     """Minimise the forget loss plus the retain loss of paired rows; never hold their logits.
 
     The original model, which KL, DPO and NPO need, is with LoRA the peft model itself, with its frozen
@@ -218,12 +221,16 @@ class UnlearnTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
+            forget=forget,
+            retain=retain,
             train_dataset=dataset,
             data_collator=collator,
             processing_class=processing_class,
             **kwargs,
         )
         self.add_callback(_SetEpoch(dataset))
+        self._loss_check = LossCheck(self._first_module_not_finite)
+        self.add_callback(self._loss_check)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch
         self._reference_head = (None, None)
         self._batch_metrics = {}
@@ -305,9 +312,16 @@ class UnlearnTrainer(Trainer):
         }
         return Batch(**rows, beta=self.args.beta), triplet
 
+    def _first_module_not_finite(self, inputs):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None  # a forward needs all processes, and only this one may have the NaN
+        return first_module_not_finite(self.model, lambda: self._batch(self.model, inputs))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch, triplet = self._batch(model, inputs)
         losses = self.objective.losses(batch)
+        if model.training:
+            self._loss_check.add(losses, inputs)
         loss = losses["forget_loss"]
         if "retain_loss" in losses:
             loss = loss + self.args.retain_weight * losses["retain_loss"]
