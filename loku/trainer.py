@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from loku.callbacks import LossBar
 from loku.data import IGNORE_INDEX, collate, padding_id
 from loku.fila import reference_model
 from loku.head import (
@@ -223,6 +224,9 @@ class UnlearnTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.remove_callback(PrinterCallback)  # without progress bars it would print every log
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossBar)
         self.add_callback(_SetEpoch(dataset))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch
         self._reference_head = (None, None)
