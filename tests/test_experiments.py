@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -87,12 +88,36 @@ def test_report(tmp_path):
     runs[0]["curve"][1]["forget_quality"] = 0.3
     path.write_text("".join(json.dumps(line) + "\n" for line in runs))
     tofu_report.write_report(path)
-    header, _, first, *others = (tmp_path / "tofu.md").read_text().splitlines()
+    table, steps = (tmp_path / "tofu.md").read_text().split("\n\n")
+    header, _, first, *others = table.splitlines()
     assert header.startswith("| method | init | learning rate | seeds |")
     assert first.startswith("| ihl | fila | 0.001 | 2 | 1.73e-01 (1.0e-01 to 3.0e-01) | 5 | 1.000 |")
     assert len(others) == 3 and all(line.count("|") == header.count("|") for line in (first, *others))
+    assert [line.split(" | ")[:4] for line in steps.splitlines()[2:]] == [
+        ["| 0.001", "fila", "2", "5"],
+        ["| 0.001", "default", "2", "5"],
+    ]
     for name in ("tradeoff", "steps"):
         assert (tmp_path / f"tofu_{name}.png").stat().st_size > 1000
+
+
+def test_steps_are_those_of_the_seeds_together():
+    import tofu_report
+
+    seeds = [run([1e-9, 0.5, 0.5], [0.8, 0.6, 0.6]), run([1e-9, 1e-4, 0.02], [0.8, 0.8, 0.4], seed=1)]
+    points, quality = tofu_report.first_forgotten(seeds)
+    assert [point["step"] for point in points] == [10, 10] and quality == pytest.approx(0.1)
+    assert tofu_report.steps_row(seeds)[3:] == ["10", "0.10", "0.500", "0.900", "0.625"]
+    assert tofu_report.steps_row(seeds[1:])[3:5] == ["not in 10", "-"]
+
+
+def test_committed_tables_are_made_from_the_results(tmp_path):
+    import tofu_report
+
+    results = ROOT / "benchmarks" / "results"
+    shutil.copyfile(results / "tofu.jsonl", tmp_path / "tofu.jsonl")
+    tofu_report.write_report(tmp_path / "tofu.jsonl")
+    assert (tmp_path / "tofu.md").read_text() == (results / "tofu.md").read_text()
 
 
 def test_a_cell_runs_and_is_not_run_again(tmp_path, capsys, one_thread):
