@@ -333,15 +333,15 @@ def fila_ablation(lines):
     return table(
         [
             "",
-            "rank correlation of row scales with the shipped",
-            "with another order of the rows",
-            "captured-energy deficit",
-            "overlap with the shipped subspace",
+            "rank correlation of row scales with those shipped",
+            "with another order of rows",
+            "energy deficit",
+            "overlap with the subspace shipped",
             "steps to forget quality 0.05, by seed",
             f"forget probability after {ABLATION_STEPS} steps",
-            "at the end: forget quality, by seed",
-            "retain probability",
-            "utility kept",
+            "forget quality at the end, by seed",
+            "retain probability at the end",
+            "utility kept at the end",
         ],
         [
             [name, *(compared(group, measure) for measure in ABLATION_MEASURES), *unlearned(group)]
