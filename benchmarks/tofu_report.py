@@ -2,12 +2,15 @@
 
     python benchmarks/tofu_report.py [results/tofu.jsonl]
 
-Writes beside the result file ``tofu.md`` (a row for each setting, at its best learning rate, over seeds)
-and two pictures: ``tofu_tradeoff.png``, forget quality against utility with an epoch for each mark (the
-paper's Figure 5), and ``tofu_steps.png``, forget quality by optimiser step for each initialisation.
+Writes beside the result file ``tofu.md`` and two pictures: ``tofu_tradeoff.png``, forget quality against
+utility with an epoch for each mark (the paper's Figure 5), and ``tofu_steps.png``, forget quality by
+optimiser step for each initialisation. ``tofu.md`` has two tables:
 
-A run counts at its best epoch: the one of the highest forget quality among those that keep ``KEPT`` of the
-utility before unlearning. A setting counts at the learning rate whose runs do best in that.
+- a row for each setting, at its best learning rate, over seeds. A run counts at its best epoch: the one of
+  the highest forget quality among those that keep ``KEPT`` of the utility before unlearning. A setting counts
+  at the learning rate whose runs do best in that.
+- a row for each initialisation and learning rate of IHL: when forget quality, the geometric mean over seeds,
+  first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
 """
 
 from pathlib import Path
@@ -111,6 +114,47 @@ def table(runs):
     return markdown_table(header, [row(group, varied) for group in groups])
 
 
+def first_forgotten(group):
+    """(each run's point, mean forget quality) of the first step whose mean is ``FORGOTTEN``, or None."""
+    for points in zip(*(run["curve"] for run in group), strict=False):
+        if (forget := geometric_mean(map(quality, points))) >= FORGOTTEN:
+            return points, forget
+    return None
+
+
+def steps_row(group):
+    first = group[0]
+    cells = [f"{first['learning_rate']:g}", first["init"], str(len(group))]
+    if (found := first_forgotten(group)) is None:
+        points, forget = [run["curve"][-1] for run in group], None
+        cells += [f"not in {points[0]['step']}", "-"]
+    else:
+        points, forget = found
+        cells += [str(points[0]["step"]), f"{forget:.2f}"]
+    before = group[0]["curve"][0]["model_utility"]
+    return [
+        *cells,
+        *(f"{mean(p[name]['probability'] for p in points):.3f}" for name in ("forget", "retain")),
+        f"{mean(p['model_utility'] for p in points) / before:.3f}",
+    ]
+
+
+def steps_table(runs):
+    """Markdown: a row for each learning rate and initialisation of runs that are alike but for the seed."""
+    header = [
+        "learning rate",
+        "init",
+        "seeds",
+        f"steps to {FORGOTTEN}",
+        "forget quality then",
+        "forget probability then",
+        "retain probability then",
+        "utility kept then",
+    ]
+    groups = sorted(grouped(runs, MEASURED, "seed").values(), key=lambda group: group[0]["learning_rate"])
+    return markdown_table(header, [steps_row(group) for group in groups])
+
+
 # --- pictures -------------------------------------------------------------------------------------
 
 
@@ -175,12 +219,12 @@ def write_report(path):
     if not runs:
         print(f"{path} has no runs with a forget quality: nothing to draw")
         return
-    text = table(runs)
+    compared = usual(runs, MEASURED, "seed", "learning_rate", "method", "init")
+    ihl = [run for run in compared if run["method"] == "ihl"]
+    text = "\n\n".join([table(runs), *([steps_table(ihl)] if ihl else [])])
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    compared = usual(runs, MEASURED, "seed", "learning_rate", "method", "init")
     draw_tradeoff(path.with_name(f"{path.stem}_tradeoff.png"), best_settings(compared))
-    ihl = [run for run in compared if run["method"] == "ihl"]
     if ihl:
         draw_steps(path.with_name(f"{path.stem}_steps.png"), ihl)
 

@@ -5,7 +5,8 @@ A loss takes a ``Batch`` and returns a scalar, differentiable in its triplets (a
 
     OBJECTIVES["mine"] = Objective(my_loss)
 
-after which ``UnlearnConfig(method="mine")`` minimises ``my_loss(batch)`` + retain_weight x LM loss.
+after which ``UnlearnConfig(method="mine")`` minimises ``my_loss(batch)`` + retain_weight x LM loss. A loss
+that is a mean over rows and not over tokens says so: ``Objective(my_loss, forget_over="rows")``.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,10 @@ class Rows(NamedTuple):
     def log_probability(self):
         """Log-probability (B,) of each row's counted tokens, in nats: their sum, not their mean."""
         return -cross_entropy(self.triplet).where(self.counted, 0.0).sum(1)
+
+    def labelled(self):
+        """Which rows (B,), bool, have a counted token: all but those that only fill up a batch."""
+        return self.counted.any(1)
 
     def log_ratio(self):
         """log(pi / pi_ref) (B,) of each row: how much likelier its tokens are than in the original model."""
@@ -81,7 +86,8 @@ def dpo_loss(batch):
     w is the refusal, which is preferred, l the true answer; pi and ref are whole answers' probabilities, of
     the model and of the original one (Rafailov et al., 2023, Eq. 7; on refusals: TOFU, Maini et al., 2024).
     """
-    return -logsigmoid(batch.beta * (batch.refusal.log_ratio() - batch.forget.log_ratio())).mean()
+    losses = -logsigmoid(batch.beta * (batch.refusal.log_ratio() - batch.forget.log_ratio()))
+    return reduce_loss(losses, batch.refusal.labelled(), "mean")
 
 
 def npo_loss(batch):
@@ -89,7 +95,8 @@ def npo_loss(batch):
 
     pi and ref are whole answers' probabilities, of the model and of the original one.
     """
-    return -2 / batch.beta * logsigmoid(-batch.beta * batch.forget.log_ratio()).mean()
+    losses = logsigmoid(-batch.beta * batch.forget.log_ratio())
+    return -2 / batch.beta * reduce_loss(losses, batch.forget.labelled(), "mean")
 
 
 def refusal_loss(batch):
@@ -117,12 +124,17 @@ class Objective:
         rows: what is run of the forget set: "forget", the true answers, "refusal", or both.
         reference: what the losses need of the original model. None, "log_probability" (of ``rows``) or
             "divergence" (from it, of the retain rows).
+        forget_over, retain_over: what each loss is a mean over, "tokens" (counted ones) or "rows" (labelled
+            ones). The trainer weights the losses of micro-batches and processes by how many they have of
+            them, so that together they are the loss of the whole batch.
     """
 
     forget: Callable[[Batch], Tensor]
     retain: Callable[[Batch], Tensor] | None = retain_loss
     rows: tuple[str, ...] = ("forget",)
     reference: Literal["log_probability", "divergence"] | None = None
+    forget_over: Literal["tokens", "rows"] = "tokens"
+    retain_over: Literal["tokens", "rows"] = "tokens"
 
     def __post_init__(self):
         if not self.rows or not set(self.rows) <= {"forget", "refusal"}:
@@ -133,6 +145,9 @@ class Objective:
             )
         if self.reference == "divergence" and self.retain is None:
             raise ValueError('Objective.reference="divergence" is that of the retain rows: it needs retain')
+        for name, over in (("forget_over", self.forget_over), ("retain_over", self.retain_over)):
+            if over not in ("tokens", "rows"):
+                raise ValueError(f'Objective.{name} must be "tokens" or "rows", got {over!r}')
 
     @property
     def kinds(self):
@@ -151,13 +166,29 @@ class Objective:
             losses["retain_loss"] = self.retain(batch)
         return losses
 
+    def counts(self, counted):
+        """How many tokens or rows each of the ``losses`` is a mean over: 0-dim int64 tensors.
+
+        counted: (B, T), bool, for each of ``kinds``, as ``Rows.counted``.
+        """
+
+        def count(over, kinds):
+            if over == "rows":
+                return counted[kinds[0]].any(1).sum()
+            return sum(counted[kind].sum() for kind in kinds)
+
+        counts = {"forget_loss": count(self.forget_over, self.rows)}
+        if self.retain is not None:
+            counts["retain_loss"] = count(self.retain_over, ("retain",))
+        return counts
+
 
 OBJECTIVES = {
     "ihl": Objective(inverted_hinge_loss),
     "ga": Objective(gradient_ascent_loss, retain=None),
     "gd": Objective(gradient_ascent_loss),
     "kl": Objective(gradient_ascent_loss, retain_divergence, reference="divergence"),
-    "dpo": Objective(dpo_loss, rows=("forget", "refusal"), reference="log_probability"),
-    "npo": Objective(npo_loss, reference="log_probability"),
+    "dpo": Objective(dpo_loss, rows=("forget", "refusal"), reference="log_probability", forget_over="rows"),
+    "npo": Objective(npo_loss, reference="log_probability", forget_over="rows"),
     "idk": Objective(refusal_loss, rows=("refusal",)),
 }

@@ -8,22 +8,25 @@ from typing import Literal
 import numpy as np
 import torch
 from peft import PeftModel
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
+from loku.callbacks import LossBar
 from loku.checkpoints import ResumableTrainer
 from loku.data import IGNORE_INDEX, collate, padding_id
 from loku.fila import reference_model
 from loku.finite import LossCheck, first_module_not_finite
 from loku.head import (
     label_hidden_states,
+    next_token_labels,
     output_embedding,
     token_triplets,
     token_triplets_and_divergence,
 )
 from loku.objectives import OBJECTIVES, Batch, Rows, answer_probability
 from loku.targets import TARGET_SWEEPS
+from loku_kernels import reduce_loss
 
 
 @dataclass
@@ -98,7 +101,8 @@ class PairedDataset(Dataset):
     """Row i of the forget set with a retain row and a refusal, both drawn anew each epoch.
 
     Retain rows come in a random order without repetition until all have been used. The draws depend on
-    the seed, the epoch and i alone: not on batches, workers or processes.
+    the seed, the epoch and i alone: not on batches, workers or processes. Row None has no labels: it fills up
+    a batch and adds nothing to any loss.
 
     Args:
         forget, retain: tokenised rows.
@@ -114,6 +118,7 @@ class PairedDataset(Dataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch):
+        self.epoch = epoch
         self._begin = epoch * len(self.forget)
         self._orders = {}
         if "refusal" in self.kinds:
@@ -129,13 +134,18 @@ class PairedDataset(Dataset):
 
     def key(self, kind, index):
         """Which row item ``index`` has of a kind: an index into its set, for a refusal (row, refusal)."""
+        if index is None:
+            return None
         if kind == "retain":
             return self._retain_index(self._begin + index)
         return index if kind == "forget" else (index, int(self._refusal_indices[index]))
 
     def row(self, kind, key):
         """A tokenised row, with its ``reference`` if there is one."""
-        row = {"forget": self.forget, "retain": self.retain, "refusal": self.refusals}[kind][key]
+        if key is None:
+            row = {"input_ids": [0], "labels": [IGNORE_INDEX]}
+        else:
+            row = {"forget": self.forget, "retain": self.retain, "refusal": self.refusals}[kind][key]
         reference = self.references.get((kind, key))
         return row if reference is None else {**row, "reference": reference}
 
@@ -144,6 +154,29 @@ class PairedDataset(Dataset):
 
     def __getitem__(self, index):
         return {kind: self.row(kind, self.key(kind, index)) for kind in self.kinds}
+
+
+class PairSampler(Sampler):
+    """The order of a ``PairedDataset``'s items in its epoch: of the seed and the epoch alone.
+
+    Args:
+        dataset: a ``PairedDataset``.
+        seed: of the order, >= 0.
+        multiple: the order is filled up to a multiple of this with None, the row without labels. With the
+            rows that all processes take together, each has as many whole batches as the others, and no row
+            counts twice (accelerate would repeat the first ones).
+    """
+
+    def __init__(self, dataset, seed, multiple=1):
+        self.dataset, self.seed, self.multiple = dataset, seed, multiple
+
+    def __len__(self):
+        return math.ceil(len(self.dataset) / self.multiple) * self.multiple
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
+        yield from torch.randperm(len(self.dataset), generator=generator).tolist()
+        yield from [None] * (len(self) - len(self.dataset))
 
 
 def collate_pairs(pairs, pad_token_id):
@@ -207,9 +240,15 @@ class UnlearnTrainer(ResumableTrainer):
         refusals: a ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals.
         Everything else is ``transformers.Trainer``'s.
 
+    A step's loss is that of one batch with all its rows: ``gradient_accumulation_steps`` and the number of
+    processes only say where they are run. Each loss is divided by what the whole step has of its tokens (DPO
+    and NPO: rows), counted over micro-batches and processes, whatever ``average_tokens_across_devices`` says.
+    Where the last step of an epoch has too few rows for all processes, the rest get rows without labels.
+
     Logs ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability``,
-    ``retain_probability`` and ``refusal_probability`` of the batches since the last log; not those of rows
-    that the method does not run. The forget probability is that of the true answers.
+    ``retain_probability`` and ``refusal_probability`` of the steps since the last log, of all processes
+    together; not those of rows that the method does not run. The forget probability is that of the true
+    answers.
     """
 
     def __init__(self, model, args, forget, retain, processing_class=None, refusals=None, **kwargs):
@@ -228,12 +267,18 @@ class UnlearnTrainer(ResumableTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.remove_callback(PrinterCallback)  # without progress bars it would print every log
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossBar)
         self.add_callback(_SetEpoch(dataset))
         self._loss_check = LossCheck(self._first_module_not_finite)
         self.add_callback(self._loss_check)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch
+        # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch: scaled already
+        self.model_accepts_loss_kwargs = True
         self._reference_head = (None, None)
-        self._batch_metrics = {}
+        # name -> its part of the step's mean, and the share of the step that was averaged, of each batch
+        # since the last log
+        self._batch_metrics, self._batch_shares = {}, {}
 
     def train(self, *args, **kwargs):
         needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
@@ -249,7 +294,7 @@ class UnlearnTrainer(ResumableTrainer):
         drawn = {}
         for epoch in range(math.ceil(epochs)):
             dataset.set_epoch(epoch)
-            for index in range(len(dataset)):
+            for index in sorted(self._get_train_sampler(), key=lambda index: (index is None, index)):
                 for kind in self.objective.reference_kinds:
                     drawn[kind, dataset.key(kind, index)] = None
         dataset.set_epoch(0)
@@ -317,24 +362,66 @@ class UnlearnTrainer(ResumableTrainer):
             return None  # a forward needs all processes, and only this one may have the NaN
         return first_module_not_finite(self.model, lambda: self._batch(self.model, inputs))
 
+    def _get_train_sampler(self, train_dataset=None):
+        size, config = self._train_batch_size, self.args.accelerator_config
+        together = size if config.split_batches else size * self.accelerator.num_processes
+        one = self.accelerator.num_processes == 1 or self.args.dataloader_drop_last
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PairSampler(self.train_dataset, seed, 1 if one else together)
+
+    def _counts(self, counted):
+        """What there is in a batch of all that is averaged, by its name in the log; counted: by kind."""
+        rows = {f"{kind}_probability": counted[kind].any(1).sum() for kind in self.objective.kinds}
+        return {**self.objective.counts(counted), **rows}
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """``_counts`` of a step: summed over its micro-batches and over processes."""
+        totals = 0
+        for batch in batch_samples:
+            counted = next_token_labels(batch["labels"]) != IGNORE_INDEX
+            kinds = {kind: counted[batch[f"is_{kind}"]] for kind in self.objective.kinds}
+            counts = self._counts(kinds)
+            totals = totals + torch.stack(list(counts.values())).to(device)
+        if not batch_samples:
+            return None
+        return dict(zip(counts, self.accelerator.reduce(totals, "sum"), strict=True))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The batch's part of the loss of a step whose ``_counts`` are ``num_items_in_batch``.
+
+        By default the step has no more than this batch. Added up over the step's micro-batches and averaged
+        over processes, as DDP averages gradients, the parts are the loss of one batch with all rows.
+        """
         batch, triplet = self._batch(model, inputs)
-        losses = self.objective.losses(batch)
+        measured = self.objective.losses(batch)
         if model.training:
-            self._loss_check.add(losses, inputs)
-        loss = losses["forget_loss"]
-        if "retain_loss" in losses:
-            loss = loss + self.args.retain_weight * losses["retain_loss"]
+            self._loss_check.add(measured, inputs)
         with torch.no_grad():
             for kind in self.objective.kinds:
                 rows = getattr(batch, kind)
-                losses[f"{kind}_probability"] = answer_probability(rows.triplet.detach(), rows.counted).mean()
-            for name, value in losses.items():
-                self._batch_metrics.setdefault(name, []).append(value.detach())
+                probability = answer_probability(rows.triplet.detach(), rows.counted)
+                measured[f"{kind}_probability"] = reduce_loss(probability, rows.labelled(), "mean")
+            counts = self._counts({kind: getattr(batch, kind).counted for kind in self.objective.kinds})
+            totals = num_items_in_batch or counts
+            shares = {name: counts[name].double() / totals[name].clamp(min=1) for name in measured}
+            for name, value in measured.items():
+                self._batch_metrics.setdefault(name, []).append(value.detach() * shares[name])
+                self._batch_shares.setdefault(name, []).append(shares[name])
+        loss = measured["forget_loss"] * shares["forget_loss"]
+        if "retain_loss" in measured:
+            loss = loss + self.args.retain_weight * (measured["retain_loss"] * shares["retain_loss"])
+        if num_items_in_batch:
+            loss = loss * self.accelerator.num_processes
         return (loss, {"triplet": triplet}) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
-        for name, values in self._batch_metrics.items():
-            logs[name] = torch.stack(values).mean().item()
-        self._batch_metrics.clear()
+        if self._batch_metrics:
+            sums = [
+                torch.stack([torch.stack(parts).sum() for parts in kept.values()])
+                for kept in (self._batch_metrics, self._batch_shares)
+            ]
+            sums, steps = self.accelerator.reduce(torch.stack(sums), "sum")
+            logs |= dict(zip(self._batch_metrics, (sums / steps).tolist(), strict=True))
+            self._batch_metrics.clear()
+            self._batch_shares.clear()
         super().log(logs, *args, **kwargs)

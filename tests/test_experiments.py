@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from loku.data import tokenize_dataset
 from loku.demo import EMBEDDED
 from loku.sources import read_rows
 
@@ -19,8 +21,8 @@ def _scripts(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.syspath_prepend(ROOT / "scripts")
     yield
-    for name in ("tofu", "tofu_report", "tdec", "tdec_report", "grid", "harness", "finetune_tofu"):
-        sys.modules.pop(name, None)
+    for path in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.py")):
+        sys.modules.pop(path.stem, None)
 
 
 def run(qualities, utilities, **settings):
@@ -86,12 +88,36 @@ def test_report(tmp_path):
     runs[0]["curve"][1]["forget_quality"] = 0.3
     path.write_text("".join(json.dumps(line) + "\n" for line in runs))
     tofu_report.write_report(path)
-    header, _, first, *others = (tmp_path / "tofu.md").read_text().splitlines()
+    table, steps = (tmp_path / "tofu.md").read_text().split("\n\n")
+    header, _, first, *others = table.splitlines()
     assert header.startswith("| method | init | learning rate | seeds |")
     assert first.startswith("| ihl | fila | 0.001 | 2 | 1.73e-01 (1.0e-01 to 3.0e-01) | 5 | 1.000 |")
     assert len(others) == 3 and all(line.count("|") == header.count("|") for line in (first, *others))
+    assert [line.split(" | ")[:4] for line in steps.splitlines()[2:]] == [
+        ["| 0.001", "fila", "2", "5"],
+        ["| 0.001", "default", "2", "5"],
+    ]
     for name in ("tradeoff", "steps"):
         assert (tmp_path / f"tofu_{name}.png").stat().st_size > 1000
+
+
+def test_steps_are_those_of_the_seeds_together():
+    import tofu_report
+
+    seeds = [run([1e-9, 0.5, 0.5], [0.8, 0.6, 0.6]), run([1e-9, 1e-4, 0.02], [0.8, 0.8, 0.4], seed=1)]
+    points, quality = tofu_report.first_forgotten(seeds)
+    assert [point["step"] for point in points] == [10, 10] and quality == pytest.approx(0.1)
+    assert tofu_report.steps_row(seeds)[3:] == ["10", "0.10", "0.500", "0.900", "0.625"]
+    assert tofu_report.steps_row(seeds[1:])[3:5] == ["not in 10", "-"]
+
+
+def test_committed_tables_are_made_from_the_results(tmp_path):
+    import tofu_report
+
+    results = ROOT / "benchmarks" / "results"
+    shutil.copyfile(results / "tofu.jsonl", tmp_path / "tofu.jsonl")
+    tofu_report.write_report(tmp_path / "tofu.jsonl")
+    assert (tmp_path / "tofu.md").read_text() == (results / "tofu.md").read_text()
 
 
 def test_a_cell_runs_and_is_not_run_again(tmp_path, capsys, one_thread):
@@ -176,6 +202,15 @@ def test_tdec_report(tmp_path):
         assert (tmp_path / f"tdec_{name}.png").stat().st_size > 1000
 
 
+def test_tdec_best_learning_rate_needs_all_seeds():
+    import tdec_report
+
+    lucky = [tdec_run(4, 1.1, learning_rate=3e-3)]
+    steady = [tdec_run(9, 2.0, seed=seed) for seed in (0, 1)]
+    unforgotten = [tdec_run(20, 1.0, forgotten=False, seed=seed, learning_rate=1e-4) for seed in (0, 1)]
+    assert tdec_report.best_settings([*lucky, *unforgotten, *steady]) == [steady]
+
+
 def test_a_tdec_cell(tmp_path, one_thread):
     import tdec
     from transformers import AutoTokenizer
@@ -184,9 +219,33 @@ def test_a_tdec_cell(tmp_path, one_thread):
     rows = tdec.cut(["one two three four five six seven eight nine ten " * 60] * 4, tokenizer, 6)
     assert all(len(row["input_ids"]) == tdec.TOKENS for row in rows)
     short = [{name: ids[:24] for name, ids in row.items()} for row in rows]
-    tdec.memorise(short, tmp_path / "model", tokenizer, epochs=2, sizes=(2, 32))
+    tdec.memorise(short, tmp_path / "model", tokenizer, rounds=(1, 1), sizes=(2, 32))
     base = tdec.Base(str(tmp_path / "model"), [short[:1], short[1:2]], short[2:3], short[3:5], short[5:])
     line = tdec.run_cell(tdec.Cell(num_train_epochs=2, lora_rank=2, tasks=2), base)
     assert len(line["steps"]) == 2 and len(line["before"]["memorization_accuracy"]) == 2
     for step in line["steps"]:
         assert 1 <= step["epochs"] <= 2 and step["retain_perplexity"] > 1 and step["training_flops"] > 0
+
+
+def test_fila_ablation_compares_with_what_ships(one_thread, monkeypatch):
+    import fila_ablation
+
+    subject = fila_ablation.Subject()
+    subject.modules = {n: m for n, m in subject.modules.items() if n.startswith("model.layers.0.")}
+    rows = [
+        {name: row["input_ids"][:20] for name in ("input_ids", "labels")}
+        for row in tokenize_dataset(subject.base.retain[:12], subject.tokenizer)
+    ]
+    subject.sets = rows[:4], rows[4:]
+    _, same = fila_ablation.compare(fila_ablation.Cell(svd="exact"), subject)
+    assert (
+        same["rank_correlation"] > 0.9999 and same["worst_deficit"] < 1e-12 and same["worst_overlap"] > 0.99
+    )
+    # Of one row a batch, all as long, the Fisher is per sample.
+    monkeypatch.setattr(fila_ablation, "BATCH_SIZE", 1)
+    _, single = fila_ablation.compare(fila_ablation.Cell(fisher="per-batch"), subject)
+    assert single["worst_rank_correlation"] > 0.999 and single["worst_shuffle_correlation"] > 0.999
+    monkeypatch.setattr(fila_ablation, "BATCH_SIZE", 4)
+    subject.fishers.clear()
+    _, batched = fila_ablation.compare(fila_ablation.Cell(fisher="per-batch", svd="svd_lowrank"), subject)
+    assert batched["rank_correlation"] < 0.999 and batched["worst_deficit"] > 1e-3
