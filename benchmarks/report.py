@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 from harness import RESULTS, mebibytes
 
@@ -292,22 +293,86 @@ def demo(result):
     )
 
 
+ABLATION_STEPS = 10  # after which the forget answers' probability tells how fast a run is
+ABLATION_MEASURES = ("rank_correlation", "shuffle_correlation", "deficit", "overlap")
+
+
+def fila_ablation(lines):
+    """A row for each setting, averaged over its seeds; the unlearning that was not run is a dash."""
+    settings = {}
+    for line in lines:
+        name = [line["fisher"]] if line["fisher"] != "per-sample" else []
+        if (line["damping_mode"], line["damping"]) != ("relative", 1.0):
+            name.append(f"{line['damping_mode']} damping {line['damping']:g}")
+        if line["svd"] != "row_scaled_svd":
+            name.append("exact SVD" if line["svd"] == "exact" else f"`{line['svd']}`")
+        settings.setdefault(", ".join(name) or "as shipped", []).append(line)
+
+    def compared(group, measure):
+        """The median over modules and, in brackets, the worst."""
+        if measure not in group[0]:
+            return "-"
+        values = (fmean(line[key] for line in group) for key in (measure, f"worst_{measure}"))
+        return "{} ({})".format(*(format(v, ".0e" if measure == "deficit" else ".2f") for v in values))
+
+    def unlearned(group):
+        curves = [line["curve"] for line in group if line["curve"]]
+        if not curves:
+            return ["-"] * 5
+        steps = [next((p["step"] for p in curve if p["forget_quality"] >= 0.05), None) for curve in curves]
+        early = [p["forget"]["probability"] for c in curves for p in c if p["step"] == ABLATION_STEPS]
+        ends = [(curve[0], curve[-1]) for curve in curves]
+        return [
+            ", ".join("never" if step is None else str(step) for step in steps),
+            f"{fmean(early):.2f}",
+            ", ".join(f"{end['forget_quality']:.2g}" for _, end in ends),
+            f"{fmean(end['retain']['probability'] for _, end in ends):.3f}",
+            f"{fmean(end['model_utility'] / start['model_utility'] for start, end in ends):.3f}",
+        ]
+
+    return table(
+        [
+            "",
+            "rank correlation of row scales with those shipped",
+            "with another order of rows",
+            "energy deficit",
+            "overlap with the subspace shipped",
+            "steps to forget quality 0.05, by seed",
+            f"forget probability after {ABLATION_STEPS} steps",
+            "forget quality at the end, by seed",
+            "retain probability at the end",
+            "utility kept at the end",
+        ],
+        [
+            [name, *(compared(group, measure) for measure in ABLATION_MEASURES), *unlearned(group)]
+            for name, group in settings.items()
+        ],
+    )
+
+
 TABLES = {
-    "machine": ("ihl_kernel_cpu", machine),
-    "ihl_kernel": ("ihl_kernel_cpu", ihl_kernel),
-    "linear": ("linear_cpu", linear),
-    "unlearn": ("unlearn_cpu", unlearn),
-    "fisher": ("fisher_cpu", fisher),
-    "fila": ("fila_cpu", fila),
-    "scaling": ("scaling_cpu", scaling),
-    "demo": ("demo", demo),
+    "machine": ("ihl_kernel_cpu.json", machine),
+    "ihl_kernel": ("ihl_kernel_cpu.json", ihl_kernel),
+    "linear": ("linear_cpu.json", linear),
+    "unlearn": ("unlearn_cpu.json", unlearn),
+    "fisher": ("fisher_cpu.json", fisher),
+    "fila": ("fila_cpu.json", fila),
+    "scaling": ("scaling_cpu.json", scaling),
+    "demo": ("demo.json", demo),
+    "fila_ablation": ("fila_ablation.jsonl", fila_ablation),
 }
+
+
+def read_result(path):
+    """A result file of ``harness.write_result``, or the lines of a grid's."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
 def render(readme, results=RESULTS):
     """The text of README with its tables made anew."""
     for name, (file, make) in TABLES.items():
-        text = make(json.loads((Path(results) / f"{file}.json").read_text()))
+        text = make(read_result(Path(results) / file))
         readme, count = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
             lambda match, text=text: f"{match[1]}{text}\n{match[2]}",

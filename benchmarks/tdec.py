@@ -9,11 +9,11 @@ saw. ``--tasks 4`` unlearns four disjoint sets of 32, one after the other (Figur
 ``grid.py``. Finished cells are lines of ``--out``, by default results/tdec.jsonl; at the end
 ``tdec_report.py`` draws and tabulates them.
 
-The model is a GPT-Neo of 3M parameters, which is trained at the first run, until it has memorised its texts
-(several minutes), and kept in ``--work-dir``: sequences of TOFU's answers, which are what is forgotten, and
-passages of WikiText (``benchmarks/data``). With ``--model PATH`` give ``--forget-text``, ``--holdout-text``
-and ``--retain-text``: JSON lines with ``text``, of which the model has memorised the first and never seen
-the second.
+The model is a GPT-Neo of 1.4M parameters, which is trained at the first run, until it has memorised its
+texts (several minutes), and kept in ``--work-dir``: sequences of TOFU's questions and answers, which are
+what is forgotten, and passages of WikiText (``benchmarks/data``). With ``--model PATH`` give
+``--forget-text``, ``--holdout-text`` and ``--retain-text``: JSON lines with ``text``, of which the model has
+memorised the first and never seen the second.
 """
 
 import argparse
@@ -35,8 +35,9 @@ from loku.sources import read_rows
 DATA = Path(__file__).parent / "data" / "wikitext.jsonl"
 SEQUENCES, TOKENS = 32, 200  # of a forget set
 TASKS = 4
-RETAIN_ROWS, UNSEEN_ROWS = 220, 64
-STRIDE = 20  # between the prefixes of which EL10 is measured
+RETAIN_ROWS, UNSEEN_ROWS = 128, 64
+STRIDE = 48  # between the prefixes of which EL10 is measured: 4 a sequence
+EVALUATION_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,11 @@ def first_tokens(texts, tokenizer, count):
     return rows_of(tokenizer(text).input_ids[:TOKENS] for text in texts[:count])
 
 
-def memorise(rows, output, tokenizer, epochs=60, learning_rate=2e-3, sizes=(4, 192)):
-    """Train a GPT-Neo from scratch on ``rows``, and save it and its tokenizer to ``output``."""
+def memorise(rows, output, tokenizer, rounds=(30, 15), learning_rate=2e-3, sizes=(4, 128)):
+    """Train a GPT-Neo from scratch on ``rows``, and save it and its tokenizer to ``output``.
+
+    rounds: epochs of each; the learning rate falls to 0 in a round, and the next begins anew.
+    """
     from transformers import GPTNeoConfig, GPTNeoForCausalLM, Trainer, TrainingArguments
 
     from loku.data import collate, padding_id
@@ -111,21 +115,22 @@ def memorise(rows, output, tokenizer, epochs=60, learning_rate=2e-3, sizes=(4, 1
             resid_dropout=0.0,
         )
     )
-    arguments = TrainingArguments(
-        output_dir=str(output / "trainer"),
-        num_train_epochs=epochs,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=50,
-        per_device_train_batch_size=16,
-        save_strategy="no",
-        logging_strategy="epoch",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
-    Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+    for epochs in rounds:
+        arguments = TrainingArguments(
+            output_dir=str(output / "trainer"),
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+            logging_strategy="epoch",
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
@@ -135,8 +140,8 @@ def trained_base(work_dir):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    answers = [row["answer"] for row in read_rows(EMBEDDED / "tofu.jsonl")]
-    sequences = cut(answers, tokenizer, SEQUENCES * (TASKS + 1))
+    texts = [f"{row['question']} {row['answer']}" for row in read_rows(EMBEDDED / "tofu.jsonl")]
+    sequences = cut(texts, tokenizer, SEQUENCES * (TASKS + 1))
     passages = first_tokens([row["text"] for row in read_rows(DATA)], tokenizer, RETAIN_ROWS + UNSEEN_ROWS)
     tasks = [sequences[SEQUENCES * task : SEQUENCES * (task + 1)] for task in range(TASKS)]
     retain = passages[:RETAIN_ROWS]
@@ -167,18 +172,21 @@ def given_base(options):
 
 def measure(model, base, count):
     """EL10 and MA of the first ``count`` forget sets, perplexity of the retain and the unseen rows."""
-    from loku.evaluation import extraction_likelihood, memorization_accuracy, perplexity
+    from loku.evaluation import extraction_likelihood, token_measures, token_scores
 
-    options = {"batch_size": 32, "progress": False}
-    tasks = base.tasks[:count]
+    options = {"batch_size": EVALUATION_BATCH, "progress": False}
+    sets = [*base.tasks[:count], base.retain, base.unseen]
+    scores = [token_scores(model, rows, **options) for rows in sets]
+    *forget, retain, unseen = (token_measures(of_rows) for of_rows in scores)
     return {
         "extraction_likelihood": [
-            extraction_likelihood(model, rows, stride=STRIDE, **options).mean for rows in tasks
+            extraction_likelihood(model, rows, stride=STRIDE, scores=of_rows, **options).mean
+            for rows, of_rows in zip(base.tasks[:count], scores, strict=False)
         ],
-        "memorization_accuracy": [memorization_accuracy(model, rows, **options) for rows in tasks],
-        "retain_perplexity": perplexity(model, base.retain, **options),
-        "retain_accuracy": memorization_accuracy(model, base.retain, **options),
-        "unseen_perplexity": perplexity(model, base.unseen, **options),
+        "memorization_accuracy": [task["memorization_accuracy"] for task in forget],
+        "retain_perplexity": retain["perplexity"],
+        "retain_accuracy": retain["memorization_accuracy"],
+        "unseen_perplexity": unseen["perplexity"],
     }
 
 
@@ -213,7 +221,7 @@ def run_cell(cell, base):
     }
     done = []
     for task in range(cell.tasks):
-        rule = ExtractionStopping(base.tasks[task], base.holdout, stride=STRIDE, batch_size=32)
+        rule = ExtractionStopping(base.tasks[task], base.holdout, stride=STRIDE, batch_size=EVALUATION_BATCH)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:

@@ -8,8 +8,8 @@ and three pictures: ``tdec_flops.png``, perplexity of the retain set against the
 modules (Figures 3 and 4), and ``tdec_continual.png``, Memorisation Accuracy of four forget sets that are
 unlearned one after the other (Figure 6).
 
-The best learning rate is the one at which most runs meet the rule and, of those, the retain set's
-perplexity is lowest.
+The best learning rate is, of those that most seeds were run with, the one at which most runs meet the rule
+and then the retain set's perplexity is lowest.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ def best_settings(runs):
     return [
         min(
             grouped(group, MEASURED, "seed").values(),
-            key=lambda runs: (-forgotten(runs), last(runs, "retain_perplexity")),
+            key=lambda runs: (-len(runs), -forgotten(runs), last(runs, "retain_perplexity")),
         )
         for group in grouped(runs, MEASURED, "seed", "learning_rate").values()
     ]
@@ -96,36 +96,46 @@ def table(runs):
 # --- pictures -------------------------------------------------------------------------------------
 
 
+INIT_MARKERS = {"fila": "o", "pissa": "s", "default": "^"}
+
+
 def draw_flops(path, groups):
+    """A colour for each method, a marker for each initialisation; empty where not all runs met the rule."""
     figure, (axes,) = new_figure(1, xlabel="training FLOPs (estimate)", ylabel="retain perplexity")
     axes.set(xscale="log", yscale="log")
+    methods = list(dict.fromkeys(group[0]["method"] for group in groups))
     for group in groups:
-        name = f"{group[0]['method']}, {group[0]['init']}"
-        done = forgotten(group) == 1
+        method, init = group[0]["method"], group[0]["init"]
+        color = f"C{methods.index(method)}"
         axes.scatter(
             total(group, "training_flops"),
             last(group, "retain_perplexity"),
-            marker="o" if done else "x",
-            label=name if done else f"{name} (not forgotten)",
+            marker=INIT_MARKERS.get(init, "D"),
+            edgecolors=color,
+            facecolors=color if forgotten(group) == 1 else "none",
+            label=f"{method}, {init}",
         )
-    axes.axhline(groups[0][0]["before"]["retain_perplexity"], color="0.6", lw=0.8)
+    axes.axhline(groups[0][0]["before"]["retain_perplexity"], color="0.6", lw=0.8, label="before")
     axes.legend(fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=130)
 
 
 def draw_epochs(path, runs):
-    """Epochs until the rule is met by rank and by target modules; runs that never meet it are left out."""
+    """Epochs until the rule is met by rank and by target modules; a cross where not all runs met it."""
     figure, panels = new_figure(2, ylabel="epochs until forgotten")
     for axes, name in zip(panels, ("lora_rank", "target_modules"), strict=True):
         values = sorted({run[name] for run in runs})
         axes.set(xlabel=name.replace("_", " "), xticks=range(len(values)), xticklabels=values)
         for key, group in grouped(runs, MEASURED, "seed", "learning_rate", name).items():
-            points = {
-                best[0][name]: total(best, "epochs") for best in best_settings(group) if forgotten(best) == 1
-            }
-            if len(points) > 1:
-                label = f"{dict(key)['method']}, {dict(key)['init']}"
-                axes.plot([values.index(value) for value in points], points.values(), marker="o", label=label)
+            points = {best[0][name]: best for best in best_settings(group)}
+            if len(points) == 1:
+                continue
+            points = [(values.index(value), points[value]) for value in values if value in points]
+            x, y = zip(*((x, total(best, "epochs")) for x, best in points), strict=True)
+            (line,) = axes.plot(x, y, lw=1, label=f"{dict(key)['method']}, {dict(key)['init']}")
+            for x, best in points:
+                marker = "o" if forgotten(best) == 1 else "x"
+                axes.plot(x, total(best, "epochs"), marker, color=line.get_color())
         if axes.lines:
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=130)

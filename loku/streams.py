@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from loku.data import RowTokenizer, tokenize_dataset
 
 LAZY_ROWS = 100_000  # a set of more is tokenised as its rows are drawn
 
 
-class _DrawnRows:
+class DrawnRows:
     """Rows that are tokenised when asked for. The first that is cut, and the first that is also in the forget
     set, are warned of."""
 
@@ -18,11 +19,15 @@ class _DrawnRows:
         self._forget = {tuple(row["input_ids"]): index for index, row in reversed([*enumerate(forget)])}
         self._warned = set()
 
+    def first(self, count=100):
+        """Its first rows, tokenised."""
+        return [self._tokenize(index, row) for index, row in enumerate(islice(self.rows, count))]
+
     def _tokenized(self, index, row):
+        truncated = self._tokenize.truncated
         row = self._tokenize(index, row)
-        if self._tokenize.truncated:
+        if self._tokenize.truncated > truncated:
             self._warn(index, f"was cut to max_length={self._tokenize.max_length} tokens")
-            self._tokenize.truncated = 0
         same = self._forget.get(tuple(row["input_ids"]))
         if same is not None:
             self._warn(index, "is also in the forget set (row {same})", same=same)
@@ -39,7 +44,7 @@ class _DrawnRows:
             )
 
 
-class LazyRows(_DrawnRows, Sequence):
+class LazyRows(DrawnRows, Sequence):
     """A data set of any length that can be indexed, such as a memory-mapped ``datasets.Dataset``."""
 
     def __len__(self):
@@ -51,7 +56,7 @@ class LazyRows(_DrawnRows, Sequence):
         return self._tokenized(index, self.rows[index])
 
 
-class StreamedRows(_DrawnRows):
+class StreamedRows(DrawnRows):
     """A data set without a length, such as a streaming ``datasets.IterableDataset``.
 
     ``rows[k]`` is its k-th row, going on from the last one that was asked for: asked for in ascending order,
@@ -96,7 +101,7 @@ def retain_rows(rows, tokenizer, *, max_length=None, forget=(), name="retain"):
     Returns:
         A list, ``LazyRows`` of more than ``LAZY_ROWS`` rows, or ``StreamedRows``.
     """
-    if isinstance(rows, _DrawnRows):
+    if isinstance(rows, DrawnRows):
         return rows
     if not isinstance(rows, (str, Mapping)) and hasattr(rows, "__iter__"):
         if not hasattr(rows, "__len__"):

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -14,9 +13,17 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from loku.callbacks import LossBar
+from loku.checkpoints import ResumableTrainer
 from loku.data import (
     IGNORE_INDEX,
     RefusalRows,
@@ -29,6 +36,7 @@ from loku.data import (
     tokenize_dataset,
 )
 from loku.fila import reference_model
+from loku.finite import LossCheck, first_module_not_finite
 from loku.head import (
     check_packing,
     label_hidden_states,
@@ -38,8 +46,9 @@ from loku.head import (
     token_triplets,
     token_triplets_and_divergence,
 )
+from loku.memory import peak_device_memory, peak_memory
 from loku.objectives import OBJECTIVES, Batch, Rows, answer_probability
-from loku.streams import LazyRows, StreamedRows, retain_rows
+from loku.streams import DrawnRows, StreamedRows, retain_rows
 from loku.targets import TARGET_SWEEPS
 from loku_kernels import reduce_loss
 
@@ -81,6 +90,7 @@ class UnlearnConfig(TrainingArguments):
     save_strategy: str = field(default="no")
     report_to: list[str] | str | None = field(default="none")
     logging_steps: float = field(default=1)
+    logging_nan_inf_filter: bool = field(default=False)  # UnlearnTrainer stops at the first of them
 
     method: str = field(default="ihl")
     tuning: Literal["lora", "full"] = field(default="lora")
@@ -262,7 +272,8 @@ class _SetEpoch(TrainerCallback):
 def load_model(model, config):
     """The model itself, or the causal LM of that path or hub name."""
     if isinstance(model, (str, os.PathLike)):
-        return AutoModelForCausalLM.from_pretrained(model, **(config.model_init_kwargs or {}))
+        arguments = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # never a pickle unasked
+        return AutoModelForCausalLM.from_pretrained(model, **arguments)
     if config.model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by its path or name")
     return model
@@ -274,7 +285,7 @@ def prepare_data(model, forget, retain, config, tokenizer=None, refusals=None):
     forget, retain: as for ``loku.unlearn``. tokenizer: by default the one saved beside the model, if needed.
     """
     if tokenizer is None and not all(
-        isinstance(rows, (LazyRows, StreamedRows)) or has_input_ids(rows) for rows in (forget, retain)
+        isinstance(rows, DrawnRows) or has_input_ids(rows) for rows in (forget, retain)
     ):
         tokenizer = infer_tokenizer(model)
     if refusals is None and "refusal" in OBJECTIVES[config.method].rows:
@@ -307,20 +318,7 @@ def _of_the_original(model, tokens, what):
         model.train(training)
 
 
-def _peak_memory(device):
-    """Peak bytes that tensors took of an accelerator; on the CPU, peak resident memory of this process."""
-    module = torch.get_device_module(device)
-    if hasattr(module, "max_memory_allocated"):
-        return module.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return math.nan
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
-
-
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(ResumableTrainer):
     """Minimise the forget loss plus the retain loss of paired rows; never hold their logits.
 
     It trains the model, or the adapter, as it is: ``loku.unlearn`` is this with FILA or PiSSA before it
@@ -349,7 +347,8 @@ class UnlearnTrainer(Trainer):
     ``retain_probability`` and ``refusal_probability`` of the steps since the last log, of all processes
     together; not those of rows that the method does not run. The forget probability is that of the true
     answers. And ``tokens_per_second``, of all processes and since the last log, padding and the original
-    model's forwards not counted; ``peak_memory_gib``, the most that a process took so far.
+    model's forwards not counted; ``peak_memory_gib``, the most that a process has taken: of its CUDA
+    device, or resident.
     """
 
     def __init__(
@@ -381,12 +380,19 @@ class UnlearnTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
+            forget=forget,
+            retain=retain,
             train_dataset=dataset,
             data_collator=collator,
             processing_class=processing_class,
             **kwargs,
         )
+        self.remove_callback(PrinterCallback)  # without progress bars it would print every log
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossBar)
         self.add_callback(_SetEpoch(dataset))
+        self._loss_check = LossCheck(self._first_module_not_finite)
+        self.add_callback(self._loss_check)
         # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch: scaled already
         self.model_accepts_loss_kwargs = True
         self._reference_head = (None, None)
@@ -492,6 +498,11 @@ class UnlearnTrainer(Trainer):
         }
         return Batch(**rows, beta=self.args.beta), triplet
 
+    def _first_module_not_finite(self, inputs):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None  # a forward needs all processes, and only this one may have the NaN
+        return first_module_not_finite(self.model, lambda: self._batch(self.model, inputs))
+
     def _get_train_sampler(self, train_dataset=None):
         size, config = self._train_batch_size, self.args.accelerator_config
         together = size if config.split_batches else size * self.accelerator.num_processes
@@ -532,6 +543,8 @@ class UnlearnTrainer(Trainer):
         self._tokens.append(inputs["token_count"].sum())
         batch, triplet = self._batch(model, inputs)
         measured = self.objective.losses(batch)
+        if model.training:
+            self._loss_check.add(measured, inputs)
         with torch.no_grad():
             for kind in self.objective.kinds:
                 rows = getattr(batch, kind)
@@ -561,7 +574,8 @@ class UnlearnTrainer(Trainer):
             logs |= dict(zip(self._batch_metrics, (sums[0] / sums[1]).tolist(), strict=True))
             now, device = time.perf_counter(), self.args.device
             logs["tokens_per_second"] = tokens.item() / (now - self._since)
-            peak = torch.tensor([_peak_memory(device)], dtype=torch.float64, device=device)
+            peak = peak_device_memory() or peak_memory()
+            peak = torch.tensor([peak], dtype=torch.float64, device=device)
             logs["peak_memory_gib"] = self.accelerator.gather(peak).max().item() / 2**30
             self._since = now
             for kept in (self._batch_metrics, self._batch_shares, self._tokens):

@@ -56,7 +56,8 @@ def test_report(results):
     """After the others: tables and picture are made of what they wrote."""
     if len(list(results.glob("*.json"))) < len(OPTIONS):
         pytest.skip("needs the results of the other tests here")
-    (results / "demo.json").write_text((BENCHMARKS / "results" / "demo.json").read_text())
+    for name in ("demo.json", "fila_ablation.jsonl"):
+        (results / name).write_text((BENCHMARKS / "results" / name).read_text())
     report = importlib.import_module("report")
     readme = results / "README.md"
     readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")

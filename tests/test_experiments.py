@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loku.data import tokenize_dataset
 from loku.demo import EMBEDDED
 from loku.sources import read_rows
 
@@ -20,8 +21,8 @@ def _scripts(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.syspath_prepend(ROOT / "scripts")
     yield
-    for name in ("tofu", "tofu_report", "tdec", "tdec_report", "grid", "harness", "finetune_tofu"):
-        sys.modules.pop(name, None)
+    for path in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.py")):
+        sys.modules.pop(path.stem, None)
 
 
 def run(qualities, utilities, **settings):
@@ -201,6 +202,15 @@ def test_tdec_report(tmp_path):
         assert (tmp_path / f"tdec_{name}.png").stat().st_size > 1000
 
 
+def test_tdec_best_learning_rate_needs_all_seeds():
+    import tdec_report
+
+    lucky = [tdec_run(4, 1.1, learning_rate=3e-3)]
+    steady = [tdec_run(9, 2.0, seed=seed) for seed in (0, 1)]
+    unforgotten = [tdec_run(20, 1.0, forgotten=False, seed=seed, learning_rate=1e-4) for seed in (0, 1)]
+    assert tdec_report.best_settings([*lucky, *unforgotten, *steady]) == [steady]
+
+
 def test_a_tdec_cell(tmp_path, one_thread):
     import tdec
     from transformers import AutoTokenizer
@@ -209,9 +219,33 @@ def test_a_tdec_cell(tmp_path, one_thread):
     rows = tdec.cut(["one two three four five six seven eight nine ten " * 60] * 4, tokenizer, 6)
     assert all(len(row["input_ids"]) == tdec.TOKENS for row in rows)
     short = [{name: ids[:24] for name, ids in row.items()} for row in rows]
-    tdec.memorise(short, tmp_path / "model", tokenizer, epochs=2, sizes=(2, 32))
+    tdec.memorise(short, tmp_path / "model", tokenizer, rounds=(1, 1), sizes=(2, 32))
     base = tdec.Base(str(tmp_path / "model"), [short[:1], short[1:2]], short[2:3], short[3:5], short[5:])
     line = tdec.run_cell(tdec.Cell(num_train_epochs=2, lora_rank=2, tasks=2), base)
     assert len(line["steps"]) == 2 and len(line["before"]["memorization_accuracy"]) == 2
     for step in line["steps"]:
         assert 1 <= step["epochs"] <= 2 and step["retain_perplexity"] > 1 and step["training_flops"] > 0
+
+
+def test_fila_ablation_compares_with_what_ships(one_thread, monkeypatch):
+    import fila_ablation
+
+    subject = fila_ablation.Subject()
+    subject.modules = {n: m for n, m in subject.modules.items() if n.startswith("model.layers.0.")}
+    rows = [
+        {name: row["input_ids"][:20] for name in ("input_ids", "labels")}
+        for row in tokenize_dataset(subject.base.retain[:12], subject.tokenizer)
+    ]
+    subject.sets = rows[:4], rows[4:]
+    _, same = fila_ablation.compare(fila_ablation.Cell(svd="exact"), subject)
+    assert (
+        same["rank_correlation"] > 0.9999 and same["worst_deficit"] < 1e-12 and same["worst_overlap"] > 0.99
+    )
+    # Of one row a batch, all as long, the Fisher is per sample.
+    monkeypatch.setattr(fila_ablation, "BATCH_SIZE", 1)
+    _, single = fila_ablation.compare(fila_ablation.Cell(fisher="per-batch"), subject)
+    assert single["worst_rank_correlation"] > 0.999 and single["worst_shuffle_correlation"] > 0.999
+    monkeypatch.setattr(fila_ablation, "BATCH_SIZE", 4)
+    subject.fishers.clear()
+    _, batched = fila_ablation.compare(fila_ablation.Cell(fisher="per-batch", svd="svd_lowrank"), subject)
+    assert batched["rank_correlation"] < 0.999 and batched["worst_deficit"] > 1e-3

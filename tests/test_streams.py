@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import loku.streams
 from loku import UnlearnTrainer, unlearn
+from loku.checkpoints import rows_fingerprint
 from loku.data import collate, tokenize_dataset
 from loku.head import check_packing, token_triplets
 from loku.streams import LazyRows, StreamedRows, retain_rows
@@ -142,6 +143,9 @@ def test_a_large_set_is_tokenised_as_it_is_drawn(tmp_path, monkeypatch):
     assert len(calls) == 4 + len(FORGET)  # two steps of two rows
     assert torch.equal(weights, expected)
     lazy = trainer.train_dataset.retain
+    assert rows_fingerprint(lazy) == rows_fingerprint(
+        tokenize_dataset(rows, None)
+    )  # here all of its first 100
     assert len(lazy) == 60 and lazy[59] == tokenize_dataset(rows, None)[59] and len(list(lazy)) == 60
 
 
@@ -246,7 +250,9 @@ def test_packing_that_a_model_ignores_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_config(tiny_config("llama", VOCAB)).eval()
     forward = model.model.forward
     model.model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(ValueError, match=r"several documents .* LlamaForCausalLM .*'sdpa' lets them see each"):
+    with pytest.raises(
+        ValueError, match=r"several documents .* LlamaForCausalLM .*'sdpa' lets them see each"
+    ):
         UnlearnTrainer(model, arguments(tmp_path), FORGET, [packed(*RETAIN)])
     with pytest.raises(ValueError, match="compares whole answers"):
         UnlearnTrainer(model, arguments(tmp_path, method="npo"), [packed(*FORGET)], RETAIN)
