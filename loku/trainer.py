@@ -48,6 +48,7 @@ from loku.head import (
 )
 from loku.memory import peak_device_memory, peak_memory
 from loku.objectives import OBJECTIVES, Batch, Rows, answer_probability
+from loku.quantised import keep_differentiable_
 from loku.streams import DrawnRows, StreamedRows, retain_rows
 from loku.targets import TARGET_SWEEPS
 from loku_kernels import reduce_loss
@@ -365,6 +366,7 @@ class UnlearnTrainer(ResumableTrainer):
         args = UnlearnConfig() if args is None else args
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args)
+        keep_differentiable_(model)
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError(
                 "model is a PeftModel already; leave out peft_config, or merge its adapter first"
@@ -461,7 +463,7 @@ class UnlearnTrainer(ResumableTrainer):
         """``_of_the_original`` for the rows where ``concerned`` (B,) is true."""
         if "reference" in inputs:
             return inputs["reference"]
-        peft_model = self.accelerator.unwrap_model(model)
+        peft_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if not isinstance(peft_model, PeftModel):
             raise ValueError(
                 f"method {self.args.method!r} without an adapter needs the original model's values, which "

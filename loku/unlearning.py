@@ -21,6 +21,7 @@ from loku.fila import (
 )
 from loku.head import check_head, output_embedding
 from loku.portable import save_portable_adapter
+from loku.quantised import keep_differentiable_
 from loku.saves import save_merged_model, save_residual_model, save_whole_model
 from loku.streams import StreamedRows
 from loku.targets import default_target_modules, fila_targets
@@ -108,6 +109,7 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
     output_embedding(model)
+    keep_differentiable_(model)  # check_head evaluates it
     forget, retain, refusals, tokenizer = prepare_data(model, forget, retain, config, tokenizer)
     if isinstance(retain, StreamedRows) and config.init == "fila" and config.fisher_samples is None:
         raise ValueError(

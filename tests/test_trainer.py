@@ -203,3 +203,15 @@ def test_checkpointing_with_lora(reentrant, tmp_path):
     assert len(weights[1]) == 4 and all(B.abs().max() > 1e-3 for B in weights[1])
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled(tmp_path):
+    """The same step, the original model's included; the head's replacement is part of the graph."""
+    weights = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        args = arguments(tmp_path, method="kl", max_steps=1, **options)
+        trainer = UnlearnTrainer(tiny_model("llama", VOCAB), args, FORGET, RETAIN, peft_config=lora())
+        trainer.train()
+        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters() if p.requires_grad]))
+    assert hasattr(trainer.model_wrapped, "_orig_mod")
+    torch.testing.assert_close(*weights)
