@@ -16,4 +16,4 @@ LOKU_CUDA=0 CXX="g++ $flags -DLOKU_NO_TARGET_CLONES" python setup.py -q build_ex
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0  # Python's own allocations
 PYTHONPATH="$work" python -m pytest -q -p no:cacheprovider tests/test_triplet.py tests/test_losses.py \
-  tests/test_linear_triplet.py tests/test_fisher.py -k "not memory and not allocates and not openmp and not fork" "$@"
+  tests/test_linear_triplet.py tests/test_fisher.py tests/test_fuzz.py -k "not memory and not allocates and not openmp and not fork" "$@"
