@@ -15,6 +15,8 @@ from loku_kernels.reference import inverted_hinge_loss
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"<!-- recipe: ([\w-]+) -->\n```python\n(.*?)^```", README, re.S | re.M))
 
+LEARNING_RATE = 1.0  # so that a step is large beside the rounding of the weights
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -63,7 +65,7 @@ def arguments(tmp_path, **more):
         remove_unused_columns=False,
         lr_scheduler_type="constant",
         optim="sgd",
-        learning_rate=1e-2,
+        learning_rate=LEARNING_RATE,
         max_grad_norm=0.0,
         **more,
     )
@@ -77,7 +79,7 @@ def change(model, before):
 
 def expected_change(losses, model):
     gradients = torch.autograd.grad(sum(losses), list(model.parameters()))
-    return torch.cat([-1e-2 * gradient.flatten() for gradient in gradients])
+    return torch.cat([-LEARNING_RATE * gradient.flatten() for gradient in gradients])
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
@@ -102,7 +104,7 @@ def test_trainer(kind, accumulation, tmp_path):
     trainer.train()
     step = change(model, before)
     torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
-    assert expected.abs().max() > 1e-5  # a step that could be missed
+    assert expected.abs().max() > 1e-3  # a step that could be missed
 
 
 def test_open_unlearning(tmp_path, monkeypatch):
