@@ -117,7 +117,7 @@ def test_info(capsys, monkeypatch):
     monkeypatch.delenv("LOKU_BACKEND", raising=False)
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert torch.__version__ in printed and "peft" in printed
+    assert torch.__version__.partition("+")[0] in printed and "peft" in printed
     served = "native" if native._core else "reference"
     for op in ("triplet_forward", "accumulate_squared_grad_"):
         assert re.search(rf"^{op} +cpu +{served} +{served} +{served} +reference$", printed, re.M)
