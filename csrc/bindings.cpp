@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "bindings.h"
+#include "simd.h"
 
 #if LOKU_WITH_CUDA  // defined by setup.py
 #include "bindings_cuda.h"
@@ -22,6 +23,16 @@ Rows rows_from(const RowsArgument& argument) {
   const auto& [data, offsets, count, columns, dtype] = argument;
   return {reinterpret_cast<void*>(data), reinterpret_cast<const int64_t*>(offsets), count, columns,
           static_cast<DType>(dtype)};
+}
+
+// What LOKU_TARGET_CLONES chooses on this machine.
+const char* instruction_set() {
+#ifdef LOKU_HAS_TARGET_CLONES
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "AVX-512";
+  if (__builtin_cpu_supports("x86-64-v3")) return "AVX2";
+#endif
+  return "the compiler's baseline";
 }
 
 }  // namespace
@@ -94,6 +105,12 @@ PYBIND11_MODULE(_core, m) {
       },
       Unlocked());
 
+  m.attr("instruction_set") = instruction_set();
+#ifdef _OPENMP
+  m.attr("has_openmp") = true;
+#else
+  m.attr("has_openmp") = false;
+#endif
   m.attr("has_cuda") = static_cast<bool>(LOKU_WITH_CUDA);
 #if LOKU_WITH_CUDA
   bind_cuda(m);

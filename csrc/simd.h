@@ -10,6 +10,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__) && \
     !defined(LOKU_NO_TARGET_CLONES)
+#define LOKU_HAS_TARGET_CLONES 1
 #define LOKU_TARGET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LOKU_TARGET_CLONES

@@ -1,3 +1,5 @@
+import sys
+
 from loku.cli import main
 
-main()
+sys.exit(main())

@@ -7,11 +7,20 @@ processes, which all see the same figures and stop together.
 
 import math
 
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from loku.data import tokenize_dataset
 from loku.evaluation.processes import spread_extraction_likelihood, spread_token_scores
 from loku.evaluation.scores import mean_answer_probability, token_measures
+
+
+class LossBar(ProgressCallback):
+    """The trainer's progress bar, with the last losses at its end instead of a line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = {name: value for name, value in (logs or {}).items() if name.endswith("_loss")}
+        if self.training_bar is not None and losses:
+            self.training_bar.set_postfix(losses)
 
 
 class _Gauge(TrainerCallback):

@@ -1,163 +1,81 @@
 """The ``loku`` command."""
 
 import argparse
-import json
-from pathlib import Path
+import os
+import sys
+import warnings
 
+from loku.commands import demo, evaluate, info, unlearn
+from loku.commands.settings import suggestion
 
-def _demo(options):
-    from loku.demo import format_report, run_demo
+EPILOG = """\
+exit codes:
+  0    done
+  1    the run failed
+  2    something is wrong with the options, the data or the model that was given
+  130  interrupted
 
-    report = run_demo(options.output, options.seed, progress=not options.quiet)
-    print(format_report(report))
-    print(f"\nwritten to {options.output}: adapter/, probabilities.png, report.json")
-
-
-def _evaluate(options):
-    from datetime import timedelta
-
-    import torch
-    from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from loku.evaluation import evaluate, plot_measures, reasoning_accuracies, write_report
-    from loku.sources import read_rows
-
-    # One process may have to generate for much longer than another.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
-    data = {name: read_rows(source) for name, source in options.data}
-    if len(data) < len(options.data):
-        raise ValueError(f"two data sets have one name: {[name for name, _ in options.data]}")
-    reference = None
-    if options.reference_log is not None:
-        reference = json.loads(Path(options.reference_log).read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-    if options.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, options.adapter)
-    model.to(state.device).eval()
-    reasoning = None
-    if options.reasoning and state.is_main_process:
-        reasoning = reasoning_accuracies(model, tokenizer, batch_size=options.batch_size)
-    result = evaluate(
-        model,
-        tokenizer,
-        data,
-        reference_log=reference,
-        n=options.ngram,
-        stride=options.stride,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-        progress=not options.quiet,
-    )
-    if state.is_main_process:
-        report = {
-            "model": options.model,
-            "adapter": options.adapter,
-            "data": dict(options.data),
-            "reference_log": options.reference_log,
-            "settings": {
-                key: getattr(options, key) for key in ("ngram", "stride", "max_length", "batch_size")
-            },
-            "sets": result.sets,
-            "whole": result.whole,
-            "not_available": result.not_available,
-            "reasoning": reasoning,
-        }
-        print(_evaluation_table(report))
-        out = Path(options.out)
-        write_report(out, report)
-        written = [out]
-        if result.log:
-            written.append(out.with_name(f"{out.stem}_log.json"))
-            write_report(written[-1], result.log)
-        written.append(out.with_suffix(".png"))
-        plot_measures(written[-1], result.sets)
-        print(f"\nwritten: {', '.join(map(str, written))}")
-    state.destroy_process_group()
-
-
-def _evaluation_table(report):
-    from loku.evaluation import format_table
-
-    tables = [format_table(report["sets"]), format_table({"all sets": report["whole"]})]
-    if report["reasoning"] is not None:
-        tables.append(format_table({"accuracy": report["reasoning"]}))
-    lines = [f"{name} is not available: {reason}" for name, reason in report["not_available"].items()]
-    return "\n\n".join([*tables, "\n".join(lines)]).rstrip()
-
-
-def _named_source(text):
-    name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SOURCE, such as forget=forget.jsonl")
-    return name, source
-
-
-def _add_evaluate(commands):
-    parser = commands.add_parser(
-        "evaluate",
-        help="measure what a model still knows",
-        description="Measure a causal LM on data sets: probability, perplexity, ROUGE-L, truth ratio, forget "
-        "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K%% "
-        "membership inference, dialogue F1; what the sets allow. Prints a table and writes a JSON report, "
-        "TOFU's log and a picture beside it. Runs under torchrun and accelerate launch.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="path or hub name of a causal LM")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        type=_named_source,
-        metavar="NAME=SOURCE",
-        help="data sets. NAME: forget, retain, real_authors, world_facts, holdout, or any other. SOURCE: a "
-        ".jsonl or .json file of rows, a .txt file with a text a line, or NAME[:CONFIG[:SPLIT]] on the hub",
-    )
-    parser.add_argument("--out", default="report.json", metavar="FILE", help="report (default: report.json)")
-    parser.add_argument("--adapter", metavar="PATH", help="of a peft adapter for the model")
-    parser.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
-    parser.add_argument(
-        "--reference-log", metavar="FILE", help="TOFU log of a model that never saw the forget set"
-    )
-    parser.add_argument("--ngram", type=int, default=10, help="n of Extraction Likelihood (default: 10)")
-    parser.add_argument(
-        "--stride", type=int, default=1, help="of its prefixes; more is coarser and faster (default: 1)"
-    )
-    parser.add_argument("--max-length", type=int, help="tokens at which texts are cut")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows at once (default: 16)")
-    parser.add_argument(
-        "--reasoning",
-        action="store_true",
-        help="the nine reasoning sets as well, by lm-evaluation-harness, which downloads them; needs "
-        "pip install 'loku-kernels[lm-eval]'",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.set_defaults(run=_evaluate)
-
-
-def _add_demo(commands):
-    parser = commands.add_parser(
-        "demo",
-        help="unlearn two authors from a small model that ships with the package",
-        description="Make the embedded model forget two of its 40 authors, and compare it with a twin that "
-        "never saw them. Needs no network; about a minute on two cores.",
-    )
-    parser.add_argument("--output", default="loku-demo", help="directory to write to (default: loku-demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of the retain rows' order (default: 0)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.set_defaults(run=_demo)
+LOKU_DEBUG=1 in the environment shows where in the code an error came from."""
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="loku", description="Unlearning for causal language models.")
+    """Run a command; returns its exit code, or raises ``SystemExit`` as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="loku",
+        description="Unlearning for causal language models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_evaluate(commands)
-    options = parser.parse_args(arguments)
-    options.run(options)
+    for command in (demo, unlearn, evaluate, info):
+        added = command.add(commands)
+        added.allow_abbrev = False
+        added.set_defaults(parser=added)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = options.parser._option_string_actions
+        options.parser.error(f"there is no option {unknown[0]}{suggestion(unknown[0], known)}")
+    debug = os.environ.get("LOKU_DEBUG", "") not in ("", "0")
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = _show_warning
+        try:
+            options.run(options)
+        except (KeyboardInterrupt, Exception) as error:
+            if debug:
+                raise
+            code, text = _explain(error)
+            print(f"{_prefix()}{text}", file=sys.stderr)
+            return code
+    return 0
+
+
+def _explain(error):
+    """(exit code, what to tell a person)"""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    # Of OSErrors, those without a number are what transformers says of a model that it cannot load.
+    of_files = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    if isinstance(error, (ValueError, ImportError, IndexError, *of_files)) or (
+        isinstance(error, OSError) and error.errno is None
+    ):
+        return 2, f"error: {text}"
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return 1, f"the run failed: {kind}{text}\n(LOKU_DEBUG=1 shows where)"
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    print(f"{_prefix()}warning: {message}", file=sys.stderr)
+
+
+def _prefix():
+    rank = os.environ.get("RANK")
+    return "loku: " if rank is None else f"loku, process {rank}: "
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,14 @@ class _BadRow(ValueError):
     """What is wrong with one row; ``tokenize_dataset`` adds the data set's name and the row's index."""
 
 
+class RowError(ValueError):
+    """A row that cannot be used: row ``index``, from 0, of the data set ``name``."""
+
+    def __init__(self, name, index, problem):
+        super().__init__(f"row {index} of the {name} set: {problem}")
+        self.name, self.index = name, index
+
+
 def question_answer_texts(question, answer):
     """TOFU's prompt and completion for a question and its answer."""
     return f"Question: {question}\nAnswer:", f" {answer}"
@@ -54,9 +62,9 @@ def tokenize_dataset(rows, tokenizer, *, max_length=None, name="forget"):
     Rows longer than ``max_length`` tokens keep their start, and one warning counts them. ``name`` is what
     messages call the data set. ``tokenizer`` may be None if every row has ``input_ids``.
 
-    Raises ``ValueError``, naming the data set and the first bad row, for an empty data set, a row
-    without known columns, a value of the wrong type and a row with no label token left. The first
-    token of a row is never predicted, so its label does not count.
+    Raises ``ValueError`` for an empty data set, and ``RowError``, a ``ValueError`` that names the first bad
+    row, for a row without known columns, a value of the wrong type and a row with no label token left. The
+    first token of a row is never predicted, so its label does not count.
     """
     if isinstance(rows, Mapping):
         raise ValueError(
@@ -89,7 +97,7 @@ def tokenize_dataset(rows, tokenizer, *, max_length=None, name="forget"):
                     "non-empty completion or labels that are not all -100, or drop the row"
                 )
         except _BadRow as error:
-            raise ValueError(f"row {index} of the {name} set: {error}") from error.__cause__
+            raise RowError(name, index, error) from error.__cause__
         tokenized.append({"input_ids": ids, "labels": labels})
     if truncated:
         warnings.warn(
@@ -138,10 +146,8 @@ class RefusalRows:
             try:
                 _with_answer(row, refusals[0])
             except _BadRow as error:
-                raise ValueError(
-                    f'row {index} of the forget set: {error}. Methods that train on refusals ("dpo", '
-                    '"idk") need question/answer rows'
-                ) from None
+                problem = f'{error}. Methods that train on refusals ("dpo", "idk") need question/answer rows'
+                raise RowError("forget", index, problem) from None
         self.rows, self.refusals, self.tokenizer, self.max_length = rows, refusals, tokenizer, max_length
         self._leading = _leading_special(tokenizer)
 

@@ -6,12 +6,13 @@ the log of a twin that was trained without the two. See ``scripts/build_embedded
 """
 
 import json
-import resource
 import sys
 import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+
+from loku.memory import forget_peak_memory, peak_memory
 
 EMBEDDED = Path(__file__).parent / "embedded"
 FORGET_ROWS = 40  # the last ones: two authors
@@ -97,27 +98,10 @@ class _Stages:
         if self._show:
             print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        _forget_peak_memory()
+        forget_peak_memory()
         yield
         self.seconds[name] = time.perf_counter() - start
-        self.peak_memory_bytes[name] = _peak_memory()
-
-
-def _forget_peak_memory():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # elsewhere the peak is that of the process so far
-
-
-def _peak_memory():
-    """Resident bytes at their peak since ``_forget_peak_memory``, or since the start of the process."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) << 10
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak << 10
+        self.peak_memory_bytes[name] = peak_memory()
 
 
 def unlearn_rows(model, tokenizer, forget, retain, output, seed=0, progress=True):

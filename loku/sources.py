@@ -13,24 +13,51 @@ def read_rows(source):
     (a JSON object a line, as TOFU's files, or one list), or ``NAME[:CONFIG[:SPLIT]]`` of a data set on the
     hub, such as ``locuslab/TOFU:forget10_perturbed`` (needs ``datasets``; the split is "train" by default).
 
-    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a line that is not JSON.
+    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for one that is not UTF-8, and for a line
+    that is not JSON.
     """
     path = Path(source)
     if path.suffix not in FILE_SUFFIXES:
         return _from_hub(str(source))
-    text = path.read_text(encoding="utf-8")
+    text = _text(path)
     if path.suffix == ".txt":
-        return [line for line in text.splitlines() if line.strip()]
+        return [line for _, line in _lines(path, text)]
     if text.lstrip().startswith("["):
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other line separators
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    for number, line in _lines(path, text):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     return rows
+
+
+def place_of_row(source, index):
+    """Where row ``index`` of a data set is, as a person would look for it: a file and a line, if it has
+    them."""
+    path = Path(source)
+    if path.suffix in FILE_SUFFIXES and path.is_file():
+        text = _text(path)
+        if path.suffix == ".txt" or not text.lstrip().startswith("["):
+            return f"{path}, line {_lines(path, text)[index][0]}"
+    return str(source)
+
+
+def _text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+
+
+def _lines(path, text):
+    """(number from 1, line) of those that are not empty."""
+    lines = text.splitlines() if path.suffix == ".txt" else text.split("\n")  # JSON may hold other separators
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _from_hub(source):

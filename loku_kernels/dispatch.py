@@ -17,7 +17,7 @@ from loku_kernels import native
 MEASURED_ON_CUDA: dict[tuple[str, torch.dtype, int, tuple[int, int]], tuple[str, str]] = {}
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NATIVE_OPS = (
+OPS = (
     "triplet_forward",
     "triplet_backward",
     "inverted_hinge_",
@@ -51,7 +51,7 @@ def backend(op, tensor):
     if forced == "native" and native._core is None:
         raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")
     for name in [forced] if forced else _by_preference(op, tensor):
-        if name == "native" and op in _NATIVE_OPS and native.serves(tensor):
+        if name == "native" and op in OPS and native.serves(tensor):
             return native
         if name == "triton" and tensor.dtype in _TRITON_DTYPES and tensor.device.type in ("cuda", "cpu"):
             return _triton()

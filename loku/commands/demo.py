@@ -1,0 +1,23 @@
+"""``loku demo``."""
+
+
+def add(commands):
+    parser = commands.add_parser(
+        "demo",
+        help="unlearn two authors from a small model that ships with the package",
+        description="Make the embedded model forget two of its 40 authors, and compare it with a twin that "
+        "never saw them. Needs no network; about a minute on two cores.",
+    )
+    parser.add_argument("--output", default="loku-demo", help="directory to write to (default: loku-demo)")
+    parser.add_argument("--seed", type=int, default=0, help="of the retain rows' order (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options):
+    from loku.demo import format_report, run_demo
+
+    report = run_demo(options.output, options.seed, progress=not options.quiet)
+    print(format_report(report))
+    print(f"\nwritten to {options.output}: adapter/, probabilities.png, report.json")

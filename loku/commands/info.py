@@ -1,0 +1,100 @@
+"""``loku info``: what is installed, on which devices, and which backend computes what there."""
+
+import os
+import platform
+from importlib import metadata
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton")
+
+
+def add(commands):
+    parser = commands.add_parser(
+        "info",
+        help="versions, devices, and which backend computes what",
+        description="Print the versions, the devices, the backends that are built, and which of them each "
+        "operation of loku_kernels uses on each device. LOKU_BACKEND=reference|native|triton forces one.",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options):
+    print("\n".join([*_versions(), "", *_devices(), "", *_backends(), "", *_choices()]))
+
+
+def _aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _versions():
+    import loku_kernels
+
+    rows = [("loku-kernels", loku_kernels.__version__), ("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            rows.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return _aligned(rows)
+
+
+def _cpu_name():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _devices():
+    import torch
+
+    rows = [("cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        rows.append((f"cuda:{index}", f"{device.name}, {memory}, compute {device.major}.{device.minor}"))
+    return _aligned(rows)
+
+
+def _backends():
+    from loku_kernels import native
+
+    core = native._core
+    if core is None:
+        rows = [("native", "not built: a C++ compiler and pip install . build it")]
+    else:
+        openmp = "OpenMP" if core.has_openmp else "one thread: built without OpenMP"
+        rows = [("native", f"on the CPU: {core.instruction_set}, {openmp}")]
+    if core is not None and core.has_cuda:
+        error = core.cuda_error()
+        rows.append(("native, CUDA C++", f"built, and not used: {error}" if error else "built"))
+    else:
+        rows.append(("native, CUDA C++", "not built: nvcc and LOKU_CUDA=1 pip install . build it"))
+    try:
+        rows.append(("triton", f"{metadata.version('triton')}, for CUDA tensors"))
+    except metadata.PackageNotFoundError:
+        rows.append(("triton", "not installed"))
+    rows.append(("reference", "plain torch, for what the others do not serve"))
+    rows.append(("LOKU_BACKEND", os.environ.get("LOKU_BACKEND") or "not set"))
+    return _aligned(rows)
+
+
+def _choices():
+    import torch
+
+    from loku_kernels import dispatch, ops
+
+    rows = [("operation", "device", *(str(dtype).removeprefix("torch.") for dtype in ops.LOGIT_DTYPES))]
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for op in dispatch.OPS:
+            tensors = (torch.empty(1, 2, 2, dtype=dtype, device=device) for dtype in ops.LOGIT_DTYPES)
+            rows.append((op, device, *(_name(dispatch.backend(op, tensor)) for tensor in tensors)))
+    return _aligned(rows)
+
+
+def _name(backend):
+    return "reference" if backend is None else backend.__name__.rsplit(".", 1)[-1]

@@ -1,0 +1,200 @@
+"""``loku unlearn``."""
+
+import time
+import warnings
+from pathlib import Path
+
+from loku.commands.settings import add_fields, joined, read_yaml
+
+PLACES = ("model", "forget", "retain", "output", "tokenizer")
+COMMON = {
+    "learning_rate": "of AdamW, at its peak",
+    "num_train_epochs": "passes over the forget set",
+    "max_steps": "steps in all, instead of epochs, if above 0",
+    "per_device_train_batch_size": "forget rows in a batch of a process, and as many retain rows",
+    "gradient_accumulation_steps": "batches in a step",
+    "warmup_steps": "steps, or below 1 a share of them, in which the learning rate rises",
+    "lr_scheduler_type": "how the learning rate falls: linear, cosine, constant, ...",
+    "weight_decay": "of AdamW",
+    "bf16": "mixed precision in bfloat16",
+    "gradient_checkpointing": "compute activations again instead of keeping them",
+    "use_cpu": "even where there is an accelerator",
+    "seed": "of everything that is drawn",
+    "logging_steps": "steps between two lines of the log",
+    "save_strategy": "when checkpoints are written to DIR: no, epoch or steps (see save_steps)",
+    "report_to": "tensorboard, wandb, ... or none",
+}
+KEY_SETTINGS = (
+    "method",
+    "tuning",
+    "init",
+    "lora_rank",
+    "lora_alpha",
+    "target_modules",
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "seed",
+)
+OF_LORA = ("init", "lora_rank", "lora_alpha", "target_modules")
+
+
+def add(commands):
+    from loku import UnlearnConfig
+
+    parser = commands.add_parser(
+        "unlearn",
+        help="make a model forget one data set and keep another",
+        usage="loku unlearn --model PATH --forget FILE --retain FILE --output DIR [--config FILE] "
+        "[--NAME VALUE ...]",
+        description="Make a causal LM forget one data set and keep another, and save the adapter (with "
+        "--tuning full the model). Runs under torchrun (torchrun --nproc-per-node 2 -m loku unlearn ...) and "
+        "accelerate launch.",
+        epilog="Every field of transformers.TrainingArguments is an option in the same way: --NAME VALUE, "
+        "with - or _ in names. A file given by --config holds the same names, and model, forget, retain, "
+        "output and tokenizer; what the command line says counts more. A list of one name must be written "
+        "there: [NAME].",
+    )
+    group = parser.add_argument_group("what to unlearn")
+    group.add_argument("--model", metavar="PATH", help="path or hub name of a causal LM")
+    source = (
+        "a .jsonl or .json file of rows, a .txt file with a text a line, or NAME[:CONFIG[:SPLIT]] on the hub"
+    )
+    group.add_argument("--forget", metavar="FILE", help=f"what to forget: {source}")
+    group.add_argument("--retain", metavar="FILE", help="what to keep, in the same forms")
+    group.add_argument(
+        "--output", metavar="DIR", help="directory to save to; checkpoints too, without --output_dir"
+    )
+    group.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
+    group.add_argument("--config", metavar="FILE", help="YAML file of settings, one `name: value` a line")
+    group.add_argument("--quiet", action="store_true", help="no progress bars: --disable_tqdm")
+    fields = add_fields(parser, UnlearnConfig, "unlearning", "training", COMMON)
+    parser.set_defaults(run=run, fields=fields)
+    return parser
+
+
+def run(options):
+    settings = read_yaml(options.config, options.fields, PLACES) if options.config else {}
+    settings.update(joined(options.fields, options))
+    places = {name: getattr(options, name) or settings.pop(name, None) for name in PLACES}
+    for name in PLACES:
+        settings.pop(name, None)
+    missing = [f"--{name}" for name in PLACES[:-1] if not places[name]]
+    if missing:
+        raise ValueError(f"there is no {', '.join(missing)}, neither as an option nor in a --config file")
+    # Without being asked for, transformers shows bars only where it shows warnings too.
+    settings["disable_tqdm"] = settings.get("disable_tqdm", False) or options.quiet
+    _check_model(places["model"])
+    output = Path(places["output"])
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; --output must be a directory")
+
+    import transformers
+    from accelerate import PartialState
+
+    from loku import UnlearnConfig
+    from loku.sources import read_rows
+
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if options.quiet:
+        transformers.logging.disable_progress_bar()
+    config = UnlearnConfig(**{"output_dir": str(output), **settings})
+    forget, retain = (read_rows(places[name]) for name in ("forget", "retain"))
+    summary = _unlearn(places, config, forget, retain, settings)
+    if config.process_index == 0:
+        print(summary)
+    PartialState().destroy_process_group()
+
+
+def _check_model(model):
+    # What is no path is left to the hub.
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local and not Path(model).is_dir():
+        raise ValueError(f"{model}, the --model, is not a directory")
+
+
+def _unlearn(places, config, forget, retain, settings):
+    """Run, save, and return the summary."""
+    from loku import unlearn
+    from loku.data import RowError
+    from loku.memory import forget_peak_memory, peak_device_memory, peak_memory
+    from loku.sources import place_of_row
+
+    tokenizer = None
+    if places["tokenizer"]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(places["tokenizer"])
+    begin = time.perf_counter()
+    forget_peak_memory()
+    try:
+        result = unlearn(places["model"], forget, retain, config=config, tokenizer=tokenizer)
+    except RowError as error:
+        if error.name not in places:
+            raise
+        raise ValueError(f"{place_of_row(places[error.name], error.index)}: {error}") from error
+    if config.process_index == 0:
+        result.save(places["output"])
+    seconds = time.perf_counter() - begin
+    peaks = {"resident": peak_memory(), "device": peak_device_memory()}
+    sizes = {"forget": len(forget), "retain": len(retain)}
+    return _summary(places, config, settings, sizes, result.history, seconds, peaks)
+
+
+def _summary(places, config, settings, sizes, history, seconds, peaks):
+    from loku.evaluation import format_table
+
+    names = [
+        name
+        for name in dict.fromkeys([*KEY_SETTINGS, *settings])
+        if (config.tuning == "lora" or name not in OF_LORA) and name not in ("output_dir", "disable_tqdm")
+    ]
+    logged = [entry for entry in history if "forget_loss" in entry]
+    columns = {}
+    if logged:
+        measured = [name for name in logged[0] if name.endswith(("_loss", "_probability"))]
+        for title, entry in (("first", logged[0]), ("last", logged[-1])):
+            columns[f"{title} (step {entry['step']})"] = {name: entry[name] for name in measured}
+    memory = [f"{size / 2**20:.0f} MiB {name}" for name, size in peaks.items() if size is not None]
+    processes = f" in each of {config.world_size} processes" if config.world_size > 1 else ""
+    sets = ", ".join(f"{sizes[name]} rows of {places[name]}" for name in ("forget", "retain"))
+    return "\n".join(
+        [
+            f"unlearned {places['model']}: {sets}",
+            *_wrapped("settings", [f"{name} {_shown(getattr(config, name))}" for name in names]),
+            "",
+            format_table(columns) if columns else "no loss was logged: see --logging_strategy",
+            "",
+            f"{seconds:.0f} s, peak memory {', '.join(memory)}{processes}",
+            f"saved to {places['output']}. To load it:",
+            *(f"    {line}" for line in _loading_lines(places, config.tuning)),
+        ]
+    )
+
+
+def _shown(value):
+    return getattr(value, "value", value)  # of an enumeration
+
+
+def _wrapped(title, items, width=100):
+    lines = [f"{title}: "]
+    for position, item in enumerate(items):
+        item += ", " if position < len(items) - 1 else ""
+        if len(lines[-1]) + len(item.rstrip()) > width:
+            lines.append(" " * (len(title) + 2))
+        lines[-1] += item
+    return [line.rstrip() for line in lines]
+
+
+def _loading_lines(places, tuning):
+    model, output = places["model"], places["output"]
+    if tuning == "full":
+        return [
+            "from transformers import AutoModelForCausalLM",
+            f"model = AutoModelForCausalLM.from_pretrained({output!r})",
+        ]
+    return [
+        "from peft import PeftModel; from transformers import AutoModelForCausalLM",
+        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), {output!r})",
+    ]
