@@ -15,12 +15,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loku.processes import full_tensor, is_main_process, wait_for_all_processes
 from loku.targets import REFERENCE_ADAPTER
 
 
 def _difference(layer: LoraLinear, adapter_name: str) -> tuple[Tensor, Tensor]:
     """scaling * (B A - B0 A0), exactly, as B2 (d, 2r) A2 (2r, k) in float32."""
-    A, B = (f[adapter_name].weight.float() for f in (layer.lora_A, layer.lora_B))
+    A, B = (full_tensor(f[adapter_name].weight).float() for f in (layer.lora_A, layer.lora_B))
     A0, B0 = (f[REFERENCE_ADAPTER].weight.float() for f in (layer.lora_A, layer.lora_B))
     # (B - B0) A + B0 (A - A0): what is small is subtracted before anything is multiplied or rounded.
     return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1) * layer.scaling[adapter_name]
@@ -59,6 +60,23 @@ def _replace_files(source: Path, path: Path) -> None:
         os.replace(file, path / file.name)
 
 
+def _write(path: Path, tensors: dict[str, Tensor], config, auto_mapping) -> None:
+    exists = path.is_dir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # On the file system of `path`, which may be a mount point.
+    unfinished = (path if exists else path.parent) / f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished"
+    unfinished.mkdir()
+    try:
+        save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(unfinished, auto_mapping_dict=auto_mapping)
+        if exists:
+            _replace_files(unfinished, path)
+        else:
+            unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 @torch.no_grad()
 def save_portable_adapter(
     peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default"
@@ -75,6 +93,8 @@ def save_portable_adapter(
 
     path: a directory, made if need be: written under another name and renamed. Where it exists its other
     files stay, and an adapter in it is replaced file by file, the config last.
+
+    Where torch.distributed is set up all processes must call this; the main one writes.
 
     ValueError: no such LoRA adapter, or `path` is a file.
     """
@@ -98,18 +118,9 @@ def save_portable_adapter(
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(peft_model.get_base_model(), "name_or_path", None) or None
 
-    exists = path.is_dir()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # On the file system of `path`, which may be a mount point.
-    unfinished = (path if exists else path.parent) / f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished"
-    unfinished.mkdir()
-    try:
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(unfinished, auto_mapping_dict=_auto_mapping(peft_model, config))
-        if exists:
-            _replace_files(unfinished, path)
-        else:
-            unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    tensors = {
+        name: full_tensor(tensor.detach()).cpu().contiguous().clone() for name, tensor in state.items()
+    }
+    if is_main_process():
+        _write(path, tensors, config, _auto_mapping(peft_model, config))
+    wait_for_all_processes()

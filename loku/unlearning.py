@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from loku.data import (
     RefusalRows,
@@ -30,6 +30,7 @@ from loku.fila import (
 from loku.head import check_head, output_embedding
 from loku.objectives import OBJECTIVES
 from loku.portable import save_portable_adapter
+from loku.processes import full_tensor, is_main_process, wait_for_all_processes
 from loku.targets import default_target_modules, fila_targets
 from loku.trainer import UnlearnConfig, UnlearnTrainer
 
@@ -56,7 +57,9 @@ class UnlearnResult:
         if isinstance(self.model, PeftModel):
             save_portable_adapter(self.model, path)
         else:
-            self.model.save_pretrained(path)
+            state = {name: full_tensor(value) for name, value in self.model.state_dict().items()}
+            self.model.save_pretrained(path, is_main_process=is_main_process(), state_dict=state)
+            wait_for_all_processes()
 
 
 def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=None):
@@ -135,9 +138,16 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
         if config.init == "fila":
-            _initialize_by_fila(peft_model, forget, retain, config, tokenizer)
+            initialize = partial(_initialize_by_fila, peft_model, forget, retain, config, tokenizer)
         elif config.init == "pissa":
-            _initialize_by_pissa(peft_model)
+            initialize = partial(_initialize_by_pissa, peft_model)
+        else:
+            initialize = None
+        if initialize is not None:
+            if trainer.is_fsdp_enabled:
+                trainer.add_callback(_OnceSharded(initialize))
+            else:
+                initialize()
         trainer.train()
     except BaseException:
         restore_base_(peft_model)
@@ -150,6 +160,16 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
 
 def _has_input_ids(rows):
     return len(rows) > 0 and isinstance(rows[0], Mapping) and "input_ids" in rows[0]
+
+
+class _OnceSharded(TrainerCallback):
+    """Initialise when FSDP has put each process's share of the model on its device; none may hold it all."""
+
+    def __init__(self, initialize):
+        self.initialize = initialize
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.initialize()
 
 
 def _initialize_by_fila(peft_model, forget, retain, config, tokenizer):
@@ -168,6 +188,8 @@ def _initialize_by_fila(peft_model, forget, retain, config, tokenizer):
             damping=config.fisher_damping,
             damping_mode=config.fisher_damping_mode,
             fisher_samples=config.fisher_samples,
+            fisher_memory_budget=config.fisher_memory_budget,
+            fisher_cache_dir=config.fisher_cache_dir,
             seed=config.seed,
         ),
         progress=not config.disable_tqdm,
