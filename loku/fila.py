@@ -175,8 +175,8 @@ def _initialize(layers: dict[str, LoraLinear], scales: dict[str, Tensor], adapte
 def _move_into_adapter(layer: LoraLinear, adapter_name: str, new_B: Tensor, new_A: Tensor) -> None:
     """Set an adapter's factors, and take from the base weight what they add."""
     A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    copy_whole_(B, same_in_all_processes_(new_B.contiguous()))
-    copy_whole_(A, same_in_all_processes_(new_A.contiguous()))
+    for factor, new in ((B, new_B), (A, new_A)):
+        copy_whole_(factor, same_in_all_processes_(new.to(factor.device).contiguous()))
     # Against A and B as stored, rounded to their dtype: what the adapter adds is what the base loses.
     _add_to_base_(layer, adapter_name, -1)
 
@@ -245,6 +245,57 @@ def initialize_from_row_scales(
     reshard_(peft_model)
     layers = fila_targets(peft_model, adapter_name)
     scales = _checked_row_scales(row_scales, layers)
+    with _keeping_originals(peft_model, layers, adapter_name):
+        _initialize(layers, scales, adapter_name)
+
+
+@torch.no_grad()
+def initialize_from_factors(
+    peft_model: PeftModel, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str = "default"
+) -> None:
+    """Initialise a LoRA adapter with the factors of an earlier FILA initialisation, in place.
+
+    factors: module name in the base model -> B (d, rank), A (rank, k), as an adapter "reference" has them
+    (`reference_factors`). On the same base model the residual is the earlier one bit for bit, without Fisher
+    passes and decompositions. Effects and errors: `initialize_from_row_scales`.
+    """
+    layers = fila_targets(peft_model, adapter_name)
+    if factors.keys() != layers.keys():
+        differing = sorted(factors.keys() ^ layers.keys())
+        raise ValueError(
+            f"the factors are not those of the target modules: {len(differing)} are in one and not in the "
+            f"other, the first {differing[0]}; use the target_modules that they were made with"
+        )
+    for name, layer in layers.items():
+        held = [f[adapter_name].weight.shape for f in (layer.lora_B, layer.lora_A)]
+        given = [factor.shape for factor in factors[name]]
+        if held != given:
+            raise ValueError(
+                f"{name}: B and A must have the shapes {[tuple(shape) for shape in held]}, got "
+                f"{[tuple(shape) for shape in given]}; use the rank that they were made with"
+            )
+    with _keeping_originals(peft_model, layers, adapter_name):
+        for name, layer in layers.items():
+            _move_into_adapter(layer, adapter_name, *factors[name])
+
+
+def reference_factors(peft_model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """The initial factors B (d, rank), A (rank, k) by module name in the base model; empty without FILA."""
+    return {
+        name: (
+            layer.lora_B[REFERENCE_ADAPTER].weight.detach(),
+            layer.lora_A[REFERENCE_ADAPTER].weight.detach(),
+        )
+        for name, layer in peft_model.get_base_model().named_modules()
+        if isinstance(layer, LoraLinear) and REFERENCE_ADAPTER in layer.lora_A
+    }
+
+
+@contextmanager
+def _keeping_originals(
+    peft_model: PeftModel, layers: dict[str, LoraLinear], adapter_name: str
+) -> Iterator[None]:
+    """Keep what an initialisation overwrites, and put it back if it fails; else add the reference adapter."""
     originals = {
         name: local_tensor(layer.get_base_layer().weight).to("cpu", copy=True)
         for name, layer in layers.items()
@@ -252,7 +303,7 @@ def initialize_from_row_scales(
     factors = [f[adapter_name].weight for layer in layers.values() for f in (layer.lora_A, layer.lora_B)]
     old_factors = [factor.clone() for factor in factors]
     try:
-        _initialize(layers, scales, adapter_name)
+        yield
         _add_reference(peft_model, layers, adapter_name)
     except BaseException:
         for name, layer in layers.items():

@@ -10,11 +10,13 @@ import torch
 from peft import PeftModel
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from loku.callbacks import LossBar
+from loku.checkpoints import ResumableTrainer
 from loku.data import IGNORE_INDEX, collate, padding_id
 from loku.fila import reference_model
+from loku.finite import LossCheck, first_module_not_finite
 from loku.head import (
     label_hidden_states,
     next_token_labels,
@@ -59,6 +61,7 @@ class UnlearnConfig(TrainingArguments):
     save_strategy: str = field(default="no")
     report_to: list[str] | str | None = field(default="none")
     logging_steps: float = field(default=1)
+    logging_nan_inf_filter: bool = field(default=False)  # UnlearnTrainer stops at the first of them
 
     method: str = field(default="ihl")
     tuning: Literal["lora", "full"] = field(default="lora")
@@ -79,6 +82,8 @@ class UnlearnConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.remove_unused_columns = False  # the rows are pairs, not the model's arguments
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # a forward uses all that is trained
         if self.method not in OBJECTIVES:
             raise ValueError(f"method must be one of {sorted(OBJECTIVES)}, got {self.method!r}")
         if self.tuning not in ("lora", "full"):
@@ -224,7 +229,7 @@ def _of_the_original(model, tokens, what):
         model.train(training)
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(ResumableTrainer):
     """Minimise the forget loss plus the retain loss of paired rows; never hold their logits.
 
     The original model, which KL, DPO and NPO need, is with LoRA the peft model itself, with its frozen
@@ -260,6 +265,8 @@ class UnlearnTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
+            forget=forget,
+            retain=retain,
             train_dataset=dataset,
             data_collator=collator,
             processing_class=processing_class,
@@ -269,6 +276,8 @@ class UnlearnTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar)
         self.add_callback(_SetEpoch(dataset))
+        self._loss_check = LossCheck(self._first_module_not_finite)
+        self.add_callback(self._loss_check)
         # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch: scaled already
         self.model_accepts_loss_kwargs = True
         self._reference_head = (None, None)
@@ -353,6 +362,11 @@ class UnlearnTrainer(Trainer):
         }
         return Batch(**rows, beta=self.args.beta), triplet
 
+    def _first_module_not_finite(self, inputs):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None  # a forward needs all processes, and only this one may have the NaN
+        return first_module_not_finite(self.model, lambda: self._batch(self.model, inputs))
+
     def _get_train_sampler(self, train_dataset=None):
         size, config = self._train_batch_size, self.args.accelerator_config
         together = size if config.split_batches else size * self.accelerator.num_processes
@@ -385,6 +399,8 @@ class UnlearnTrainer(Trainer):
         """
         batch, triplet = self._batch(model, inputs)
         measured = self.objective.losses(batch)
+        if model.training:
+            self._loss_check.add(measured, inputs)
         with torch.no_grad():
             for kind in self.objective.kinds:
                 rows = getattr(batch, kind)

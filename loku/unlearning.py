@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
+from loku.checkpoints import initialize_from_checkpoint
 from loku.data import (
     RefusalRows,
     collate,
@@ -30,7 +31,7 @@ from loku.fila import (
 from loku.head import check_head, output_embedding
 from loku.objectives import OBJECTIVES
 from loku.portable import save_portable_adapter
-from loku.processes import full_tensor, is_main_process, wait_for_all_processes
+from loku.saves import save_merged_model, save_residual_model, save_whole_model
 from loku.targets import default_target_modules, fila_targets
 from loku.trainer import UnlearnConfig, UnlearnTrainer
 
@@ -42,24 +43,40 @@ class UnlearnResult:
     model: the unlearned model: a ``peft.PeftModel`` around the model that was given, or with
         ``tuning="full"`` that model.
     history: the trainer's log, one dict a logging step: ``forget_loss``, ``retain_loss``, ``step``, ...
+    tokenizer: the one that was used, or None.
     """
 
     model: PeftModel | PreTrainedModel
     history: list[dict[str, Any]]
+    tokenizer: Any = None
 
-    def save(self, path):
-        """Save the adapter to the directory ``path``, for the *untouched* base model.
+    def save(self, path, kind="portable"):
+        """Save to the directory ``path``, whole or not at all.
 
-        ``PeftModel.from_pretrained(base, path)`` loads it; ``merge_and_unload()`` then gives the unlearned
-        model without an adapter. See ``loku.save_portable_adapter``. With ``tuning="full"`` the whole model
-        is saved, by its own ``save_pretrained``.
+        kind:
+            "portable": an adapter of rank 2r for the *untouched* base, which
+            ``PeftModel.from_pretrained(base, path)`` loads; ``merge_and_unload()`` then gives the unlearned
+            model. ``loku.save_portable_adapter``.
+            "residual": ``path/base``, the base as it is after FILA, ``path/adapter``, of rank r, and
+            ``path/reference``, the initial factors. ``loku.save_residual_model``.
+            "merged": a model without an adapter. ``loku.save_merged_model``.
+
+        With ``tuning="full"`` there is no adapter, and the model is saved whatever the kind. Of several
+        processes all must call this; the main one writes.
         """
+        if kind not in _SAVES:
+            raise ValueError(f"kind must be one of {list(_SAVES)}, got {kind!r}")
         if isinstance(self.model, PeftModel):
-            save_portable_adapter(self.model, path)
+            _SAVES[kind](self.model, path, tokenizer=self.tokenizer)
         else:
-            state = {name: full_tensor(value) for name, value in self.model.state_dict().items()}
-            self.model.save_pretrained(path, is_main_process=is_main_process(), state_dict=state)
-            wait_for_all_processes()
+            save_whole_model(self.model, path, tokenizer=self.tokenizer)
+
+
+_SAVES = {
+    "portable": lambda model, path, tokenizer: save_portable_adapter(model, path),
+    "residual": save_residual_model,
+    "merged": save_merged_model,
+}
 
 
 def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=None):
@@ -76,7 +93,9 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
         forget, retain: lists of strings, lists of dicts or ``datasets.Dataset``s, with the columns ``text``,
             ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or ``input_ids`` (and
             ``labels``). See ``loku.data.tokenize_dataset``.
-        config: an ``UnlearnConfig``.
+        config: an ``UnlearnConfig``. With ``resume_from_checkpoint=True`` the run goes on from its newest
+            checkpoint in ``output_dir``, or begins where there is none; or pass a checkpoint's path. It ends
+            as if it had never been stopped. Set ``save_strategy`` ("epoch", "steps") to write checkpoints.
         tokenizer: by default the one that was saved beside the model.
         callbacks: further ``transformers.TrainerCallback``s.
 
@@ -85,7 +104,10 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
 
     Raises:
         ValueError: a data set is empty or a row unusable; the output embedding, the targets or the model
-            cannot be handled; no tokenizer can be found. The message says what to do.
+            cannot be handled; no tokenizer can be found; the checkpoint is not whole or of another run. The
+            message says what to do.
+        FloatingPointError: a loss or a Fisher is NaN or Inf; the step and the module are named.
+        OSError: ``output_dir`` or a checkpoint cannot be written.
     """
     config = copy.deepcopy(config) if config is not None else UnlearnConfig()
     if not isinstance(config, UnlearnConfig):
@@ -93,7 +115,7 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     if isinstance(model, (str, os.PathLike)):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model)
+        model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)  # never a pickle
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
     output_embedding(model)
@@ -123,7 +145,7 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
         check_head(model, first_row)
         trainer = make_trainer(model)
         trainer.train()
-        return UnlearnResult(model, trainer.state.log_history)
+        return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
     targets = config.target_modules
     lora = LoraConfig(
@@ -133,16 +155,20 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
         target_modules=default_target_modules(model, targets) if isinstance(targets, str) else targets,
     )
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    set_seed(config.seed)  # of default LoRA factors
     peft_model = get_peft_model(model, lora)
     try:
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
-        if config.init == "fila":
+        initialize = None
+        if config.init != "default" and trainer.checkpoint is not None:
+            if trainer.is_fsdp_enabled:
+                raise ValueError("under FSDP a run cannot go on from a checkpoint; begin anew, or use DDP")
+            initialize = partial(initialize_from_checkpoint, peft_model, trainer.checkpoint)
+        elif config.init == "fila":
             initialize = partial(_initialize_by_fila, peft_model, forget, retain, config, tokenizer)
         elif config.init == "pissa":
             initialize = partial(_initialize_by_pissa, peft_model)
-        else:
-            initialize = None
         if initialize is not None:
             if trainer.is_fsdp_enabled:
                 trainer.add_callback(_OnceSharded(initialize))
@@ -155,7 +181,7 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
             parameter.requires_grad_(flag)
         raise
     release_base_copy_(peft_model)
-    return UnlearnResult(peft_model, trainer.state.log_history)
+    return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
 
 
 def _has_input_ids(rows):
