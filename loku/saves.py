@@ -47,8 +47,8 @@ def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLaye
         weight = layer.get_base_layer().weight
         if is_sharded(weight):
             raise ValueError(
-                f"{name}: its weight is sharded (FSDP2); save the portable adapter, and merge it into the base "
-                "model in one process"
+                f"{name}: its weight is sharded (FSDP2); save the portable adapter, and merge it into the "
+                "base model in one process"
             )
         if not weight.is_floating_point() or type(weight) is not torch.nn.Parameter:
             raise ValueError(
