@@ -76,11 +76,12 @@ def fisher_row_scales(
 
     Returns:
         name -> (d,), float32, on the module's device. All ones, with a warning that names the module, where
-        the scales are zero or not finite.
+        the scales are zero.
 
     Raises:
         ValueError: no batch in a set; a memory budget that one module exceeds by itself, with the module's
             name and what it needs. RuntimeError: a module is called twice, or not at all, in a forward.
+        FloatingPointError: a Fisher or a loss is NaN or Inf; the pass, module and batch are named.
     """
     retain_batches, forget_batches = reiterable(retain_batches), reiterable(forget_batches)
     tokens = max(
@@ -166,7 +167,9 @@ def _scores(model, modules, forget_batches, retain_batches, damping, damping_mod
     count = _accumulate(model, modules, retain_batches, fishers, {}, f"retain Fisher{suffix}", progress)
     for fisher in fishers.values():
         fisher /= count
-        fisher += damping * (fisher.mean() if damping_mode == "relative" else 1.0)
+        mean = fisher.mean()
+        unit = torch.where(mean > 0, mean, 1.0)  # no retain Fisher: that of the forget set decides
+        fisher += damping * (unit if damping_mode == "relative" else 1.0)
     scores = {name: _zeros(module, module.weight.shape[:1]) for name, module in modules.items()}
     count = _accumulate(model, modules, forget_batches, scores, fishers, f"forget Fisher{suffix}", progress)
     return {name: score / count for name, score in scores.items()}
@@ -178,12 +181,8 @@ def _zeros(module, shape):
 
 def _normalised(score, name):
     mean = score.mean()
-    if not (torch.isfinite(score).all() and mean > 0):
-        warnings.warn(
-            f"{name}: its Fisher information is {'zero' if mean == 0 else 'not finite'}, so its row scales "
-            "are all 1",
-            stacklevel=3,
-        )
+    if mean == 0:
+        warnings.warn(f"{name}: its Fisher information is zero, so its row scales are all 1", stacklevel=3)
         return torch.ones_like(score)
     return (score / mean).sqrt()
 
@@ -232,14 +231,16 @@ def _accumulate(model, modules, batches, totals, divisors, description, progress
 
     handles = [module.register_forward_hook(capture(name)) for name, module in modules.items()]
     device = next(model.parameters()).device
-    count = 0
+    count, losses = 0, []
     try:
         batches = tqdm(batches, desc=description, disable=not progress, leave=False)
         for batch, counts in share_of_batches(batches):
             batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-            negative_log_likelihood(model, batch).backward()
+            loss = negative_log_likelihood(model, batch)
+            loss.backward()
+            losses.append(loss.detach())
             missing = [name for name in modules if inputs.get(name, True) is not None]
             if missing:
                 raise RuntimeError(f"{missing[0]} took no part in the forward and backward of the model")
@@ -250,4 +251,19 @@ def _accumulate(model, modules, batches, totals, divisors, description, progress
             handle.remove()
     for total in totals.values():
         sum_over_processes_(total)
+    _check_finite(totals, losses, description)
     return sum_over_processes_(torch.tensor(count, device=device)).item()
+
+
+def _check_finite(totals, losses, description):
+    """FloatingPointError, naming the first module and batch, if a total or a loss has a NaN or Inf."""
+    bad = next((name for name, total in totals.items() if not torch.isfinite(total.sum())), None)
+    batches = (~torch.isfinite(torch.stack(losses))).nonzero().flatten().tolist()
+    if bad is None and not batches:
+        return
+    where = "every module's is finite" if bad is None else f"{bad} is the first module whose is not"
+    loss = f"the loss is not finite from batch {batches[0]} on" if batches else "every batch's loss is finite"
+    raise FloatingPointError(
+        f"{description}: the Fisher information is not finite ({where}; {loss}); nothing was initialised. "
+        "Check the model's weights, measure in float32, or if the damping is 0 raise it"
+    )

@@ -25,6 +25,7 @@ from loku.head import (
     token_triplets_and_divergence,
 )
 from loku.objectives import OBJECTIVES, Batch, Rows, answer_probability
+from loku.quantised import keep_differentiable_
 from loku.targets import TARGET_SWEEPS
 from loku_kernels import reduce_loss
 
@@ -257,6 +258,7 @@ class UnlearnTrainer(ResumableTrainer):
     """
 
     def __init__(self, model, args, forget, retain, processing_class=None, refusals=None, **kwargs):
+        keep_differentiable_(model)
         self.objective = OBJECTIVES[args.method]
         if "refusal" in self.objective.rows and refusals is None:
             raise ValueError(f"method {args.method!r} trains on refusals; pass a loku.data.RefusalRows")

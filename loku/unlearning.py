@@ -31,6 +31,7 @@ from loku.fila import (
 from loku.head import check_head, output_embedding
 from loku.objectives import OBJECTIVES
 from loku.portable import save_portable_adapter
+from loku.quantised import keep_differentiable_
 from loku.saves import save_merged_model, save_residual_model, save_whole_model
 from loku.targets import default_target_modules, fila_targets
 from loku.trainer import UnlearnConfig, UnlearnTrainer
@@ -119,6 +120,7 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
     output_embedding(model)
+    keep_differentiable_(model)  # check_head evaluates it
     if tokenizer is None and not (_has_input_ids(forget) and _has_input_ids(retain)):
         tokenizer = infer_tokenizer(model)
     forget_rows = forget

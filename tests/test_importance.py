@@ -208,15 +208,42 @@ def test_leaves_the_model_as_it_was():
     check()
 
 
-@pytest.mark.parametrize(("mode", "what"), [("relative", "not finite"), ("absolute", "zero")])
-def test_useless_scales_fall_back_to_ones_by_name(mode, what):
+@pytest.mark.parametrize("mode", ["relative", "absolute"])
+def test_useless_scales_fall_back_to_ones_by_name(mode):
     model = tiny_model("llama")
     name, module = next((n, m) for n, m in targets(model).items() if n.endswith("0.mlp.up_proj"))
     model.model.layers[0].mlp.down_proj.weight.data.zero_()  # nothing flows back
     data = batches(rows(2, 0), 2)
-    with pytest.warns(UserWarning, match=rf"0\.mlp\.up_proj: its Fisher information is {what}"):
+    with pytest.warns(UserWarning, match=r"0\.mlp\.up_proj: its Fisher information is zero"):
         scales = fisher_row_scales(model, {name: module}, data, data, damping_mode=mode, progress=False)
     assert scales[name].eq(1).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_fisher_that_is_not_finite_stops_and_names_the_module(value):
+    model = tiny_model("llama")
+    data, poisoned = batches(rows(6, 0, vocab=96), 2), batches(rows(6, 1, vocab=96), 2)
+    poisoned[1]["input_ids"][0, 0] = 96
+    model.model.embed_tokens.weight.data[96] = value
+    what = (
+        r"retain Fisher: .*\(model\.layers\.0\.self_attn\.q_proj is the first module whose is not; "
+        "the loss is not finite from batch 1 on"
+    )
+    with pytest.raises(FloatingPointError, match=what):
+        fisher_row_scales(model, targets(model), data, poisoned, progress=False)
+    with pytest.raises(FloatingPointError, match=r"forget Fisher: .*batch 1 on"):
+        fisher_row_scales(model, targets(model), poisoned, data, progress=False)
+
+
+def test_without_a_retain_fisher_the_forget_set_decides():
+    model = tiny_model("llama")
+    data = batches(rows(4, 0), 2)
+    nothing = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in data]
+    ours = fisher_row_scales(model, targets(model), data, nothing, progress=False)
+    expected = fisher_row_scales(
+        model, targets(model), data, nothing, damping_mode="absolute", progress=False
+    )
+    assert all(torch.equal(ours[name], expected[name]) and not ours[name].eq(1).all() for name in ours)
 
 
 def test_errors():
