@@ -142,8 +142,7 @@ def _unlearn(places, config, forget, retain, settings, kind):
         if error.name not in places:
             raise
         raise ValueError(f"{place_of_row(places[error.name], error.index)}: {error}") from error
-    if config.process_index == 0:
-        result.save(places["output"], kind)
+    result.save(places["output"], kind)
     seconds = time.perf_counter() - begin
     peaks = {"resident": peak_memory(), "device": peak_device_memory()}
     sizes = {"forget": len(forget), "retain": len(retain)}
