@@ -156,6 +156,33 @@ def fisher(result):
     )
 
 
+def fisher_memory(result):
+    plain, *budgets = result["rows"]
+
+    def beside(row):
+        return "-" if row is plain else mebibytes(row["peak_extra_bytes"] - plain["peak_extra_bytes"])
+
+    return table(
+        [
+            "memory budget",
+            "passes over the data",
+            "planned, MiB",
+            "peak, MiB",
+            "beside a forward and backward, MiB",
+        ],
+        [
+            [
+                row["name"],
+                str(row["passes"] or "-"),
+                mebibytes(row["planned_bytes"]) if row["passes"] else "-",
+                mebibytes(row["peak_extra_bytes"]),
+                beside(row),
+            ]
+            for row in (plain, *budgets)
+        ],
+    )
+
+
 def fila(result):
     ours = "row_scaled_svd"
     quality = [row for row in result["rows"] if "deficit" in row]
@@ -356,6 +383,7 @@ TABLES = {
     "linear": ("linear_cpu.json", linear),
     "unlearn": ("unlearn_cpu.json", unlearn),
     "fisher": ("fisher_cpu.json", fisher),
+    "fisher_memory": ("fisher_memory_cpu.json", fisher_memory),
     "fila": ("fila_cpu.json", fila),
     "scaling": ("scaling_cpu.json", scaling),
     "demo": ("demo.json", demo),

@@ -47,6 +47,10 @@ def best_settings(runs):
     ]
 
 
+def perplexity(value):
+    return f"{value:.2f}" if value < 1e4 else f"{value:.0e}"
+
+
 def table(runs):
     """Markdown: a row for each setting at its best learning rate, in the order of the file."""
     groups = best_settings(runs)
@@ -62,16 +66,16 @@ def table(runs):
         "retain perplexity",
         "retain accuracy, %",
         "unseen perplexity",
-        "training PFLOPs",
+        "training TFLOPs",
     ]
     before = runs[0]["before"]
     start = ["before", *[""] * (len(varied) + 3)]
     start += [
         f"{100 * before['extraction_likelihood'][0]:.1f}",
         f"{100 * before['memorization_accuracy'][0]:.1f}",
-        f"{before['retain_perplexity']:.2f}",
+        perplexity(before["retain_perplexity"]),
         f"{100 * before['retain_accuracy']:.1f}",
-        f"{before['unseen_perplexity']:.0f}",
+        perplexity(before["unseen_perplexity"]),
         "",
     ]
     rows = [
@@ -83,10 +87,10 @@ def table(runs):
             f"{total(group, 'epochs'):.1f}",
             f"{100 * mean(mean(run['steps'][-1]['extraction_likelihood']) for run in group):.1f}",
             f"{100 * mean(mean(run['steps'][-1]['memorization_accuracy']) for run in group):.1f}",
-            f"{last(group, 'retain_perplexity'):.2f}",
+            perplexity(last(group, "retain_perplexity")),
             f"{100 * last(group, 'retain_accuracy'):.1f}",
-            f"{last(group, 'unseen_perplexity'):.0f}",
-            f"{total(group, 'training_flops') / 1e15:.3f}",
+            perplexity(last(group, "unseen_perplexity")),
+            f"{total(group, 'training_flops') / 1e12:.2f}",
         ]
         for group in groups
     ]
@@ -101,14 +105,14 @@ INIT_MARKERS = {"fila": "o", "pissa": "s", "default": "^"}
 
 def draw_flops(path, groups):
     """A colour for each method, a marker for each initialisation; empty where not all runs met the rule."""
-    figure, (axes,) = new_figure(1, xlabel="training FLOPs (estimate)", ylabel="retain perplexity")
-    axes.set(xscale="log", yscale="log")
+    figure, (axes,) = new_figure(1, xlabel="training TFLOPs (estimate)", ylabel="retain perplexity")
+    axes.set(yscale="log")
     methods = list(dict.fromkeys(group[0]["method"] for group in groups))
     for group in groups:
         method, init = group[0]["method"], group[0]["init"]
         color = f"C{methods.index(method)}"
         axes.scatter(
-            total(group, "training_flops"),
+            total(group, "training_flops") / 1e12,
             last(group, "retain_perplexity"),
             marker=INIT_MARKERS.get(init, "D"),
             edgecolors=color,
@@ -122,8 +126,10 @@ def draw_flops(path, groups):
 
 def draw_epochs(path, runs):
     """Epochs until the rule is met by rank and by target modules; a cross where not all runs met it."""
-    figure, panels = new_figure(2, ylabel="epochs until forgotten")
-    for axes, name in zip(panels, ("lora_rank", "target_modules"), strict=True):
+    names = [n for n in ("lora_rank", "target_modules") if len({run[n] for run in runs}) > 1] or ["lora_rank"]
+    figure, panels = new_figure(len(names), ylabel="epochs until forgotten")
+    panels[0].set_ylim(0, 1 + max(total([run], "epochs") for run in runs))
+    for axes, name in zip(panels, names, strict=True):
         values = sorted({run[name] for run in runs})
         axes.set(xlabel=name.replace("_", " "), xticks=range(len(values)), xticklabels=values)
         for key, group in grouped(runs, MEASURED, "seed", "learning_rate", name).items():

@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from loku.importance import fisher_row_scales
+from loku.importance import fisher_row_scales, memory_bytes, reiterable
+from loku.processes import (
+    copy_whole_,
+    full_tensor,
+    is_sharded,
+    local_tensor,
+    reshard_,
+    same_in_all_processes_,
+)
+from loku.scale_cache import cached_row_scales
 from loku.targets import REFERENCE_ADAPTER, fila_targets
 from loku_kernels import row_scaled_svd
 
@@ -48,12 +58,18 @@ class FilaConfig:
     damping_mode: "relative" to the module's mean retain Fisher, or "absolute" (the official code's 1e-5).
     fisher_samples: rows of each data set used to measure the Fisher; None for all.
     seed: chooses those rows.
+    fisher_memory_budget: "4GiB", bytes or None, of what measuring the Fisher may hold beside a forward and
+        backward; see `loku.importance.fisher_row_scales`. The less, the more passes over the data.
+    fisher_cache_dir: a directory where row scales are kept, so that a second run on the same model and data
+        measures nothing; None to measure always. See `loku.scale_cache`.
     """
 
     damping: float = 1.0
     damping_mode: Literal["relative", "absolute"] = "relative"
     fisher_samples: int | None = None
     seed: int = 0
+    fisher_memory_budget: int | str | None = None
+    fisher_cache_dir: str | None = None
 
     def __post_init__(self):
         if not (math.isfinite(self.damping) and self.damping >= 0):
@@ -64,6 +80,7 @@ class FilaConfig:
             )
         if self.fisher_samples is not None and self.fisher_samples < 1:
             raise ValueError(f"FilaConfig.fisher_samples must be >= 1 or None, got {self.fisher_samples}")
+        memory_bytes(self.fisher_memory_budget)
 
 
 def _checked_row_scales(row_scales: Mapping[str, Tensor], layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
@@ -131,13 +148,15 @@ def _same_shape_groups(layers: dict[str, LoraLinear], adapter_name: str) -> list
     groups: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
-        groups.setdefault((weight.shape, weight.dtype, weight.device, layer.r[adapter_name]), []).append(name)
+        alone = name if is_sharded(weight) else None  # whole weights are gathered one at a time
+        key = (weight.shape, weight.dtype, weight.device, layer.r[adapter_name], alone)
+        groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 
 def _initialize(layers: dict[str, LoraLinear], scales: dict[str, Tensor], adapter_name: str) -> None:
     for names in _same_shape_groups(layers, adapter_name):
-        weights = [layers[name].get_base_layer().weight.detach() for name in names]
+        weights = [full_tensor(layers[name].get_base_layer().weight.detach()) for name in names]
         for name, weight in zip(names, weights, strict=True):
             if not torch.isfinite(weight).all():
                 raise ValueError(f"{name}: its weight is not finite; check the model that was loaded")
@@ -156,10 +175,26 @@ def _initialize(layers: dict[str, LoraLinear], scales: dict[str, Tensor], adapte
 def _move_into_adapter(layer: LoraLinear, adapter_name: str, new_B: Tensor, new_A: Tensor) -> None:
     """Set an adapter's factors, and take from the base weight what they add."""
     A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    B.copy_(new_B)
-    A.copy_(new_A)
+    for factor, new in ((B, new_B), (A, new_A)):
+        copy_whole_(factor, same_in_all_processes_(new.to(factor.device).contiguous()))
     # Against A and B as stored, rounded to their dtype: what the adapter adds is what the base loses.
-    _add_low_rank_(layer.get_base_layer().weight.detach(), B, A, -layer.scaling[adapter_name])
+    _add_to_base_(layer, adapter_name, -1)
+
+
+def _add_to_base_(layer: LoraLinear, adapter_name: str, factor: float) -> None:
+    """base weight += factor * scaling * B A."""
+    weight, B, A = (
+        tensor.detach()
+        for tensor in (
+            layer.get_base_layer().weight,
+            layer.lora_B[adapter_name].weight,
+            layer.lora_A[adapter_name].weight,
+        )
+    )
+    whole = full_tensor(weight)
+    _add_low_rank_(whole, full_tensor(B), full_tensor(A), factor * layer.scaling[adapter_name])
+    if whole is not weight:
+        copy_whole_(weight, whole)
 
 
 def _add_reference(peft_model: PeftModel, layers: dict[str, LoraLinear], adapter_name: str) -> None:
@@ -171,7 +206,7 @@ def _add_reference(peft_model: PeftModel, layers: dict[str, LoraLinear], adapter
         peft_model.add_adapter(REFERENCE_ADAPTER, config, low_cpu_mem_usage=True)
         for layer in layers.values():
             for factors in (layer.lora_A, layer.lora_B):
-                weight = factors[adapter_name].weight.detach().clone()
+                weight = full_tensor(factors[adapter_name].weight.detach()).clone()
                 factors[REFERENCE_ADAPTER].weight = nn.Parameter(weight, requires_grad=False)
     finally:
         for parameter, flag in flags:  # some versions of peft reset these for the adapters that were there
@@ -201,9 +236,13 @@ def initialize_from_row_scales(
     `save_portable_adapter`. The original target weights are kept in CPU memory, so that `restore_base_` is
     exact; `release_base_copy_` frees them.
 
+    Where torch.distributed is set up all processes must call this, with the same row scales, and get the same
+    adapter. The weights may be sharded (FSDP2): they are gathered one at a time, and the reference is whole.
+
     ValueError: see `fila_targets`; a missing row scale, or one of the wrong shape. On any exception every
     weight is put back bit for bit.
     """
+    reshard_(peft_model)
     layers = fila_targets(peft_model, adapter_name)
     scales = _checked_row_scales(row_scales, layers)
     with _keeping_originals(peft_model, layers, adapter_name):
@@ -257,7 +296,10 @@ def _keeping_originals(
     peft_model: PeftModel, layers: dict[str, LoraLinear], adapter_name: str
 ) -> Iterator[None]:
     """Keep what an initialisation overwrites, and put it back if it fails; else add the reference adapter."""
-    originals = {name: layer.get_base_layer().weight.to("cpu", copy=True) for name, layer in layers.items()}
+    originals = {
+        name: local_tensor(layer.get_base_layer().weight).to("cpu", copy=True)
+        for name, layer in layers.items()
+    }
     factors = [f[adapter_name].weight for layer in layers.values() for f in (layer.lora_A, layer.lora_B)]
     old_factors = [factor.clone() for factor in factors]
     try:
@@ -265,7 +307,7 @@ def _keeping_originals(
         _add_reference(peft_model, layers, adapter_name)
     except BaseException:
         for name, layer in layers.items():
-            layer.get_base_layer().weight.copy_(originals[name])
+            local_tensor(layer.get_base_layer().weight).copy_(originals[name])
         for factor, old in zip(factors, old_factors, strict=True):
             factor.copy_(old)
         if REFERENCE_ADAPTER in peft_model.peft_config:
@@ -296,12 +338,11 @@ def restore_base_(peft_model: PeftModel) -> nn.Module:
             continue
         weight = layer.get_base_layer().weight
         if originals is not None:
-            weight.copy_(originals[name])
+            local_tensor(weight).copy_(originals[name])
             continue
         if layer.merged:
             layer.unmerge()
-        B, A = layer.lora_B[REFERENCE_ADAPTER].weight, layer.lora_A[REFERENCE_ADAPTER].weight
-        _add_low_rank_(weight, B, A, layer.scaling[REFERENCE_ADAPTER])
+        _add_to_base_(layer, REFERENCE_ADAPTER, 1)
     release_base_copy_(peft_model)
     base = peft_model.unload()
     if hasattr(base, "peft_config"):  # peft before 0.21 leaves it, and warns at the next get_peft_model
@@ -345,7 +386,7 @@ def _sampled(batches: Iterable, config: FilaConfig) -> Iterable:
     """`fisher_samples` rows: drawn by `seed` from a DataLoader over a sized data set, else the first ones."""
     count = config.fisher_samples
     if count is None:
-        return batches
+        return reiterable(batches)
     if isinstance(batches, DataLoader) and batches.batch_size and hasattr(batches.dataset, "__len__"):
         order = torch.randperm(len(batches.dataset), generator=torch.Generator().manual_seed(config.seed))
         chosen = Subset(batches.dataset, order[:count].sort().values.tolist())
@@ -370,22 +411,28 @@ def get_fila_state_dict(
 ) -> dict[str, Tensor]:
     """Measure FILA's row scales: module name in the base model -> s (d,), float32.
 
-    The dataloaders yield batches for the model, with `labels`. Errors: `fila_targets`, and those of
+    The dataloaders yield batches for the model, with `labels`. Where torch.distributed is set up, as by
+    `torchrun` with a `TrainingArguments` or an `Accelerator`, every process passes the same rows in the same
+    order, runs its share and gets the same scales. Errors: `fila_targets`, and those of
     `loku.importance.fisher_row_scales`.
     """
     config = config or FilaConfig()
     layers = fila_targets(peft_model, adapter_name)
-    modules = {name: layer.get_base_layer() for name, layer in layers.items()}
+    what = {
+        "model": peft_model,
+        "modules": {name: layer.get_base_layer() for name, layer in layers.items()},
+        "forget_batches": _sampled(forget_dataloader, config),
+        "retain_batches": _sampled(retain_dataloader, config),
+        "damping": config.damping,
+        "damping_mode": config.damping_mode,
+    }
     with _active_adapters(peft_model, []):
-        return fisher_row_scales(
-            peft_model,
-            modules,
-            _sampled(forget_dataloader, config),
-            _sampled(retain_dataloader, config),
-            damping=config.damping,
-            damping_mode=config.damping_mode,
-            progress=progress,
+        measure = partial(
+            fisher_row_scales, **what, memory_budget=config.fisher_memory_budget, progress=progress
         )
+        if config.fisher_cache_dir is None:
+            return measure()
+        return cached_row_scales(config.fisher_cache_dir, measure, **what)
 
 
 def initialize_lora_fila_weights(

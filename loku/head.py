@@ -42,7 +42,9 @@ def output_embedding(model):
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
         raise ValueError(f"{kind} has no output embedding (get_output_embeddings()); pass a causal LM")
-    if type(head) is not nn.Linear or not head.weight.is_floating_point():
+    # By its forward and not its type, which FSDP2 replaces by a class of its own.
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not plain or not head.weight.is_floating_point():
         raise ValueError(
             f"the output embedding of {kind} is a {type(head).__name__}; it must be a plain, unquantised "
             "torch.nn.Linear that is not a LoRA target"
@@ -135,7 +137,8 @@ def token_triplets(model, labels, **tokens):
     next_labels = next_token_labels(labels)
 
     def compute(hidden, head, **postprocessing):
-        return linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)[0]
+        triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)
+        return triplet.clone()  # FSDP2 warns of outputs that are views
 
     return _forward(model, compute, **tokens), next_labels != IGNORE_INDEX
 

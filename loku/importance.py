@@ -9,12 +9,38 @@ is the only matrix that is held, and the forget pass adds straight to one number
 
 import warnings
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from tqdm.auto import tqdm
 
+from loku.data import IGNORE_INDEX
 from loku.head import model_tokens, negative_log_likelihood, unwrapped
+from loku.processes import (
+    is_main_process,
+    same_in_all_processes_,
+    share_of_batches,
+    sum_over_processes_,
+)
 from loku_kernels import accumulate_squared_grad_
+
+_KERNEL_BYTES = 8 << 20  # that ``accumulate_squared_grad_`` takes for itself, at most
+
+
+def memory_bytes(budget):
+    """Bytes of "4GiB", "500MB" or a number; None for None. ``ValueError`` for anything else."""
+    if budget is None:
+        return None
+    size = int(budget) if isinstance(budget, str) and budget.isdecimal() else budget
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise ValueError(f'a memory budget is a size like "4GiB", bytes or None, got {budget!r}')
+    return convert_file_size_to_int(size)
+
+
+def reiterable(batches):
+    """The batches, or a list of them if they can be iterated once only."""
+    return list(batches) if iter(batches) is batches else batches
 
 
 def fisher_row_scales(
@@ -30,62 +56,127 @@ def fisher_row_scales(
 ):
     """Row scales s of linear modules, normalised to a root mean square of 1 in each.
 
+    Where torch.distributed is set up each process runs every so-many-th batch and gets the same scales. So
+    all of them must call this, with the same batches in the same order. The weights may be sharded (FSDP2).
+
     Args:
         model: a causal LM, peft wrappers included. Its weights, their ``requires_grad`` and its mode are what
             they were afterwards.
         modules: name -> ``torch.nn.Linear`` of ``model``. Each may be called once in a forward.
-        forget_batches, retain_batches: iterables, iterated once for each group of modules, of dicts with
-            ``input_ids``, ``attention_mask`` and ``labels`` (B, T). How samples are grouped and padded does
-            not change the result.
+        forget_batches, retain_batches: iterables, iterated several times, of dicts with ``input_ids``,
+            ``attention_mask`` and ``labels`` (B, T). How samples are grouped and padded does not change the
+            result. An iterator is read into a list.
         damping: added to the retain Fisher; relative to the module's mean retain Fisher, or with
             ``damping_mode="absolute"`` as it is (the official code's is 1e-5).
-        memory_budget: bytes that retain Fishers (4 a weight) may take; the modules are then handled in
-            groups, each with its own pair of passes. None for one group.
-        progress: show a progress bar.
+        memory_budget: "4GiB", bytes or None: what may be held on a device beside what a forward and backward
+            without weight gradients takes. That is the retain Fishers, float32, 4 bytes a weight, and the
+            modules' inputs of the largest batch. The modules are handled in as many groups as it takes, each
+            with its own pair of passes over the data. None for one group.
+        progress: print how many passes there will be and what they hold, and show a progress bar.
 
     Returns:
         name -> (d,), float32, on the module's device. All ones, with a warning that names the module, where
         the scales are zero.
 
     Raises:
-        ValueError: no batch in a set. RuntimeError: a module is called twice, or not at all, in a forward.
+        ValueError: no batch in a set; a memory budget that one module exceeds by itself, with the module's
+            name and what it needs. RuntimeError: a module is called twice, or not at all, in a forward.
         FloatingPointError: a Fisher or a loss is NaN or Inf; the pass, module and batch are named.
     """
+    retain_batches, forget_batches = reiterable(retain_batches), reiterable(forget_batches)
+    tokens = max(
+        _largest_batch(retain_batches, "retain Fisher"), _largest_batch(forget_batches, "forget Fisher")
+    )
+    budget = memory_bytes(memory_budget)
+    groups = plan_groups(modules, tokens, budget)
+    progress = progress and is_main_process()
+    if progress:
+        tqdm.write(_describe(groups, budget))
     scales = {}
-    groups = _groups(modules, memory_budget)
-    with _gradients_for_activations_alone(model):
+    with gradients_for_activations_alone(model):
         for number, group in enumerate(groups, 1):
             suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
-            retain = {name: _zeros(module, module.weight.shape) for name, module in group.items()}
-            count = _accumulate(model, group, retain_batches, retain, {}, f"retain Fisher{suffix}", progress)
-            for fisher in retain.values():
-                fisher /= count
-                mean = fisher.mean()
-                unit = torch.where(mean > 0, mean, 1.0)  # no retain Fisher: that of the forget set decides
-                fisher += damping * (unit if damping_mode == "relative" else 1.0)
-            scores = {name: _zeros(module, module.weight.shape[:1]) for name, module in group.items()}
-            count = _accumulate(
-                model, group, forget_batches, scores, retain, f"forget Fisher{suffix}", progress
+            scores = _scores(
+                model, group.modules, forget_batches, retain_batches, damping, damping_mode, suffix, progress
             )
             for name, score in scores.items():
-                scales[name] = _normalised(score / count, name)
+                scales[name] = same_in_all_processes_(_normalised(score, name))
     return scales
+
+
+class FisherGroup(NamedTuple):
+    """Modules that are handled in one pair of passes, and the bytes that these hold."""
+
+    modules: dict
+    held: int = 0  # Fishers and inputs
+    kernel: int = 0
+
+    @property
+    def bytes(self):
+        return self.held + self.kernel
+
+
+def _largest_batch(batches, description):
+    """Tokens of the largest batch, padding included."""
+    tokens = max((batch["input_ids"].numel() for batch in batches), default=None)
+    if tokens is None:
+        raise ValueError(f"no batch for the {description}")
+    return tokens
+
+
+def plan_groups(modules, tokens, budget):
+    """The modules in groups, in their order, each as large as the budget (bytes or None) allows."""
+    groups = [FisherGroup({})]
+    for name, module in modules.items():
+        weight = module.weight
+        held = 4 * weight.numel() + tokens * weight.shape[1] * weight.element_size()
+        alone = FisherGroup({name: module}, held, min(_KERNEL_BYTES, 12 * weight.numel()))
+        if budget is not None and alone.bytes > budget:
+            raise ValueError(
+                f"{name} needs {_mebibytes(alone.bytes)} to measure its Fisher, more than the memory budget "
+                f"of {_mebibytes(budget)}; raise the budget, take smaller batches (the largest has {tokens} "
+                "tokens) or leave the module out of the target modules"
+            )
+        last = groups[-1]
+        joined = FisherGroup({**last.modules, name: module}, last.held + held, max(last.kernel, alone.kernel))
+        if budget is None or joined.bytes <= budget:
+            groups[-1] = joined
+        else:
+            groups.append(alone)
+    return groups
+
+
+def _mebibytes(size):
+    return f"{size / 2**20:.4g} MiB"
+
+
+def _describe(groups, budget):
+    modules = sum(len(group.modules) for group in groups)
+    held, whole = max(group.bytes for group in groups), sum(group.held for group in groups)
+    number = "1 group" if len(groups) == 1 else f"{len(groups)} groups"
+    limit = "" if budget is None else f" (budget {_mebibytes(budget)}, in one group {_mebibytes(whole)})"
+    return (
+        f"Fisher of {modules} modules in {number}, {2 * len(groups)} passes over the data: holds at most "
+        f"{_mebibytes(held)} beside a forward and backward{limit}"
+    )
+
+
+def _scores(model, modules, forget_batches, retain_batches, damping, damping_mode, suffix, progress):
+    """name -> (d,), s^2 before it is normalised. What it holds of the modules goes when it returns."""
+    fishers = {name: _zeros(module, module.weight.shape) for name, module in modules.items()}
+    count = _accumulate(model, modules, retain_batches, fishers, {}, f"retain Fisher{suffix}", progress)
+    for fisher in fishers.values():
+        fisher /= count
+        mean = fisher.mean()
+        unit = torch.where(mean > 0, mean, 1.0)  # no retain Fisher: that of the forget set decides
+        fisher += damping * (unit if damping_mode == "relative" else 1.0)
+    scores = {name: _zeros(module, module.weight.shape[:1]) for name, module in modules.items()}
+    count = _accumulate(model, modules, forget_batches, scores, fishers, f"forget Fisher{suffix}", progress)
+    return {name: score / count for name, score in scores.items()}
 
 
 def _zeros(module, shape):
     return torch.zeros(shape, dtype=torch.float32, device=module.weight.device)
-
-
-def _groups(modules, memory_budget):
-    groups, held = [{}], 0
-    for name, module in modules.items():
-        size = 4 * module.weight.numel()
-        if memory_budget is not None and groups[-1] and held + size > memory_budget:
-            groups.append({})
-            held = 0
-        groups[-1][name] = module
-        held += size
-    return groups
 
 
 def _normalised(score, name):
@@ -97,7 +188,7 @@ def _normalised(score, name):
 
 
 @contextmanager
-def _gradients_for_activations_alone(model):
+def gradients_for_activations_alone(model):
     """Evaluation mode, no weight that needs a gradient, and a graph from the embedded tokens on."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
@@ -142,8 +233,11 @@ def _accumulate(model, modules, batches, totals, divisors, description, progress
     device = next(model.parameters()).device
     count, losses = 0, []
     try:
-        for batch in tqdm(batches, desc=description, disable=not progress, leave=False):
+        batches = tqdm(batches, desc=description, disable=not progress, leave=False)
+        for batch, counts in share_of_batches(batches):
             batch = {name: values.to(device) for name, values in model_tokens(batch).items()}
+            if not counts:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             loss = negative_log_likelihood(model, batch)
             loss.backward()
             losses.append(loss.detach())
@@ -151,14 +245,14 @@ def _accumulate(model, modules, batches, totals, divisors, description, progress
             if missing:
                 raise RuntimeError(f"{missing[0]} took no part in the forward and backward of the model")
             inputs.clear()
-            count += len(batch["input_ids"])
+            count += len(batch["input_ids"]) if counts else 0
     finally:
         for handle in handles:
             handle.remove()
-    if count == 0:
-        raise ValueError(f"no batch for the {description}")
+    for total in totals.values():
+        sum_over_processes_(total)
     _check_finite(totals, losses, description)
-    return count
+    return sum_over_processes_(torch.tensor(count, device=device)).item()
 
 
 def _check_finite(totals, losses, description):

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loku.atomic import whole_directory
+from loku.processes import full_tensor, is_main_process, wait_for_all_processes
 from loku.targets import REFERENCE_ADAPTER
 
 
 def _difference(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """scaling * (B A - B0 A0), exactly, as B2 (d, 2r) A2 (2r, k) in float32."""
-    A, B = (f[adapter_name].weight.float() for f in (layer.lora_A, layer.lora_B))
+    A, B = (full_tensor(f[adapter_name].weight).float() for f in (layer.lora_A, layer.lora_B))
     A0, B0 = (f[REFERENCE_ADAPTER].weight.float() for f in (layer.lora_A, layer.lora_B))
     # (B - B0) A + B0 (A - A0): what is small is subtracted before anything is multiplied or rounded.
     return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1) * layer.scaling[adapter_name]
@@ -95,9 +96,16 @@ def save_portable_adapter(
     path: a directory, made if need be: written under another name and renamed. Where it exists its other
     files stay, and an adapter in it is replaced file by file, the config last.
 
+    Where torch.distributed is set up all processes must call this; the main one writes.
+
     ValueError: no such LoRA adapter, or `path` is a file.
     """
     check_saved_adapter(peft_model, adapter_name)
     portable = _difference_adapter if REFERENCE_ADAPTER in peft_model.peft_config else plain_adapter
-    with whole_directory(path, key=CONFIG_NAME, replaced=("adapter_config.json", "adapter_model.*")) as files:
-        write_adapter(peft_model, *portable(peft_model, adapter_name), files)
+    config, state = portable(peft_model, adapter_name)
+    state = {name: full_tensor(tensor) for name, tensor in state.items()}
+    if is_main_process():
+        replaced = ("adapter_config.json", "adapter_model.*")
+        with whole_directory(path, key=CONFIG_NAME, replaced=replaced) as directory:
+            write_adapter(peft_model, config, state, directory)
+    wait_for_all_processes()

@@ -1,7 +1,8 @@
 """Saves that hold a whole model: the residual base with its adapters, and the merged model.
 
 `loku.save_portable_adapter` is the default, and much smaller. These are for tools that take no adapter
-(merged), and for going on from the plain adapter of rank r: quantise the residual base and train on it.
+(merged), and for going on from the plain adapter of rank r: quantise the residual base and train on it. Of
+several processes all must call them; the main one writes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from loku.atomic import whole_directory
 from loku.portable import check_saved_adapter, plain_adapter, write_adapter
+from loku.processes import full_tensor, is_main_process, is_sharded, wait_for_all_processes
 from loku.targets import REFERENCE_ADAPTER
 
 # What there may be in a directory of an earlier save, and would be loaded instead of the new one, or with it.
@@ -43,6 +45,11 @@ def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLaye
     }
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
+        if is_sharded(weight):
+            raise ValueError(
+                f"{name}: its weight is sharded (FSDP2); save the portable adapter, and merge it into the "
+                "base model in one process"
+            )
         if not weight.is_floating_point() or type(weight) is not torch.nn.Parameter:
             raise ValueError(
                 f"{name}: its weight is a quantised {type(weight).__name__}, which cannot be merged into "
@@ -91,14 +98,16 @@ def save_merged_model(
     ValueError: no such LoRA adapter, a quantised base, a merged adapter, DoRA and other variants.
     """
     layers = _lora_layers(peft_model, adapter_name)
-    with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
-        state = _base_state(peft_model, layers)
-        for name, layer in layers.items():
-            weight = layer.get_base_layer().weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            delta = layer.get_delta_weight(adapter_name).to(wide)
-            state[f"{name}.weight"] = delta.add_(weight).to(weight.dtype)
-        _save_model(peft_model.get_base_model(), directory, state, tokenizer)
+    if is_main_process():
+        with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
+            state = _base_state(peft_model, layers)
+            for name, layer in layers.items():
+                weight = layer.get_base_layer().weight
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                delta = layer.get_delta_weight(adapter_name).to(wide)
+                state[f"{name}.weight"] = delta.add_(weight).to(weight.dtype)
+            _save_model(peft_model.get_base_model(), directory, state, tokenizer)
+    wait_for_all_processes()
 
 
 @torch.no_grad()
@@ -117,21 +126,26 @@ def save_residual_model(
     path, tokenizer, errors: as for `save_merged_model`.
     """
     layers = _lora_layers(peft_model, adapter_name)
-    with whole_directory(path, key="adapter", replaced=_EARLIER) as directory:
-        _save_model(
-            peft_model.get_base_model(), directory / "base", _base_state(peft_model, layers), tokenizer
-        )
-        names = {"adapter": adapter_name}
-        if REFERENCE_ADAPTER in peft_model.peft_config:
-            names["reference"] = REFERENCE_ADAPTER
-        for folder, name in names.items():
-            (directory / folder).mkdir()
-            config, state = plain_adapter(peft_model, name)
-            config.base_model_name_or_path = os.path.join(path, "base")
-            write_adapter(peft_model, config, state, directory / folder)
+    if is_main_process():
+        with whole_directory(path, key="adapter", replaced=_EARLIER) as directory:
+            _save_model(
+                peft_model.get_base_model(), directory / "base", _base_state(peft_model, layers), tokenizer
+            )
+            names = {"adapter": adapter_name}
+            if REFERENCE_ADAPTER in peft_model.peft_config:
+                names["reference"] = REFERENCE_ADAPTER
+            for folder, name in names.items():
+                (directory / folder).mkdir()
+                config, state = plain_adapter(peft_model, name)
+                config.base_model_name_or_path = os.path.join(path, "base")
+                write_adapter(peft_model, config, state, directory / folder)
+    wait_for_all_processes()
 
 
 def save_whole_model(model: PreTrainedModel, path: str | os.PathLike, *, tokenizer=None) -> None:
     """`model.save_pretrained(path)`, whole or not at all; `path`, `tokenizer` as for `save_merged_model`."""
-    with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
-        _save_model(model, directory, None, tokenizer)
+    state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    if is_main_process():
+        with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
+            _save_model(model, directory, state, tokenizer)
+    wait_for_all_processes()

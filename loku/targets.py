@@ -10,6 +10,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from loku.processes import is_sharded
+
 REFERENCE_ADAPTER = "reference"
 
 # Names that causal LMs in transformers give to their modules.
@@ -129,6 +131,11 @@ def _check_config(config) -> None:
         )
 
 
+def _storage(parameter: Tensor):
+    """What is the same for parameters that share their memory."""
+    return id(parameter) if is_sharded(parameter) else (parameter.device, parameter.data_ptr())
+
+
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[tuple, list[str]]) -> None:
     base = layer.get_base_layer()
     kind, leaf, weight = type(base).__name__, name.rpartition(".")[2], getattr(base, "weight", None)
@@ -142,12 +149,17 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[tu
             f"{name}: FILA cannot initialise a fused query-key-value projection, whose parts need a rank "
             "each; leave it out of target_modules or use default LoRA initialisation"
         )
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            f"{name}: DeepSpeed ZeRO-3 has partitioned its weight; load the model before the UnlearnConfig "
+            "is made, so that it is whole until training starts"
+        )
     if isinstance(weight, Tensor) and weight.is_meta:
         raise ValueError(
             f"{name}: its weight is on the meta device (offloaded or not loaded); load the model without "
             "offloading"
         )
-    plain = isinstance(base, nn.Linear) and type(weight) is nn.Parameter
+    plain = isinstance(base, nn.Linear) and (type(weight) is nn.Parameter or is_sharded(weight))
     if not plain or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         dtype = f" with a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise ValueError(
@@ -160,7 +172,7 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[tu
             f"{name}: FILA needs peft's plain LoRA linear layer, got {type(layer).__name__} with variant "
             f"{type(layer.lora_variant.get(adapter_name)).__name__}; use a LoraConfig without variants"
         )
-    shared = [other for other in owners[weight.device, weight.data_ptr()] if other != name]
+    shared = [other for other in owners[_storage(weight)] if other != name]
     if shared:
         raise ValueError(
             f"{name}: its weight is also that of {', '.join(shared)}, which would silently become the "
@@ -205,7 +217,7 @@ def fila_targets(peft_model: PeftModel, adapter_name: str = "default") -> dict[s
     owners: dict[tuple, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         module = name.removesuffix(".weight").removesuffix(".base_layer")
-        owners.setdefault((parameter.device, parameter.data_ptr()), []).append(module)
+        owners.setdefault(_storage(parameter), []).append(module)
     layers = {
         name: module
         for name, module in base.named_modules()

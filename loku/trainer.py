@@ -76,7 +76,8 @@ class UnlearnConfig(TrainingArguments):
         refusals: for DPO and IDK, a list of strings or the path of a file with one on each line; None for
             TOFU's 100. Each epoch draws one for every forget row.
         max_length: tokens at which rows are cut; None for as long as they are.
-        fisher_damping, fisher_damping_mode, fisher_samples: see ``loku.FilaConfig``.
+        fisher_damping, fisher_damping_mode, fisher_samples, fisher_memory_budget, fisher_cache_dir: see
+            ``loku.FilaConfig``.
         model_init_kwargs: for ``from_pretrained``, where the model is given by its path or name.
         train_sampling_strategy: the order of the forget rows in an epoch. "random", "sequential", or
             "group_by_length": random, but rows that are run together are of similar length. What is drawn
@@ -106,12 +107,16 @@ class UnlearnConfig(TrainingArguments):
     fisher_damping: float = field(default=1.0)
     fisher_damping_mode: Literal["relative", "absolute"] = field(default="relative")
     fisher_samples: int | None = field(default=None)
+    fisher_memory_budget: int | str | None = field(default=None)
+    fisher_cache_dir: str | None = field(default=None)
     model_init_kwargs: dict[str, Any] | str | None = field(default=None)
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(default="random")
 
     def __post_init__(self):
         super().__post_init__()
         self.remove_unused_columns = False  # the rows are pairs, not the model's arguments
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # a forward uses all that is trained
         if self.method not in OBJECTIVES:
             raise ValueError(f"method must be one of {sorted(OBJECTIVES)}, got {self.method!r}")
         if self.tuning not in ("lora", "full"):

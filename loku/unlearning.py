@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from loku.checkpoints import initialize_from_checkpoint
 from loku.data import collate, documents, padding_id
@@ -53,7 +53,8 @@ class UnlearnResult:
             ``path/reference``, the initial factors. ``loku.save_residual_model``.
             "merged": a model without an adapter. ``loku.save_merged_model``.
 
-        With ``tuning="full"`` there is no adapter, and the model is saved whatever the kind.
+        With ``tuning="full"`` there is no adapter, and the model is saved whatever the kind. Of several
+        processes all must call this; the main one writes.
         """
         if kind not in _SAVES:
             raise ValueError(f"kind must be one of {list(_SAVES)}, got {kind!r}")
@@ -145,12 +146,20 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     try:
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
+        initialize = None
         if config.init != "default" and trainer.checkpoint is not None:
-            initialize_from_checkpoint(peft_model, trainer.checkpoint)
+            if trainer.is_fsdp_enabled:
+                raise ValueError("under FSDP a run cannot go on from a checkpoint; begin anew, or use DDP")
+            initialize = partial(initialize_from_checkpoint, peft_model, trainer.checkpoint)
         elif config.init == "fila":
-            _initialize_by_fila(peft_model, forget, retain, config, tokenizer)
+            initialize = partial(_initialize_by_fila, peft_model, forget, retain, config, tokenizer)
         elif config.init == "pissa":
-            _initialize_by_pissa(peft_model)
+            initialize = partial(_initialize_by_pissa, peft_model)
+        if initialize is not None:
+            if trainer.is_fsdp_enabled:
+                trainer.add_callback(_OnceSharded(initialize))
+            else:
+                initialize()
         trainer.train()
     except BaseException:
         restore_base_(peft_model)
@@ -159,6 +168,16 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
         raise
     release_base_copy_(peft_model)
     return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
+
+
+class _OnceSharded(TrainerCallback):
+    """Initialise when FSDP has put each process's share of the model on its device; none may hold it all."""
+
+    def __init__(self, initialize):
+        self.initialize = initialize
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.initialize()
 
 
 def _initialize_by_fila(peft_model, forget, retain, config, tokenizer):
@@ -187,6 +206,8 @@ def _initialize_by_fila(peft_model, forget, retain, config, tokenizer):
             damping=config.fisher_damping,
             damping_mode=config.fisher_damping_mode,
             fisher_samples=config.fisher_samples,
+            fisher_memory_budget=config.fisher_memory_budget,
+            fisher_cache_dir=config.fisher_cache_dir,
             seed=config.seed,
         ),
         progress=not config.disable_tqdm,

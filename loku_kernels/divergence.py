@@ -270,10 +270,10 @@ def linear_kl_divergence_loss(
         )
     counted = labels != ignore_index
     divergence, *_ = _linear_kl_divergence(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.reshape(labels.numel(), hidden.shape[-1]),
         weight,
         bias,
-        reference_hidden.detach().reshape(-1, reference_hidden.shape[-1]),
+        reference_hidden.detach().reshape(labels.numel(), reference_hidden.shape[-1]),
         reference_weight.detach(),
         None if reference_bias is None else reference_bias.detach(),
         counted.reshape(-1),

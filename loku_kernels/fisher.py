@@ -142,6 +142,11 @@ def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor=None):
             f"divisor must be {fisher.dtype} of shape {weight_shape}, "
             f"got {divisor.dtype} {tuple(divisor.shape)}"
         )
+    repeated = any(
+        size > 1 and stride == 0 for size, stride in zip(fisher.shape, fisher.stride(), strict=True)
+    )
+    if repeated and fisher.numel() > 0:
+        raise ValueError("fisher is added to in place and must have its own memory, got an expanded tensor")
     for name, tensor in (("grad_outputs", grad_outputs), ("fisher", fisher), ("divisor", divisor)):
         if tensor is not None and tensor.device != inputs.device:
             raise ValueError(f"{name} must be on the device of inputs, {inputs.device}, got {tensor.device}")

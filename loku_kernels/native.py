@@ -1,7 +1,8 @@
 """The boundary to the compiled core: the only module that hands out addresses.
 
-It assumes what ``ops`` has checked (shapes, devices, dtypes), and adds what only memory cares about:
-contiguous small tensors, 64-bit row offsets, labels inside the vocabulary.
+``ops`` has checked what its callers passed; here every size and dtype that an address is used with is checked
+again (``ValueError``), since ``torch.ops.loku_kernels`` can be called without it. To that comes what only
+memory cares about: contiguous small tensors, 64-bit row offsets, labels inside the vocabulary.
 """
 
 import functools
@@ -79,6 +80,20 @@ def _call(name, *arguments):
     getattr(_core, name)(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))
 
 
+def _require(name, tensor, shape, dtype, like):
+    """Raise ``ValueError`` unless the tensor has this shape and dtype, on the device of ``like``."""
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be {dtype} of shape {tuple(shape)} on {like.device}, got {tensor.dtype} "
+            f"{tuple(tensor.shape)} on {tensor.device}"
+        )
+
+
+def _require_rows(logits):
+    if logits.dim() < 1 or (logits.stride(-1) != 1 and logits.numel() > 0):
+        raise ValueError(f"the last dimension of logits must be contiguous, got strides {logits.stride()}")
+
+
 def _row_offsets(tensor):
     """Where each row of (..., V) begins, in elements from the first: any strides in front of V."""
     offsets = torch.zeros((), dtype=torch.int64)
@@ -117,6 +132,12 @@ def inverted_hinge_(logits, labels, ignore_index, scale):
 
 
 def _triplets(name, logits, labels, ignore_index, *scale):
+    _require_rows(logits)
+    _require("labels", labels, logits.shape[:-1], torch.int64, logits)
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
+    for x in scale:
+        _require("scale", x, (), torch.float64, logits)
     triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=labels.device)
     runner_up_id = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
     labels = labels.contiguous()
@@ -134,8 +155,16 @@ def triplet_backward(
     grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, *, first=0, softcap=0.0, out=None
 ):
     """Gradient of the logits, contiguous, or in ``out``, which may be the logits."""
+    shape = logits.shape[:-1]
+    _require_rows(logits)
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _require("out", out, logits.shape, logits.dtype, logits)
+    _require_rows(out)
+    for name, ids in (("labels", labels), ("runner_up_id", runner_up_id)):
+        _require(name, ids, shape, torch.int64, logits)
+    for name, numbers in (("triplet", triplet), ("grad_triplet", grad_triplet)):
+        _require(name, numbers, (*shape, 3), torch.float64, logits)
     per_row = [x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)]
     if _on_cuda(logits):
         for (rows, out_rows), (t, *saved) in _row_pieces((logits, out), per_row):
@@ -150,6 +179,16 @@ def triplet_backward(
 
 def triplet_columns_(logits, first, labels, state, softcap, store):
     """Logits (N, C) from column ``first`` on go into ``state``, see blocks.OnlineState, in place."""
+    rows = (len(logits),)
+    _require_rows(logits)
+    _require("labels", labels, rows, torch.int64, logits)
+    _require("numbers", state.numbers, (*rows, 4), torch.float64, logits)
+    for name in ("runner_up_id", "demoted_id"):
+        _require(name, getattr(state, name), rows, torch.int64, logits)
+    for name in ("rescale", "demoted_share"):
+        _require(name, getattr(state, name), rows, torch.float32, logits)
+    if not all(x.is_contiguous() for x in (labels, *state)):
+        raise ValueError("labels and state must be contiguous")
     if _on_cuda(logits):
         _launch("triplet_columns_", logits, _device_rows(logits), first, labels, softcap, store, *state)
     else:
@@ -160,7 +199,9 @@ def triplet_columns_(logits, first, labels, state, softcap, store):
 
 def scale_rows_(logits, factor):
     """logits (..., V) *= factor, () or (...); rows whose factor is 1 are left alone."""
+    _require_rows(logits)
     factors = factor.expand(logits.shape[:-1]).float().contiguous()
+    _require("factor", factors, logits.shape[:-1], torch.float32, logits)
     if _on_cuda(logits):
         for (rows,), (part,) in _row_pieces((logits,), (factors,)):
             _launch("scale_rows_", logits, rows, part)
@@ -180,6 +221,15 @@ def _matrix(tensor):
 
 def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
     """fisher (d, k), or (d,) with a divisor, float32; inputs (n, T, k), grad_outputs (n, T, d)."""
+    if inputs.dim() != 3:
+        raise ValueError(f"inputs must have shape (n, T, k), got {tuple(inputs.shape)}")
+    _require("grad_outputs", grad_outputs, (*inputs.shape[:2], grad_outputs.shape[-1]), inputs.dtype, inputs)
+    weight_shape = (grad_outputs.shape[2], inputs.shape[2])
+    _require("fisher", fisher, weight_shape[: 2 if divisor is None else 1], torch.float32, inputs)
+    if divisor is not None:
+        _require("divisor", divisor, weight_shape, torch.float32, inputs)
+    if 0 in (*inputs.shape, *grad_outputs.shape):
+        return
     total = fisher.contiguous()
     divisor = None if divisor is None else divisor.contiguous()
     tag, widths = _DTYPE_TAGS[inputs.dtype], (inputs.shape[2], grad_outputs.shape[2])
@@ -203,6 +253,9 @@ def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor):
 
 def add_squares_(fisher, product):
     """fisher += product^2, for a product (rows, columns) in bfloat16 and rows of the Fisher in float32."""
+    _require("fisher", fisher, product.shape, torch.float32, product)
+    if product.dtype != torch.bfloat16 or not product.is_contiguous() or fisher.stride(1) != 1:
+        raise ValueError("product must be contiguous and bfloat16, and the rows of fisher contiguous")
     _call("add_squares_", product, *product.shape, _matrix(fisher), _threads())
 
 

@@ -529,7 +529,7 @@ def linear_softmax_triplet(
     check_linear(hidden, weight, labels, bias, softcap)
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
     triplet, runner_up_id, _ = _linear_softmax_triplet(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.reshape(labels.numel(), hidden.shape[-1]),
         weight,
         bias,
         labels.reshape(-1),

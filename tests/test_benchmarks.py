@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ OPTIONS = {
     "ihl_kernel": ["--shape", "12x301", "--dtype", "float32", "bfloat16", "float16"],
     "linear": ["--shape", "24x16x301", "--dtype", "float32", "bfloat16"],
     "fisher": ["--shape", "2x3x8x6", "--models"],
+    "fisher_memory": ["--shape", "2x8", "--budget", "none"],
     "fila": ["--shape", "40x30x2", "--rank", "4", "--no-embedded"],
     "unlearn": ["--shape", "2x12"],
     "scaling": ["--shape", "8x301", "8x602", "--large", "6x400", "128x400", "--limit-gib", "0.0001"],
@@ -42,7 +44,9 @@ def _benchmarks(monkeypatch):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_runs(name, results):
     path = results / f"{name}_cpu.json"
-    options = {"build_model": lambda: tiny_model("gpt_neo")} if name == "unlearn" else {}
+    options = {}
+    if name in ("unlearn", "fisher_memory"):
+        options = {"build_model": partial(tiny_model, "gpt_neo")}
     common = ["--threads", "1", "--runs", "1", "--json", str(path)]
     importlib.import_module(name).main([*OPTIONS[name], *common], **options)
     result = json.loads(path.read_text())

@@ -14,6 +14,7 @@ from loku.demo import EMBEDDED
 from loku.sources import read_rows
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +47,25 @@ def test_grid():
         grid.cells_of([{"rank": 8}], Cell)
 
 
-@pytest.mark.parametrize("name", ["tofu", "tdec"])
-def test_committed_grids_are_valid(name):
+def committed_cells(name):
     import grid
     import yaml
 
-    cell = importlib.import_module(name).Cell
-    assert len(grid.cells_of(yaml.safe_load((ROOT / "benchmarks" / f"{name}.yaml").read_text()), cell)) > 50
+    kind = importlib.import_module(name).Cell
+    return kind, grid.cells_of(yaml.safe_load((ROOT / "benchmarks" / f"{name}.yaml").read_text()), kind)
+
+
+def test_the_committed_grid_is_valid():
+    assert len(committed_cells("tofu")[1]) > 50
+
+
+@pytest.mark.parametrize("name", ["tdec", "fila_ablation"])
+def test_committed_grids_make_the_committed_results(name):
+    import grid
+
+    kind, cells = committed_cells(name)
+    assert grid.finished(RESULTS / f"{name}.jsonl", kind) == set(cells)
+    assert len((RESULTS / f"{name}.jsonl").read_text().splitlines()) == len(cells)
 
 
 def test_best_point_keeps_the_utility():
@@ -111,13 +124,12 @@ def test_steps_are_those_of_the_seeds_together():
     assert tofu_report.steps_row(seeds[1:])[3:5] == ["not in 10", "-"]
 
 
-def test_committed_tables_are_made_from_the_results(tmp_path):
-    import tofu_report
-
-    results = ROOT / "benchmarks" / "results"
-    shutil.copyfile(results / "tofu.jsonl", tmp_path / "tofu.jsonl")
-    tofu_report.write_report(tmp_path / "tofu.jsonl")
-    assert (tmp_path / "tofu.md").read_text() == (results / "tofu.md").read_text()
+@pytest.mark.parametrize("name", ["tofu", "tdec"])
+def test_committed_tables_are_made_from_the_results(name, tmp_path):
+    report = importlib.import_module(f"{name}_report")
+    shutil.copyfile(RESULTS / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
+    report.write_report(tmp_path / f"{name}.jsonl")
+    assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
 def test_a_cell_runs_and_is_not_run_again(tmp_path, capsys, one_thread):

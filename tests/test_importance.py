@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from helpers import PeakMemory, needs_proc
 from models import KINDS, tiny_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loku.data import collate
-from loku.importance import fisher_row_scales
+from loku.head import negative_log_likelihood
+from loku.importance import fisher_row_scales, gradients_for_activations_alone, memory_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,7 +91,7 @@ def test_against_the_exact_loop(kind, damping, mode):
             torch.testing.assert_close(torch.ones_like(scale), scale, rtol=1e-3, atol=1e-5)
 
 
-def test_batching_padding_and_groups_change_nothing():
+def test_batching_padding_and_groups_change_nothing(capsys):
     model = tiny_model("llama")
     forget, retain = rows(5, 0), rows(7, 1)
 
@@ -98,10 +101,82 @@ def test_batching_padding_and_groups_change_nothing():
         )
 
     one = scales(1)
-    largest = 4 * max(module.weight.numel() for module in targets(model).values())
-    for other in (scales(4), scales(100), scales(3, memory_budget=largest), scales(3, memory_budget=1)):
+    tokens = max(batch["input_ids"].numel() for size in (forget, retain) for batch in batches(size, 3))
+    weights = [module.weight for module in targets(model).values()]
+    largest = max(4 * (w.numel() + tokens * w.shape[1]) + 12 * w.numel() for w in weights)
+    several = scales(3, memory_budget=3 * largest)
+    for other in (scales(4), scales(100), several, scales(3, memory_budget=largest)):
         for name in one:
             torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
+
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp.* needs .* more than the memory budget of"):
+        scales(3, memory_budget=largest - 1)
+    for size, budget in ((1, None), (3, 3 * largest)):
+        once = fisher_row_scales(
+            model,
+            targets(model),
+            iter(batches(forget, size)),
+            iter(batches(retain, size)),
+            memory_budget=budget,
+        )
+        assert all(torch.equal(once[name], (several if budget else one)[name]) for name in one)
+        printed = capsys.readouterr().out
+        assert ("in 1 group, 2 passes" in printed) == (budget is None) and "10 modules" in printed
+        assert ("in one group" in printed) == (budget is not None)
+
+
+def test_memory_sizes():
+    assert memory_bytes("4GiB") == 4 << 30 and memory_bytes("1.5MB") == 1_500_000 and memory_bytes("64") == 64
+    assert memory_bytes(64) == 64 and memory_bytes(None) is None
+    for wrong in ("4 apples", "GiB", -1, 1.5, True):
+        with pytest.raises(ValueError, match=r"budget|valid format"):
+            memory_bytes(wrong)
+
+
+@needs_proc
+def test_the_peak_is_within_the_budget():
+    """Beside what a forward and backward without weight gradients takes."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 97, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 5}
+    model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4))
+    data = batches(rows(6, 0), 2)
+
+    def plain():
+        with gradients_for_activations_alone(model):
+            for batch in data:
+                negative_log_likelihood(model, batch).backward()
+
+    def peak(function):
+        function()  # what is only allocated once
+        memory = PeakMemory()
+        function()
+        return memory.extra()
+
+    def measure(budget):
+        return lambda: fisher_row_scales(
+            model, targets(model), data, data, memory_budget=budget, progress=False
+        )
+
+    budget, least = 16 << 20, peak(plain)
+    assert least < 8 << 20
+    extra = peak(measure(budget))
+    assert 8 << 20 < extra <= budget + least  # it uses what it may
+    assert peak(measure(None)) > budget + least + (8 << 20)
+
+
+def test_sums_are_float32_in_a_bfloat16_model():
+    """In bfloat16 a sum stops at 256 times what is added."""
+    model = tiny_model("llama").bfloat16()
+    forget, retain = rows(3, 0), rows(2, 1)
+    one, many = (
+        fisher_row_scales(
+            model, targets(model), batches(forget * n, 40), batches(retain * n, 40), progress=False
+        )
+        for n in (1, 400)
+    )
+    for name in one:
+        assert many[name].dtype == torch.float32
+        torch.testing.assert_close(many[name], one[name], rtol=2e-3, atol=1e-4)
 
 
 def test_leaves_the_model_as_it_was():

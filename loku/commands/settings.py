@@ -17,6 +17,8 @@ import typing
 
 import yaml
 
+# transformers' hint is a path alone; true is the newest checkpoint, as for its trainer's ``train``.
+ALSO = {"resume_from_checkpoint": bool}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -101,6 +103,7 @@ def read_fields(cls):
                 choices += tuple(value for value in typing.get_args(member) if isinstance(value, str))
             else:
                 kinds.append(typing.get_origin(member) or member)
+        kinds.append(ALSO.get(field.name))
         kinds = [kind for kind in kinds if isinstance(kind, type)]
         fields[field.name] = Field(field.name, kinds, choices)
     return fields

@@ -22,6 +22,7 @@ COMMON = {
     "seed": "of everything that is drawn",
     "logging_steps": "steps between two lines of the log",
     "save_strategy": "when checkpoints are written to DIR: no, epoch or steps (see save_steps)",
+    "resume_from_checkpoint": "go on from the newest checkpoint in DIR, or from the one at this path",
     "report_to": "tensorboard, wandb, ... or none",
 }
 KEY_SETTINGS = (
@@ -65,6 +66,13 @@ def add(commands):
     group.add_argument(
         "--output", metavar="DIR", help="directory to save to; checkpoints too, without --output_dir"
     )
+    group.add_argument(
+        "--save",
+        choices=("portable", "residual", "merged"),
+        default="portable",
+        help="portable: an adapter for the untouched model (default); residual: the base that is left, and "
+        "the adapter for it; merged: a model without an adapter",
+    )
     group.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
     group.add_argument("--config", metavar="FILE", help="YAML file of settings, one `name: value` a line")
     group.add_argument("--quiet", action="store_true", help="no progress bars: --disable_tqdm")
@@ -101,7 +109,7 @@ def run(options):
         transformers.logging.disable_progress_bar()
     config = UnlearnConfig(**{"output_dir": str(output), **settings})
     forget, retain = (read_rows(places[name]) for name in ("forget", "retain"))
-    summary = _unlearn(places, config, forget, retain, settings)
+    summary = _unlearn(places, config, forget, retain, settings, options.save)
     if config.process_index == 0:
         print(summary)
     PartialState().destroy_process_group()
@@ -114,7 +122,7 @@ def _check_model(model):
         raise ValueError(f"{model}, the --model, is not a directory")
 
 
-def _unlearn(places, config, forget, retain, settings):
+def _unlearn(places, config, forget, retain, settings, kind):
     """Run, save, and return the summary."""
     from loku import unlearn
     from loku.data import RowError
@@ -134,15 +142,15 @@ def _unlearn(places, config, forget, retain, settings):
         if error.name not in places:
             raise
         raise ValueError(f"{place_of_row(places[error.name], error.index)}: {error}") from error
-    if config.process_index == 0:
-        result.save(places["output"])
+    result.save(places["output"], kind)
     seconds = time.perf_counter() - begin
     peaks = {"resident": peak_memory(), "device": peak_device_memory()}
     sizes = {"forget": len(forget), "retain": len(retain)}
-    return _summary(places, config, settings, sizes, result.history, seconds, peaks)
+    kind = "merged" if config.tuning == "full" else kind
+    return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind)
 
 
-def _summary(places, config, settings, sizes, history, seconds, peaks):
+def _summary(places, config, settings, sizes, history, seconds, peaks, kind):
     from loku.evaluation import format_table
 
     names = [
@@ -168,7 +176,7 @@ def _summary(places, config, settings, sizes, history, seconds, peaks):
             "",
             f"{seconds:.0f} s, peak memory {', '.join(memory)}{processes}",
             f"saved to {places['output']}. To load it:",
-            *(f"    {line}" for line in _loading_lines(places, config.tuning)),
+            *(f"    {line}" for line in _loading_lines(places, kind)),
         ]
     )
 
@@ -187,14 +195,15 @@ def _wrapped(title, items, width=100):
     return [line.rstrip() for line in lines]
 
 
-def _loading_lines(places, tuning):
+def _loading_lines(places, kind):
     model, output = places["model"], places["output"]
-    if tuning == "full":
+    if kind == "merged":
         return [
             "from transformers import AutoModelForCausalLM",
             f"model = AutoModelForCausalLM.from_pretrained({output!r})",
         ]
+    base, adapter = (model, output) if kind == "portable" else (f"{output}/base", f"{output}/adapter")
     return [
         "from peft import PeftModel; from transformers import AutoModelForCausalLM",
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), {output!r})",
+        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})",
     ]

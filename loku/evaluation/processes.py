@@ -4,17 +4,7 @@ import torch.distributed as dist
 
 from loku.evaluation.extraction import extraction_likelihood, mean_over_rows
 from loku.evaluation.scores import token_scores
-
-
-def _rank_and_size():
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def is_main_process():
-    """Whether this is the process, or the only one, that shows progress and writes files."""
-    return _rank_and_size()[0] == 0
+from loku.processes import is_main_process, rank_and_size
 
 
 def spread(function, *columns):
@@ -23,7 +13,7 @@ def spread(function, *columns):
     Where torch.distributed is set up each process is given every so-many-th row; all of them get all the
     results, in the order of the rows, and so must all call this.
     """
-    rank, size = _rank_and_size()
+    rank, size = rank_and_size()
     share = [column[rank::size] for column in columns]
     results = function(*share) if share[0] else []
     if size == 1:

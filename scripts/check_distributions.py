@@ -1,0 +1,73 @@
+"""Check the files of an sdist and a wheel that ``python -m build`` has made from this checkout.
+
+    python scripts/check_distributions.py DIRECTORY
+
+The sdist must have every tracked file that building, testing and measuring need; the wheel the packages with
+the compiled core and the embedded model, and nothing else; the core must not need libtorch.
+"""
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NOT_IN_SDIST = (".ci/", ".gitignore", ".clang-format")
+PACKAGES = ("loku/", "loku_kernels/")
+
+
+def tracked_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return {name for name in listed.stdout.splitlines() if not name.startswith(NOT_IN_SDIST)}
+
+
+def needed_libraries(core):
+    """The shared libraries that an ELF file names."""
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(core)
+        file.flush()
+        listed = subprocess.run(["readelf", "-d", file.name], check=True, capture_output=True, text=True)
+    return {line.split("[")[1].rstrip("]") for line in listed.stdout.splitlines() if "(NEEDED)" in line}
+
+
+def problems_of_sdist(path):
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    return [f"the sdist lacks {name}" for name in sorted(tracked_files() - names)]
+
+
+def problems_of_wheel(path):
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        cores = [name for name in names if name.startswith("loku_kernels/_core.")]
+        libraries = set().union(*(needed_libraries(archive.read(name)) for name in cores))
+    installed = {name for name in names if ".dist-info/" not in name}
+    expected = {name for name in tracked_files() if name.startswith(PACKAGES)}
+    problems = [f"the wheel lacks {name}" for name in sorted(expected - names)]
+    problems += [f"the wheel should not have {name}" for name in sorted(installed - expected - set(cores))]
+    for wanted in ("entry_points.txt", "licenses/LICENSE", "licenses/loku/embedded/LICENSE"):
+        if not any(name.endswith(f".dist-info/{wanted}") for name in names):
+            problems.append(f"the wheel's metadata lacks {wanted}")
+    if len(cores) != 1:
+        problems.append(f"the wheel has {len(cores)} compiled cores, not one")
+    problems += [f"the compiled core needs {library}" for library in sorted(libraries) if "torch" in library]
+    return problems
+
+
+def main(directory):
+    problems = []
+    for pattern, check in (("*.tar.gz", problems_of_sdist), ("*.whl", problems_of_wheel)):
+        found = list(Path(directory).glob(pattern))
+        if len(found) == 1:
+            problems += check(found[0])
+        else:
+            problems.append(f"{directory} has {len(found)} files {pattern}, not one")
+    if problems:
+        sys.exit("\n".join(problems))
+    print("the sdist and the wheel have what they should")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
