@@ -104,10 +104,12 @@ def rows_fingerprint(batches):
     """SHA-256, hex, of the tokens and labels of all rows, whatever their order, grouping and padding."""
     digests = []
     for batch in batches:
-        for ids, mask, labels in zip(
-            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
-        ):
-            digests.append(_sha256(torch.stack([ids, labels])[:, mask.bool()]).digest())
+        # Packed rows have position ids, which say where their documents begin, in the place of a mask. So
+        # their padding counts: other batches are measured anew.
+        columns = [batch[name] for name in ("input_ids", "labels", "position_ids") if name in batch]
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        for row, kept in zip(torch.stack(columns, 1), mask, strict=True):
+            digests.append(_sha256(row[:, kept]).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 

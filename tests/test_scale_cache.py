@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from loku import FilaConfig, get_fila_state_dict, importance
 from loku.data import collate
-from loku.scale_cache import weights_fingerprint
+from loku.scale_cache import rows_fingerprint, weights_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,3 +151,11 @@ def test_the_adapter_does_not_count():
     model = tiny_model("llama")
     plain = weights_fingerprint(model)
     assert weights_fingerprint(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == plain
+
+
+def test_where_packed_documents_begin_counts():
+    def fingerprint(row):
+        return rows_fingerprint([collate([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], **row}], 0)])
+
+    whole, packed = fingerprint({}), fingerprint({"position_ids": [0, 1, 0, 1]})
+    assert len({whole, packed, fingerprint({"position_ids": [0, 1, 2, 0]})}) == 3

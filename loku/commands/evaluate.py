@@ -66,7 +66,7 @@ def run(options):
     if options.reference_log is not None:
         reference = json.loads(Path(options.reference_log).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", use_safetensors=True)
     if options.adapter is not None:
         from peft import PeftModel
 
