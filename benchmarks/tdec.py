@@ -250,6 +250,7 @@ def run_cell(cell, base):
             config = UnlearnConfig(
                 **settings,
                 lora_alpha=2 * cell.lora_rank,
+                retain_weight=1.0,  # Eq. 3
                 num_train_epochs=cell.num_train_epochs,
                 lr_scheduler_type="constant",  # the number of epochs is not known beforehand
                 output_dir=directory,

@@ -111,7 +111,8 @@ def measure_head(bench, shape, head, batch):
 
 
 def measure_step(bench, shape, part, model, batch, directory):
-    options = UnlearnConfig(output_dir=directory, use_cpu=bench.device == "cpu")
+    # The authors' loss is Eq. 3.
+    options = UnlearnConfig(output_dir=directory, use_cpu=bench.device == "cpu", retain_weight=1.0)
     rows = [{"input_ids": [0, 0], "labels": [0, 0]}]  # the batch is given to the trainer as it is
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 

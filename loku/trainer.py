@@ -71,7 +71,9 @@ class UnlearnConfig(TrainingArguments):
         lora_rank, lora_alpha: of the adapter; its scaling is lora_alpha / lora_rank.
         target_modules: names of the modules to adapt, or a sweep of the paper's Figure 4: "qv" for query and
             value, "qkvo" for key and output as well, "ffn" for every MLP linear, "qv+ffn" (or None).
-        retain_weight: of the retain loss beside the forget loss (1 in Eq. 3).
+        learning_rate, retain_weight: of AdamW, and of the retain loss beside the forget loss (1 in Eq. 3). The
+            defaults are those that did best for IHL on the embedded model, see README; a larger model may
+            want a lower learning rate.
         beta: of DPO and NPO, the inverse temperature.
         refusals: for DPO and IDK, a list of strings or the path of a file with one on each line; None for
             TOFU's 100. Each epoch draws one for every forget row.
@@ -87,7 +89,7 @@ class UnlearnConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     output_dir: str | None = field(default="loku-output")
-    learning_rate: float = field(default=1e-3)
+    learning_rate: float = field(default=2e-3)
     num_train_epochs: float = field(default=10)
     save_strategy: str = field(default="no")
     report_to: list[str] | str | None = field(default="none")
@@ -100,7 +102,7 @@ class UnlearnConfig(TrainingArguments):
     lora_rank: int = field(default=16)
     lora_alpha: float = field(default=32)
     target_modules: list[str] | str | None = field(default="qv+ffn")
-    retain_weight: float = field(default=1.0)
+    retain_weight: float = field(default=1.5)
     beta: float = field(default=0.1)
     refusals: list[str] | str | None = field(default=None)
     max_length: int | None = field(default=None)

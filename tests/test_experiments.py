@@ -55,11 +55,7 @@ def committed_cells(name):
     return kind, grid.cells_of(yaml.safe_load((ROOT / "benchmarks" / f"{name}.yaml").read_text()), kind)
 
 
-def test_the_committed_grid_is_valid():
-    assert len(committed_cells("tofu")[1]) > 50
-
-
-@pytest.mark.parametrize("name", ["tdec", "fila_ablation"])
+@pytest.mark.parametrize("name", ["tofu", "tdec", "fila_ablation"])
 def test_committed_grids_make_the_committed_results(name):
     import grid
 
