@@ -61,6 +61,9 @@ class UnlearnConfig(TrainingArguments):
     An epoch is one pass over the forget set; each of its rows comes with one retain row (and where the method
     asks for it one refusal), so a step sees ``per_device_train_batch_size`` rows of each.
 
+    The defaults of the learning rate and the retain weight did best for IHL and FILA on the embedded model
+    (see README's experiments); a larger model may want a lower learning rate.
+
     Args:
         method: what is minimised, a key of ``loku.objectives.OBJECTIVES``: "ihl", "ga", "gd", "kl", "dpo",
             "npo" or "idk".
@@ -71,9 +74,7 @@ class UnlearnConfig(TrainingArguments):
         lora_rank, lora_alpha: of the adapter; its scaling is lora_alpha / lora_rank.
         target_modules: names of the modules to adapt, or a sweep of the paper's Figure 4: "qv" for query and
             value, "qkvo" for key and output as well, "ffn" for every MLP linear, "qv+ffn" (or None).
-        learning_rate, retain_weight: of AdamW, and of the retain loss beside the forget loss (1 in Eq. 3). The
-            defaults are those that did best for IHL on the embedded model, see README; a larger model may
-            want a lower learning rate.
+        retain_weight: of the retain loss beside the forget loss (1 in Eq. 3).
         beta: of DPO and NPO, the inverse temperature.
         refusals: for DPO and IDK, a list of strings or the path of a file with one on each line; None for
             TOFU's 100. Each epoch draws one for every forget row.
