@@ -9,8 +9,8 @@ optimiser step for each initialisation. ``tofu.md`` has two tables:
 - a row for each setting, at its best learning rate, over seeds. A run counts at its best epoch: the one of
   the highest forget quality among those that keep ``KEPT`` of the utility before unlearning. A setting counts
   at the learning rate whose runs do best in that.
-- a row for each initialisation and learning rate of IHL: when forget quality, the geometric mean over seeds,
-  first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
+- a row for each initialisation, learning rate and retain weight of IHL: when forget quality, the geometric
+  mean over seeds, first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ KEPT = 0.95  # share of the utility before unlearning that a run has to keep to 
 FORGOTTEN = 0.05  # forget quality from which the test does not tell the model from one that never saw the set
 SMALLEST = 1e-30  # p-values are drawn and averaged from here up
 MEASURED = {"curve", "seconds", "environment"}
-INIT_STYLES = {"fila": "-", "pissa": "--", "default": ":"}
+INIT_STYLES = {"fila": "C0-", "pissa": "C1--", "default": "C2:"}
 
 
 def quality(point):
@@ -124,7 +124,7 @@ def first_forgotten(group):
 
 def steps_row(group):
     first = group[0]
-    cells = [f"{first['learning_rate']:g}", first["init"], str(len(group))]
+    cells = [f"{first['retain_weight']:g}", f"{first['learning_rate']:g}", first["init"], str(len(group))]
     if (found := first_forgotten(group)) is None:
         points, forget = [run["curve"][-1] for run in group], None
         cells += [f"not in {points[0]['step']}", "-"]
@@ -140,8 +140,9 @@ def steps_row(group):
 
 
 def steps_table(runs):
-    """Markdown: a row for each learning rate and initialisation of runs that are alike but for the seed."""
+    """Markdown: a row for each of the settings in its first columns, over seeds."""
     header = [
+        "retain weight",
         "learning rate",
         "init",
         "seeds",
@@ -151,8 +152,9 @@ def steps_table(runs):
         "retain probability then",
         "utility kept then",
     ]
-    groups = sorted(grouped(runs, MEASURED, "seed").values(), key=lambda group: group[0]["learning_rate"])
-    return markdown_table(header, [steps_row(group) for group in groups])
+    groups = grouped(runs, MEASURED, "seed").values()
+    order = sorted(groups, key=lambda group: (group[0]["retain_weight"], group[0]["learning_rate"]))
+    return markdown_table(header, [steps_row(group) for group in order])
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def draw_tradeoff(path, groups):
     methods = list(dict.fromkeys(group[0]["method"] for group in groups))
     figure, axes = quality_axes(len(inits), xlabel="share of utility kept")
     for panel, init in zip(axes, inits, strict=True):
-        panel.set_title(init)
+        panel.set(title=init, xlim=(-0.05, 1.05))
         panel.axvline(KEPT, color="0.6", lw=0.8)
         for group in groups:
             if group[0]["init"] != init:
@@ -206,7 +208,7 @@ def draw_steps(path, runs, method="ihl"):
         for group in grouped(chosen, MEASURED, "seed").values():
             init = group[0]["init"]
             steps, _, forget = zip(*mean_curve(group), strict=True)
-            panel.plot(steps, forget, INIT_STYLES.get(init, "-."), marker="o", ms=3, label=init)
+            panel.plot(steps, forget, INIT_STYLES[init], marker="o", ms=3, label=init)
     axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=130)
 
@@ -219,12 +221,14 @@ def write_report(path):
     if not runs:
         print(f"{path} has no runs with a forget quality: nothing to draw")
         return
-    compared = usual(runs, MEASURED, "seed", "learning_rate", "method", "init")
-    ihl = [run for run in compared if run["method"] == "ihl"]
+    weighted = usual(runs, MEASURED, "seed", "learning_rate", "method", "init", "retain_weight")
+    ihl = [run for run in weighted if run["method"] == "ihl"]
     text = "\n\n".join([table(runs), *([steps_table(ihl)] if ihl else [])])
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
+    compared = usual(runs, MEASURED, "seed", "learning_rate", "method", "init")
     draw_tradeoff(path.with_name(f"{path.stem}_tradeoff.png"), best_settings(compared))
+    ihl = [run for run in compared if run["method"] == "ihl"]
     if ihl:
         draw_steps(path.with_name(f"{path.stem}_steps.png"), ihl)
 

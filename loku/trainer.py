@@ -61,7 +61,7 @@ class UnlearnConfig(TrainingArguments):
     An epoch is one pass over the forget set; each of its rows comes with one retain row (and where the method
     asks for it one refusal), so a step sees ``per_device_train_batch_size`` rows of each.
 
-    The defaults of the learning rate and the retain weight did best for IHL and FILA on the embedded model
+    With the defaults of the learning rate and the retain weight, IHL and FILA end best on the embedded model
     (see README's experiments); a larger model may want a lower learning rate.
 
     Args:

@@ -33,7 +33,8 @@ def run(qualities, utilities, **settings):
         {"epoch": epoch, "step": 5 * epoch, "forget_quality": quality, "model_utility": utility, **sections}
         for epoch, (quality, utility) in enumerate(zip(qualities, utilities, strict=True))
     ]
-    return {"method": "ihl", "init": "fila", "learning_rate": 1e-3, "seed": 0, **settings, "curve": curve}
+    defaults = {"method": "ihl", "init": "fila", "learning_rate": 1e-3, "retain_weight": 1.0, "seed": 0}
+    return {**defaults, **settings, "curve": curve}
 
 
 def test_grid():
@@ -102,9 +103,9 @@ def test_report(tmp_path):
     assert header.startswith("| method | init | learning rate | seeds |")
     assert first.startswith("| ihl | fila | 0.001 | 2 | 1.73e-01 (1.0e-01 to 3.0e-01) | 5 | 1.000 |")
     assert len(others) == 3 and all(line.count("|") == header.count("|") for line in (first, *others))
-    assert [line.split(" | ")[:4] for line in steps.splitlines()[2:]] == [
-        ["| 0.001", "fila", "2", "5"],
-        ["| 0.001", "default", "2", "5"],
+    assert [line.split(" | ")[:5] for line in steps.splitlines()[2:]] == [
+        ["| 1", "0.001", "fila", "2", "5"],
+        ["| 1", "0.001", "default", "2", "5"],
     ]
     for name in ("tradeoff", "steps"):
         assert (tmp_path / f"tofu_{name}.png").stat().st_size > 1000
@@ -116,8 +117,8 @@ def test_steps_are_those_of_the_seeds_together():
     seeds = [run([1e-9, 0.5, 0.5], [0.8, 0.6, 0.6]), run([1e-9, 1e-4, 0.02], [0.8, 0.8, 0.4], seed=1)]
     points, quality = tofu_report.first_forgotten(seeds)
     assert [point["step"] for point in points] == [10, 10] and quality == pytest.approx(0.1)
-    assert tofu_report.steps_row(seeds)[3:] == ["10", "0.10", "0.500", "0.900", "0.625"]
-    assert tofu_report.steps_row(seeds[1:])[3:5] == ["not in 10", "-"]
+    assert tofu_report.steps_row(seeds)[4:] == ["10", "0.10", "0.500", "0.900", "0.625"]
+    assert tofu_report.steps_row(seeds[1:])[4:6] == ["not in 10", "-"]
 
 
 @pytest.mark.parametrize("name", ["tofu", "tdec"])
