@@ -4,8 +4,7 @@
 
 A shape is rows x tokens of the one batch of either set. Each budget is measured in a process of its own,
 above what that holds with the model loaded, and so is what no budget can go below: a forward and backward of
-the same batches that computes no weight gradient. Times are recorded, but the machine was busy with other
-things.
+the same batches that computes no weight gradient. Times are recorded, but memory is what is measured.
 """
 
 import multiprocessing

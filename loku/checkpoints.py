@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -31,6 +30,7 @@ from transformers import PreTrainedModel, Trainer
 
 from loku.fila import initialize_from_factors, reference_factors
 from loku.finite import check_parameters
+from loku.processes import from_main_process, is_main_process
 from loku.streams import DrawnRows
 from loku.targets import REFERENCE_ADAPTER
 
@@ -306,18 +306,16 @@ class ResumableTrainer(Trainer):
     def _find_checkpoint(self, resume):
         if not resume:
             return None
-        answer = [None, None]  # one process looks, for all
-        if self.accelerator.is_main_process:
+        answer = None
+        if is_main_process():  # one looks, for all
             try:
-                answer[0] = find_checkpoint(resume, self.args.output_dir, self._identity)
+                answer = find_checkpoint(resume, self.args.output_dir, self._identity)
             except ValueError as error:
-                answer[1] = error
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(answer)
-        checkpoint, error = answer
-        if error is not None:
-            raise error
-        return checkpoint
+                answer = error
+        answer = from_main_process(answer)
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is None:

@@ -3,6 +3,8 @@
 import torch
 from transformers import TrainerCallback
 
+from loku.processes import local_tensor
+
 
 @torch.no_grad()
 def first_module_not_finite(model, forward):
@@ -31,8 +33,7 @@ def first_module_not_finite(model, forward):
 def check_parameters(model, step):
     """FloatingPointError, naming the first, if a parameter that is trained has a NaN or Inf."""
     for name, parameter in model.named_parameters():
-        values = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP's shard
-        if parameter.requires_grad and not torch.isfinite(values).all():
+        if parameter.requires_grad and not torch.isfinite(local_tensor(parameter)).all():
             raise FloatingPointError(
                 f"step {step}: the trained parameter {name} is not finite; nothing was saved, and earlier "
                 "checkpoints are kept. Lower learning_rate or max_grad_norm, or train in bfloat16 or float32"

@@ -107,6 +107,7 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     if not isinstance(config, UnlearnConfig):
         raise ValueError(f"config must be a loku.UnlearnConfig, got {type(config).__name__}")
     model = load_model(model, config)
+    config.model_init_kwargs = None  # used up: the trainer gets the model
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
     output_embedding(model)

@@ -269,8 +269,9 @@ def test_model_by_path_and_datasets(tokenizer, tmp_path):
         str(tmp_path / "model"),
         datasets.Dataset.from_list(FORGET),
         datasets.Dataset.from_dict({"text": RETAIN}),
-        config=config(tmp_path),
+        config=config(tmp_path, model_init_kwargs={"attn_implementation": "eager"}),
     )
+    assert result.model.config._attn_implementation == "eager"
     result.save(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
