@@ -52,9 +52,19 @@ def perplexity(value):
 
 
 def table(runs):
-    """Markdown: a row for each setting at its best learning rate, in the order of the file."""
+    """Markdown: a row for each setting at its best learning rate, methods in the order of the file."""
     groups = best_settings(runs)
     varied = varied_fields(groups, MEASURED, "seed", "learning_rate")
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    groups.sort(
+        key=lambda group: (
+            group[0]["tasks"],
+            methods.index(group[0]["method"]),
+            group[0]["target_modules"] != "qv+ffn",
+            group[0]["target_modules"],
+            group[0]["lora_rank"],
+        )
+    )
     header = [
         *(name.replace("_", " ") for name in varied),
         "learning rate",

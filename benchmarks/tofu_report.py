@@ -2,13 +2,14 @@
 
     python benchmarks/tofu_report.py [results/tofu.jsonl]
 
-Writes beside the result file ``tofu.md`` and two pictures: ``tofu_tradeoff.png``, forget quality against
-utility with an epoch for each mark (the paper's Figure 5), and ``tofu_steps.png``, forget quality by
-optimiser step for each initialisation. ``tofu.md`` has two tables:
+Writes beside the result file ``tofu.md`` and pictures of forget quality: ``tofu_tradeoff.png``, against
+utility with an epoch for each mark (the paper's Figure 5), ``tofu_forget_sets.png``, the same for each forget
+set, and ``tofu_steps.png``, by optimiser step for each initialisation. ``tofu.md`` has these tables:
 
-- a row for each setting, at its best learning rate, over seeds. A run counts at its best epoch: the one of
-  the highest forget quality among those that keep ``KEPT`` of the utility before unlearning. A setting counts
-  at the learning rate whose runs do best in that.
+- of the methods and initialisations, a row for each setting, at its best learning rate, over seeds. A run
+  counts at its best epoch: the one of the highest forget quality among those that keep ``KEPT`` of the
+  utility before unlearning. A setting counts at the learning rate whose runs do best in that.
+- the same of what differs from that in one of ``ASPECTS`` alone, beside what it differs from.
 - a row for each initialisation, learning rate and retain weight of IHL: when forget quality, the geometric
   mean over seeds, first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
 """
@@ -25,7 +26,19 @@ KEPT = 0.95  # share of the utility before unlearning that a run has to keep to 
 FORGOTTEN = 0.05  # forget quality from which the test does not tell the model from one that never saw the set
 SMALLEST = 1e-30  # p-values are drawn and averaged from here up
 MEASURED = {"curve", "seconds", "environment"}
+COMPARED = ("seed", "learning_rate", "method", "init", "retain_weight")  # what the first table compares
+ASPECTS = {  # heading -> the settings that a table of its own varies
+    "Ranks": ("lora_rank",),
+    "Target modules": ("target_modules",),
+    "Full tuning": ("tuning",),
+    "Forget sets": ("forget_authors", "num_train_epochs"),
+}
+PANEL_TITLES = {"init": "{}", "forget_authors": "{} authors forgotten"}
 INIT_STYLES = {"fila": "C0-", "pissa": "C1--", "default": "C2:"}
+
+
+def value_of(aspect):
+    return lambda run: tuple(run[name] for name in aspect)
 
 
 def quality(point):
@@ -62,7 +75,20 @@ def best_settings(runs):
     return [best_learning_rate(group) for group in grouped(runs, MEASURED, "seed", "learning_rate").values()]
 
 
+def varying(runs, compared, aspect):
+    """The runs ``compared`` and those that differ from them in ``aspect`` alone: of the methods and
+    initialisations that were run at more than one value of it."""
+    (settings,) = grouped(compared, MEASURED, *COMPARED, *aspect)
+    alike = grouped(runs, MEASURED, *COMPARED, *aspect)[settings]
+    by_value = grouped(alike, MEASURED, "seed", "learning_rate", *aspect).values()
+    return [run for group in by_value if len(set(map(value_of(aspect), group))) > 1 for run in group]
+
+
 # --- tables ---------------------------------------------------------------------------------------
+
+
+def shown(run, name):
+    return "-" if name == "init" and run["tuning"] == "full" else str(run[name])
 
 
 def row(group, varied):
@@ -78,7 +104,7 @@ def row(group, varied):
     qualities = [quality(point) for point in points]
     spread = f" ({min(qualities):.1e} to {max(qualities):.1e})" if len(group) > 1 else ""
     return [
-        *(str(group[0][name]) for name in varied),
+        *(shown(group[0], name) for name in varied),
         f"{group[0]['learning_rate']:g}",
         str(len(group)),
         f"{geometric_mean(qualities):.2e}{spread}",
@@ -94,10 +120,11 @@ def row(group, varied):
     ]
 
 
-def table(runs):
+def table(runs, aspect=()):
     """Markdown: a row for each setting at its best learning rate, best forget quality first."""
     groups = best_settings(runs)
-    varied = varied_fields(groups, MEASURED, "seed", "learning_rate")
+    varied = [*aspect, "method", "init"]
+    varied += varied_fields(groups, MEASURED, "seed", "learning_rate", *varied)
     header = [
         *(name.replace("_", " ") for name in varied),
         "learning rate",
@@ -111,6 +138,7 @@ def table(runs):
         "at the end: quality, utility kept",
     ]
     groups.sort(key=lambda group: -geometric_mean(quality(best_point(run)) for run in group))
+    groups.sort(key=lambda group: value_of(aspect)(group[0]))
     return markdown_table(header, [row(group, varied) for group in groups])
 
 
@@ -178,21 +206,22 @@ def quality_axes(panels, **labels):
     return figure, axes
 
 
-def draw_tradeoff(path, groups):
-    """Forget quality against utility: a panel for each initialisation, a curve for each method."""
-    inits = list(dict.fromkeys(group[0]["init"] for group in groups))
-    methods = list(dict.fromkeys(group[0]["method"] for group in groups))
-    figure, axes = quality_axes(len(inits), xlabel="share of utility kept")
-    for panel, init in zip(axes, inits, strict=True):
-        panel.set(title=init, xlim=(-0.05, 1.05))
+def draw_tradeoff(path, groups, panel_field):
+    """Forget quality against utility, a panel for each value of a setting."""
+    values = sorted({group[0][panel_field] for group in groups})
+    names = ["method"] if panel_field == "init" else ["method", "init"]
+    labels = list(dict.fromkeys(", ".join(value_of(names)(group[0])) for group in groups))
+    figure, axes = quality_axes(len(values), xlabel="share of utility kept")
+    for panel, value in zip(axes, values, strict=True):
+        panel.set(title=PANEL_TITLES[panel_field].format(value), xlim=(-0.05, 1.05))
         panel.axvline(KEPT, color="0.6", lw=0.8)
         for group in groups:
-            if group[0]["init"] != init:
+            if group[0][panel_field] != value:
                 continue
             _, utility, forget = zip(*mean_curve(group), strict=True)
-            method = group[0]["method"]
-            color = f"C{methods.index(method)}"
-            panel.plot(utility, forget, color=color, lw=1, label=method)
+            label = ", ".join(value_of(names)(group[0]))
+            color = f"C{labels.index(label)}"
+            panel.plot(utility, forget, color=color, lw=1, label=label)
             panel.scatter(utility, forget, s=[6 + 5 * epoch for epoch in range(len(utility))], color=color)
     axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=130)
@@ -221,16 +250,28 @@ def write_report(path):
     if not runs:
         print(f"{path} has no runs with a forget quality: nothing to draw")
         return
-    weighted = usual(runs, MEASURED, "seed", "learning_rate", "method", "init", "retain_weight")
-    ihl = [run for run in weighted if run["method"] == "ihl"]
-    text = "\n\n".join([table(runs), *([steps_table(ihl)] if ihl else [])])
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    compared = usual(runs, MEASURED, "seed", "learning_rate", "method", "init")
-    draw_tradeoff(path.with_name(f"{path.stem}_tradeoff.png"), best_settings(compared))
+    compared = usual(runs, MEASURED, *COMPARED)
+    sections = {"Methods and initialisations": table(compared)}
+    for heading, aspect in ASPECTS.items():
+        if section := varying(runs, compared, aspect):
+            sections[heading] = table(section, aspect)
     ihl = [run for run in compared if run["method"] == "ihl"]
     if ihl:
-        draw_steps(path.with_name(f"{path.stem}_steps.png"), ihl)
+        sections["Steps of IHL"] = steps_table(ihl)
+    text = "\n\n".join(f"## {heading}\n\n{section}" for heading, section in sections.items())
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+    def picture(name):
+        return path.with_name(f"{path.stem}_{name}.png")
+
+    of_one_weight = usual(compared, MEASURED, *(name for name in COMPARED if name != "retain_weight"))
+    draw_tradeoff(picture("tradeoff"), best_settings(of_one_weight), "init")
+    if sets := varying(runs, of_one_weight, ASPECTS["Forget sets"]):
+        draw_tradeoff(picture("forget_sets"), best_settings(sets), "forget_authors")
+    ihl = [run for run in of_one_weight if run["method"] == "ihl"]
+    if ihl:
+        draw_steps(picture("steps"), ihl)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ def run(qualities, utilities, **settings):
         {"epoch": epoch, "step": 5 * epoch, "forget_quality": quality, "model_utility": utility, **sections}
         for epoch, (quality, utility) in enumerate(zip(qualities, utilities, strict=True))
     ]
-    defaults = {"method": "ihl", "init": "fila", "learning_rate": 1e-3, "retain_weight": 1.0, "seed": 0}
-    return {**defaults, **settings, "curve": curve}
+    from tofu import Cell
+
+    return {**asdict(Cell(**settings)), "curve": curve}
 
 
 def test_grid():
@@ -96,10 +97,24 @@ def test_report(tmp_path):
         for seed in (0, 1)
     ]
     runs[0]["curve"][1]["forget_quality"] = 0.3
-    path.write_text("".join(json.dumps(line) + "\n" for line in runs))
+    other_sets = [run([1e-9, 0.1], [0.8, 0.8], forget_authors=n, num_train_epochs=5) for n in (10, 4)]
+    full = run([1e-9, 0.1], [0.8, 0.8], method="gd", tuning="full")
+    both = run(
+        [1e-9, 0.1], [0.8, 0.8], tuning="full", lora_rank=4
+    )  # beside nothing that it could be compared with
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*other_sets, *runs, full, both]))
     tofu_report.write_report(path)
-    table, steps = (tmp_path / "tofu.md").read_text().split("\n\n")
-    header, _, first, *others = table.splitlines()
+    _, methods, _, tuning, _, sets, _, steps = (tmp_path / "tofu.md").read_text().split("\n\n")
+    assert [line.split(" | ")[:5] for line in tuning.splitlines()[2:]] == [
+        ["| full", "gd", "-", "0.001", "1"],
+        ["| lora", "gd", "fila", "0.001", "2"],
+    ]
+    assert [line.split(" | ")[:6] for line in sets.splitlines()[2:]] == [
+        ["| 2", "8", "ihl", "fila", "0.001", "2"],
+        ["| 4", "5", "ihl", "fila", "0.001", "1"],
+        ["| 10", "5", "ihl", "fila", "0.001", "1"],
+    ]
+    header, _, first, *others = methods.splitlines()
     assert header.startswith("| method | init | learning rate | seeds |")
     assert first.startswith("| ihl | fila | 0.001 | 2 | 1.73e-01 (1.0e-01 to 3.0e-01) | 5 | 1.000 |")
     assert len(others) == 3 and all(line.count("|") == header.count("|") for line in (first, *others))
@@ -107,7 +122,7 @@ def test_report(tmp_path):
         ["| 1", "0.001", "fila", "2", "5"],
         ["| 1", "0.001", "default", "2", "5"],
     ]
-    for name in ("tradeoff", "steps"):
+    for name in ("tradeoff", "steps", "forget_sets"):
         assert (tmp_path / f"tofu_{name}.png").stat().st_size > 1000
 
 
