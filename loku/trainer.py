@@ -165,9 +165,11 @@ class PairedDataset(Dataset):
         self.seed, self.kinds = seed, kinds
         self.streams_retain = isinstance(retain, StreamedRows)
         self.references = {}  # (kind, key) -> what is kept of the original model for that row
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
         self.set_epoch(0)
 
     def set_epoch(self, epoch):
+        self._epoch.fill_(epoch)
         self.epoch = epoch
         self._begin = epoch * len(self.forget)
         self._orders = {}
@@ -212,6 +214,8 @@ class PairedDataset(Dataset):
         return len(self.forget)
 
     def __getitem__(self, index):
+        if self._epoch != self.epoch:  # in a worker: the training process has set it
+            self.set_epoch(self._epoch.item())
         return {kind: self.row(kind, self.key(kind, index)) for kind in self.kinds}
 
 

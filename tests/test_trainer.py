@@ -100,6 +100,19 @@ def test_the_order_is_of_the_seed_and_the_epoch():
     assert list(whole) == [*orders[0], None, None] and len(whole) == 6
 
 
+def test_workers_that_outlive_an_epoch_follow_it():
+    rows = [{"input_ids": [i], "labels": [i]} for i in range(6)]
+    dataset = PairedDataset(rows, rows, 3)
+    options = {"batch_size": 2, "collate_fn": list}
+    kept = torch.utils.data.DataLoader(dataset, num_workers=1, persistent_workers=True, **options)
+    epochs = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        epochs.append(list(kept))
+        assert epochs[-1] == list(torch.utils.data.DataLoader(dataset, **options))
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
 def test_counts():
     counted = {
         "forget": torch.tensor([[1, 1, 0], [0, 0, 0]]).bool(),
