@@ -223,7 +223,8 @@ def draw_tradeoff(path, groups, panel_field):
             color = f"C{labels.index(label)}"
             panel.plot(utility, forget, color=color, lw=1, label=label)
             panel.scatter(utility, forget, s=[6 + 5 * epoch for epoch in range(len(utility))], color=color)
-    axes[-1].legend(fontsize="small")
+    lines = {line.get_label(): line for panel in axes for line in panel.lines}
+    figure.legend([lines[label] for label in labels], labels, fontsize="small", loc="outside right center")
     figure.savefig(path, dpi=130)
 
 
