@@ -10,8 +10,8 @@ set, and ``tofu_steps.png``, by optimiser step for each initialisation. ``tofu.m
   counts at its best epoch: the one of the highest forget quality among those that keep ``KEPT`` of the
   utility before unlearning. A setting counts at the learning rate whose runs do best in that.
 - the same of what differs from that in one of ``ASPECTS`` alone, beside what it differs from.
-- a row for each initialisation, learning rate and retain weight of IHL: when forget quality, the geometric
-  mean over seeds, first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
+- a row for each initialisation, learning rate, retain weight and forget set of IHL: when forget quality, the
+  geometric mean over seeds, first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
 """
 
 from pathlib import Path
@@ -75,12 +75,15 @@ def best_settings(runs):
     return [best_learning_rate(group) for group in grouped(runs, MEASURED, "seed", "learning_rate").values()]
 
 
-def varying(runs, compared, aspect):
-    """The runs ``compared`` and those that differ from them in ``aspect`` alone: of the methods and
-    initialisations that were run at more than one value of it."""
+def alike_but(aspect, runs, compared):
+    """The runs that have the settings of those ``compared``, but for what these vary and ``aspect``."""
     (settings,) = grouped(compared, MEASURED, *COMPARED, *aspect)
-    alike = grouped(runs, MEASURED, *COMPARED, *aspect)[settings]
-    by_value = grouped(alike, MEASURED, "seed", "learning_rate", *aspect).values()
+    return grouped(runs, MEASURED, *COMPARED, *aspect)[settings]
+
+
+def varying(aspect, runs, compared):
+    """Of ``alike_but`` the methods and initialisations that were run at more than one value of ``aspect``."""
+    by_value = grouped(alike_but(aspect, runs, compared), MEASURED, "seed", "learning_rate", *aspect).values()
     return [run for group in by_value if len(set(map(value_of(aspect), group))) > 1 for run in group]
 
 
@@ -152,7 +155,8 @@ def first_forgotten(group):
 
 def steps_row(group):
     first = group[0]
-    cells = [f"{first['retain_weight']:g}", f"{first['learning_rate']:g}", first["init"], str(len(group))]
+    cells = [str(first["forget_authors"]), f"{first['retain_weight']:g}"]
+    cells += [f"{first['learning_rate']:g}", first["init"], str(len(group))]
     if (found := first_forgotten(group)) is None:
         points, forget = [run["curve"][-1] for run in group], None
         cells += [f"not in {points[0]['step']}", "-"]
@@ -170,6 +174,7 @@ def steps_row(group):
 def steps_table(runs):
     """Markdown: a row for each of the settings in its first columns, over seeds."""
     header = [
+        "forget authors",
         "retain weight",
         "learning rate",
         "init",
@@ -181,8 +186,8 @@ def steps_table(runs):
         "utility kept then",
     ]
     groups = grouped(runs, MEASURED, "seed").values()
-    order = sorted(groups, key=lambda group: (group[0]["retain_weight"], group[0]["learning_rate"]))
-    return markdown_table(header, [steps_row(group) for group in order])
+    order = value_of(("forget_authors", "retain_weight", "learning_rate"))
+    return markdown_table(header, [steps_row(group) for group in sorted(groups, key=lambda g: order(g[0]))])
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -254,9 +259,9 @@ def write_report(path):
     compared = usual(runs, MEASURED, *COMPARED)
     sections = {"Methods and initialisations": table(compared)}
     for heading, aspect in ASPECTS.items():
-        if section := varying(runs, compared, aspect):
+        if section := varying(aspect, runs, compared):
             sections[heading] = table(section, aspect)
-    ihl = [run for run in compared if run["method"] == "ihl"]
+    ihl = [run for run in alike_but(ASPECTS["Forget sets"], runs, compared) if run["method"] == "ihl"]
     if ihl:
         sections["Steps of IHL"] = steps_table(ihl)
     text = "\n\n".join(f"## {heading}\n\n{section}" for heading, section in sections.items())
@@ -268,7 +273,7 @@ def write_report(path):
 
     of_one_weight = usual(compared, MEASURED, *(name for name in COMPARED if name != "retain_weight"))
     draw_tradeoff(picture("tradeoff"), best_settings(of_one_weight), "init")
-    if sets := varying(runs, of_one_weight, ASPECTS["Forget sets"]):
+    if sets := varying(ASPECTS["Forget sets"], runs, of_one_weight):
         draw_tradeoff(picture("forget_sets"), best_settings(sets), "forget_authors")
     ihl = [run for run in of_one_weight if run["method"] == "ihl"]
     if ihl:

@@ -118,9 +118,11 @@ def test_report(tmp_path):
     assert header.startswith("| method | init | learning rate | seeds |")
     assert first.startswith("| ihl | fila | 0.001 | 2 | 1.73e-01 (1.0e-01 to 3.0e-01) | 5 | 1.000 |")
     assert len(others) == 3 and all(line.count("|") == header.count("|") for line in (first, *others))
-    assert [line.split(" | ")[:5] for line in steps.splitlines()[2:]] == [
-        ["| 1", "0.001", "fila", "2", "5"],
-        ["| 1", "0.001", "default", "2", "5"],
+    assert [line.split(" | ")[:6] for line in steps.splitlines()[2:]] == [
+        ["| 2", "1", "0.001", "fila", "2", "5"],
+        ["| 2", "1", "0.001", "default", "2", "5"],
+        ["| 4", "1", "0.001", "fila", "1", "5"],
+        ["| 10", "1", "0.001", "fila", "1", "5"],
     ]
     for name in ("tradeoff", "steps", "forget_sets"):
         assert (tmp_path / f"tofu_{name}.png").stat().st_size > 1000
@@ -132,8 +134,8 @@ def test_steps_are_those_of_the_seeds_together():
     seeds = [run([1e-9, 0.5, 0.5], [0.8, 0.6, 0.6]), run([1e-9, 1e-4, 0.02], [0.8, 0.8, 0.4], seed=1)]
     points, quality = tofu_report.first_forgotten(seeds)
     assert [point["step"] for point in points] == [10, 10] and quality == pytest.approx(0.1)
-    assert tofu_report.steps_row(seeds)[4:] == ["10", "0.10", "0.500", "0.900", "0.625"]
-    assert tofu_report.steps_row(seeds[1:])[4:6] == ["not in 10", "-"]
+    assert tofu_report.steps_row(seeds)[5:] == ["10", "0.10", "0.500", "0.900", "0.625"]
+    assert tofu_report.steps_row(seeds[1:])[5:7] == ["not in 10", "-"]
 
 
 @pytest.mark.parametrize("name", ["tofu", "tdec"])
