@@ -231,7 +231,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     grid.add_arguments(parser, Cell, RESULTS / "fila_ablation.jsonl")
-    options = parser.parse_args(argv)
+    options = grid.parse_arguments(parser, argv)
     cells = grid.chosen_cells(options, Cell)
     if grid.run(cells, run_cell, lambda cell: (), options.out, options.jobs, summary):
         raise SystemExit("not all cells ran")

@@ -34,19 +34,36 @@ def add_arguments(parser, kind, out):
             metavar="X",
             help=f"default {field.default}",
         )
-    parser.add_argument("--out", type=Path, default=out, help="result file, JSON lines")
+    parser.add_argument("--out", type=Path, help=f"result file, JSON lines (default: results/{out.name})")
+    parser.set_defaults(default_out=out)
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each on its share of the cores")
 
 
+def parse_arguments(parser, argv):
+    """The options. What another ``--model`` gives goes to a file of its own: lines do not say of which model
+    they are."""
+    options = parser.parse_args(argv)
+    if options.out is None:
+        if getattr(options, "model", None):
+            parser.error("--model needs --out, a result file of its own")
+        options.out = options.default_out
+    return options
+
+
 def cells_of(grid, kind):
-    """The cells of a list of mappings, each once, in order."""
+    """The cells of a list of mappings, each once, in order. Values get the types of ``kind``'s fields: YAML
+    reads 1e-3 as a string."""
+    types = typing.get_type_hints(kind)
     names = [field.name for field in fields(kind)]
     cells = {}
     for mapping in grid:
         unknown = sorted(set(mapping) - set(names))
         if unknown:
             raise SystemExit(f"unknown settings in the grid: {', '.join(unknown)}; known: {', '.join(names)}")
-        values = [value if isinstance(value, list) else [value] for value in mapping.values()]
+        values = [
+            [types[name](one) for one in (value if isinstance(value, list) else [value])]
+            for name, value in mapping.items()
+        ]
         for combination in itertools.product(*values):
             cells[kind(**dict(zip(mapping, combination, strict=True)))] = None
     return list(cells)

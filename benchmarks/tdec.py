@@ -12,8 +12,10 @@ saw. ``--tasks 4`` unlearns four disjoint sets of 32, one after the other (Figur
 The model is a GPT-Neo of 1.4M parameters, which is trained at the first run, until it has memorised its
 texts (several minutes), and kept in ``--work-dir``: sequences of TOFU's questions and answers, which are
 what is forgotten, and passages of WikiText (``benchmarks/data``). With ``--model PATH`` give
-``--forget-text``, ``--holdout-text`` and ``--retain-text``: JSON lines with ``text``, of which the model has
-memorised the first and never seen the second.
+``--forget-text``, ``--holdout-text``, ``--retain-text`` and ``--unseen-text``: a text a line, or JSON lines
+with ``text``, or a data set on the hub, of which the first 200 tokens of each text are taken. The model has
+memorised the first, 32 texts for each task, and never seen the second and the last, texts like the first and
+the third.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import torch
 from harness import RESULTS
 
 from loku.demo import EMBEDDED, load_model
+from loku.objectives import OBJECTIVES
 from loku.sources import read_rows
 
 DATA = Path(__file__).parent / "data" / "wikitext.jsonl"
@@ -154,17 +157,23 @@ def trained_base(work_dir):
 def given_base(options):
     from transformers import AutoTokenizer
 
-    names = ("forget_text", "holdout_text", "retain_text")
+    names = ("forget_text", "holdout_text", "retain_text", "unseen_text")
     missing = [name for name in names if not getattr(options, name)]
     if missing:
         raise SystemExit(f"--model needs its texts too; missing: {', '.join(missing)}")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    forget, holdout, retain = ([row["text"] for row in read_rows(getattr(options, name))] for name in names)
-    forget = first_tokens(forget, tokenizer, len(forget))
-    retain = first_tokens(retain, tokenizer, len(retain))
+    forget, holdout, retain, unseen = (given_rows(getattr(options, name), tokenizer) for name in names)
+    if len(forget) % SEQUENCES or min(len(row["input_ids"]) for row in (*forget, *holdout)) < TOKENS:
+        raise SystemExit(f"what is forgotten is sets of {SEQUENCES} texts of {TOKENS} tokens or more")
     tasks = [forget[start : start + SEQUENCES] for start in range(0, len(forget), SEQUENCES)]
-    held = first_tokens(holdout, tokenizer, SEQUENCES)
-    return Base(options.model, tasks, held, retain[:-UNSEEN_ROWS], retain[-UNSEEN_ROWS:])
+    return Base(options.model, tasks, holdout, retain, unseen)
+
+
+def given_rows(source, tokenizer):
+    texts = [row if isinstance(row, str) else row["text"] for row in read_rows(source)]
+    if not texts:
+        raise SystemExit(f"{source} has no texts")
+    return first_tokens(texts, tokenizer, len(texts))
 
 
 # --- one cell -------------------------------------------------------------------------------------
@@ -190,8 +199,9 @@ def measure(model, base, count):
     }
 
 
-def stopping_rule(forget, holdout):
-    """The paper's rule. What takes longest, generating for EL10, waits until Memorisation Accuracy is met."""
+def stopping_rule(forget, holdout, thresholds):
+    """The paper's rule; ``thresholds`` are those of the original model, None if this is it. What takes
+    longest, generating for EL10, waits until Memorisation Accuracy is met."""
     from loku.callbacks import ExtractionStopping
     from loku.evaluation import token_measures
 
@@ -205,15 +215,18 @@ def stopping_rule(forget, holdout):
         def should_stop(self, entry):
             return "forget_extraction_likelihood_10" in entry and super().should_stop(entry)
 
-    return AccuracyFirst(forget, holdout, stride=STRIDE, batch_size=EVALUATION_BATCH)
+    return AccuracyFirst(forget, holdout, stride=STRIDE, batch_size=EVALUATION_BATCH, thresholds=thresholds)
 
 
 def training_flops(parameters, cell, forget_tokens, retain_tokens, epochs):
     """An estimate, after Kaplan et al. (2020): 2 a parameter and token forward, 2 for the gradient of the
-    activations, 2 for that of the weights, which LoRA saves. An epoch sees each forget row with a retain row
-    as long; FILA's Fisher sees both sets once, weight gradients included."""
+    activations, 2 for that of the weights, which LoRA saves. An epoch sees each forget row, and with it what
+    else the method runs: a retain row as long, and forwards of the original model. FILA's Fisher sees both
+    sets once, weight gradients included."""
+    objective = OBJECTIVES[cell.method]
     step = 4 if cell.tuning == "lora" else 6
-    flops = step * parameters * 2 * forget_tokens * epochs
+    step = step * len(objective.kinds) + 2 * len(objective.reference_kinds)
+    flops = step * parameters * forget_tokens * epochs
     if cell.tuning == "lora" and cell.init == "fila":
         flops += 6 * parameters * (forget_tokens + retain_tokens)
     return flops
@@ -241,9 +254,9 @@ def run_cell(cell, base):
         name: getattr(cell, name)
         for name in ("method", "tuning", "init", "lora_rank", "learning_rate", "target_modules", "seed")
     }
-    done = []
+    done, thresholds = [], None
     for task in range(cell.tasks):
-        rule = stopping_rule(base.tasks[task], base.holdout)
+        rule = stopping_rule(base.tasks[task], base.holdout, thresholds)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
@@ -263,6 +276,7 @@ def run_cell(cell, base):
                 model, base.tasks[task], base.retain, config=config, tokenizer=tokenizer, callbacks=[rule]
             )
         seconds = time.perf_counter() - start
+        thresholds = rule.thresholds
         model = result.model.merge_and_unload() if cell.tuning == "lora" else result.model
         epochs = round(rule.history[-1]["epoch"])
         forget_tokens, retain_tokens = (
@@ -293,9 +307,9 @@ def main(argv=None):
     grid.add_arguments(parser, Cell, RESULTS / "tdec.jsonl")
     parser.add_argument("--work-dir", type=Path, default=Path("build/tdec"), help="keeps the trained model")
     parser.add_argument("--model", help="default: the one that is trained here")
-    for name in ("forget-text", "holdout-text", "retain-text"):
+    for name in ("forget-text", "holdout-text", "retain-text", "unseen-text"):
         parser.add_argument(f"--{name}", metavar="FILE")
-    options = parser.parse_args(argv)
+    options = grid.parse_arguments(parser, argv)
 
     base = given_base(options) if options.model else trained_base(options.work_dir)
     cells = grid.chosen_cells(options, Cell)

@@ -193,7 +193,7 @@ def main(argv=None):
     parser.add_argument("--model", help="default: the embedded one")
     for name in ("forget", "retain", "retain-perturbed", "real-authors", "world-facts", "retain-log"):
         parser.add_argument(f"--{name}", metavar="FILE")
-    options = parser.parse_args(argv)
+    options = grid.parse_arguments(parser, argv)
 
     def base_of(cell):
         return (given_base(options) if options.model else embedded_base(cell.forget_authors),)

@@ -109,16 +109,19 @@ class ExtractionStopping(_Gauge):
         forget, holdout: the set that is unlearned, and texts of its kind that the model was not trained on.
         n, stride: see ``loku.evaluation.extraction_likelihood``.
         every: steps between measurements; None for each epoch's end.
+        thresholds: those of the original model, if this one has unlearned another set already: the
+            ``thresholds`` of the callback that was there then. By default they are measured.
     """
 
-    def __init__(self, forget, holdout, n=10, stride=1, every=None, batch_size=16):
+    def __init__(self, forget, holdout, n=10, stride=1, every=None, batch_size=16, thresholds=None):
         super().__init__({"forget": forget, "holdout": holdout}, every, batch_size)
         self.n, self.stride = n, stride
-        self.thresholds = {}
+        self.known_thresholds, self.thresholds = thresholds, {}
 
     def begin(self, model, log):
         names = (f"holdout_extraction_likelihood_{self.n}", "holdout_memorization_accuracy")
-        self.thresholds = _logged(log, *names) or self._extraction(model, "holdout")
+        known = self.known_thresholds or _logged(log, *names)
+        self.thresholds = dict(known or self._extraction(model, "holdout"))
         entry = {**self.thresholds, **self.measure(model)}
         if any(math.isnan(value) for value in entry.values()):
             raise ValueError(

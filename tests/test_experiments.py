@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +48,18 @@ def test_grid():
     assert [(cell.method, cell.lora_rank) for cell in cells] == [("ga", 4), ("ga", 8), ("gd", 4), ("gd", 8)]
     with pytest.raises(SystemExit, match="unknown settings in the grid: rank"):
         grid.cells_of([{"rank": 8}], Cell)
+    (cell,) = grid.cells_of([{"learning_rate": "1e-3"}], Cell)  # as YAML reads it
+    assert cell.learning_rate == 1e-3
+
+
+def test_another_model_needs_a_result_file_of_its_own(capsys):
+    import tdec
+    import tofu
+
+    for script in (tofu, tdec):
+        with pytest.raises(SystemExit):
+            script.main(["--model", "somewhere"])
+        assert "--model needs --out" in capsys.readouterr().err
 
 
 def committed_cells(name):
@@ -247,10 +260,51 @@ def test_a_tdec_cell(tmp_path, one_thread):
     short = [{name: ids[:24] for name, ids in row.items()} for row in rows]
     tdec.memorise(short, tmp_path / "model", tokenizer, rounds=(1, 1), sizes=(2, 32))
     base = tdec.Base(str(tmp_path / "model"), [short[:1], short[1:2]], short[2:3], short[3:5], short[5:])
-    line = tdec.run_cell(tdec.Cell(num_train_epochs=2, lora_rank=2, tasks=2), base)
+    line = tdec.run_cell(tdec.Cell(num_train_epochs=2, lora_rank=2, tasks=2, learning_rate=0.1), base)
+    first, second = (step["history"][0] for step in line["steps"])  # one rule for all tasks, the original's
+    assert {k: v for k, v in first.items() if "holdout" in k} == {
+        k: v for k, v in second.items() if "holdout" in k
+    }
     assert len(line["steps"]) == 2 and len(line["before"]["memorization_accuracy"]) == 2
     for step in line["steps"]:
         assert 1 <= step["epochs"] <= 2 and step["retain_perplexity"] > 1 and step["training_flops"] > 0
+
+
+def test_training_flops_are_of_what_a_method_runs():
+    from tdec import Cell, training_flops
+
+    def flops(method, **settings):
+        return training_flops(10, Cell(method=method, init="default", **settings), 100, 700, 3) / (
+            10 * 100 * 3
+        )
+
+    assert flops("ihl") == flops("gd") == 4 * 2 and flops("ga") == 4
+    assert flops("npo") == flops("kl") == 4 * 2 + 2  # a forward of the original model
+    assert flops("ihl", tuning="full") == 6 * 2
+    fisher = training_flops(10, Cell(), 100, 700, 3) - 10 * 100 * 3 * flops("ihl")
+    assert fisher == 6 * 10 * (100 + 700)
+
+
+def test_tdec_of_a_given_model(tmp_path):
+    import tdec
+
+    files = {}
+    for name, count in (("forget", 2), ("holdout", 1), ("retain", 3), ("unseen", 1)):
+        file = tmp_path / (f"{name}.txt" if name == "retain" else f"{name}.jsonl")
+        texts = [f"{name} {i} " + "word " * 300 for i in range(count * 32)]
+        file.write_text("".join((t if name == "retain" else json.dumps({"text": t})) + "\n" for t in texts))
+        files[f"{name}_text"] = str(file)
+    options = SimpleNamespace(model=str(EMBEDDED), **files)
+    base = tdec.given_base(options)
+    assert [len(task) for task in base.tasks] == [32, 32]
+    assert (len(base.holdout), len(base.retain), len(base.unseen)) == (32, 96, 32)
+    assert all(len(row["input_ids"]) == tdec.TOKENS for row in (*base.tasks[1], *base.holdout))
+    (tmp_path / "forget.jsonl").write_text(json.dumps({"text": "too short"}) + "\n")
+    with pytest.raises(SystemExit, match="sets of 32 texts of 200 tokens"):
+        tdec.given_base(options)
+    options.unseen_text = None
+    with pytest.raises(SystemExit, match="missing: unseen_text"):
+        tdec.given_base(options)
 
 
 def test_fila_ablation_compares_with_what_ships(one_thread, monkeypatch):
