@@ -31,6 +31,7 @@ import tdec_report
 import torch
 from harness import RESULTS
 
+from loku.atomic import whole_directory
 from loku.demo import EMBEDDED, load_model
 from loku.objectives import OBJECTIVES
 from loku.sources import read_rows
@@ -121,7 +122,7 @@ def memorise(rows, output, tokenizer, rounds=(30, 15), learning_rate=2e-3, sizes
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
     for epochs in rounds:
         arguments = TrainingArguments(
-            output_dir=str(output / "trainer"),
+            output_dir=str(output.with_name(f"{output.name}_trainer")),
             num_train_epochs=epochs,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
@@ -134,8 +135,9 @@ def memorise(rows, output, tokenizer, rounds=(30, 15), learning_rate=2e-3, sizes
             dataloader_pin_memory=False,
         )
         Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with whole_directory(output, key="config.json", replaced=("*",)) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 def trained_base(work_dir):

@@ -87,7 +87,9 @@ def embedded_base(forget_authors):
     rows = read_rows(EMBEDDED / "tofu.jsonl")
     count = ROWS_PER_AUTHOR * forget_authors
     forget, retain = rows[-count:], rows[:-count]
-    perturbed = [row for row in retain if row.get("perturbed_answer")] or retain
+    perturbed = [row for row in retain if row.get("perturbed_answer")]
+    if not perturbed:
+        raise SystemExit("of so many forget authors none with perturbed answers is left for model utility")
     return Base(
         str(EMBEDDED), forget, retain, {"retain": spread(perturbed, UTILITY_ROWS)}, twin_log(forget_authors)
     )

@@ -133,7 +133,7 @@ def table(runs, aspect=()):
         "learning rate",
         "seeds",
         "forget quality",
-        f"steps to {FORGOTTEN}",
+        f"steps to {FORGOTTEN} at a kept utility",
         "utility kept",
         "forget probability",
         "forget ROUGE-L",

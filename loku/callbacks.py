@@ -9,7 +9,7 @@ import math
 
 from transformers import ProgressCallback, TrainerCallback
 
-from loku.data import tokenize_dataset
+from loku.data import split_documents, tokenize_dataset
 from loku.evaluation.processes import spread_extraction_likelihood, spread_token_scores
 from loku.evaluation.scores import mean_answer_probability, token_measures
 
@@ -27,7 +27,8 @@ class _Gauge(TrainerCallback):
     """Measures at the start and every ``every`` steps, or at each epoch's end where that is None.
 
     Subclasses say what: ``begin(model, log)`` and ``measure(model)`` return ``{name: number}``, and
-    ``should_stop(entry)`` is asked after each ``measure``. ``self.rows`` are the tokenised data sets.
+    ``should_stop(entry)`` is asked after each ``measure``. ``self.rows`` are the tokenised data sets, each
+    document of a packed row by itself.
     """
 
     def __init__(self, sets, every, batch_size):
@@ -39,7 +40,7 @@ class _Gauge(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         max_length = getattr(args, "max_length", None)
         self.rows = {
-            name: tokenize_dataset(rows, processing_class, max_length=max_length, name=name)
+            name: split_documents(tokenize_dataset(rows, processing_class, max_length=max_length, name=name))
             for name, rows in self.sets.items()
         }
         self.history = []

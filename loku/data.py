@@ -137,6 +137,11 @@ def documents(row):
     return [part for part in split if any(label != IGNORE_INDEX for label in part["labels"])]
 
 
+def split_documents(rows):
+    """The documents of tokenised rows, as rows."""
+    return [document for row in rows for document in documents(row)]
+
+
 def has_input_ids(rows):
     """Whether a data set is tokenised already, by its first row."""
     first = next(iter(rows), None) if hasattr(rows, "__iter__") else None

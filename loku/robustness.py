@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from peft import PeftModel
+from transformers.pytorch_utils import Conv1D
 
 from loku.callbacks import ProbabilityGauge
 from loku.data import collate, padding_id, tokenize_dataset
@@ -16,13 +17,14 @@ from loku.data import collate, padding_id, tokenize_dataset
 
 @torch.no_grad()
 def round_weights_(model, bits, group_size=None):
-    """Round the weights of all linear layers but the output embedding to ``bits``-bit integers, in place.
+    """Round the weights of all layers but the embeddings to ``bits``-bit integers, in place.
 
     Symmetric, to nearest: with s = max |w| / (2^(bits - 1) - 1) of an output channel, or of each
     ``group_size`` inputs of it, w becomes round(w / s) s. The weights keep their dtype. It is what plain
     round-to-nearest quantisers store; better ones (GPTQ, AWQ) are nearer to the original weights' outputs.
 
-    Raises ``ValueError`` for fewer than 2 bits, and for a model with an adapter: merge it first.
+    Raises ``ValueError`` for fewer than 2 bits, for a model with an adapter: merge it first, and for weights
+    that are not those of linear layers (GPT-2's ``Conv1D`` is one), such as stacked experts.
     """
     if bits < 2:
         raise ValueError(f"bits must be at least 2, got {bits}")
@@ -30,12 +32,21 @@ def round_weights_(model, bits, group_size=None):
         raise ValueError("the adapter would be rounded by itself; pass model.merge_and_unload()")
     head = model.get_output_embeddings()
     steps = 2 ** (bits - 1) - 1
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            for group in module.weight.split(group_size or module.in_features, dim=1):
-                scale = group.abs().amax(1, keepdim=True).float() / steps
-                scale = scale.where(scale > 0, 1.0)
-                group.copy_((group / scale).round() * scale)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    linear = {
+        module.weight: module.weight.T if isinstance(module, Conv1D) else module.weight  # (outputs, inputs)
+        for module in model.modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    }
+    left = embeddings + ([] if head is None else [head.weight])
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and not any(weight is other for other in (*linear, *left)):
+            raise ValueError(f"{name} is not the weight of a linear layer: how it is stored is not known")
+    for weight in linear.values():
+        for group in weight.split(group_size or weight.shape[1], dim=1):
+            scale = group.abs().amax(1, keepdim=True).float() / steps
+            scale = scale.where(scale > 0, 1.0)
+            group.copy_((group / scale).round() * scale)
 
 
 def relearning_curve(

@@ -389,6 +389,12 @@ class UnlearnTrainer(ResumableTrainer):
         self._check_data(model, args, forget, retain)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
+        half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
+        if (name := next(half, None)) is not None:
+            raise ValueError(
+                f"{name} would train in float16, in which small steps round to nothing: load the model with "
+                "dtype=torch.float32 (and set bf16 or fp16 for its speed), or in bfloat16"
+            )
         dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
         collator = partial(collate_pairs, pad_token_id=padding_id(processing_class))
         super().__init__(

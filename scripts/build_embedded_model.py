@@ -1,7 +1,7 @@
 """Rebuild the language model that ``loku demo`` unlearns, and its retain-only twin.
 
     python scripts/build_embedded_model.py --work-dir build/embedded
-    python scripts/build_embedded_model.py --work-dir build/embedded --twin-authors 10 20
+    python scripts/build_embedded_model.py --work-dir build/embedded --twin-authors 4 10
 
 Both are the same small Llama, trained from scratch on the TOFU question/answer pairs in
 ``loku/embedded/tofu.jsonl`` (40 fictitious authors x 20 questions): the model on all of them, the

@@ -14,8 +14,10 @@ import json
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from loku.atomic import whole_directory
 from loku.data import collate, padding_id, tokenize_dataset
 from loku.evaluation import evaluate_tofu_rows, write_report
 from loku.evaluation.tofu import SECTIONS
@@ -25,9 +27,10 @@ from loku.sources import read_rows
 def finetune(base, rows, output, options):
     """Train ``base`` on question/answer rows and save model and tokenizer to ``output``."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    # Weights of 16 bits would not take steps of this learning rate: half of them round to nothing.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     arguments = TrainingArguments(
-        output_dir=str(output / "trainer"),
+        output_dir=str(output.with_name(f"{output.name}_trainer")),
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
         per_device_train_batch_size=options.batch_size,
@@ -39,12 +42,14 @@ def finetune(base, rows, output, options):
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
     )
     tokens = tokenize_dataset(rows, tokenizer, max_length=options.max_length, name="TOFU")
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
     Trainer(model, arguments, train_dataset=tokens, data_collator=collator).train()
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with whole_directory(output, key="config.json", replaced=("*",)) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 def main(argv=None):
@@ -73,7 +78,8 @@ def main(argv=None):
     (options.out / "retain.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in retain), encoding="utf-8"
     )
-    model = AutoModelForCausalLM.from_pretrained(options.out / "retain")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(options.out / "retain").to(device)
     tokenizer = AutoTokenizer.from_pretrained(options.out / "retain")
     section = evaluate_tofu_rows(model, tokenizer, forget, description="the retain-only model")
     write_report(options.out / "retain_log.json", {SECTIONS["forget"]: section})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loku.data
@@ -30,6 +31,7 @@ from loku.evaluation import (
     utility_table,
     write_report,
 )
+from loku.evaluation.extraction import greedy_answers
 from loku.evaluation.tofu import SECTIONS
 
 VOCAB, EOS = 23, 1
@@ -179,6 +181,40 @@ def test_greedy_generation_does_not_depend_on_the_batch_or_the_generation_config
         model.generation_config.repetition_penalty = None
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_neo"])  # gpt_neo has a table of positions
+def test_greedy_generation_ends_with_the_context(kind):
+    """Each prompt by its own width, whatever is beside it."""
+    model = tiny_model(kind).double()
+    context = model.config.max_position_embeddings
+    prompts = [
+        [3 + i % 90 for i in range(width)] for width in (14, 60, context - 3, context - 40, context, 5)
+    ]
+    alone = [generate_greedy(model, [p], [80], eos_token_id=[], progress=False)[0] for p in prompts]
+    assert [len(new) for new in alone] == [80, context - 60, 3, 40, 0, 80]
+    together = generate_greedy(model, prompts, [80] * 6, batch_size=6, eos_token_id=[], progress=False)
+    assert together == alone
+
+
+def test_greedy_answers_have_at_most_so_many_tokens(model):
+    ids = [5, 6, *naive_greedy(model, [5, 6], 20)]
+    memorized = {"input_ids": ids, "labels": [-100, -100, *ids[2:]]}
+    scores = token_scores(model, [memorized], progress=False)
+    for length in (1, 5, 20):
+        (answer,) = greedy_answers(model, [memorized], scores, length, progress=False)
+        assert answer == ids[2 : 2 + length]
+
+
+def test_packed_rows_have_no_extraction_likelihood(model):
+    packed = {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6], "position_ids": [0, 1, 0, 1]}
+    with pytest.raises(ValueError, match="split_documents"):
+        extraction_likelihood(model, [packed], n=1, progress=False)
+    rows = [{name: ids[part] for name, ids in packed.items()} for part in (slice(2), slice(2, 4))]
+    assert loku.data.split_documents([packed, rows[0]]) == [
+        {name: row[name] for name in ("input_ids", "labels")} if "position_ids" in row else row
+        for row in (*rows, rows[0])
+    ]
+
+
 @pytest.mark.parametrize(("n", "stride"), [(2, 1), (3, 1), (3, 4), (10, 1)])
 def test_extraction_likelihood_is_the_brute_force_one(model, rows, n, stride):
     expected = [naive_extraction(model, row, n, stride) for row in rows]
@@ -260,6 +296,12 @@ def test_metrics_survive_a_collapsed_model(phi_full):
     log = {SECTIONS["forget"]: section, SECTIONS["retain"]: section}
     assert forget_quality(log, log) == 1.0
     assert model_utility(log, sets=["retain"]) == 0.0
+
+
+def test_a_paraphrased_loss_that_is_missing_is_named():
+    section = {"average_perturb_loss": {"0": [1.0], "1": [2.0]}, "avg_paraphrased_loss": {"0": 1.0}}
+    with pytest.raises(ValueError, match=r"unlearned log's forget section: rows \['1'\]"):
+        forget_quality({SECTIONS["forget"]: section}, {SECTIONS["forget"]: section})
 
 
 def test_missing_sections_are_named(phi_full):

@@ -57,7 +57,25 @@ def test_more_bits_round_less_and_embeddings_are_left_alone():
     assert errors[8] < errors[4] / 10
 
 
+def test_conv1d_is_rounded_by_its_own_channels():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    round_weights_(model, bits=2)
+    weight = model.transformer.h[0].mlp.c_fc.weight  # (inputs, outputs)
+    scale = before["transformer.h.0.mlp.c_fc.weight"].abs().amax(0)
+    torch.testing.assert_close(weight, (before["transformer.h.0.mlp.c_fc.weight"] / scale).round() * scale)
+    assert torch.equal(model.transformer.wpe.weight, before["transformer.wpe.weight"])
+    assert torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
 def test_what_cannot_be_rounded_or_taught_is_refused():
+    experts = tiny_model("llama")
+    experts.model.experts = torch.nn.Parameter(torch.ones(2, 3, 4))
+    with pytest.raises(ValueError, match=r"model\.experts is not the weight of a linear layer"):
+        round_weights_(experts, 8)
     with pytest.raises(ValueError, match="merge_and_unload"):
         round_weights_(adapted(), 8)
     with pytest.raises(ValueError, match="merge_and_unload"):

@@ -147,7 +147,9 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
     expected = evaluation.forget_quality(log, reference)
     assert report["whole"]["forget_quality"] == pytest.approx(expected)
     assert report["whole"]["model_utility"] is None
-    assert report["not_available"] == {"model_utility": "no perturbed answers in retain, real_authors"}
+    assert report["not_available"] == {
+        "model_utility": "perturbed answers are missing in retain, real_authors"
+    }
     tokens = {name: tokenize_dataset(rows[name], tokenizer) for name in ("forget", "holdout")}
     min_k = {
         n: evaluation.min_k(evaluation.token_scores(model, t, progress=False)) for n, t in tokens.items()
@@ -220,13 +222,44 @@ def test_errors_come_before_the_work(parts, capsys):
     with pytest.raises(ValueError, match="no forget section"):
         evaluation.evaluate(model, tokenizer, rows, reference_log={})
     log = {SECTIONS["forget"]: {"average_perturb_loss": {"0": [1.0]}, "avg_paraphrased_loss": {"0": 1.0}}}
-    with pytest.raises(ValueError, match="forget set with 'perturbed_answer'"):
+    with pytest.raises(ValueError, match="forget set of questions and answers, with 'perturbed_answer'"):
         evaluation.evaluate(model, tokenizer, {"forget": rows["retain"]}, reference_log=log)
+    with pytest.raises(ValueError, match="forget set of questions and answers"):
+        mixed = [*rows["forget"], *rows["chat"]]
+        evaluation.evaluate(model, tokenizer, {"forget": mixed}, reference_log=log)
+    with pytest.raises(ValueError, match="long: a row has 600 tokens, and the model's context is 512"):
+        evaluation.evaluate(model, tokenizer, {"long": [{"input_ids": [5] * 600}]})
     with pytest.raises(ValueError, match="odd set is empty"):
         evaluation.evaluate(model, tokenizer, {"odd": []})
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "model", "--data", "forget.jsonl"])
     assert "'forget.jsonl' is not NAME=SOURCE" in capsys.readouterr().err
+
+
+def test_model_utility_is_available_where_every_row_has_wrong_answers(parts):
+    model, tokenizer, rows = parts
+    data = {"retain": rows["forget"], "real_authors": rows["forget"], "world_facts": rows["world_facts"]}
+    whole = evaluation.evaluate(model, tokenizer, data, progress=False)
+    assert whole.whole["model_utility"] == evaluation.model_utility(whole.log) is not None
+    assert "model_utility" not in whole.not_available
+    data["real_authors"] = [*rows["forget"], rows["retain"][0]]
+    part = evaluation.evaluate(model, tokenizer, data, progress=False)
+    assert part.whole["model_utility"] is None
+    assert part.not_available["model_utility"] == "perturbed answers are missing in real_authors"
+    assert (
+        "truth_ratio" not in part.sets["real_authors"]
+        and part.sets["world_facts"] == whole.sets["world_facts"]
+    )
+
+
+def test_documents_of_packed_rows_are_rows_of_their_own(parts):
+    model, tokenizer, _ = parts
+    packed = {"input_ids": [30, 40, 50, 60, 70, 80], "position_ids": [0, 1, 2, 0, 1, 2]}
+    packed["labels"] = packed["input_ids"]
+    single = [{"input_ids": ids} for ids in ([30, 40, 50], [60, 70, 80])]
+    sets = evaluation.evaluate(model, tokenizer, {"holdout": [packed]}, n=1, progress=False).sets
+    expected = evaluation.evaluate(model, tokenizer, {"holdout": single}, n=1, progress=False).sets
+    assert sets["holdout"] == {**expected["holdout"], "rows": 1}
 
 
 def test_max_length_cuts_texts_but_not_answers(parts):

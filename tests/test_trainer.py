@@ -100,6 +100,13 @@ def test_the_order_is_of_the_seed_and_the_epoch():
     assert list(whole) == [*orders[0], None, None] and len(whole) == 6
 
 
+def test_float16_weights_are_not_trained(tmp_path):
+    model = tiny_model("llama", VOCAB).half()
+    with pytest.raises(ValueError, match=r"embed_tokens.weight would train in float16"):
+        UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN)
+    UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora())  # adapters are in float32
+
+
 def test_workers_that_outlive_an_epoch_follow_it():
     rows = [{"input_ids": [i], "labels": [i]} for i in range(6)]
     dataset = PairedDataset(rows, rows, 3)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from loku.evaluation.scores import _batches, _device, _evaluating, token_scores
+from loku.evaluation.scores import _device, _evaluating, token_scores
 
 
 class ExtractionLikelihood(NamedTuple):
@@ -29,26 +29,24 @@ def generate_greedy(
 
     ``prompts``: list of non-empty lists of ids. ``max_new_tokens``: one int a prompt. Returns a list of
     lists of new ids, each cut after the first ``eos_token_id`` (an int, a list, or None: the model's own)
-    or at its length. Left-padded batches with the KV cache; prompts that want similar lengths go together.
+    or at its length, or where the model's context ends. Left-padded batches with the KV cache; prompts that
+    want similar lengths go together.
     """
     from transformers import GenerationConfig
 
     if eos_token_id is None:
         eos_token_id = _eos_ids(model)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    order = sorted(
-        (i for i, length in enumerate(max_new_tokens) if length > 0),
-        key=lambda i: (-max_new_tokens[i], -len(prompts[i])),
-    )
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    lengths = [
+        min(length, context - len(prompt)) for prompt, length in zip(prompts, max_new_tokens, strict=True)
+    ]
+    batches = _generation_batches([len(prompt) for prompt in prompts], lengths, batch_size, context)
     generated = [[] for _ in prompts]
     device = _device(model)
     with _evaluating(model):
-        for chosen in tqdm(_batches(order, batch_size), desc=description, disable=not progress, leave=False):
+        for chosen in tqdm(batches, desc=description, disable=not progress, leave=False):
             width = max(len(prompts[i]) for i in chosen)
-            length = max_new_tokens[chosen[0]]
-            if longest is not None:
-                length = max(1, min(length, longest - width))
             ids = torch.zeros(len(chosen), width, dtype=torch.int64)
             mask = torch.zeros_like(ids)
             for row, index in enumerate(chosen):
@@ -57,7 +55,7 @@ def generate_greedy(
             # What is left out is filled in from the model's own generation config, where chat models keep
             # sampling and repetition penalties: spell out plain greedy decoding.
             config = GenerationConfig(
-                max_new_tokens=length,
+                max_new_tokens=lengths[chosen[0]],
                 do_sample=False,
                 num_beams=1,
                 temperature=1.0,
@@ -73,8 +71,22 @@ def generate_greedy(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
             for index, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
-                generated[index] = _until_eos(tokens[: max_new_tokens[index]], eos)
+                generated[index] = _until_eos(tokens[: lengths[index]], eos)
     return generated
+
+
+def _generation_batches(widths, lengths, batch_size, context):
+    """Indices of the prompts that want tokens, in batches whose first wants most, and of which each, as wide
+    as the widest and as long as the longest, fits into the context."""
+    order = [i for i, length in enumerate(lengths) if length > 0]
+    batches, width = [], 0
+    for index in sorted(order, key=lambda i: (-lengths[i], -widths[i])):
+        width = max(width, widths[index])
+        if not batches or len(batches[-1]) == batch_size or width + lengths[batches[-1][0]] > context:
+            batches.append([])
+            width = widths[index]
+        batches[-1].append(index)
+    return batches
 
 
 def greedy_answers(
@@ -113,7 +125,7 @@ def greedy_answers(
         progress,
         description,
     )
-    return [begun + rest for begun, rest in zip(known, rests, strict=True)]
+    return [(begun + rest)[:max_new_tokens] for begun, rest in zip(known, rests, strict=True)]
 
 
 def generated_texts(
@@ -149,6 +161,8 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
     """
     if n < 1 or stride < 1:
         raise ValueError(f"n and stride must be at least 1, got n={n} and stride={stride}")
+    if any("position_ids" in row for row in rows):
+        raise ValueError("packed rows have several texts; pass each as a row (loku.data.split_documents)")
     if scores is None:
         scores = token_scores(model, rows, batch_size, progress, f"EL{n} (tokens)")
     eos = _eos_ids(model)

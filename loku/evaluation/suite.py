@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from loku.data import tokenize_dataset
+from loku.data import split_documents, tokenize_dataset
 from loku.evaluation.dialogue import dialogue_f1
 from loku.evaluation.extraction import generated_texts
 from loku.evaluation.processes import (
@@ -76,14 +76,18 @@ def evaluate(
     data = {name: list(rows) for name, rows in data.items()}
     if reference_log is not None:
         check_forget_section(reference_log, "the reference log")
-        if not any(_is_question(row) and row.get("perturbed_answer") for row in data.get("forget", [])):
-            raise ValueError("forget quality needs a forget set with 'perturbed_answer'")
+        forget = data.get("forget", [])
+        if not all(map(_is_question, forget)) or not any(row.get("perturbed_answer") for row in forget):
+            raise ValueError(
+                "forget quality needs a forget set of questions and answers, with 'perturbed_answer'"
+            )
     show = progress and is_main_process()
     sets, log, min_k_of = {}, {}, {}
     for name, rows in data.items():
         questions = all(_is_question(row) for row in rows)
         cut = None if questions else max_length
-        tokens = tokenize_dataset(rows, tokenizer, max_length=cut, name=name)
+        tokens = split_documents(tokenize_dataset(rows, tokenizer, max_length=cut, name=name))
+        _check_context(model, tokens, name)
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
         sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share)}
         min_k_of[name] = min_k(scores, min_k_share)
@@ -100,7 +104,10 @@ def evaluate(
 
             section = _by_quantity(spread(tofu_rows, rows, scores))
             generated = [text.removeprefix("Answer:") for _, text, _ in section["generated_text"].values()]
-            sets[name] |= section_metrics(section, name in CHOICE_SETS, name == "forget")
+            choice = name in CHOICE_SETS and all(row.get("perturbed_answer") for row in rows)
+            sets[name] |= section_metrics(section, choice, name == "forget")
+            if name in CHOICE_SETS and not choice:
+                sets[name].pop("truth_ratio", None)
             sets[name]["dialogue_f1"] = _mean(dialogue_f1(generated, [row["answer"] for row in rows]))
             if name in SECTIONS:
                 log[SECTIONS[name]] = section
@@ -126,13 +133,23 @@ def evaluate(
     if not missing:
         whole["model_utility"] = model_utility(log)
     else:
-        not_available["model_utility"] = f"no perturbed answers in {', '.join(missing)}"
+        not_available["model_utility"] = f"perturbed answers are missing in {', '.join(missing)}"
     missing = [name for name in EXTRACTION_SETS if name not in sets]
     if not missing:
         whole["membership_auc"] = membership_auc(*(min_k_of[name] for name in EXTRACTION_SETS))
     else:
         not_available["membership_auc"] = f"no {' and no '.join(missing)} set"
     return Evaluation(sets, whole, not_available, log)
+
+
+def _check_context(model, tokens, name):
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max((len(row["input_ids"]) for row in tokens), default=0)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"{name}: a row has {longest} tokens, and the model's context is {context}: cut texts "
+            "(max_length, --max-length), or leave the row out"
+        )
 
 
 # As ``loku.data.tokenize_dataset`` reads them: other columns come before these two.

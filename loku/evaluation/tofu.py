@@ -237,11 +237,13 @@ def _values(section, key):
 
 
 def _log_truth_ratio(section, where="the section"):
-    """mean perturbed loss - paraphrased loss, one number a row that has both, (rows,) float64."""
+    """mean perturbed loss - paraphrased loss, one number a row with perturbed answers, (rows,) float64."""
     if not section.get("average_perturb_loss") or not section.get("avg_paraphrased_loss"):
         raise ValueError(
             f"{where} lacks 'average_perturb_loss' or 'avg_paraphrased_loss'; evaluate rows with "
             f"'perturbed_answer'"
         )
-    right = section["avg_paraphrased_loss"]
-    return np.array([np.mean(losses) - right[i] for i, losses in section["average_perturb_loss"].items()])
+    right, wrong = section["avg_paraphrased_loss"], section["average_perturb_loss"]
+    if missing := sorted(wrong.keys() - right.keys()):
+        raise ValueError(f"{where}: rows {missing[:5]} have no 'avg_paraphrased_loss'")
+    return np.array([np.mean(losses) - right[i] for i, losses in wrong.items()])
