@@ -12,6 +12,7 @@ from transformers import ProgressCallback, TrainerCallback
 from loku.data import split_documents, tokenize_dataset
 from loku.evaluation.processes import spread_extraction_likelihood, spread_token_scores
 from loku.evaluation.scores import mean_answer_probability, token_measures
+from loku.processes import is_sharded
 
 
 class LossBar(ProgressCallback):
@@ -38,6 +39,8 @@ class _Gauge(TrainerCallback):
         self.rows, self.history = {}, []
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if any(map(is_sharded, model.parameters())):  # whose forwards all processes must run alike
+            raise ValueError(f"{type(self).__name__} cannot measure a model that FSDP has sharded")
         max_length = getattr(args, "max_length", None)
         self.rows = {
             name: split_documents(tokenize_dataset(rows, processing_class, max_length=max_length, name=name))

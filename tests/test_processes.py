@@ -41,9 +41,10 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """(folder, log) of the same global batch in one process."""
+    """(folder, report) of the same global batch in one process."""
     folder = tmp_path_factory.mktemp("one")
-    return folder, two_processes.unlearned(folder, "adapter", per_device_train_batch_size=4)["log"]
+    callbacks = two_processes.measuring()
+    return folder, two_processes.unlearned(folder, "adapter", callbacks, per_device_train_batch_size=4)
 
 
 def test_row_scales(two):
@@ -81,7 +82,7 @@ def update(path):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_adapters(one, two, how):
-    folder, log = one
+    folder, log = one[0], one[1]["log"]
     expected, found = update(folder / "adapter"), update(two[0] / how)
     assert found.keys() == expected.keys() and len(found) == 10
     for name, value in expected.items():
@@ -93,3 +94,11 @@ def test_adapters(one, two, how):
     for ours, theirs in zip(two_logs, log, strict=True):
         for name in ("forget_loss", "retain_loss", "forget_probability"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_callbacks_measure_all_rows(one, two):
+    found, expected = two[1]["ddp"]["measured"], one[1]["measured"]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [0, 2, 4]
+        for entry, other in zip(ours, theirs, strict=True):
+            assert entry == pytest.approx(other, rel=1e-4)

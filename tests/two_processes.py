@@ -70,14 +70,24 @@ def sharded_row_scales():
     return importance.fisher_row_scales(model, modules, *batches, progress=False)
 
 
-def unlearned(folder, name, **options):
-    """The log, and whether weights are sharded, after the adapter has been saved as ``folder/name``."""
-    result = loku.unlearn(tiny_model("llama"), FORGET, RETAIN, config=config(folder, **options))
+def unlearned(folder, name, measuring=(), **options):
+    """The log, what the callbacks ``measuring`` found, and whether weights are sharded, after the adapter has
+    been saved as ``folder/name``."""
+    settings = config(folder, **options)
+    result = loku.unlearn(tiny_model("llama"), FORGET, RETAIN, config=settings, callbacks=list(measuring))
     result.save(folder / name)
     return {
+        "measured": [callback.history for callback in measuring],
         "log": [entry for entry in result.history if "forget_loss" in entry],
         "sharded": any(is_sharded(parameter) for parameter in result.model.parameters()),
     }
+
+
+def measuring():
+    """Callbacks that never stop, the first of seven rows and the second of nine."""
+    never = {"holdout_extraction_likelihood_2": -1.0, "holdout_memorization_accuracy": -1.0}
+    extraction = loku.ExtractionStopping(FORGET, RETAIN, n=2, every=2, thresholds=never)
+    return extraction, loku.UtilityFloorStopping(RETAIN, floor=1e-9, every=2)
 
 
 @contextmanager
@@ -127,7 +137,7 @@ def main(folder):
         importance.negative_log_likelihood = negative_log_likelihood
 
     sharded = sharded_row_scales()
-    report["ddp"] = unlearned(folder, "ddp", per_device_train_batch_size=2)
+    report["ddp"] = unlearned(folder, "ddp", measuring(), per_device_train_batch_size=2)
     with fsdp_on_the_cpu():
         options = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
         report["fsdp2"] = unlearned(folder, "fsdp2", per_device_train_batch_size=2, **options)
