@@ -4,7 +4,7 @@ import importlib
 import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +50,30 @@ def test_grid():
         grid.cells_of([{"rank": 8}], Cell)
     (cell,) = grid.cells_of([{"learning_rate": "1e-3"}], Cell)  # as YAML reads it
     assert cell.learning_rate == 1e-3
+
+
+@dataclass(frozen=True)
+class Sum:
+    a: int = 0
+
+
+def add(cell, more):
+    if cell.a < 0:
+        raise ValueError("less than nothing")
+    return {"sum": cell.a + more}
+
+
+def test_cells_go_on_where_one_fails(tmp_path, capsys, monkeypatch):
+    import grid
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it sets
+    out, cells = tmp_path / "sums.jsonl", grid.cells_of([{"a": [1, -1, 2]}], Sum)
+    for unfinished in (3, 1):
+        assert grid.run(cells, add, lambda cell: (10,), out, 1, lambda line: str(line["sum"])) == 1
+        assert [(line["a"], line["sum"]) for line in read_rows(out)] == [(1, 11), (2, 12)]
+        output = capsys.readouterr()
+        assert f"3 cells, {3 - unfinished} of them finished" in output.out
+        assert "failed: Sum(a=-1): ValueError('less than nothing')" in output.err
 
 
 def test_another_model_needs_a_result_file_of_its_own(capsys):
