@@ -8,7 +8,8 @@ set, and ``tofu_steps.png``, by optimiser step for each initialisation. ``tofu.m
 
 - of the methods and initialisations, a row for each setting, at its best learning rate, over seeds. A run
   counts at its best epoch: the one of the highest forget quality among those that keep ``KEPT`` of the
-  utility before unlearning. A setting counts at the learning rate whose runs do best in that.
+  utility before unlearning. A setting counts at the learning rate whose runs do best in that. The last
+  two columns are of the whole way: where the seeds' mean utility was lowest, and the end.
 - the same of what differs from that in one of ``ASPECTS`` alone, beside what it differs from.
 - a row for each initialisation, learning rate, retain weight and forget set of IHL: when forget quality, the
   geometric mean over seeds, first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
@@ -118,6 +119,7 @@ def row(group, varied):
         average([point["forget"]["probability"] for point in points]),
         average([point["forget"]["rouge"] for point in points]),
         average([point["retain"]["probability"] for point in points]),
+        f"{min(utility for _, utility, _ in mean_curve(group)):.3f}",
         f"{geometric_mean(map(quality, lasts)):.1e}, "
         + average([last["model_utility"] / before["model_utility"] for last in lasts]),
     ]
@@ -138,6 +140,7 @@ def table(runs, aspect=()):
         "forget probability",
         "forget ROUGE-L",
         "retain probability",
+        "lowest utility kept",
         "at the end: quality, utility kept",
     ]
     groups.sort(key=lambda group: -geometric_mean(quality(best_point(run)) for run in group))
