@@ -32,15 +32,17 @@ def round_weights_(model, bits, group_size=None):
         raise ValueError("the adapter would be rounded by itself; pass model.merge_and_unload()")
     head = model.get_output_embeddings()
     steps = 2 ** (bits - 1) - 1
-    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    known = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    if head is not None:
+        known.add(head.weight)
     linear = {
         module.weight: module.weight.T if isinstance(module, Conv1D) else module.weight  # (outputs, inputs)
         for module in model.modules()
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     }
-    left = embeddings + ([] if head is None else [head.weight])
+    known |= linear.keys()
     for name, weight in model.named_parameters():
-        if weight.dim() > 1 and not any(weight is other for other in (*linear, *left)):
+        if weight.dim() > 1 and weight not in known:
             raise ValueError(f"{name} is not the weight of a linear layer: how it is stored is not known")
     for weight in linear.values():
         for group in weight.split(group_size or weight.shape[1], dim=1):

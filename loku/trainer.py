@@ -170,6 +170,9 @@ class PairedDataset(Dataset):
 
     def set_epoch(self, epoch):
         self._epoch.fill_(epoch)
+        self._begin_epoch(epoch)
+
+    def _begin_epoch(self, epoch):
         self.epoch = epoch
         self._begin = epoch * len(self.forget)
         self._orders = {}
@@ -215,7 +218,7 @@ class PairedDataset(Dataset):
 
     def __getitem__(self, index):
         if self._epoch != self.epoch:  # in a worker: the training process has set it
-            self.set_epoch(self._epoch.item())
+            self._begin_epoch(self._epoch.item())
         return {kind: self.row(kind, self.key(kind, index)) for kind in self.kinds}
 
 
