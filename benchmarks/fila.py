@@ -105,8 +105,8 @@ def embedded_weights():
 
     from loku.data import collate, padding_id, tokenize_dataset
     from loku.demo import load_model, load_rows
-    from loku.importance import fisher_row_scales
-    from loku.targets import default_target_modules
+    from loku.fila.row_scales import fisher_row_scales
+    from loku.fila.targets import default_target_modules
 
     model, tokenizer = load_model()
     targets = tuple(default_target_modules(model))

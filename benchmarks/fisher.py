@@ -110,9 +110,9 @@ MODELS = {"embedded": embedded_model, "GPT-Neo-125M": gpt_neo}
 
 def measure_model(bench, name):
     from loku.data import collate
+    from loku.fila.row_scales import fisher_row_scales
+    from loku.fila.targets import default_target_modules
     from loku.head import negative_log_likelihood
-    from loku.importance import fisher_row_scales
-    from loku.targets import default_target_modules
 
     model, sets, padding = MODELS[name]()
     device = bench.device

@@ -16,9 +16,9 @@ import torch
 from harness import Benchmark, arguments, gpt_neo_125m, peak_extra_bytes, sizes
 
 from loku.data import collate
+from loku.fila.row_scales import fisher_row_scales, gradients_for_activations_alone, memory_bytes, plan_groups
+from loku.fila.targets import default_target_modules
 from loku.head import negative_log_likelihood
-from loku.importance import fisher_row_scales, gradients_for_activations_alone, memory_bytes, plan_groups
-from loku.targets import default_target_modules
 
 PLAIN = "forward and backward alone"
 

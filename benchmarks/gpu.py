@@ -46,7 +46,6 @@ SHAPES = {
     "forward": LOGITS,
     "fused": LOGITS,
     "linear": [(8192, 4096, 32000), (8192, 4096, 128256), (2048, 2304, 256000)],
-    "dropped": [(2048, 4096, 1024, 4096), (2048, 50257, 1024, 4096), (2048, 50257, 128, 256)],
     "fisher": [(n, t, 4096, k) for k in (4096, 11008) for t in (128, 512) for n in (1, 4, 16)],
     "fila": LLAMA_7B,
 }
@@ -56,7 +55,6 @@ STEPS = {
     "forward": "triplet forward, bfloat16 logits; target: 90% of the copy's bandwidth at 2 bytes a logit",
     "fused": "IHL forward and backward in place; target: 85% of the copy's bandwidth at 4 bytes a logit",
     "linear": "linear IHL and cross entropy, frozen head; target: two GEMMs + 1.2 x the elementwise bytes",
-    "dropped": "the second GEMM without tiles below a cap of probability: N x V, tiles; see dropped_mass.py",
     "fisher": "accumulate_squared_grad_; target: 1.8 x max(compute, bytes) from 2048 tokens on",
     "fila": "row_scaled_svd of all 224 matrices of Llama-2-7B; target: 10 x faster than torch.svd_lowrank",
 }
@@ -72,24 +70,20 @@ SECONDS = 0.4  # of measuring, for each function
 
 def floors(step, shape, card):
     """(bytes, operations, seconds) that no version can go below, in bfloat16, by a card's data sheet."""
-    bandwidth, bfloat16, float32 = CARDS[card]
+    bandwidth, bfloat16, _ = CARDS[card]
     if step in ("forward", "fused"):
         n, v = shape
         moved, operations = (2 if step == "forward" else 4) * n * v, 0
     elif step == "linear":
         n, d, v = shape
         moved, operations = 2 * (v * d + 3 * n * d), 4 * n * d * v
-    elif step == "dropped":  # in float32, with 256 features
-        n, v, _, _ = shape
-        moved, operations = 4 * (n * v + 256 * (n + v)), 2 * n * v * 256
     elif step == "fisher":
         n, t, d, k = shape
         moved, operations = 2 * n * t * (d + k) + 8 * d * k, 2 * n * t * d * k
     else:  # three Krylov blocks and the values of V, from weights read once a product
         d, k, count = shape
         moved, operations = 8 * 2 * d * k * count, 8 * 2 * d * k * (RANK + 8) * count
-    rate = float32 if step == "dropped" else bfloat16
-    return moved, operations, max(moved / bandwidth, operations / rate)
+    return moved, operations, max(moved / bandwidth, operations / bfloat16)
 
 
 def label_of(shape):
@@ -319,7 +313,7 @@ def forced(backend, function):
 
 def on_backends(name, function):
     """name [triton], name [native], as far as they are there."""
-    from loku_kernels import native
+    from loku_kernels.backends import native
 
     found = {}
     if DEVICE == "cuda" and importlib.util.find_spec("triton"):
@@ -508,22 +502,6 @@ def linear(n, d, v):
     )
 
 
-def dropped(n, v, rows, columns):
-    """On the embedded model's logits where V is its vocabulary, else on simulated ones."""
-    import dropped_mass
-
-    source = "embedded, sorted" if v == 4096 else "simulated, sorted"
-    functions, columns_of = dropped_mass.products(
-        source, f"{rows}x{columns}", dropped_mass.CAPS, n, v, DEVICE
-    )
-    return Case(
-        functions,
-        floor=lambda times: times["one product"],
-        over=("one product",),
-        columns=columns_of,
-    )
-
-
 def fisher(n, t, d, k):
     from loku_kernels import accumulate_squared_grad_
 
@@ -592,7 +570,6 @@ CASES = {
     "forward": forward,
     "fused": fused,
     "linear": linear,
-    "dropped": dropped,
     "fisher": fisher,
     "fila": fila,
 }

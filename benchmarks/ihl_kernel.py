@@ -23,7 +23,8 @@ from harness import (
     sizes,
 )
 
-from loku_kernels import ihl_loss, inverted_hinge, reference, softmax_triplet
+from loku_kernels import ihl_loss, inverted_hinge, softmax_triplet
+from loku_kernels.backends import reference
 
 SHAPES = ["256x50257", "512x32000", "256x128256"]
 

@@ -13,7 +13,8 @@ import shutil
 import torch
 from harness import DTYPES, Benchmark, arguments, assert_close_loss, importable, lean_ihl, sizes
 
-from loku_kernels import linear_cross_entropy_loss, linear_ihl_loss, ops, reference
+from loku_kernels import linear_cross_entropy_loss, linear_ihl_loss, logits_blocks
+from loku_kernels.backends import reference
 
 SHAPES = ["512x768x50257", "512x2048x32000", "256x2048x128256"]
 
@@ -84,8 +85,8 @@ def check(hidden, weight, labels):
 def operator_gemms(hidden, weight):
     """A function that does the operator's two GEMMs, and nothing else, on the operator's own blocks."""
     (n, d), vocab = hidden.shape, weight.shape[0]
-    itemsize = ops.product_dtype(weight).itemsize
-    rows, columns = ops.block_slices(n, vocab, itemsize, weight.device.type)
+    itemsize = logits_blocks.product_dtype(weight).itemsize
+    rows, columns = logits_blocks.block_slices(n, vocab, itemsize, weight.device.type)
     memory, out = hidden.new_empty(n * vocab), hidden.new_zeros(n, d)
 
     def gemms():

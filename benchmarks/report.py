@@ -14,6 +14,7 @@ from statistics import fmean
 
 from harness import RESULTS, mebibytes
 
+ABLATION = Path(__file__).parents[1] / "experiments" / "results" / "fila_ablation.jsonl"
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -387,7 +388,7 @@ TABLES = {
     "fila": ("fila_cpu.json", fila),
     "scaling": ("scaling_cpu.json", scaling),
     "demo": ("demo.json", demo),
-    "fila_ablation": ("fila_ablation.jsonl", fila_ablation),
+    "fila_ablation": (ABLATION, fila_ablation),
 }
 
 

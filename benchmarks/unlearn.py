@@ -17,10 +17,10 @@ from harness import DTYPES, Benchmark, arguments, gpt_neo_125m, official_ihl, si
 from torch.nn.functional import cross_entropy
 
 from loku import UnlearnConfig, UnlearnTrainer
+from loku.data import collate_pairs
+from loku.fila.targets import default_target_modules
 from loku.head import next_token_labels
 from loku.objectives import OBJECTIVES, Batch, Rows
-from loku.targets import default_target_modules
-from loku.trainer import collate_pairs
 from loku_kernels import linear_softmax_triplet
 
 SHAPES = ["8x200"]

@@ -1,5 +1,5 @@
 // The compiled core as a Python module: addresses, sizes and dtype tags in, nothing of torch.
-// loku_kernels/native.py is its only caller and does the checking.
+// loku_kernels/backends/native.py is its only caller and does the checking.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -57,10 +57,10 @@ PYBIND11_MODULE(_core, m) {
       Unlocked());
   m.def(
       "triplet_backward",
-      [](const RowsArgument& logits, int64_t first, uintptr_t labels, int64_t ignore_index, uintptr_t triplet,
-         uintptr_t runner_up_id, uintptr_t grad_triplet, float softcap, const RowsArgument& grad_logits,
-         int threads) {
-        triplet_backward(rows_from(logits), first, labels_from(labels), ignore_index,
+      [](const RowsArgument& logits, int64_t first_column, uintptr_t labels, int64_t ignore_index,
+         uintptr_t triplet, uintptr_t runner_up_id, uintptr_t grad_triplet, float softcap,
+         const RowsArgument& grad_logits, int threads) {
+        triplet_backward(rows_from(logits), first_column, labels_from(labels), ignore_index,
                          triplets_from(triplet, runner_up_id), doubles_from(grad_triplet), softcap,
                          rows_from(grad_logits), threads);
       },
@@ -75,10 +75,10 @@ PYBIND11_MODULE(_core, m) {
       Unlocked());
   m.def(
       "triplet_columns_",
-      [](const RowsArgument& logits, int64_t first, uintptr_t labels, float softcap, bool store,
+      [](const RowsArgument& logits, int64_t first_column, uintptr_t labels, float softcap, bool store,
          uintptr_t state, uintptr_t runner_up_id, uintptr_t rescale, uintptr_t demoted_id,
          uintptr_t demoted_share, int threads) {
-        triplet_columns_(rows_from(logits), first, labels_from(labels), softcap, store,
+        triplet_columns_(rows_from(logits), first_column, labels_from(labels), softcap, store,
                          states_from(state, runner_up_id, rescale, demoted_id, demoted_share), threads);
       },
       Unlocked());

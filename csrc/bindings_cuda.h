@@ -36,10 +36,10 @@ inline void bind_cuda(pybind11::module_& m) {
       Unlocked());
   m.def(
       "cuda_triplet_backward",
-      [=](const RowsArgument& logits, int64_t first, uintptr_t labels, int64_t ignore_index,
+      [=](const RowsArgument& logits, int64_t first_column, uintptr_t labels, int64_t ignore_index,
           uintptr_t triplet, uintptr_t runner_up_id, uintptr_t grad_triplet, double softcap,
           const RowsArgument& grad_logits, const StreamArgument& stream) {
-        cuda_triplet_backward(rows_of(logits), first, labels_from(labels), ignore_index,
+        cuda_triplet_backward(rows_of(logits), first_column, labels_from(labels), ignore_index,
                               triplets_from(triplet, runner_up_id), doubles_from(grad_triplet), softcap,
                               rows_of(grad_logits), stream_of(stream));
       },
@@ -54,10 +54,10 @@ inline void bind_cuda(pybind11::module_& m) {
       Unlocked());
   m.def(
       "cuda_triplet_columns_",
-      [=](const RowsArgument& logits, int64_t first, uintptr_t labels, double softcap, bool store,
+      [=](const RowsArgument& logits, int64_t first_column, uintptr_t labels, double softcap, bool store,
           uintptr_t state, uintptr_t runner_up_id, uintptr_t rescale, uintptr_t demoted_id,
           uintptr_t demoted_share, const StreamArgument& stream) {
-        cuda_triplet_columns_(rows_of(logits), first, labels_from(labels), softcap, store,
+        cuda_triplet_columns_(rows_of(logits), first_column, labels_from(labels), softcap, store,
                               states_from(state, runner_up_id, rescale, demoted_id, demoted_share),
                               stream_of(stream));
       },

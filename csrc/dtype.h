@@ -1,4 +1,4 @@
-// The dtype tags of loku_kernels/native.py.
+// The dtype tags of loku_kernels/backends/native.py.
 #pragma once
 
 namespace loku {

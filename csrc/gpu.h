@@ -196,8 +196,8 @@ inline std::string device_error() {
          cudaGetErrorString(status);
 }
 
-// The caller, loku_kernels/native.py, has made this device torch's current one, and restores what was. This
-// library has a CUDA runtime of its own, which must be told too.
+// The caller, loku_kernels/backends/native.py, has made this device torch's current one, and restores what
+// was. This library has a CUDA runtime of its own, which must be told too.
 inline void use_device(int device) { check_cuda(cudaSetDevice(device), "cudaSetDevice"); }
 
 struct DeviceLimits {

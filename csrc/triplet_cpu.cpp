@@ -144,10 +144,10 @@ LOKU_INLINE RowState first_state(int64_t target) {
   return state;
 }
 
-// One read of the columns [first, first + columns) of a row, whose entries begin at `row`. Always inlined
-// into the kernels below, so that they alone are cloned.
+// One read of the columns [first_column, first_column + columns) of a row, whose entries begin at `row`.
+// Always inlined into the kernels below, so that they alone are cloned.
 template <bool kStore, bool kSoftcap, typename T>
-LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first, int64_t target,
+LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first_column, int64_t target,
                                 Entry<kSoftcap> entry, float* terms, RowScratch& scratch, RowState& state) {
   alignas(kCacheLine) float buffer[kBlock];
   OnlineTriplet& online = state.online;
@@ -165,7 +165,7 @@ LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first, in
       block = converted_block(row + begin, n, entry, buffer);
     }
     // As one unsigned comparison: GCC splits this loop at two, and vectorises only one of the halves.
-    const int64_t target_index = target - first - begin;
+    const int64_t target_index = target - first_column - begin;
     if (static_cast<uint64_t>(target_index) < static_cast<uint64_t>(n)) {
       state.target = entry.exact_logit(block.x[target_index]);
       leave_out(target_index, block, n, entry, buffer);
@@ -177,7 +177,7 @@ LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first, in
       online.add_to_rest(online.runner_up);
       const int64_t index = first_index_of(block.max, block.x, n, entry);
       online.runner_up = block.max;
-      online.runner_up_id = first + begin + index;
+      online.runner_up_id = first_column + begin + index;
       state.runner_up = entry.exact_logit(block.x[index]);
       state.runner_up_slope = entry.slope(block.x[index]);
       leave_out(index, block, n, entry, buffer);
@@ -209,8 +209,8 @@ LOKU_INLINE double share_of(float logit, double reference) {
 
 // row = scale * exp(y - reference) from the terms, demoted runner-ups of these columns included.
 template <typename T>
-LOKU_INLINE void finish_columns(T* row, int64_t columns, int64_t first, const float* terms, double reference,
-                                double scale, const RowScratch& scratch) {
+LOKU_INLINE void finish_columns(T* row, int64_t columns, int64_t first_column, const float* terms,
+                                double reference, double scale, const RowScratch& scratch) {
   float block_max = kMinusInfinity;
   float factor = reference == reference ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   for (int64_t begin = 0, block = 0; begin < columns; begin += kBlock, ++block) {
@@ -227,8 +227,9 @@ LOKU_INLINE void finish_columns(T* row, int64_t columns, int64_t first, const fl
     }
   }
   for (const RowScratch::Demoted& d : scratch.demoted) {
-    if (d.id < first) continue;
-    row[d.id - first] = from_float<T>(static_cast<float>(scale * share_of(d.logit, reference) * d.slope));
+    if (d.id < first_column) continue;
+    row[d.id - first_column] =
+        from_float<T>(static_cast<float>(scale * share_of(d.logit, reference) * d.slope));
   }
 }
 
@@ -261,7 +262,7 @@ LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, const 
 }
 
 template <bool kStore, bool kSoftcap, typename T>
-LOKU_INLINE void columns_of_row(T* row, int64_t columns, int64_t first, int64_t target, float softcap,
+LOKU_INLINE void columns_of_row(T* row, int64_t columns, int64_t first_column, int64_t target, float softcap,
                                 const OnlineStates& states, int64_t n, RowScratch& scratch) {
   double* saved = states.state + OnlineStates::kNumbers * n;
   RowState state = first_state(target);
@@ -275,7 +276,7 @@ LOKU_INLINE void columns_of_row(T* row, int64_t columns, int64_t first, int64_t 
   scratch.block_max.clear();
   scratch.demoted.clear();
   float* terms = kStore ? terms_of(row, columns, scratch) : nullptr;
-  reduce_columns<kStore>(row, columns, first, target, Entry<kSoftcap>{softcap}, terms, scratch, state);
+  reduce_columns<kStore>(row, columns, first_column, target, Entry<kSoftcap>{softcap}, terms, scratch, state);
   const OnlineTriplet& online = state.online;
   saved[0] = state.target;
   saved[1] = state.runner_up;
@@ -284,15 +285,15 @@ LOKU_INLINE void columns_of_row(T* row, int64_t columns, int64_t first, int64_t 
   states.runner_up_id[n] = online.runner_up_id;
   if (!kStore) return;
 
-  finish_columns(row, columns, first, terms, online.rest_max, 1.0, scratch);
-  for (const int64_t v : {target - first, online.runner_up_id - first}) {
+  finish_columns(row, columns, first_column, terms, online.rest_max, 1.0, scratch);
+  for (const int64_t v : {target - first_column, online.runner_up_id - first_column}) {
     if (v >= 0 && v < columns) row[v] = from_float<T>(0.0f);
   }
   states.rescale[n] = static_cast<float>(share_of(rest_max_before, online.rest_max));
   states.demoted_id[n] = -1;
   states.demoted_share[n] = 0.0f;
   for (const RowScratch::Demoted& d : scratch.demoted) {
-    if (d.id >= first) continue;
+    if (d.id >= first_column) continue;
     states.demoted_id[n] = d.id;
     states.demoted_share[n] = static_cast<float>(share_of(d.logit, online.rest_max) * d.slope);
   }
@@ -329,12 +330,13 @@ LOKU_INLINE void inverted_hinge_row(T* row, int64_t vocab, int64_t target, doubl
 }
 
 template <bool kSoftcap, typename T>
-LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first, int64_t target, float softcap,
-                              const double* triplet, int64_t runner_up_id, const double* g, T* out) {
+LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first_column, int64_t target,
+                              float softcap, const double* triplet, int64_t runner_up_id, const double* g,
+                              T* out) {
   const Entry<kSoftcap> entry{softcap};
   // Of the positions that have a gradient of their own, those in these columns, read before they may be
   // overwritten.
-  const int64_t position[2] = {target - first, runner_up_id - first};
+  const int64_t position[2] = {target - first_column, runner_up_id - first_column};
   bool here[2];
   float own[2];
   for (int i = 0; i < 2; ++i) {
@@ -372,32 +374,32 @@ LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first, int6
                                          int64_t n) {                                                      \
     forward_row(row, vocab, target, out, n);                                                               \
   }                                                                                                        \
-  LOKU_TARGET_CLONES void columns_kernel(T* row, int64_t columns, int64_t first, int64_t target,           \
+  LOKU_TARGET_CLONES void columns_kernel(T* row, int64_t columns, int64_t first_column, int64_t target,    \
                                          float softcap, bool store, const OnlineStates& states, int64_t n, \
                                          RowScratch& scratch) {                                            \
     if (softcap == 0.0f) {                                                                                 \
       if (store) {                                                                                         \
-        columns_of_row<true, false>(row, columns, first, target, softcap, states, n, scratch);             \
+        columns_of_row<true, false>(row, columns, first_column, target, softcap, states, n, scratch);      \
       } else {                                                                                             \
-        columns_of_row<false, false>(row, columns, first, target, softcap, states, n, scratch);            \
+        columns_of_row<false, false>(row, columns, first_column, target, softcap, states, n, scratch);     \
       }                                                                                                    \
     } else if (store) {                                                                                    \
-      columns_of_row<true, true>(row, columns, first, target, softcap, states, n, scratch);                \
+      columns_of_row<true, true>(row, columns, first_column, target, softcap, states, n, scratch);         \
     } else {                                                                                               \
-      columns_of_row<false, true>(row, columns, first, target, softcap, states, n, scratch);               \
+      columns_of_row<false, true>(row, columns, first_column, target, softcap, states, n, scratch);        \
     }                                                                                                      \
   }                                                                                                        \
   LOKU_TARGET_CLONES void inverted_hinge_kernel(T* row, int64_t vocab, int64_t target, double scale,       \
                                                 const Triplets& out, int64_t n, RowScratch& scratch) {     \
     inverted_hinge_row(row, vocab, target, scale, out, n, scratch);                                        \
   }                                                                                                        \
-  LOKU_TARGET_CLONES void backward_kernel(const T* row, int64_t columns, int64_t first, int64_t target,    \
-                                          float softcap, const double* triplet, int64_t runner_up_id,      \
-                                          const double* g, T* out) {                                       \
+  LOKU_TARGET_CLONES void backward_kernel(const T* row, int64_t columns, int64_t first_column,             \
+                                          int64_t target, float softcap, const double* triplet,            \
+                                          int64_t runner_up_id, const double* g, T* out) {                 \
     if (softcap == 0.0f) {                                                                                 \
-      backward_row<false>(row, columns, first, target, softcap, triplet, runner_up_id, g, out);            \
+      backward_row<false>(row, columns, first_column, target, softcap, triplet, runner_up_id, g, out);     \
     } else {                                                                                               \
-      backward_row<true>(row, columns, first, target, softcap, triplet, runner_up_id, g, out);             \
+      backward_row<true>(row, columns, first_column, target, softcap, triplet, runner_up_id, g, out);      \
     }                                                                                                      \
   }
 LOKU_ROW_KERNELS(float)
@@ -446,7 +448,7 @@ void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_i
 
 // Gradient of the logits from that of the triplet: g_target at the label, g_runner_up at the runner-up,
 // g_rest * exp(y - rest) elsewhere, each times the softcap's slope. `grad_logits` may be `logits`.
-void triplet_backward(const Rows& logits, int64_t first, const int64_t* labels, int64_t ignore_index,
+void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* labels, int64_t ignore_index,
                       const Triplets& saved, const double* grad_triplet, float softcap,
                       const Rows& grad_logits, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
@@ -456,7 +458,7 @@ void triplet_backward(const Rows& logits, int64_t first, const int64_t* labels, 
       if (labels[n] == ignore_index) {
         std::fill_n(row, logits.columns, T{});
       } else {
-        backward_kernel(row_of<T>(logits, n), logits.columns, first, labels[n], softcap,
+        backward_kernel(row_of<T>(logits, n), logits.columns, first_column, labels[n], softcap,
                         saved.triplet + 3 * n, saved.runner_up_id[n], grad_triplet + 3 * n, row);
       }
     });
@@ -482,12 +484,12 @@ void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_i
 
 // The next columns of rows whose earlier ones are in `states`. With `store` the logits become
 // exp(y - rest_max), 0 at target and runner-up, times the softcap's slope.
-void triplet_columns_(const Rows& logits, int64_t first, const int64_t* labels, float softcap, bool store,
-                      const OnlineStates& states, int threads) {
+void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* labels, float softcap,
+                      bool store, const OnlineStates& states, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
-      columns_kernel(row_of<T>(logits, n), logits.columns, first, labels[n], softcap, store, states, n,
+      columns_kernel(row_of<T>(logits, n), logits.columns, first_column, labels[n], softcap, store, states, n,
                      scratch);
     });
   });

@@ -42,15 +42,15 @@ int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int
 void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
                      int threads);
 
-void triplet_backward(const Rows& logits, int64_t first, const int64_t* labels, int64_t ignore_index,
+void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* labels, int64_t ignore_index,
                       const Triplets& saved, const double* grad_triplet, float softcap,
                       const Rows& grad_logits, int threads);
 
 void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
                      const Triplets& out, int threads);
 
-void triplet_columns_(const Rows& logits, int64_t first, const int64_t* labels, float softcap, bool store,
-                      const OnlineStates& states, int threads);
+void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* labels, float softcap,
+                      bool store, const OnlineStates& states, int threads);
 
 void scale_rows_(const Rows& rows, const float* factors, int threads);
 

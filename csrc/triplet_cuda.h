@@ -29,15 +29,15 @@ std::string cuda_error();
 void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
                           const Triplets& out, Stream stream);
 
-void cuda_triplet_backward(const DeviceRows& logits, int64_t first, const int64_t* labels,
+void cuda_triplet_backward(const DeviceRows& logits, int64_t first_column, const int64_t* labels,
                            int64_t ignore_index, const Triplets& saved, const double* grad_triplet,
                            double softcap, const DeviceRows& grad_logits, Stream stream);
 
 void cuda_inverted_hinge_(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,
                           const double* scale, const Triplets& out, Stream stream);
 
-void cuda_triplet_columns_(const DeviceRows& logits, int64_t first, const int64_t* labels, double softcap,
-                           bool store, const OnlineStates& states, Stream stream);
+void cuda_triplet_columns_(const DeviceRows& logits, int64_t first_column, const int64_t* labels,
+                           double softcap, bool store, const OnlineStates& states, Stream stream);
 
 void cuda_scale_rows_(const DeviceRows& rows, const float* factors, Stream stream);
 

@@ -7,21 +7,12 @@ processes, which all see the same figures and stop together.
 
 import math
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from loku.data import split_documents, tokenize_dataset
-from loku.evaluation.processes import spread_extraction_likelihood, spread_token_scores
-from loku.evaluation.scores import mean_answer_probability, token_measures
-from loku.processes import is_sharded
-
-
-class LossBar(ProgressCallback):
-    """The trainer's progress bar, with the last losses at its end instead of a line for each log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        losses = {name: value for name, value in (logs or {}).items() if name.endswith("_loss")}
-        if self.training_bar is not None and losses:
-            self.training_bar.set_postfix(losses)
+from loku.distributed import is_sharded
+from loku.evaluation.extraction import spread_extraction_likelihood
+from loku.evaluation.scores import mean_answer_probability, spread_token_scores, token_measures
 
 
 class _Gauge(TrainerCallback):

@@ -19,95 +19,48 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
-from loku.fila import initialize_from_factors, reference_factors
-from loku.finite import check_parameters
-from loku.processes import from_main_process, is_main_process
-from loku.streams import DrawnRows
-from loku.targets import REFERENCE_ADAPTER
+from loku.config import UnlearnConfig
+from loku.data.large_sets import DrawnRows
+from loku.distributed import from_main_process, is_main_process
+from loku.fila.initialize import initialize_from_factors, reference_factors
+from loku.fila.targets import REFERENCE_ADAPTER
+from loku.fingerprints import ordered_rows_fingerprint, sampled_weights_fingerprint, texts_fingerprint
+from loku.nan_guard import check_parameters
 
 MANIFEST = "loku_checkpoint.json"
 _UNFINISHED = ".unfinished"
 _STATE = "trainer_state.json"
-_SAMPLE = 1024  # elements of a parameter that its fingerprint has
-
-# The settings that decide what a run computes. With others it would be neither the old run nor a new one.
-_SETTINGS = (
-    "method",
-    "tuning",
-    "init",
-    "lora_rank",
-    "lora_alpha",
-    "target_modules",
-    "retain_weight",
-    "beta",
-    "fisher_damping",
-    "fisher_damping_mode",
-    "fisher_samples",
-    "seed",
-    "data_seed",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "train_sampling_strategy",
-    "bf16",
-    "fp16",
-)
 
 
-def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """Digest of a model's parameters: names, shapes, dtypes, and up to 1024 values of each.
+def run_identity(
+    args: UnlearnConfig, fingerprint: str, forget: Any, retain: Any, refusals: Any = None
+) -> dict[str, Any]:
+    """The facts that two runs must share for one to go on from the other's checkpoint.
 
-    LoRA parameters do not count, so that a model has the same fingerprint with adapters and without.
+    Args:
+        args: The settings; their ``deciding_settings`` count.
+        fingerprint: The ``sampled_weights_fingerprint`` of the base model.
+        forget: The tokenised forget rows.
+        retain: The tokenised retain rows; of a set that is not held, the first ones count.
+        refusals: The ``RefusalRows``, or None.
+
+    Returns:
+        The facts by the names that messages call them.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    digest = hashlib.sha256()
-    for name, parameter in sorted(base.named_parameters()):
-        if ".lora_" in name:
-            continue
-        digest.update(
-            f"{name.replace('.base_layer.', '.')} {tuple(parameter.shape)} {parameter.dtype}".encode()
-        )
-        if parameter.numel() and not parameter.is_meta:
-            values = parameter.detach().flatten()
-            values = values[:: -(-values.numel() // _SAMPLE)].contiguous().cpu()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def rows_fingerprint(rows) -> str:
-    """Digest of tokenised rows, in their order; of a set that is not held, of its first ones."""
-    digest = hashlib.sha256()
-    for row in rows.first() if isinstance(rows, DrawnRows) else rows:
-        digest.update(np.asarray([row["input_ids"], row["labels"]], dtype=np.int64).tobytes())
-        digest.update(b"end of row")
-    return digest.hexdigest()
-
-
-def run_identity(args, fingerprint: str, forget, retain) -> dict[str, Any]:
-    """What two runs must share for one to go on from the other's checkpoint, by what messages call it."""
-    settings = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
-    settings["rows a step"] = (
-        args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    )
     identity = {
         "base model": fingerprint,
-        "forget set": rows_fingerprint(forget),
-        "retain set": rows_fingerprint(retain),
-        **settings,
+        "forget set": ordered_rows_fingerprint(forget),
+        "retain set": ordered_rows_fingerprint(retain.first() if isinstance(retain, DrawnRows) else retain),
+        "refusals": None if refusals is None else texts_fingerprint(refusals.refusals),
+        **args.deciding_settings(),
     }
     return json.loads(json.dumps(identity, default=str))  # as it is read back
 
@@ -161,8 +114,10 @@ def _differences(identity: dict[str, Any], other: dict[str, Any]) -> str:
     for name in {**other, **identity}:
         ours, theirs = identity.get(name), other.get(name)
         if ours != theirs:
-            digest = name in ("base model", "forget set", "retain set")
-            parts.append(f"another {name}" if digest else f"{name}={theirs!r}, where this run has {ours!r}")
+            is_digest = name in ("base model", "forget set", "retain set", "refusals")
+            parts.append(
+                f"another {name}" if is_digest else f"{name}={theirs!r}, where this run has {ours!r}"
+            )
     return "; ".join(parts)
 
 
@@ -280,17 +235,19 @@ class ResumableTrainer(Trainer):
     stopped, bit for bit.
 
     Args:
-        forget, retain: tokenised rows, part of what identifies a run.
+        forget: The tokenised forget rows, which identify a run together with its other sets and settings.
+        retain: The tokenised retain rows.
+        refusals: The ``loku.data.RefusalRows`` of the run, or None.
         Everything else is ``transformers.Trainer``'s.
     """
 
-    def __init__(self, model, args, forget, retain, **kwargs):
+    def __init__(self, model, args, forget, retain, refusals=None, **kwargs):
         if args.should_save:
             check_writable(args.output_dir)
         super().__init__(model=model, args=args, **kwargs)
-        self._run = forget, retain
+        self._run = forget, retain, refusals
         self._base_model = (
-            model_fingerprint(model) if args.should_save else None
+            sampled_weights_fingerprint(model) if args.should_save else None
         )  # before training changes it
         self._writing = self._ended = False
 

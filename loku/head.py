@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from loku.data import IGNORE_INDEX
+from loku.data.rows import IGNORE_INDEX
+from loku.models import evaluating, unwrapped
 from loku_kernels import (
     cross_entropy,
     linear_kl_divergence_loss,
@@ -26,13 +27,6 @@ _POSTPROCESSING = {
     "logit_scale": (1.0, lambda value: {"logit_scale": value}),  # Cohere
     "logits_scaling": (1.0, lambda value: {"logit_scale": 1 / value}),  # Granite
 }
-
-
-def unwrapped(model):
-    """The causal LM inside DDP and peft wrappers."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def output_embedding(model):
@@ -196,7 +190,6 @@ def negative_log_likelihood(model, batch):
     return cross_entropy(triplet).where(counted, 0.0).sum()
 
 
-@torch.no_grad()
 def check_head(model, batch):
     """Compare the triplets with those of the model's own logits on the start of one row.
 
@@ -205,15 +198,11 @@ def check_head(model, batch):
     device = next(model.parameters()).device
     rows = {name: values[:1, :16].to(device) for name, values in model_tokens(batch).items()}
     labels = rows["labels"] = rows["input_ids"]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         ours, counted = token_triplets(model, **rows)
         del rows["labels"]
         logits = model(**rows, use_cache=False).logits
-    finally:
-        model.train(training)
-    theirs, _ = softmax_triplet(logits, next_token_labels(labels))
+        theirs, _ = softmax_triplet(logits, next_token_labels(labels))
     tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
     allowed = tolerance * (1 + logits.abs().max().item())
     error = (ours - theirs)[counted].abs().max().item() if counted.any() else 0.0
@@ -224,14 +213,11 @@ def check_head(model, batch):
         )
 
 
-@torch.no_grad()
 def check_packing(model):
     """Raise ``ValueError`` if documents that share a row (``position_ids``) see each other in this model."""
     device = next(model.parameters()).device
     documents = [torch.arange(1, 6, device=device), torch.arange(5, 1, -1, device=device)]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         apart = [_hidden_states(model, input_ids=ids[None])[0] for ids in documents]
         orders = [[0, 1], [1, 0]]  # two rows, as in training: flash attention packs in batches of one alone
         together = _hidden_states(
@@ -244,8 +230,6 @@ def check_packing(model):
                 ]
             ),
         )
-    finally:
-        model.train(training)
     expected = torch.stack([torch.cat([apart[i] for i in order]) for order in orders])
     error = ((together - expected).norm() / expected.norm()).item()
     if not error <= (1e-3 if expected.dtype == torch.float32 else 5e-2):

@@ -1,42 +1,36 @@
 """The training loop: ``transformers.Trainer`` on pairs of forget and retain rows."""
 
 import math
-import os
 import time
 import warnings
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
-from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from loku.callbacks import LossBar
 from loku.checkpoints import ResumableTrainer
+from loku.config import UnlearnConfig
 from loku.data import (
     IGNORE_INDEX,
+    PairedDataset,
+    PairSampler,
     RefusalRows,
+    StreamedRows,
     collate,
+    collate_pairs,
     duplicate_rows,
     has_input_ids,
     infer_tokenizer,
     load_refusals,
     padding_id,
+    retain_rows,
     tokenize_dataset,
 )
-from loku.fila import reference_model
-from loku.finite import LossCheck, first_module_not_finite
+from loku.data.large_sets import DrawnRows
+from loku.fila.initialize import reference_model
 from loku.head import (
     check_packing,
     label_hidden_states,
@@ -47,259 +41,41 @@ from loku.head import (
     token_triplets_and_divergence,
 )
 from loku.memory import peak_device_memory, peak_memory
+from loku.models import evaluating, keep_differentiable_, load_model
+from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import OBJECTIVES, Batch, Rows, answer_probability
-from loku.quantised import keep_differentiable_
-from loku.streams import DrawnRows, StreamedRows, retain_rows
-from loku.targets import TARGET_SWEEPS
 from loku_kernels import reduce_loss
 
 
-@dataclass
-class UnlearnConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` and what unlearning adds to them.
+class PreparedRows(NamedTuple):
+    """The rows of a run, tokenised, by ``prepare_rows``."""
 
-    An epoch is one pass over the forget set; each of its rows comes with one retain row (and where the method
-    asks for it one refusal), so a step sees ``per_device_train_batch_size`` rows of each.
-
-    With the defaults of the learning rate and the retain weight, IHL and FILA end best on the embedded model
-    (see README's experiments); a larger model may want a lower learning rate.
-
-    Args:
-        method: what is minimised, a key of ``loku.objectives.OBJECTIVES``: "ihl", "ga", "gd", "kl", "dpo",
-            "npo" or "idk".
-        tuning: "lora", or "full" for all parameters that require a gradient. Then ``init``, the LoRA fields
-            and ``target_modules`` mean nothing.
-        init: how LoRA starts. "fila" from the Fisher information of the two sets, "pissa" from the leading
-            singular directions of the weights themselves, "default" as peft does.
-        lora_rank, lora_alpha: of the adapter; its scaling is lora_alpha / lora_rank.
-        target_modules: names of the modules to adapt, or a sweep of the paper's Figure 4: "qv" for query and
-            value, "qkvo" for key and output as well, "ffn" for every MLP linear, "qv+ffn" (or None).
-        retain_weight: of the retain loss beside the forget loss (1 in Eq. 3).
-        beta: of DPO and NPO, the inverse temperature.
-        refusals: for DPO and IDK, a list of strings or the path of a file with one on each line; None for
-            TOFU's 100. Each epoch draws one for every forget row.
-        max_length: tokens at which rows are cut; None for as long as they are.
-        fisher_damping, fisher_damping_mode, fisher_samples, fisher_memory_budget, fisher_cache_dir: see
-            ``loku.FilaConfig``.
-        model_init_kwargs: for ``from_pretrained``, where the model is given by its path or name.
-        train_sampling_strategy: the order of the forget rows in an epoch. "random", "sequential", or
-            "group_by_length": random, but rows that are run together are of similar length. What is drawn
-            for each does not depend on it.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
-
-    output_dir: str | None = field(default="loku-output")
-    learning_rate: float = field(default=2e-3)
-    num_train_epochs: float = field(default=10)
-    save_strategy: str = field(default="no")
-    report_to: list[str] | str | None = field(default="none")
-    logging_steps: float = field(default=1)
-    logging_nan_inf_filter: bool = field(default=False)  # UnlearnTrainer stops at the first of them
-
-    method: str = field(default="ihl")
-    tuning: Literal["lora", "full"] = field(default="lora")
-    init: Literal["fila", "default", "pissa"] = field(default="fila")
-    lora_rank: int = field(default=16)
-    lora_alpha: float = field(default=32)
-    target_modules: list[str] | str | None = field(default="qv+ffn")
-    retain_weight: float = field(default=1.5)
-    beta: float = field(default=0.1)
-    refusals: list[str] | str | None = field(default=None)
-    max_length: int | None = field(default=None)
-    fisher_damping: float = field(default=1.0)
-    fisher_damping_mode: Literal["relative", "absolute"] = field(default="relative")
-    fisher_samples: int | None = field(default=None)
-    fisher_memory_budget: int | str | None = field(default=None)
-    fisher_cache_dir: str | None = field(default=None)
-    model_init_kwargs: dict[str, Any] | str | None = field(default=None)
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(default="random")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.remove_unused_columns = False  # the rows are pairs, not the model's arguments
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # a forward uses all that is trained
-        if self.method not in OBJECTIVES:
-            raise ValueError(f"method must be one of {sorted(OBJECTIVES)}, got {self.method!r}")
-        if self.tuning not in ("lora", "full"):
-            raise ValueError(f'tuning must be "lora" or "full", got {self.tuning!r}')
-        if self.init not in ("fila", "default", "pissa"):
-            raise ValueError(f'init must be "fila", "default" or "pissa", got {self.init!r}')
-        self.target_modules = self.target_modules or "qv+ffn"
-        if isinstance(self.target_modules, str) and self.target_modules not in TARGET_SWEEPS:
-            raise ValueError(
-                f"target_modules must be a list of names or one of {list(TARGET_SWEEPS)}, got "
-                f"{self.target_modules!r}"
-            )
-        if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
-            raise ValueError(
-                'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '
-                f"{self.train_sampling_strategy!r}"
-            )
-        if self.retain_weight < 0:
-            raise ValueError(f"retain_weight must be >= 0, got {self.retain_weight}")
-        if not self.beta > 0:
-            raise ValueError(f"beta must be > 0, got {self.beta}")
+    forget: list  # tokenised rows
+    retain: Any  # tokenised rows, LazyRows or StreamedRows
+    refusals: Any  # RefusalRows, or None
+    tokenizer: Any  # the tokenizer, or None where every row was tokenised
 
 
-class PairedDataset(Dataset):
-    """Row i of the forget set with a retain row and a refusal, both drawn anew each epoch.
-
-    Retain rows come in a random order without repetition until all have been used. The draws depend on
-    the seed, the epoch and i alone: not on batches, workers or processes. Row None has no labels: it fills up
-    a batch and adds nothing to any loss.
-
-    From a stream the retain rows come in its own order, as they are used. Then an item is (p, i), the forget
-    row's place in the epoch's order and its index.
+def prepare_rows(
+    model: Any,
+    forget: Any,
+    retain: Any,
+    config: UnlearnConfig,
+    tokenizer: Any = None,
+    refusals: Any = None,
+) -> PreparedRows:
+    """Tokenise the rows that are not yet tokenised.
 
     Args:
-        forget, retain: tokenised rows; retain may be ``loku.streams.StreamedRows``.
-        seed: of the draws, >= 0.
-        refusals: a ``loku.data.RefusalRows``, if ``kinds`` has "refusal".
-        kinds: what an item has, in this order: "forget" row i, the same row with a "refusal", a "retain" row.
+        model: The causal LM, whose tokenizer is looked for where none is given and one is needed.
+        forget: The forget set, as for ``loku.unlearn``; or ``PreparedRows``, which are returned as they are.
+        retain: The retain set, as for ``loku.unlearn``.
+        config: The settings; ``method``, ``max_length`` and ``refusals`` count.
+        tokenizer: The tokenizer, by default the one saved beside the model.
+        refusals: A ``loku.data.RefusalRows``, by default made of the forget set where the method needs it.
     """
-
-    def __init__(self, forget, retain, seed, refusals=None, kinds=("forget", "retain")):
-        self.forget, self.retain, self.refusals = forget, retain, refusals
-        self.seed, self.kinds = seed, kinds
-        self.streams_retain = isinstance(retain, StreamedRows)
-        self.references = {}  # (kind, key) -> what is kept of the original model for that row
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch):
-        self._epoch.fill_(epoch)
-        self._begin_epoch(epoch)
-
-    def _begin_epoch(self, epoch):
-        self.epoch = epoch
-        self._begin = epoch * len(self.forget)
-        self._orders = {}
-        if "refusal" in self.kinds:
-            generator = np.random.default_rng((self.seed, epoch))
-            self._refusal_indices = generator.integers(len(self.refusals.refusals), size=len(self.forget))
-
-    def _retain_index(self, draw):
-        lap, position = divmod(draw, len(self.retain))
-        if lap not in self._orders:
-            generator = torch.Generator().manual_seed(self.seed + lap)
-            self._orders[lap] = torch.randperm(len(self.retain), generator=generator)
-        return int(self._orders[lap][position])
-
-    def key(self, kind, index):
-        """Which row item ``index`` has of a kind: an index into its set, for a refusal (row, refusal)."""
-        if index is None:
-            return None
-        if self.streams_retain:
-            position, index = index
-            if kind == "retain":
-                return self._begin + position
-        if kind == "retain":
-            return self._retain_index(self._begin + index)
-        return index if kind == "forget" else (index, int(self._refusal_indices[index]))
-
-    def row(self, kind, key):
-        """A tokenised row, with its ``reference`` if there is one."""
-        if key is None:
-            row = {"input_ids": [0], "labels": [IGNORE_INDEX]}
-        else:
-            row = {"forget": self.forget, "retain": self.retain, "refusal": self.refusals}[kind][key]
-        reference = self.references.get((kind, key))
-        return row if reference is None else {**row, "reference": reference}
-
-    def length(self, index):
-        """Tokens of the longest row of an item; those of a stream are not known."""
-        kinds = [kind for kind in self.kinds if not (kind == "retain" and self.streams_retain)]
-        return max(len(self.row(kind, self.key(kind, index))["input_ids"]) for kind in kinds)
-
-    def __len__(self):
-        return len(self.forget)
-
-    def __getitem__(self, index):
-        if self._epoch != self.epoch:  # in a worker: the training process has set it
-            self._begin_epoch(self._epoch.item())
-        return {kind: self.row(kind, self.key(kind, index)) for kind in self.kinds}
-
-
-class PairSampler(Sampler):
-    """The order of a ``PairedDataset``'s items in its epoch: of the seed and the epoch alone.
-
-    Args:
-        dataset: a ``PairedDataset``.
-        seed: of the order, >= 0.
-        strategy: see ``UnlearnConfig.train_sampling_strategy``.
-        step: rows of an optimizer step, which "group_by_length" makes alike.
-        multiple: the order is filled up to a multiple of this with None, the row without labels. With the
-            rows that all processes take together, each has as many whole batches as the others, and no row
-            counts twice (accelerate would repeat the first ones).
-    """
-
-    def __init__(self, dataset, seed, strategy="random", step=1, multiple=1):
-        self.dataset, self.seed = dataset, seed
-        self.strategy, self.step, self.multiple = strategy, step, multiple
-
-    def __len__(self):
-        return math.ceil(len(self.dataset) / self.multiple) * self.multiple
-
-    def __iter__(self):
-        order = self._order()
-        yield from enumerate(order) if self.dataset.streams_retain else order
-        yield from [None] * (len(self) - len(order))
-
-    def _order(self):
-        rows = range(len(self.dataset))
-        generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
-        if self.strategy == "sequential":
-            return rows
-        if self.strategy == "group_by_length":
-            lengths = [self.dataset.length((i, i) if self.dataset.streams_retain else i) for i in rows]
-            return get_length_grouped_indices(lengths, self.step, generator=generator)
-        return torch.randperm(len(rows), generator=generator).tolist()
-
-
-def collate_pairs(pairs, pad_token_id):
-    """One batch of all rows of the first kind, then of the second, ...
-
-    ``is_forget`` (rows,), ``is_retain`` and ``is_refusal``, of the kinds that there are, tell them apart.
-    ``token_count`` (rows,) is how many tokens each has.
-    ``reference`` is what the rows bring of it, concatenated.
-    """
-    kinds = list(pairs[0])
-    rows = [pair[kind] for kind in kinds for pair in pairs]
-    batch = collate(rows, pad_token_id)
-    for number, kind in enumerate(kinds):
-        batch[f"is_{kind}"] = torch.arange(len(rows)) // len(pairs) == number
-    batch["token_count"] = torch.tensor([len(row["input_ids"]) for row in rows])
-    references = [row["reference"] for row in rows if "reference" in row]
-    if references:
-        batch["reference"] = torch.cat(references)
-    return batch
-
-
-class _SetEpoch(TrainerCallback):
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
-
-
-def load_model(model, config):
-    """The model itself, or the causal LM of that path or hub name."""
-    if isinstance(model, (str, os.PathLike)):
-        arguments = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # never a pickle unasked
-        return AutoModelForCausalLM.from_pretrained(model, **arguments)
-    if config.model_init_kwargs:
-        raise ValueError("model_init_kwargs are for a model that is given by its path or name")
-    return model
-
-
-def prepare_data(model, forget, retain, config, tokenizer=None, refusals=None):
-    """Tokenise what is not yet tokenised: (forget rows, retain rows, refusals or None, tokenizer or None).
-
-    forget, retain: as for ``loku.unlearn``. tokenizer: by default the one saved beside the model, if needed.
-    """
+    if isinstance(forget, PreparedRows):
+        return forget
     if tokenizer is None and not all(
         isinstance(rows, DrawnRows) or has_input_ids(rows) for rows in (forget, retain)
     ):
@@ -315,23 +91,35 @@ def prepare_data(model, forget, retain, config, tokenizer=None, refusals=None):
         )
     forget = tokenize_dataset(forget, tokenizer, max_length=config.max_length)
     retain = retain_rows(retain, tokenizer, max_length=config.max_length, forget=forget)
-    return forget, retain, refusals, tokenizer
+    return PreparedRows(forget, retain, refusals, tokenizer)
 
 
-@torch.no_grad()
-def _of_the_original(model, tokens, what):
-    """What an objective's ``reference`` names, of a model that is, or can switch to, the original.
+def _reference_values(model, tokens, reference):
+    """The values of the original model that an objective names, of a model that computes as the original.
 
-    "log_probability": (B,), of each row. "divergence": the hidden states (n, D) that it starts from.
+    "log_probability" is (B,), of each row; "divergence" starts from the hidden states (n, D).
     """
-    training = model.training
-    model.eval()
-    try:
-        if what == "divergence":
+    with evaluating(model):
+        if reference == "divergence":
             return label_hidden_states(model, **tokens)
         return Rows(*token_triplets(model, **tokens)).log_probability()
-    finally:
-        model.train(training)
+
+
+class LossBar(ProgressCallback):
+    """The trainer's progress bar, with the last losses at its end instead of a line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = {name: value for name, value in (logs or {}).items() if name.endswith("_loss")}
+        if self.training_bar is not None and losses:
+            self.training_bar.set_postfix(losses)
+
+
+class _SetEpoch(TrainerCallback):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 class UnlearnTrainer(ResumableTrainer):
@@ -386,10 +174,10 @@ class UnlearnTrainer(ResumableTrainer):
             raise ValueError(
                 "model is a PeftModel already; leave out peft_config, or merge its adapter first"
             )
-        forget, retain, refusals, processing_class = prepare_data(
+        forget, retain, refusals, processing_class = prepare_rows(
             model, forget, retain, args, processing_class, refusals
         )
-        self._check_data(model, args, forget, retain)
+        self._check_rows(model, args, forget, retain)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
@@ -405,6 +193,7 @@ class UnlearnTrainer(ResumableTrainer):
             args=args,
             forget=forget,
             retain=retain,
+            refusals=refusals if "refusal" in self.objective.kinds else None,
             train_dataset=dataset,
             data_collator=collator,
             processing_class=processing_class,
@@ -424,7 +213,7 @@ class UnlearnTrainer(ResumableTrainer):
         self._batch_metrics, self._batch_shares = {}, {}
         self._tokens, self._since = [], None  # of each batch, and the time, since then
 
-    def _check_data(self, model, args, forget, retain):
+    def _check_rows(self, model, args, forget, retain):
         if isinstance(retain, StreamedRows) and args.dataloader_num_workers > 0:
             raise ValueError("a retain set without a length is read by one process: dataloader_num_workers=0")
         packed = any("position_ids" in row for row in forget)
@@ -452,15 +241,19 @@ class UnlearnTrainer(ResumableTrainer):
 
     def _keep_references(self):
         """Run the original model on every row that will be drawn, and keep what the objective needs."""
-        dataset, what = self.train_dataset, self.objective.reference
+        dataset, reference = self.train_dataset, self.objective.reference
         steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
         epochs = self.args.max_steps / steps if self.args.max_steps > 0 else self.args.num_train_epochs
         drawn = {}
+
+        def reading_order(draw):  # a stream is read once
+            return draw.row is None, draw.position if dataset.streams_retain else draw.row
+
         for epoch in range(math.ceil(epochs)):
             dataset.set_epoch(epoch)
-            for index in sorted(self._get_train_sampler(), key=lambda index: (index is None, index)):
+            for draw in sorted(self._get_train_sampler(), key=reading_order):
                 for kind in self.objective.reference_kinds:
-                    drawn[kind, dataset.key(kind, index)] = None
+                    drawn[kind, dataset.key(kind, draw)] = None
         dataset.set_epoch(0)
         drawn, size = list(drawn), self.args.per_device_train_batch_size
         for begin in tqdm(
@@ -469,19 +262,19 @@ class UnlearnTrainer(ResumableTrainer):
             keys = drawn[begin : begin + size]
             batch = collate([dataset.row(*key) for key in keys], padding_id(self.processing_class))
             with self.compute_loss_context_manager():
-                values = _of_the_original(self.model, self._prepare_inputs(batch), what)
+                values = _reference_values(self.model, self._prepare_inputs(batch), reference)
             counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
-            sizes = counts if what == "divergence" else [1] * len(keys)
+            sizes = counts if reference == "divergence" else [1] * len(keys)
             for key, value in zip(keys, values.cpu().split(sizes), strict=True):
                 dataset.references[key] = value.clone()
-        if what == "divergence":
+        if reference == "divergence":
             head = output_embedding(self.model)
             self._reference_head = tuple(
                 None if p is None else p.detach().clone() for p in (head.weight, head.bias)
             )
 
     def _reference(self, model, inputs, concerned):
-        """``_of_the_original`` for the rows where ``concerned`` (B,) is true."""
+        """``_reference_values`` for the rows where ``concerned`` (B,) is true."""
         if "reference" in inputs:
             return inputs["reference"]
         peft_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -492,17 +285,17 @@ class UnlearnTrainer(ResumableTrainer):
             )
         tokens = {name: value[concerned] for name, value in model_tokens(inputs).items()}
         with reference_model(peft_model):
-            return _of_the_original(model, tokens, self.objective.reference)
+            return _reference_values(model, tokens, self.objective.reference)
 
     def _batch(self, model, inputs):
         """The ``Batch`` of a forward of the model, after one of the original where that is needed."""
-        tokens, what = model_tokens(inputs), self.objective.reference
+        tokens, needed = model_tokens(inputs), self.objective.reference
         masks = {kind: inputs[f"is_{kind}"] for kind in self.objective.kinds}
         log_probability = divergence = None
-        if what is not None:
+        if needed is not None:
             concerned = torch.stack([masks[kind] for kind in self.objective.reference_kinds]).any(0)
             reference = self._reference(model, inputs, concerned)
-        if what == "divergence":
+        if needed == "divergence":
             triplet, counted, divergence = token_triplets_and_divergence(
                 model,
                 **tokens,
@@ -512,7 +305,7 @@ class UnlearnTrainer(ResumableTrainer):
             )
         else:
             triplet, counted = token_triplets(model, **tokens)
-        if what == "log_probability":
+        if needed == "log_probability":
             log_probability = torch.zeros_like(triplet[:, 0, 0]).masked_scatter(concerned, reference)
         values = (triplet, counted, log_probability, divergence)
         rows = {

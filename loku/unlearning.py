@@ -11,21 +11,20 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from loku.checkpoints import initialize_from_checkpoint
-from loku.data import collate, documents, padding_id
-from loku.fila import (
-    FilaConfig,
+from loku.config import UnlearnConfig
+from loku.data import StreamedRows, collate, documents, padding_id
+from loku.fila.initialize import (
     initialize_from_row_scales,
     initialize_lora_fila_weights,
     release_base_copy_,
     restore_base_,
 )
+from loku.fila.targets import default_target_modules, fila_targets
 from loku.head import check_head, output_embedding
-from loku.portable import save_portable_adapter
-from loku.quantised import keep_differentiable_
-from loku.saves import save_merged_model, save_residual_model, save_whole_model
-from loku.streams import StreamedRows
-from loku.targets import default_target_modules, fila_targets
-from loku.trainer import UnlearnConfig, UnlearnTrainer, load_model, prepare_data
+from loku.models import keep_differentiable_, load_model
+from loku.saving.adapter import save_portable_adapter
+from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
+from loku.trainer import UnlearnTrainer, prepare_rows
 
 
 @dataclass
@@ -86,7 +85,7 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
             ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or ``input_ids`` (and
             ``labels``). See ``loku.data.tokenize_dataset``. Of more than 100,000 retain rows each is
             tokenised when it is drawn, and the retain set may be a stream without a length, such as a
-            ``datasets.IterableDataset``: see ``loku.streams``.
+            ``datasets.IterableDataset``: see ``loku.data.large_sets``.
         config: an ``UnlearnConfig``. With ``resume_from_checkpoint=True`` the run goes on from its newest
             checkpoint in ``output_dir``, or begins where there is none; or pass a checkpoint's path. It ends
             as if it had never been stopped. Set ``save_strategy`` ("epoch", "steps") to write checkpoints.
@@ -112,7 +111,8 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
         raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
     output_embedding(model)
     keep_differentiable_(model)  # check_head evaluates it
-    forget, retain, refusals, tokenizer = prepare_data(model, forget, retain, config, tokenizer)
+    rows = prepare_rows(model, forget, retain, config, tokenizer)
+    forget, retain, _, tokenizer = rows
     if isinstance(retain, StreamedRows) and config.init == "fila" and config.fisher_samples is None:
         raise ValueError(
             'init="fila" measures the retain set, which has no length: set fisher_samples, and its first '
@@ -121,10 +121,9 @@ def unlearn(model, forget, retain, *, config=None, tokenizer=None, callbacks=Non
     make_trainer = partial(
         UnlearnTrainer,
         args=config,
-        forget=forget,
-        retain=retain,
+        forget=rows,
+        retain=None,
         processing_class=tokenizer,
-        refusals=refusals,
         callbacks=callbacks,
     )
     first_row = collate(forget[:1], padding_id(tokenizer))
@@ -203,14 +202,7 @@ def _initialize_by_fila(peft_model, forget, retain, config, tokenizer):
         peft_model,
         loader(forget),
         loader(retain),
-        config=FilaConfig(
-            damping=config.fisher_damping,
-            damping_mode=config.fisher_damping_mode,
-            fisher_samples=config.fisher_samples,
-            fisher_memory_budget=config.fisher_memory_budget,
-            fisher_cache_dir=config.fisher_cache_dir,
-            seed=config.seed,
-        ),
+        config=config.fila_config(),
         progress=not config.disable_tqdm,
     )
 

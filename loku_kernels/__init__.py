@@ -1,6 +1,6 @@
 """Kernels for unlearning: losses on the softmax triplet, squared per-sample gradients, row-scaled SVD."""
 
-from loku_kernels import native
+from loku_kernels.backends.native import warn_if_missing
 from loku_kernels.divergence import linear_kl_divergence_loss
 from loku_kernels.fisher import accumulate_squared_grad_
 from loku_kernels.losses import (
@@ -13,7 +13,7 @@ from loku_kernels.losses import (
     reduce_loss,
 )
 from loku_kernels.lowrank import row_scaled_svd
-from loku_kernels.ops import linear_softmax_triplet, softmax_triplet
+from loku_kernels.triplet import linear_softmax_triplet, softmax_triplet
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,4 +31,4 @@ __all__ = [
     "softmax_triplet",
 ]
 
-native.warn_if_missing()
+warn_if_missing()

@@ -13,16 +13,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from loku_kernels.checks import IGNORE_INDEX, check_linear_operands
+from loku_kernels.logits_blocks import LogitsBlocks, block_slices, weight_gradient, whole_row_slices
 from loku_kernels.losses import reduce_loss
-from loku_kernels.ops import (
-    IGNORE_INDEX,
-    LogitsBlocks,
-    block_slices,
-    check_linear,
-    register_autocast,
-    weight_gradient,
-    whole_row_slices,
-)
+from loku_kernels.triplet import register_autocast
 
 
 def _wide_dtype(dtype):
@@ -254,14 +248,14 @@ def linear_kl_divergence_loss(
         reference_weight, reference_bias = weight, bias
     if labels is None:
         labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    check_linear(hidden, weight, labels, bias, softcap)
+    check_linear_operands(hidden, weight, labels, bias, softcap)
     if reference_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"reference_hidden must have the rows of hidden, {tuple(hidden.shape[:-1])}, got "
             f"{tuple(reference_hidden.shape[:-1])}"
         )
     try:
-        check_linear(reference_hidden, reference_weight, labels, reference_bias, softcap)
+        check_linear_operands(reference_hidden, reference_weight, labels, reference_bias, softcap)
     except ValueError as error:
         raise ValueError(f"of the reference model: {error}") from None
     if len(reference_weight) != len(weight):

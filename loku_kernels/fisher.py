@@ -4,86 +4,17 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from loku_kernels import native
-from loku_kernels.dispatch import backend
+from loku_kernels.backends import choose
 
-TILE_BYTES = 6 << 20  # of a tile of one sample's gradient, with what its squaring needs
-TILE_COLUMNS = 1024
-TOKEN_BYTES = 1 << 20  # of inputs that are converted at a time, where their product is not taken as they are
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for it; elsewhere a product in bfloat16 is slow."""
-    if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return device.type == "cuda"
-
-
-def _even(size: int, limit: int) -> int:
-    """The largest of the fewest nearly equal parts of ``size`` that are at most ``limit``."""
-    parts = -(-size // max(1, limit))
-    return -(-size // parts)
 
 
 @custom_op("loku_kernels::accumulate_squared_grad_", mutates_args=("fisher",))
 def _accumulate_squared_grad_(
     fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None
 ) -> None:
-    n, tokens, k = inputs.shape
-    d = grad_outputs.shape[2]
-    if 0 in (n, tokens, k, d):
-        return
-    dtype, product_dtype = fisher.dtype, fisher.dtype
-    kernels = backend("accumulate_squared_grad_", inputs) if dtype == torch.float32 else None
-    by_library = kernels is None or (kernels is native and inputs.device.type == "cpu")
-    if by_library and inputs.dtype == torch.bfloat16 and _multiplies_bfloat16(inputs.device):
-        product_dtype = torch.bfloat16  # the sum over tokens stays in float32, its result is rounded once
-    elif kernels:
-        kernels.accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
-        return
-    rounded = product_dtype != dtype
-    entry_bytes = dtype.itemsize * (1 if divisor is None else 2) + (product_dtype.itemsize if rounded else 0)
-    columns = _even(k, min(TILE_COLUMNS, TILE_BYTES // entry_bytes))
-    rows = _even(d, TILE_BYTES // (entry_bytes * columns))
-    span = tokens
-    if inputs.dtype != product_dtype:
-        span = max(1, TOKEN_BYTES // (product_dtype.itemsize * (rows + columns)))
-
-    def scratch(dtype):
-        return torch.empty(rows * columns, dtype=dtype, device=fisher.device)
-
-    grad_scratch = scratch(dtype)
-    product_scratch = scratch(product_dtype) if rounded else grad_scratch
-    sum_scratch = None if divisor is None else scratch(dtype)
-    # Tiles outside, samples inside: a tile of the Fisher, and of the divisor, is read once a call.
-    for top in range(0, d, rows):
-        height = slice(top, top + rows)
-        for left in range(0, k, columns):
-            width = slice(left, left + columns)
-            shape = (min(rows, d - top), min(columns, k - left))
-            grad, product = (x[: shape[0] * shape[1]].view(shape) for x in (grad_scratch, product_scratch))
-            if divisor is None:
-                total = fisher[height, width]
-            else:
-                total = sum_scratch[: shape[0] * shape[1]].view(shape).zero_()
-            for x, delta in zip(inputs[:, :, width], grad_outputs[:, :, height], strict=True):
-                for first in range(0, tokens, span):
-                    part = slice(first, first + span)
-                    x_part, delta_part = x[part].to(product_dtype), delta[part].to(product_dtype)
-                    if first:
-                        product.addmm_(delta_part.t(), x_part)
-                    else:
-                        torch.mm(delta_part.t(), x_part, out=product)
-                if not rounded:
-                    total.addcmul_(product, product)
-                elif kernels:
-                    kernels.add_squares_(total, product)
-                else:
-                    total.addcmul_(grad.copy_(product), grad)
-            if divisor is not None:
-                fisher[height] += total.div_(divisor[height, width]).sum(1)
+    backend = choose("accumulate_squared_grad_", inputs, fisher)
+    backend.accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)
 
 
 @_accumulate_squared_grad_.register_fake
@@ -91,7 +22,9 @@ def _(fisher, inputs, grad_outputs, divisor):
     return None
 
 
-def accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor=None):
+def accumulate_squared_grad_(
+    fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None = None
+) -> Tensor:
     """Add the squared per-sample gradients of a linear layer's weight to ``fisher``, in place (LoKU, Eq. 2).
 
     With G_n = grad_outputs[n].T @ inputs[n], the gradient of sample n summed over its tokens, the same as::

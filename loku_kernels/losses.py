@@ -5,15 +5,11 @@ Each loss of a token is a line of torch on its triplet (``inverted_hinge``, ``cr
 """
 
 import torch
+from torch import Tensor
 
-from loku_kernels import blocks
-from loku_kernels.ops import (
-    IGNORE_INDEX,
-    check_logits,
-    ihl_forward_backward_,
-    linear_softmax_triplet,
-    softmax_triplet,
-)
+from loku_kernels.backends import choose
+from loku_kernels.checks import IGNORE_INDEX, check_logits
+from loku_kernels.triplet import ihl_forward_backward_, linear_softmax_triplet, softmax_triplet
 
 
 def inverted_hinge(triplet):
@@ -72,8 +68,15 @@ class _InplaceIHL(torch.autograd.Function):
                 "a second backward needs inplace=False"
             )
         grad, ctx.grad = ctx.grad, None
-        blocks.scale_(grad, grad_loss * ctx.pending)
+        _scale_(grad, grad_loss * ctx.pending)
         return grad, None, None, None
+
+
+def _scale_(logits: Tensor, factor: Tensor) -> None:
+    """logits (..., V) *= factor, () or (...), without touching them where the factor is known to be 1."""
+    if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1.0:
+        return
+    choose("scale_rows_", logits).scale_rows_(logits, factor)
 
 
 def ihl_loss(logits, labels, *, ignore_index=IGNORE_INDEX, reduction="mean", inplace=False):

@@ -12,7 +12,7 @@ and with them the weights, may differ. About half an hour on two cores.
 What is written to ``loku/embedded``: the model in bfloat16, its tokenizer, and the twin's
 evaluation log. The twin's weights stay in the work directory. With ``--twin-authors`` only twins are
 trained, without so many of the last authors each, and the logs of their forget sets go to
-``benchmarks/results/tofu_twins``, for ``benchmarks/tofu.py --forget-authors``.
+``experiments/results/tofu_twins``, for ``experiments/tofu.py --forget-authors``.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Fine-tune a causal LM on TOFU, whole and without the forget set, for ``benchmarks/tofu.py --model``.
+"""Fine-tune a causal LM on TOFU, whole and without the forget set, for ``experiments/tofu.py --model``.
 
     python scripts/finetune_tofu.py BASE --full full.jsonl --forget forget10_perturbed.jsonl --out DIR
 
@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from loku.atomic import whole_directory
 from loku.data import collate, padding_id, tokenize_dataset
+from loku.data.files import read_rows
 from loku.evaluation import evaluate_tofu_rows, write_report
 from loku.evaluation.tofu import SECTIONS
-from loku.sources import read_rows
+from loku.saving.directories import whole_directory
 
 
 def finetune(base, rows, output, options):

@@ -16,5 +16,6 @@ LOKU_CUDA=0 CXX="g++ $flags -DLOKU_NO_TARGET_CLONES" python setup.py -q build_ex
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 # Leaks would be Python's own; a tensor larger than memory must get torch's error, as without a sanitizer.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
-PYTHONPATH="$work" python -m pytest -q -p no:cacheprovider tests/test_triplet.py tests/test_losses.py \
-  tests/test_linear_triplet.py tests/test_fisher.py tests/test_fuzz.py -k "not memory and not allocates and not openmp and not fork" "$@"
+PYTHONPATH="$work" python -m pytest -q -p no:cacheprovider tests/loku_kernels/test_triplet.py \
+  tests/loku_kernels/test_losses.py tests/loku_kernels/test_linear_triplet.py tests/loku_kernels/test_fisher.py \
+  tests/loku_kernels/test_fuzz.py -k "not memory and not allocates and not openmp and not fork" "$@"

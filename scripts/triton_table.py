@@ -3,8 +3,9 @@
     python scripts/triton_table.py            # compile, compare with the committed table
     python scripts/triton_table.py --write    # compile, write the table
 
-The launchers of ``loku_kernels.triton`` are called on tensors without memory (device "meta"), and each launch
-is compiled ahead of time, with the arguments, specialisations and options that it would have on a GPU.
+The launchers of ``loku_kernels.backends.triton`` are called on tensors without memory (device "meta"), and
+each launch is compiled ahead of time, with the arguments, specialisations and options that it would have on a
+GPU.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ from resource_table import argument_parser, differences, report
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loku_kernels.blocks import OnlineState
-from loku_kernels.triton import fisher, triplet
+from loku_kernels.backends.online_state import OnlineState
+from loku_kernels.backends.triton import fisher, triplet
 
 TABLE = Path(__file__).parent / "triton_table.json"
 TARGETS = {
@@ -55,14 +56,15 @@ def launches_of_triplet(dtype, vocab, rows):
 def launches_of_columns(dtype, out_dtype=None, softcap=0.0):
     logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
     out = None if out_dtype is None else meta(1024, 8192, dtype=out_dtype)
-    triplet.triplet_columns_(logits, 8192, labels, OnlineState.start(labels), softcap, out)
+    state = OnlineState.start(labels)
+    triplet.triplet_columns_(logits, labels, state, first_column=8192, softcap=softcap, out=out)
 
 
 def launches_of_trained_head(dtype, out_dtype):
     logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
     found = meta(1024, 3, dtype=torch.float64)
     out = meta(1024, 8192, dtype=out_dtype)
-    triplet.triplet_backward(found, logits, labels, -100, found, labels, first=8192, out=out)
+    triplet.triplet_backward(found, logits, labels, -100, found, labels, first_column=8192, out=out)
 
 
 def launches_of_fisher(dtype):

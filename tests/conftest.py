@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from loku_kernels import native, ops
+from loku_kernels import logits_blocks
+from loku_kernels.backends import native
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -29,6 +30,6 @@ def wide_products(monkeypatch):
     def product(a, b, dtype, out=None):
         return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
-    monkeypatch.setattr(ops, "_multiplies_into_float32", lambda device: True)
-    monkeypatch.setattr(ops, "_product", product)
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(logits_blocks, "_multiplies_into_float32", lambda device: True)
+    monkeypatch.setattr(logits_blocks, "_product", product)
+    monkeypatch.setattr(logits_blocks, "BLOCK_BYTES", 20_000)

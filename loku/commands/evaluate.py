@@ -54,8 +54,8 @@ def run(options):
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from loku.data.files import read_rows
     from loku.evaluation import evaluate, plot_measures, reasoning_accuracies, write_report
-    from loku.sources import read_rows
 
     # One process may have to generate for much longer than another.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))

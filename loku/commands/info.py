@@ -61,7 +61,7 @@ def _devices():
 
 
 def _backends():
-    from loku_kernels import native
+    from loku_kernels.backends import native
 
     core = native._core
     if core is None:
@@ -86,15 +86,16 @@ def _backends():
 def _choices():
     import torch
 
-    from loku_kernels import dispatch, ops
+    from loku_kernels import backends
+    from loku_kernels.checks import LOGIT_DTYPES
 
-    rows = [("operation", "device", *(str(dtype).removeprefix("torch.") for dtype in ops.LOGIT_DTYPES))]
+    rows = [("operation", "device", *(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES))]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        for op in dispatch.OPS:
-            tensors = (torch.empty(1, 2, 2, dtype=dtype, device=device) for dtype in ops.LOGIT_DTYPES)
-            rows.append((op, device, *(_name(dispatch.backend(op, tensor)) for tensor in tensors)))
+        for op in backends.OPERATIONS:
+            tensors = (torch.empty(1, 2, 2, dtype=dtype, device=device) for dtype in LOGIT_DTYPES)
+            rows.append((op, device, *(_name(backends.choose(op, tensor)) for tensor in tensors)))
     return _aligned(rows)
 
 
 def _name(backend):
-    return "reference" if backend is None else backend.__name__.rsplit(".", 1)[-1]
+    return backend.__name__.rsplit(".", 1)[-1]

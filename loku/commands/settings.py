@@ -9,9 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
-import inspect
 import json
-import re
 import types
 import typing
 
@@ -109,18 +107,6 @@ def read_fields(cls):
     return fields
 
 
-def _described(cls):
-    """``{name: text}``: what the ``Args`` of the class's docstring say of its fields."""
-    _, _, arguments = (inspect.getdoc(cls) or "").partition("\nArgs:\n")
-    arguments = re.split(r"\n(?=\S)", arguments)[0]  # without the sections after it
-    texts = {}
-    for entry in re.split(r"\n(?= {4}\S)", "\n" + arguments):
-        names, colon, text = entry.partition(": ")
-        if colon and re.fullmatch(r"\w+(, \w+)*", names.strip()):
-            texts.update(dict.fromkeys(names.strip().split(", "), " ".join(text.split()).replace("``", "")))
-    return texts
-
-
 def _add_field(parser, field, help):
     how = {"type": field.read, "default": argparse.SUPPRESS, "dest": field.name}
     how["metavar"] = field.name.split("_")[-1].upper()
@@ -137,34 +123,46 @@ def _add_field(parser, field, help):
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=argparse.SUPPRESS, **how)
 
 
-def add_fields(parser, cls, own_title, common_title, common):
-    """Add an option for each field of a dataclass, and show those that it adds to its bases, with what its
-    docstring says of them, and some of theirs.
+def add_fields(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    own_title: str,
+    common_title: str,
+    common: tuple[str, ...],
+) -> dict[str, Field]:
+    """Add an option for each field of a dataclass, in two sections, with the help of the fields' metadata.
 
-    common: ``{name: text}`` of those of the bases. Values that are not given are absent from the namespace.
+    Args:
+        parser: The parser of the command.
+        cls: The dataclass.
+        own_title: The title of the section of the fields that ``cls`` adds to its bases.
+        common_title: The title of the section of the fields of its bases.
+        common: The names of those fields of the bases that the help shows; the others are options without
+            help.
+
+    Returns:
+        The fields by their names. Values that are not given are absent from the namespace.
     """
-    fields, texts = read_fields(cls), _described(cls)
+    fields = read_fields(cls)
     inherited = {field.name for base in cls.__mro__[1:-1] for field in dataclasses.fields(base)}
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     groups = {
         True: parser.add_argument_group(own_title),
         False: parser.add_argument_group(common_title),
     }
-
-    def described(name, text):
-        default = defaults[name]
-        if default is not None and default is not dataclasses.MISSING:
-            text = f"{text.removesuffix('.')} (default: {getattr(default, 'value', default)})"
-        return text.replace("%", "%%")
-
-    for name, field in fields.items():
-        own = name not in inherited
-        if own or name in common:
-            help = described(name, texts.get(name, "") if own else common[name])
-        else:
-            help = argparse.SUPPRESS
-        _add_field(groups[own], field, help)
+    for field in dataclasses.fields(cls):
+        if field.name in fields:
+            own = field.name not in inherited
+            shown = own or field.name in common
+            _add_field(groups[own], fields[field.name], _help(field) if shown else argparse.SUPPRESS)
     return fields
+
+
+def _help(field: dataclasses.Field) -> str:
+    """The first paragraph of the text in a field's metadata, and its default."""
+    text = " ".join(field.metadata["help"].strip().split("\n\n")[0].split())
+    if field.default is not None and field.default is not dataclasses.MISSING:
+        text = f"{text.removesuffix('.')} (default: {getattr(field.default, 'value', field.default)})"
+    return text.replace("%", "%%")
 
 
 def joined(fields, options):

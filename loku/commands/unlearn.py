@@ -7,24 +7,25 @@ from pathlib import Path
 from loku.commands.settings import add_fields, joined, read_yaml
 
 PLACES = ("model", "forget", "retain", "output", "tokenizer")
-COMMON = {
-    "learning_rate": "of AdamW, at its peak",
-    "num_train_epochs": "passes over the forget set",
-    "max_steps": "steps in all, instead of epochs, if above 0",
-    "per_device_train_batch_size": "forget rows in a batch of a process, and as many retain rows",
-    "gradient_accumulation_steps": "batches in a step",
-    "warmup_steps": "steps, or below 1 a share of them, in which the learning rate rises",
-    "lr_scheduler_type": "how the learning rate falls: linear, cosine, constant, ...",
-    "weight_decay": "of AdamW",
-    "bf16": "mixed precision in bfloat16",
-    "gradient_checkpointing": "compute activations again instead of keeping them",
-    "use_cpu": "even where there is an accelerator",
-    "seed": "of everything that is drawn",
-    "logging_steps": "steps between two lines of the log",
-    "save_strategy": "when checkpoints are written to DIR: no, epoch or steps (see save_steps)",
-    "resume_from_checkpoint": "go on from the newest checkpoint in DIR, or from the one at this path",
-    "report_to": "tensorboard, wandb, ... or none",
-}
+# The fields of transformers.TrainingArguments that the help shows.
+COMMON = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "bf16",
+    "gradient_checkpointing",
+    "use_cpu",
+    "seed",
+    "logging_steps",
+    "save_strategy",
+    "resume_from_checkpoint",
+    "report_to",
+)
 KEY_SETTINGS = (
     "method",
     "tuning",
@@ -101,7 +102,7 @@ def run(options):
     from accelerate import PartialState
 
     from loku import UnlearnConfig
-    from loku.sources import read_rows
+    from loku.data.files import read_rows
 
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -126,8 +127,8 @@ def _unlearn(places, config, forget, retain, settings, kind):
     """Run, save, and return the summary."""
     from loku import unlearn
     from loku.data import RowError
+    from loku.data.files import place_of_row
     from loku.memory import forget_peak_memory, peak_device_memory, peak_memory
-    from loku.sources import place_of_row
 
     tokenizer = None
     if places["tokenizer"]:

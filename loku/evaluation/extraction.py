@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from loku.evaluation.scores import _device, _evaluating, token_scores
+from loku.distributed import is_main_process, spread
+from loku.evaluation.scores import token_scores
+from loku.models import evaluating, model_device
 
 
 class ExtractionLikelihood(NamedTuple):
@@ -43,8 +45,8 @@ def generate_greedy(
     ]
     batches = _generation_batches([len(prompt) for prompt in prompts], lengths, batch_size, context)
     generated = [[] for _ in prompts]
-    device = _device(model)
-    with _evaluating(model):
+    device = model_device(model)
+    with evaluating(model):
         for chosen in tqdm(batches, desc=description, disable=not progress, leave=False):
             width = max(len(prompts[i]) for i in chosen)
             ids = torch.zeros(len(chosen), width, dtype=torch.int64)
@@ -197,6 +199,19 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
             overlaps.append(_overlap(_until_eos(ids[t:leave] + rest, eos), ids[t:end], n))
         per_row.append(sum(overlaps) / len(overlaps) if overlaps else None)
     return ExtractionLikelihood(mean_over_rows(per_row), per_row, n, stride)
+
+
+def spread_extraction_likelihood(model, rows, scores, n=10, stride=1, batch_size=16, progress=True):
+    """The mean of ``extraction_likelihood`` over rows that are shared out among processes.
+
+    ``scores`` are the ``token_scores`` of all rows.
+    """
+    progress = progress and is_main_process()
+
+    def per_row(rows, scores):
+        return extraction_likelihood(model, rows, n, stride, batch_size, progress, scores).per_row
+
+    return mean_over_rows(spread(per_row, rows, scores))
 
 
 def mean_over_rows(per_row):

@@ -1,6 +1,6 @@
 """What else the model can do: the nine reasoning sets of the paper, by lm-evaluation-harness."""
 
-from loku.evaluation.scores import _evaluating
+from loku.models import evaluating
 
 REASONING_TASKS = (
     "arc_challenge",
@@ -38,7 +38,7 @@ def reasoning_accuracies(
             "the reasoning sets are measured by lm-evaluation-harness, which is not installed: "
             "pip install 'loku-kernels[lm-eval]'"
         ) from error
-    with _evaluating(model):
+    with evaluating(model):
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),

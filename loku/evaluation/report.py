@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from loku.saving.directories import whole_file
+
 BOUNDED = (
     "probability",
     "rouge",
@@ -21,7 +23,8 @@ def write_report(path, report):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")
 
 
 def format_table(columns):

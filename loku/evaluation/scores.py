@@ -8,13 +8,14 @@ context. A row's first token cannot be predicted, so in a text without a prompt 
 """
 
 import math
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from loku.data import IGNORE_INDEX, collate
+from loku.distributed import is_main_process, spread
+from loku.models import evaluating, model_device
 from loku_kernels import softmax_triplet
 
 MIN_K_SHARE = 0.2
@@ -36,8 +37,8 @@ def token_scores(model, rows, batch_size=16, progress=True, description="scoring
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     scores = [None] * len(rows)
-    device = _device(model)
-    with _evaluating(model):
+    device = model_device(model)
+    with evaluating(model):
         for chosen in tqdm(_batches(order, batch_size), desc=description, disable=not progress, leave=False):
             batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen], pad_token_id=0).items()}
             # Logits at position i predict token i + 1: shift the labels, which leaves the logits in place.
@@ -56,6 +57,12 @@ def token_scores(model, rows, batch_size=16, progress=True, description="scoring
                 (at,) = (labels[row] != IGNORE_INDEX).nonzero(as_tuple=True)
                 scores[index] = TokenScores(losses[row, at], memorized[row, at], predicted[row, at], at + 1)
     return scores
+
+
+def spread_token_scores(model, rows, batch_size=16, progress=True, description="scoring"):
+    """``token_scores`` of rows that are shared out among processes."""
+    progress = progress and is_main_process()
+    return spread(lambda rows: token_scores(model, rows, batch_size, progress, description), rows)
 
 
 def token_measures(scores, min_k_share=MIN_K_SHARE):
@@ -152,22 +159,5 @@ def _mean(values):
     return sum(values) / len(values)
 
 
-def _device(model):
-    return next(model.parameters()).device
-
-
 def _batches(order, size):
     return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-@contextmanager
-def _evaluating(model):
-    """Evaluation mode without gradients. (Not inference mode: caches such as rotary tables, if they grow
-    here, must stay usable in training.)"""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from loku.data import split_documents, tokenize_dataset
+from loku.distributed import is_main_process, spread
 from loku.evaluation.dialogue import dialogue_f1
-from loku.evaluation.extraction import generated_texts
-from loku.evaluation.processes import (
-    is_main_process,
-    spread,
-    spread_extraction_likelihood,
+from loku.evaluation.extraction import generated_texts, spread_extraction_likelihood
+from loku.evaluation.scores import (
+    MIN_K_SHARE,
+    membership_auc,
+    min_k,
     spread_token_scores,
+    token_measures,
 )
-from loku.evaluation.scores import MIN_K_SHARE, membership_auc, min_k, token_measures
 from loku.evaluation.tofu import (
     ANSWER_SLACK,
     CHOICE_SETS,

@@ -1,0 +1,128 @@
+"""Does unlearning last? Answer probabilities after weight rounding, and while a part is learnt again.
+
+    python experiments/robustness.py [--model PATH --adapter PATH --forget FILE --retain FILE] [--json FILE]
+
+By default the embedded model is unlearned first, as ``loku demo`` does it. ``rounded`` is the mean answer
+probability of both sets after the linear layers' weights were rounded to integers, of the original and of the
+unlearned model. ``relearning`` fine-tunes the unlearned model on every other row of the forget set, and
+measures the rows between them, which it is not shown; beside it is the same fine-tuning on as many retain
+rows and, with ``--control PATH``, on the forget rows but of a model that never saw them. What comes back
+faster than the control learns it was still there.
+"""
+
+import argparse
+import copy
+import tempfile
+
+import grid
+import harness
+from peft import PeftModel
+
+from loku.data import tokenize_dataset
+from loku.data.files import read_rows
+from loku.demo import EMBEDDED, load_model, load_rows, unlearn_rows
+from loku.evaluation import mean_answer_probability, token_scores
+from loku.robustness import relearning_curve, round_weights_
+
+ROUNDINGS = {
+    "not rounded": None,
+    "8 bits, by channel": {"bits": 8},
+    "4 bits, groups of 64": {"bits": 4, "group_size": 64},
+    "4 bits, by channel": {"bits": 4},
+}
+RETAIN_STRIDE = 8  # every eighth retain row is measured
+
+
+def rounded(what, model, sets):
+    rows = []
+    for name, options in ROUNDINGS.items():
+        copied = copy.deepcopy(model)
+        if options is not None:
+            round_weights_(copied, **options)
+        probabilities = {
+            f"{key}_probability": mean_answer_probability(token_scores(copied, tokens))
+            for key, tokens in sets.items()
+        }
+        rows.append({"what": f"rounded: {what}", "name": name, **probabilities})
+    return rows
+
+
+def relearned(what, model, tokenizer, taught, measured, options):
+    curve = relearning_curve(
+        copy.deepcopy(model),
+        tokenizer,
+        taught,
+        measured,
+        steps=options.steps,
+        every=options.every,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    return [
+        {
+            "what": f"relearning: {what}",
+            "name": f"step {entry['step']}",
+            **{key: value for key, value in entry.items() if key not in ("step", "epoch")},
+        }
+        for entry in curve
+    ]
+
+
+def models_and_rows(options):
+    """(original model, unlearned model, tokenizer, forget rows, retain rows)"""
+    original, tokenizer = load_model(options.model or EMBEDDED)
+    unlearned = copy.deepcopy(original)
+    if options.model is None:
+        forget, retain = load_rows()
+        with tempfile.TemporaryDirectory() as directory:
+            result, _ = unlearn_rows(unlearned, tokenizer, forget, retain, directory, options.seed)
+        return original, result.model.merge_and_unload(), tokenizer, forget, retain
+    unlearned = PeftModel.from_pretrained(unlearned, options.adapter).merge_and_unload()
+    return original, unlearned, tokenizer, read_rows(options.forget), read_rows(options.retain)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", metavar="PATH", help="the original model (default: the embedded one)")
+    parser.add_argument("--adapter", metavar="PATH", help="with --model: what unlearned it")
+    parser.add_argument("--forget", metavar="FILE", help="with --model: as loku evaluate takes it")
+    parser.add_argument("--retain", metavar="FILE", help="with --model: as loku evaluate takes it")
+    parser.add_argument("--control", metavar="PATH", help="a model that never saw the forget set")
+    parser.add_argument("--steps", type=int, default=20, help="of fine-tuning")
+    parser.add_argument("--every", type=int, default=2, help="steps between measurements")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of fine-tuning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="result file (default: results/robustness_cpu.json)")
+    options = parser.parse_args(argv)
+    if options.model is not None and None in (options.adapter, options.forget, options.retain):
+        parser.error("--model needs --adapter, --forget and --retain")
+
+    original, unlearned, tokenizer, forget, retain = models_and_rows(options)
+    sets = {"forget": forget, "retain": retain[::RETAIN_STRIDE]}
+    tokens = {name: tokenize_dataset(rows, tokenizer, name=name) for name, rows in sets.items()}
+    taught, rest = forget[::2], forget[1::2]
+    measured = {"forget_rest": rest, "retain": retain[::RETAIN_STRIDE]}
+    others = [row for i, row in enumerate(retain) if i % RETAIN_STRIDE != 0][: len(taught)]
+    runs = [("half of the forget set", unlearned, taught), ("as many retain rows", unlearned, others)]
+    if options.control is not None:
+        control, _ = load_model(options.control)
+        runs.append(("half of the forget set, by the control", control, taught))
+
+    def tables():
+        yield rounded("original", original, tokens)
+        yield rounded("unlearned", unlearned, tokens)
+        for name, model, rows in runs:
+            yield relearned(name, model, tokenizer, rows, measured, options)
+
+    results = []
+    for table in tables():
+        harness.print_table(table)
+        results += table
+    path = options.json or grid.RESULTS / "robustness_cpu.json"
+    print("\nwritten:", harness.write_result("robustness_cpu", results, path=path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Tables and pictures of what ``experiments/tofu.py`` measured.
+
+    python experiments/tofu_report.py [results/tofu.jsonl]
+
+Writes beside the result file ``tofu.md`` and pictures of forget quality: ``tofu_tradeoff.png``, against
+utility with an epoch for each mark (the paper's Figure 5), ``tofu_forget_sets.png``, the same for each forget
+set, and ``tofu_steps.png``, by optimiser step for each initialisation. ``tofu.md`` has these tables:
+
+- of the methods and initialisations, a row for each setting, at its best learning rate, over seeds. A run
+  counts at its best epoch: the one of the highest forget quality among those that keep ``KEPT`` of the
+  utility before unlearning. A setting counts at the learning rate whose runs do best in that. The last
+  two columns are of the whole way: where the seeds' mean utility was lowest, and the end.
+- the same of what differs from that in one of ``ASPECTS`` alone, beside what it differs from.
+- a row for each initialisation, learning rate, retain weight and forget set of IHL: when forget quality, the
+  geometric mean over seeds, first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
+"""
+
+from pathlib import Path
+from statistics import geometric_mean, mean
+
+from grid import RESULTS, grouped, markdown_table, new_figure, report_command, usual, varied_fields
+
+from loku.data.files import read_rows
+
+KEPT = 0.95  # share of the utility before unlearning that a run has to keep to count
+FORGOTTEN = 0.05  # forget quality from which the test does not tell the model from one that never saw the set
+SMALLEST = 1e-30  # p-values are drawn and averaged from here up
+MEASURED = {"curve", "seconds", "environment"}
+COMPARED = ("seed", "learning_rate", "method", "init", "retain_weight")  # what the first table compares
+ASPECTS = {  # heading -> the settings that a table of its own varies
+    "Ranks": ("lora_rank",),
+    "Target modules": ("target_modules",),
+    "Full tuning": ("tuning",),
+    "Forget sets": ("forget_authors", "num_train_epochs"),
+}
+PANEL_TITLES = {"init": "{}", "forget_authors": "{} authors forgotten"}
+INIT_STYLES = {"fila": "C0-", "pissa": "C1--", "default": "C2:"}
+
+
+def value_of(aspect):
+    return lambda run: tuple(run[name] for name in aspect)
+
+
+def quality(point):
+    return max(point["forget_quality"], SMALLEST)
+
+
+def kept(run, point):
+    """Whether a point has kept its utility."""
+    return point["model_utility"] >= KEPT * run["curve"][0]["model_utility"]
+
+
+def best_point(run):
+    """The point that counts; the one before unlearning where no other keeps its utility."""
+    return max((point for point in run["curve"] if kept(run, point)), key=quality)
+
+
+def steps_to_forget(run):
+    """Optimiser steps until forget quality is ``FORGOTTEN`` at a kept utility; None if it never is."""
+    return next((p["step"] for p in run["curve"] if p["forget_quality"] >= FORGOTTEN and kept(run, p)), None)
+
+
+def best_learning_rate(runs):
+    """The runs of the learning rate that does best: most seeds first, then forget quality."""
+    by_rate = grouped(runs, MEASURED, "seed").values()
+    seeds = max(map(len, by_rate))
+    return max(
+        (group for group in by_rate if len(group) == seeds),
+        key=lambda group: geometric_mean(quality(best_point(run)) for run in group),
+    )
+
+
+def best_settings(runs):
+    """Runs of each setting at its best learning rate."""
+    return [best_learning_rate(group) for group in grouped(runs, MEASURED, "seed", "learning_rate").values()]
+
+
+def alike_but(aspect, runs, compared):
+    """The runs that have the settings of those ``compared``, but for what these vary and ``aspect``."""
+    (settings,) = grouped(compared, MEASURED, *COMPARED, *aspect)
+    return grouped(runs, MEASURED, *COMPARED, *aspect)[settings]
+
+
+def varying(aspect, runs, compared):
+    """Of ``alike_but`` the methods and initialisations that were run at more than one value of ``aspect``."""
+    by_value = grouped(alike_but(aspect, runs, compared), MEASURED, "seed", "learning_rate", *aspect).values()
+    return [run for group in by_value if len(set(map(value_of(aspect), group))) > 1 for run in group]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def shown(run, name):
+    return "-" if name == "init" and run["tuning"] == "full" else str(run[name])
+
+
+def row(group, varied):
+    points = [best_point(run) for run in group]
+    steps = [steps_to_forget(run) for run in group]
+    before = group[0]["curve"][0]
+    reached = [step for step in steps if step is not None]
+    lasts = [run["curve"][-1] for run in group]
+
+    def average(values):
+        return f"{mean(values):.3f}"
+
+    qualities = [quality(point) for point in points]
+    spread = f" ({min(qualities):.1e} to {max(qualities):.1e})" if len(group) > 1 else ""
+    return [
+        *(shown(group[0], name) for name in varied),
+        f"{group[0]['learning_rate']:g}",
+        str(len(group)),
+        f"{geometric_mean(qualities):.2e}{spread}",
+        f"{mean(reached):.0f}" + (f" ({len(reached)} of {len(group)})" if len(reached) < len(group) else "")
+        if reached
+        else "never",
+        average([point["model_utility"] / before["model_utility"] for point in points]),
+        average([point["forget"]["probability"] for point in points]),
+        average([point["forget"]["rouge"] for point in points]),
+        average([point["retain"]["probability"] for point in points]),
+        f"{min(utility for _, utility, _ in mean_curve(group)):.3f}",
+        f"{geometric_mean(map(quality, lasts)):.1e}, "
+        + average([last["model_utility"] / before["model_utility"] for last in lasts]),
+    ]
+
+
+def table(runs, aspect=()):
+    """Markdown: a row for each setting at its best learning rate, best forget quality first."""
+    groups = best_settings(runs)
+    varied = [*aspect, "method", "init"]
+    varied += varied_fields(groups, MEASURED, "seed", "learning_rate", *varied)
+    header = [
+        *(name.replace("_", " ") for name in varied),
+        "learning rate",
+        "seeds",
+        "forget quality",
+        f"steps to {FORGOTTEN} at a kept utility",
+        "utility kept",
+        "forget probability",
+        "forget ROUGE-L",
+        "retain probability",
+        "lowest utility kept",
+        "at the end: quality, utility kept",
+    ]
+    groups.sort(key=lambda group: -geometric_mean(quality(best_point(run)) for run in group))
+    groups.sort(key=lambda group: value_of(aspect)(group[0]))
+    return markdown_table(header, [row(group, varied) for group in groups])
+
+
+def first_forgotten(group):
+    """(each run's point, mean forget quality) of the first step whose mean is ``FORGOTTEN``, or None."""
+    for points in zip(*(run["curve"] for run in group), strict=False):
+        if (forget := geometric_mean(map(quality, points))) >= FORGOTTEN:
+            return points, forget
+    return None
+
+
+def steps_row(group):
+    first = group[0]
+    cells = [str(first["forget_authors"]), f"{first['retain_weight']:g}"]
+    cells += [f"{first['learning_rate']:g}", first["init"], str(len(group))]
+    if (found := first_forgotten(group)) is None:
+        points, forget = [run["curve"][-1] for run in group], None
+        cells += [f"not in {points[0]['step']}", "-"]
+    else:
+        points, forget = found
+        cells += [str(points[0]["step"]), f"{forget:.2f}"]
+    before = group[0]["curve"][0]["model_utility"]
+    return [
+        *cells,
+        *(f"{mean(p[name]['probability'] for p in points):.3f}" for name in ("forget", "retain")),
+        f"{mean(p['model_utility'] for p in points) / before:.3f}",
+    ]
+
+
+def steps_table(runs):
+    """Markdown: a row for each of the settings in its first columns, over seeds."""
+    header = [
+        "forget authors",
+        "retain weight",
+        "learning rate",
+        "init",
+        "seeds",
+        f"steps to {FORGOTTEN}",
+        "forget quality then",
+        "forget probability then",
+        "retain probability then",
+        "utility kept then",
+    ]
+    groups = grouped(runs, MEASURED, "seed").values()
+    order = value_of(("forget_authors", "retain_weight", "learning_rate"))
+    return markdown_table(header, [steps_row(group) for group in sorted(groups, key=lambda g: order(g[0]))])
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def mean_curve(group):
+    """(step, utility kept, forget quality) of each epoch, averaged over seeds."""
+    curves = [run["curve"] for run in group]
+    for points in zip(*curves, strict=False):
+        kept_shares = [
+            point["model_utility"] / curve[0]["model_utility"]
+            for point, curve in zip(points, curves, strict=True)
+        ]
+        yield points[0]["step"], mean(kept_shares), geometric_mean(map(quality, points))
+
+
+def quality_axes(panels, **labels):
+    figure, axes = new_figure(panels, ylabel="forget quality (KS p-value)", yscale="log", **labels)
+    for panel in axes:
+        panel.axhline(FORGOTTEN, color="0.6", lw=0.8)
+    return figure, axes
+
+
+def draw_tradeoff(path, groups, panel_field):
+    """Forget quality against utility, a panel for each value of a setting."""
+    values = sorted({group[0][panel_field] for group in groups})
+    names = ["method"] if panel_field == "init" else ["method", "init"]
+    labels = list(dict.fromkeys(", ".join(value_of(names)(group[0])) for group in groups))
+    figure, axes = quality_axes(len(values), xlabel="share of utility kept")
+    for panel, value in zip(axes, values, strict=True):
+        panel.set(title=PANEL_TITLES[panel_field].format(value), xlim=(-0.05, 1.05))
+        panel.axvline(KEPT, color="0.6", lw=0.8)
+        for group in groups:
+            if group[0][panel_field] != value:
+                continue
+            _, utility, forget = zip(*mean_curve(group), strict=True)
+            label = ", ".join(value_of(names)(group[0]))
+            color = f"C{labels.index(label)}"
+            panel.plot(utility, forget, color=color, lw=1, label=label)
+            panel.scatter(utility, forget, s=[6 + 5 * epoch for epoch in range(len(utility))], color=color)
+    lines = {line.get_label(): line for panel in axes for line in panel.lines}
+    figure.legend([lines[label] for label in labels], labels, fontsize="small", loc="outside right center")
+    figure.savefig(path, dpi=130)
+
+
+def draw_steps(path, runs, method="ihl"):
+    """Forget quality by optimiser step: a panel for each learning rate, a curve for each initialisation."""
+    rates = sorted({run["learning_rate"] for run in runs})
+    figure, axes = quality_axes(len(rates), xlabel="optimiser step")
+    for panel, rate in zip(axes, rates, strict=True):
+        panel.set_title(f"{method}, learning rate {rate:g}")
+        chosen = [run for run in runs if run["learning_rate"] == rate]
+        for group in grouped(chosen, MEASURED, "seed").values():
+            init = group[0]["init"]
+            steps, _, forget = zip(*mean_curve(group), strict=True)
+            panel.plot(steps, forget, INIT_STYLES[init], marker="o", ms=3, label=init)
+    axes[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def write_report(path):
+    """Write the table and the pictures of the result file ``path`` beside it, and print the table."""
+    path = Path(path)
+    runs = read_rows(path) if path.exists() else []
+    runs = [run for run in runs if run["curve"][0]["forget_quality"] is not None]
+    if not runs:
+        print(f"{path} has no runs with a forget quality: nothing to draw")
+        return
+    compared = usual(runs, MEASURED, *COMPARED)
+    sections = {"Methods and initialisations": table(compared)}
+    for heading, aspect in ASPECTS.items():
+        if section := varying(aspect, runs, compared):
+            sections[heading] = table(section, aspect)
+    ihl = [run for run in alike_but(ASPECTS["Forget sets"], runs, compared) if run["method"] == "ihl"]
+    if ihl:
+        sections["Steps of IHL"] = steps_table(ihl)
+    text = "\n\n".join(f"## {heading}\n\n{section}" for heading, section in sections.items())
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+    def picture(name):
+        return path.with_name(f"{path.stem}_{name}.png")
+
+    of_one_weight = usual(compared, MEASURED, *(name for name in COMPARED if name != "retain_weight"))
+    draw_tradeoff(picture("tradeoff"), best_settings(of_one_weight), "init")
+    if sets := varying(ASPECTS["Forget sets"], runs, of_one_weight):
+        draw_tradeoff(picture("forget_sets"), best_settings(sets), "forget_authors")
+    ihl = [run for run in of_one_weight if run["method"] == "ihl"]
+    if ihl:
+        draw_steps(picture("steps"), ihl)
+
+
+if __name__ == "__main__":
+    report_command(__doc__, RESULTS / "tofu.jsonl", write_report)

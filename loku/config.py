@@ -1,0 +1,229 @@
+"""The settings of an unlearning run."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from transformers import TrainingArguments
+
+from loku.fila.row_scales import FilaConfig
+from loku.fila.targets import TARGET_SWEEPS
+from loku.objectives import OBJECTIVES
+
+# The fields of TrainingArguments that decide the result of a run. UnlearnConfig's own fields decide it unless
+# they are among its FREE_FIELDS.
+_DECIDING_TRAINING_ARGUMENTS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "data_seed",
+    "dataloader_drop_last",
+    "fp16",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_steps",
+    "neftune_noise_alpha",
+    "optim",
+    "optim_args",
+    "seed",
+    "warmup_steps",
+    "weight_decay",
+)
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` and the fields that unlearning adds.
+
+    An epoch is one pass over the forget set. Each forget row comes with one retain row, and with one refusal
+    where the method asks for it. So a step sees ``per_device_train_batch_size`` rows of each kind.
+
+    The defaults of the learning rate and the retain weight are those with which IHL and FILA end best on the
+    embedded model. A larger model may need a lower learning rate.
+
+    Args:
+        method: The method, a key of ``loku.objectives.OBJECTIVES``: "ihl" (default), "ga", "gd", "kl", "dpo",
+            "npo" or "idk".
+        tuning: "lora" (default) trains adapters. "full" trains all parameters that require a gradient, and
+            then ``init``, the LoRA fields and ``target_modules`` mean nothing.
+        init: The initialisation of LoRA. "fila" (default) uses the Fisher information of the two sets,
+            "pissa" the leading singular directions of the weights, "default" is peft's own.
+        lora_rank: The rank of the adapter, 16 by default.
+        lora_alpha: The alpha of the adapter, 32 by default. Its scaling is lora_alpha / lora_rank.
+        target_modules: The names of the modules to adapt, or a sweep of the paper's Figure 4: "qv" (query and
+            value), "qkvo" (key and output as well), "ffn" (every MLP linear), or "qv+ffn" (default).
+        retain_weight: The factor of the retain loss beside the forget loss, 1.5 by default; Eq. 3 has 1.
+        beta: The inverse temperature of DPO and NPO, 0.1 by default.
+        refusals: The refusals of DPO and IDK: a list of strings, or the path of a file with one on each line.
+            None (default) stands for TOFU's 100. Each epoch draws one for every forget row.
+        max_length: The number of tokens at which rows are cut; None (default) does not cut them.
+        fisher_damping: The damping of the retain Fisher, 1 by default; see ``loku.FilaConfig``.
+        fisher_damping_mode: The unit of the damping; see ``loku.FilaConfig``.
+        fisher_samples: The number of rows of each set that are measured; see ``loku.FilaConfig``.
+        fisher_memory_budget: The memory of the Fisher passes; see ``loku.FilaConfig``.
+        fisher_cache_dir: The directory of measured row scales; see ``loku.FilaConfig``.
+        model_init_kwargs: Arguments of ``from_pretrained``, for a model that is given by its path or name.
+        train_sampling_strategy: The order of the forget rows in an epoch: "random" (default), "sequential",
+            or "group_by_length", which is random but runs rows of similar length together. The rows that are
+            drawn for a forget row do not depend on it.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Fields of this class that may differ between a run and the one that goes on from its checkpoint.
+    # Refusals count by their texts, and the batch size by the rows of a step.
+    FREE_FIELDS: ClassVar = frozenset(
+        {
+            "fisher_cache_dir",
+            "fisher_memory_budget",
+            "logging_nan_inf_filter",
+            "logging_steps",
+            "model_init_kwargs",
+            "output_dir",
+            "per_device_train_batch_size",
+            "refusals",
+            "report_to",
+            "resume_from_checkpoint",
+            "save_strategy",
+        }
+    )
+
+    output_dir: str | None = field(default="loku-output", metadata={"help": "The directory of checkpoints."})
+    per_device_train_batch_size: int = field(
+        default=8,
+        metadata={"help": "The number of forget rows in a batch of one process; it has as many retain rows."},
+    )
+    learning_rate: float = field(default=2e-3, metadata={"help": "The peak learning rate of the optimizer."})
+    num_train_epochs: float = field(
+        default=10, metadata={"help": "The number of passes over the forget set."}
+    )
+    save_strategy: str = field(
+        default="no",
+        metadata={
+            "help": 'The times at which checkpoints are written: "no", "epoch", or "steps" (see save_steps).'
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "true to go on from the newest checkpoint in output_dir, or the path of a checkpoint."
+        },
+    )
+    report_to: list[str] | str | None = field(
+        default="none", metadata={"help": "tensorboard, wandb, another reporter, or none."}
+    )
+    logging_steps: float = field(
+        default=1, metadata={"help": "The number of steps between two lines of the log."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Not used: UnlearnTrainer stops at the first loss that is NaN or Inf."},
+    )
+
+    method: str = field(default="ihl", metadata={"help": "The method: ihl, ga, gd, kl, dpo, npo or idk."})
+    tuning: Literal["lora", "full"] = field(
+        default="lora", metadata={"help": "Train LoRA adapters, or the full model."}
+    )
+    init: Literal["fila", "default", "pissa"] = field(
+        default="fila", metadata={"help": "The initialisation of the adapters."}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters."})
+    lora_alpha: float = field(
+        default=32, metadata={"help": "The alpha of the adapters; their scaling is alpha / rank."}
+    )
+    target_modules: list[str] | str | None = field(
+        default="qv+ffn",
+        metadata={"help": "The names of the modules to adapt, or a sweep: qv, qkvo, ffn or qv+ffn."},
+    )
+    retain_weight: float = field(default=1.5, metadata={"help": "The factor of the retain loss."})
+    beta: float = field(default=0.1, metadata={"help": "The inverse temperature of DPO and NPO."})
+    refusals: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The refusals of DPO and IDK, or a file with one on each line; TOFU's 100 by default."
+        },
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "The number of tokens at which rows are cut."}
+    )
+    fisher_damping: float = field(default=1.0, metadata={"help": "The damping of the retain Fisher."})
+    fisher_damping_mode: Literal["relative", "absolute"] = field(
+        default="relative",
+        metadata={"help": "The damping is relative to the mean retain Fisher of a module, or absolute."},
+    )
+    fisher_samples: int | None = field(
+        default=None,
+        metadata={"help": "The number of rows of each set whose Fisher is measured; all by default."},
+    )
+    fisher_memory_budget: int | str | None = field(
+        default=None,
+        metadata={"help": "The memory of the Fisher passes beside a forward and backward, such as 4GiB."},
+    )
+    fisher_cache_dir: str | None = field(
+        default=None, metadata={"help": "A directory that keeps measured row scales."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained, a JSON object."}
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(
+        default="random", metadata={"help": "The order of the forget rows in an epoch."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False  # the rows are pairs, not the model's arguments
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # a forward uses all trained parameters
+        if self.method not in OBJECTIVES:
+            raise ValueError(f"method must be one of {sorted(OBJECTIVES)}, got {self.method!r}")
+        if self.tuning not in ("lora", "full"):
+            raise ValueError(f'tuning must be "lora" or "full", got {self.tuning!r}')
+        if self.init not in ("fila", "default", "pissa"):
+            raise ValueError(f'init must be "fila", "default" or "pissa", got {self.init!r}')
+        self.target_modules = self.target_modules or "qv+ffn"
+        if isinstance(self.target_modules, str) and self.target_modules not in TARGET_SWEEPS:
+            raise ValueError(
+                f"target_modules must be a list of names or one of {list(TARGET_SWEEPS)}, got "
+                f"{self.target_modules!r}"
+            )
+        if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '
+                f"{self.train_sampling_strategy!r}"
+            )
+        if self.retain_weight < 0:
+            raise ValueError(f"retain_weight must be >= 0, got {self.retain_weight}")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be > 0, got {self.beta}")
+
+    def fila_config(self) -> FilaConfig:
+        """The settings of the row scales, as ``loku.get_fila_state_dict`` takes them."""
+        return FilaConfig(
+            damping=self.fisher_damping,
+            damping_mode=self.fisher_damping_mode,
+            fisher_samples=self.fisher_samples,
+            seed=self.seed,
+            fisher_memory_budget=self.fisher_memory_budget,
+            fisher_cache_dir=self.fisher_cache_dir,
+        )
+
+    def deciding_settings(self) -> dict[str, Any]:
+        """The settings that two runs must share for one to go on from a checkpoint of the other.
+
+        They are all fields of this class, and of its subclasses, but the ``FREE_FIELDS``; and the fields of
+        ``TrainingArguments`` that decide the result.
+        """
+        inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+        redeclared = set(UnlearnConfig.__annotations__)
+        settings = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.init and (f.name not in inherited or f.name in redeclared) and f.name not in self.FREE_FIELDS
+        }
+        settings |= {n: getattr(self, n) for n in _DECIDING_TRAINING_ARGUMENTS if hasattr(self, n)}
+        settings["rows a step"] = (
+            self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        )
+        return settings

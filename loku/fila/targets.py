@@ -1,0 +1,228 @@
+"""Which modules to adapt (the paper's: query, value and every MLP linear), and what FILA refuses."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from loku.distributed import is_sharded
+
+REFERENCE_ADAPTER = "reference"
+
+# Names that causal LMs in transformers give to their modules.
+_ATTENTION = {
+    "query": {"q_proj", "query_proj", "query", "q_lin", "wq", "q"},
+    "key": {"k_proj", "key_proj", "key", "k_lin", "wk", "k"},
+    "value": {"v_proj", "value_proj", "value", "v_lin", "wv", "v"},
+    "output": {"o_proj", "out_proj", "dense", "out_lin", "wo", "o"},
+}
+_FUSED_ATTENTION = {"qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv", "wqkv", "qkv", "att_proj"}
+_MLP_PARENT = {"mlp", "feed_forward", "feedforward", "ffn"}
+_MLP_IN_BLOCK = {"fc1", "fc2"}  # OPT has them in the block itself
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+TARGET_SWEEPS = {  # of the paper's Figure 4, by the roles of the modules
+    "qv": ("query", "value"),
+    "qkvo": ("query", "key", "value", "output"),
+    "ffn": ("MLP",),
+    "qv+ffn": ("query", "value", "MLP"),
+}
+
+
+def _shortest_suffixes(targets: list[str], others: list[str]) -> list[str]:
+    """The shortest dotted suffixes that peft would match with all targets and nothing else."""
+    for depth in range(1, 1 + max(name.count(".") + 1 for name in targets)):
+        suffixes = {".".join(name.split(".")[-depth:]) for name in targets}
+        endings = tuple("." + suffix for suffix in suffixes)
+        if not any(("." + other).endswith(endings) for other in others):
+            return sorted(suffixes)
+    return sorted(targets)
+
+
+def default_target_modules(model: nn.Module, sweep: str = "qv+ffn") -> list[str]:
+    """The paper's LoRA targets, by default query, value and every MLP linear, as
+    `LoraConfig(target_modules=...)`.
+
+    sweep: of Figure 4. "qv" query and value projections, "qkvo" those of key and output as well, "ffn" every
+    MLP linear, "qv+ffn" the first and the last.
+
+    GPT-Neo: q_proj, v_proj, c_fc, c_proj. Llama, Mistral, Qwen, Gemma: q_proj, v_proj, gate_proj, up_proj,
+    down_proj. Phi: q_proj, v_proj, fc1, fc2. Elsewhere by structure: the modules beside a query projection
+    are attention, those under an MLP are the MLP.
+
+    ValueError, asking for `target_modules`, where that cannot be told: fused query-key-value projections,
+    Conv1D (GPT-2), mixtures of experts, unknown names.
+    """
+    kind = type(model).__name__
+    roles = TARGET_SWEEPS[sweep]
+    way_round = f"pass target_modules (the names of its {', '.join(roles)} linears) yourself"
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    experts = [key for key in _EXPERT_COUNTS if (getattr(config, key, None) or 0) > 1]
+    if experts:
+        raise ValueError(
+            f"{kind} is a mixture of experts ({experts[0]}), which has no default targets; {way_round}"
+        )
+
+    modules = dict(model.named_modules())
+    blocks = {name: module for name, module in modules.items() if re.search(r"(^|\.)\d+\.", name)}
+    for name, module in blocks.items():
+        if type(module).__name__ == "Conv1D":
+            raise ValueError(f"{name} of {kind} is a Conv1D, which has no default targets; {way_round}")
+        if name.rpartition(".")[2] in _FUSED_ATTENTION:
+            raise ValueError(f"{name} of {kind} fuses query, key and value: no default targets; {way_round}")
+
+    # Quantised linears are not always nn.Linear, but have its sizes.
+    linears = [
+        name
+        for name, module in blocks.items()
+        if hasattr(module, "in_features") and hasattr(module, "out_features")
+    ]
+    attention = {n.rpartition(".")[0] for n in linears if n.rpartition(".")[2] in _ATTENTION["query"]}
+    found: dict[str, list[str]] = {role: [] for role in (*_ATTENTION, "MLP")}
+    for name in linears:
+        parent, _, leaf = name.rpartition(".")
+        if parent in attention:
+            for role in (role for role, leaves in _ATTENTION.items() if leaf in leaves):
+                found[role].append(name)
+        elif leaf in _MLP_IN_BLOCK or _MLP_PARENT & set(parent.split(".")):
+            found["MLP"].append(name)
+    for role in roles:
+        if not found[role]:
+            missing = "MLP linear" if role == "MLP" else f"{role} projection"
+            raise ValueError(f"no {missing} was found in {kind}; {way_round}")
+    targets = [name for role in roles for name in found[role]]
+    return _shortest_suffixes(targets, [name for name in modules if name not in set(targets)])
+
+
+# Which modules FILA can initialise. Everything else is refused by name, before any weight is touched.
+
+_REFUSED_OPTIONS = {
+    "lora_dropout": "dropout acts on B A but not on the residual, so the outputs would change; set it to 0",
+    "use_dora": "DoRA rescales the residual by its row norms, so the outputs would change; set it to False",
+    "lora_bias": "the reference model and the portable adapter have no such bias; set it to False",
+    "modules_to_save": "fully trained modules have no frozen reference; train them apart, without FILA",
+    "trainable_token_indices": "trained embeddings have no frozen reference; train them apart, without FILA",
+    "target_parameters": "FILA initialises linear modules, not bare parameters; use target_modules",
+    "layer_replication": "replicated layers share one weight, which can have one residual; leave it unset",
+}
+
+
+def _check_config(config) -> None:
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"FILA initialises LoRA adapters, got {config.peft_type}; use a LoraConfig")
+    for option, reason in _REFUSED_OPTIONS.items():
+        value = getattr(config, option, None)
+        if value:
+            raise ValueError(f"{option}={value!r} cannot be used with FILA: {reason}")
+    if config.bias != "none":
+        raise ValueError(
+            f"bias={config.bias!r} cannot be used with FILA: trained biases of the base model have no frozen "
+            'reference; use bias="none"'
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} cannot be used with FILA: it may already have "
+            "changed the base weights; use init_lora_weights=True"
+        )
+
+
+def _storage(parameter: Tensor):
+    """What is the same for parameters that share their memory."""
+    return id(parameter) if is_sharded(parameter) else (parameter.device, parameter.data_ptr())
+
+
+def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[tuple, list[str]]) -> None:
+    base = layer.get_base_layer()
+    kind, leaf, weight = type(base).__name__, name.rpartition(".")[2], getattr(base, "weight", None)
+    if kind == "Conv1D":
+        raise ValueError(
+            f"{name}: FILA cannot initialise transformers' Conv1D (GPT-2), whose weight is transposed; use "
+            "default LoRA initialisation"
+        )
+    if leaf in _FUSED_ATTENTION:
+        raise ValueError(
+            f"{name}: FILA cannot initialise a fused query-key-value projection, whose parts need a rank "
+            "each; leave it out of target_modules or use default LoRA initialisation"
+        )
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            f"{name}: DeepSpeed ZeRO-3 has partitioned its weight; load the model before the UnlearnConfig "
+            "is made, so that it is whole until training starts"
+        )
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise ValueError(
+            f"{name}: its weight is on the meta device (offloaded or not loaded); load the model without "
+            "offloading"
+        )
+    plain = isinstance(base, nn.Linear) and (type(weight) is nn.Parameter or is_sharded(weight))
+    if not plain or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        dtype = f" with a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        raise ValueError(
+            f"{name}: FILA needs a plain nn.Linear with a floating-point weight, got {kind}{dtype}; where "
+            "the base is quantised, initialise on the unquantised base and then quantise the residual, or "
+            "use default LoRA initialisation"
+        )
+    if not isinstance(layer, LoraLinear) or adapter_name in layer.lora_variant:
+        raise ValueError(
+            f"{name}: FILA needs peft's plain LoRA linear layer, got {type(layer).__name__} with variant "
+            f"{type(layer.lora_variant.get(adapter_name)).__name__}; use a LoraConfig without variants"
+        )
+    shared = [other for other in owners[_storage(weight)] if other != name]
+    if shared:
+        raise ValueError(
+            f"{name}: its weight is also that of {', '.join(shared)}, which would silently become the "
+            "residual; leave it out of target_modules or untie the weights"
+        )
+    if layer.merged:
+        raise ValueError(f"{name}: an adapter is merged into its weight; call unmerge_adapter() first")
+    if not layer.scaling[adapter_name] > 0:
+        raise ValueError(
+            f"{name}: scaling is {layer.scaling[adapter_name]}, but must be > 0; set lora_alpha > 0"
+        )
+
+
+def fila_targets(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLinear]:
+    """The LoRA layers of an adapter, by their module names in the base model; all fit for FILA.
+
+    Call it before measuring Fishers: it changes nothing and refuses early.
+
+    ValueError, naming the module or option, the reason and the way round, for: lora_dropout > 0, DoRA and
+    other LoRA variants, lora_bias, trained biases or modules, initialisations that change the base (PiSSA and
+    the like), further adapters, merged adapters, quantised or offloaded weights, Conv1D, fused
+    query-key-value projections, and weights shared with another module.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise ValueError(f"FILA needs a PeftModel, got {type(peft_model).__name__}; use peft.get_peft_model")
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(f"no adapter {adapter_name!r}; the model has {sorted(peft_model.peft_config)}")
+    if REFERENCE_ADAPTER in peft_model.peft_config:
+        raise ValueError(
+            f"the adapter {REFERENCE_ADAPTER!r} exists: FILA has already initialised this model; call "
+            "restore_base_ and start again from the base model"
+        )
+    others = sorted(set(peft_model.peft_config) - {adapter_name})
+    if others:
+        raise ValueError(
+            f"the model has other adapters {others}, which would no longer fit the residual base; delete "
+            "them first"
+        )
+    _check_config(peft_model.peft_config[adapter_name])
+
+    base = peft_model.get_base_model()
+    owners: dict[tuple, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        module = name.removesuffix(".weight").removesuffix(".base_layer")
+        owners.setdefault(_storage(parameter), []).append(module)
+    layers = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+    }
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter_name, owners)
+    return layers

@@ -1,0 +1,151 @@
+"""Saves that hold a whole model: the residual base with its adapters, and the merged model.
+
+`loku.save_portable_adapter` is the default, and much smaller. These are for tools that take no adapter
+(merged), and for going on from the plain adapter of rank r: quantise the residual base and train on it. Of
+several processes all must call them; the main one writes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loku.distributed import full_tensor, is_main_process, is_sharded, wait_for_all_processes
+from loku.fila.targets import REFERENCE_ADAPTER
+from loku.saving.adapter import check_saved_adapter, plain_adapter, write_adapter
+from loku.saving.directories import whole_directory
+
+# What there may be in a directory of an earlier save, and would be loaded instead of the new one, or with it.
+_EARLIER = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*",
+    "adapter_config.json",
+    "adapter_model.*",
+    "base",
+    "adapter",
+    "reference",
+)
+
+
+def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """The layers with this adapter; ValueError unless the base can be written without them."""
+    check_saved_adapter(peft_model, adapter_name)
+    layers = {
+        name: layer
+        for name, layer in peft_model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
+    }
+    for name, layer in layers.items():
+        weight = layer.get_base_layer().weight
+        if is_sharded(weight):
+            raise ValueError(
+                f"{name}: its weight is sharded (FSDP2); save the portable adapter, and merge it into the "
+                "base model in one process"
+            )
+        if not weight.is_floating_point() or type(weight) is not torch.nn.Parameter:
+            raise ValueError(
+                f"{name}: its weight is a quantised {type(weight).__name__}, which cannot be merged into "
+                "or written as a plain model; save the portable adapter and load it on the unquantised base"
+            )
+        if layer.merged:
+            raise ValueError(f"{name}: an adapter is merged into its weight; call unmerge_adapter() first")
+        if adapter_name in layer.lora_variant:
+            raise ValueError(
+                f"{name}: its adapter is a {type(layer.lora_variant[adapter_name]).__name__}; merge it by "
+                "peft's merge_and_unload()"
+            )
+    return layers
+
+
+def _base_state(peft_model: PeftModel, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
+    """The base model's state dict, by the names that it has without LoRA layers."""
+    wrapped = tuple(f"{name}." for name in layers)
+    state = {}
+    for name, tensor in peft_model.get_base_model().state_dict().items():
+        if name.startswith(wrapped):
+            if ".base_layer." not in name:
+                continue
+            name = name.replace(".base_layer.", ".")
+        state[name] = tensor
+    return state
+
+
+def _save_model(model: PreTrainedModel, directory, state: dict[str, Tensor] | None, tokenizer) -> None:
+    model.save_pretrained(directory, state_dict=state)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+@torch.no_grad()
+def save_merged_model(
+    peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default", *, tokenizer=None
+) -> None:
+    """Save the model with an adapter merged into it: `AutoModelForCausalLM.from_pretrained(path)`.
+
+    Every target weight is W + scaling * B A, in float32 and rounded once to its dtype. The model is not
+    changed; the target weights exist twice for the time. `tokenizer`: saved beside it.
+
+    path: as for `save_portable_adapter`, but that whatever model or adapter it holds is replaced.
+
+    ValueError: no such LoRA adapter, a quantised base, a merged adapter, DoRA and other variants.
+    """
+    layers = _lora_layers(peft_model, adapter_name)
+    if is_main_process():
+        with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
+            state = _base_state(peft_model, layers)
+            for name, layer in layers.items():
+                weight = layer.get_base_layer().weight
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                delta = layer.get_delta_weight(adapter_name).to(wide)
+                state[f"{name}.weight"] = delta.add_(weight).to(weight.dtype)
+            _save_model(peft_model.get_base_model(), directory, state, tokenizer)
+    wait_for_all_processes()
+
+
+@torch.no_grad()
+def save_residual_model(
+    peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default", *, tokenizer=None
+) -> None:
+    """Save the base model as it is and the adapter as it is: `path/base` and `path/adapter`.
+
+    After FILA the base is the residual, which the adapter of rank r fits and the original base does not.
+    `path/reference` then holds the initial factors: with them as the adapter "reference" (`load_adapter`),
+    `loku.reference_model` and `loku.save_portable_adapter` work on the model that is loaded, too.
+
+        base = AutoModelForCausalLM.from_pretrained(path + "/base")
+        model = PeftModel.from_pretrained(base, path + "/adapter")
+
+    path, tokenizer, errors: as for `save_merged_model`.
+    """
+    layers = _lora_layers(peft_model, adapter_name)
+    if is_main_process():
+        with whole_directory(path, key="adapter", replaced=_EARLIER) as directory:
+            _save_model(
+                peft_model.get_base_model(), directory / "base", _base_state(peft_model, layers), tokenizer
+            )
+            names = {"adapter": adapter_name}
+            if REFERENCE_ADAPTER in peft_model.peft_config:
+                names["reference"] = REFERENCE_ADAPTER
+            for folder, name in names.items():
+                (directory / folder).mkdir()
+                config, state = plain_adapter(peft_model, name)
+                config.base_model_name_or_path = os.path.join(path, "base")
+                write_adapter(peft_model, config, state, directory / folder)
+    wait_for_all_processes()
+
+
+def save_whole_model(model: PreTrainedModel, path: str | os.PathLike, *, tokenizer=None) -> None:
+    """`model.save_pretrained(path)`, whole or not at all; `path`, `tokenizer` as for `save_merged_model`."""
+    state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    if is_main_process():
+        with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
+            _save_model(model, directory, state, tokenizer)
+    wait_for_all_processes()

@@ -1,0 +1,83 @@
+"""Checks of arguments that several public functions share, and the messages of their errors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_logits(logits: Tensor, labels: Tensor) -> None:
+    """Raise ``ValueError`` unless logits (..., V) and labels (...) fit the operators and one another."""
+    if logits.dim() < 1 or logits.shape[-1] < 2:
+        raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.stride(-1) != 1 and logits.numel() > 0:
+        raise ValueError(
+            f"the last dimension of logits must be contiguous, got strides {logits.stride()}; "
+            "call logits.contiguous() first"
+        )
+    check_label_tensor(labels, logits, "logits")
+
+
+def check_label_tensor(labels: Tensor, tensor: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless labels (...) are int64 and fit a tensor (..., *) on the same device."""
+    expected = tuple(tensor.shape[:-1])
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"labels must have the shape of {name} without its last dimension, {expected}, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device != tensor.device:
+        raise ValueError(f"labels must be on the device of {name}, {tensor.device}, got {labels.device}")
+
+
+def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ``IndexError`` for a label outside [0, vocab) that is not ``ignore_index``; on CUDA assert."""
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if labels.device.type == "cpu":
+        if bad.any():
+            position = int(bad.reshape(-1).nonzero()[0])
+            raise bad_label_error(labels, position, vocab, ignore_index)
+    else:
+        torch._assert_async(~bad.any(), "loku_kernels: a label is outside the vocabulary")
+
+
+def bad_label_error(labels: Tensor, position: int, vocab: int, ignore_index: int) -> IndexError:
+    """The error that names the first bad label and its position in the flattened labels."""
+    return IndexError(
+        f"label {labels.reshape(-1)[position].item()} at position {position} is neither in [0, {vocab}) "
+        f"nor ignore_index ({ignore_index})"
+    )
+
+
+def check_linear_operands(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:
+    """Raise ``ValueError`` unless the operands of a linear operator go together."""
+    if weight.dim() != 2 or weight.shape[0] < 2:
+        raise ValueError(f"weight must have shape (V, D) with V >= 2, got {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape (..., {weight.shape[1]}) to go with weight {tuple(weight.shape)}, "
+            f"got {tuple(hidden.shape)}"
+        )
+    check_label_tensor(labels, hidden, "hidden")
+    if weight.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    autocast = torch.is_autocast_enabled(hidden.device.type)  # it makes the dtypes equal, as for linear
+    for name, tensor in others.items():
+        if tensor.dtype != hidden.dtype and not autocast:
+            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")

@@ -1,0 +1,140 @@
+"""Comparisons of the kernels with the reference, which several test files share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tensors import IGNORE, assert_as_good_as_eager, ulp
+
+from loku_kernels import linear_softmax_triplet, softmax_triplet
+from loku_kernels.backends import reference
+
+
+def check_against_reference(logits, labels, seed=0):
+    logits = logits.detach().requires_grad_()
+    triplet, runner_up_id = softmax_triplet(logits, labels)
+    exact_logits = logits.detach().double().requires_grad_()
+    flat_labels = labels.reshape(-1)
+    exact, exact_id = reference.softmax_triplet(exact_logits.reshape(-1, logits.shape[-1]), flat_labels)
+    exact, exact_id = exact.reshape(triplet.shape), exact_id.reshape(runner_up_id.shape)
+
+    assert triplet.dtype == torch.float64 and runner_up_id.dtype == torch.int64
+    assert torch.equal(runner_up_id, exact_id)
+    assert torch.equal(triplet[..., :2].detach(), exact[..., :2].detach())  # copies of inputs: exact
+    finite = exact[..., 2].isfinite()
+    assert torch.equal(triplet[..., 2].isfinite(), finite)
+    assert (triplet[..., 2] - exact[..., 2])[finite].abs().le(2e-6).all()
+
+    upstream = torch.randn(
+        triplet.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(triplet.device)
+    # The contract: no gradient through a rest of -inf. Autograd gives NaN there, on the masked words alone.
+    torch.autograd.backward(
+        [exact[..., :2], exact[..., 2].where(finite, 0.0)], [upstream[..., :2], upstream[..., 2]]
+    )
+    upstream[..., 2].masked_fill_(~finite, torch.nan)  # as a loss may give there
+    triplet.backward(upstream)
+    expected = exact_logits.grad.nan_to_num(0.0)
+    scale = expected.abs().amax(-1, keepdim=True)
+    error = (logits.grad.double() - expected).abs()
+    tiny = torch.finfo(logits.dtype).smallest_normal
+    assert error.le(4 * max(ulp(logits.dtype), 5e-7) * scale + tiny).all()
+    assert logits.grad[labels == IGNORE].eq(0).all()
+
+
+def run_python(code):
+    """In a folder without packages: from the checkout's root, its sources would shadow what is installed."""
+    here = Path(__file__).parent
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=here)
+
+
+def gradients(loss_function, logits, labels, weights):
+    """Per-row losses and the gradient of their weighted sum, of a function of (logits, labels)."""
+    leaf = logits.clone().requires_grad_()
+    loss = loss_function(leaf, labels)
+    (loss * weights.to(loss.dtype)).sum().backward()
+    return loss.detach(), leaf.grad
+
+
+def per_row(loss_function, **options):
+    return lambda logits, labels: loss_function(logits, labels, reduction="none", **options)
+
+
+def planted_operands(n, d, v, dtype, seed=0, bias=True, memorised=True):
+    """hidden, weight, bias, labels: every second row points at its label's embedding, so p_t is near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator)
+    weight = torch.randn(v, d, generator=generator) / d**0.5
+    offset = torch.randn(v, generator=generator) if bias else None
+    labels = torch.randint(0, v, (n,), generator=generator)
+    if memorised:
+        hidden[::2] += 14 * weight[labels[::2]] / weight[labels[::2]].norm(dim=1, keepdim=True) ** 2
+    labels[n // 3] = IGNORE
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return hidden, weight, None if offset is None else offset.to(dtype), labels
+
+
+def eager_logits(hidden, weight, bias, softcap, logit_scale):
+    logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def eager_triplet(hidden, weight, labels, bias, softcap=None, logit_scale=1.0):
+    return reference.softmax_triplet(eager_logits(hidden, weight, bias, softcap, logit_scale), labels)
+
+
+def run_linear(function, operands, labels, upstream, **options):
+    """Triplet and the gradients of all operands, of a function like linear_softmax_triplet."""
+    leaves = [None if x is None else x.clone().requires_grad_() for x in operands]
+    hidden, weight, bias = leaves
+    triplet, runner_up_id = function(hidden, weight, labels, bias, **options)
+    triplet.backward(upstream)
+    return triplet.detach(), runner_up_id, [None if x is None else x.grad for x in leaves]
+
+
+def check_linear(operands, labels, **options):
+    hidden = operands[0]
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(len(labels), 3, generator=generator, dtype=torch.float64)
+    wide = [None if x is None else x.double() for x in operands]
+    exact, exact_id, exact_grads = run_linear(eager_triplet, wide, labels, upstream, **options)
+    eager, eager_id, eager_grads = run_linear(eager_triplet, operands, labels, upstream, **options)
+    ours, ours_id, grads = run_linear(linear_softmax_triplet, operands, labels, upstream, **options)
+
+    # A row whose runner-up leads by less than the error of a logit may take either word.
+    sure = (ours_id == exact_id) & (eager_id == exact_id)
+    assert sure.float().mean() >= (0.9 if hidden.dtype in (torch.float32, torch.float64) else 0.7)
+    assert (ours_id[labels == IGNORE] == -1).all() and (ours[labels == IGNORE] == 0).all()
+    assert_as_good_as_eager(ours[sure], eager[sure], exact[sure], hidden.dtype, ulps=8)  # sums of d products
+    if hidden.dtype == torch.float64:
+        torch.testing.assert_close(ours, exact)
+        torch.testing.assert_close(grads, exact_grads)
+        return
+    assert_as_good_as_eager(grads[0][sure], eager_grads[0][sure], exact_grads[0][sure], ulps=8)
+    if sure.all():
+        # whole tensors: their rows mix all tokens
+        for ours_grad, eager_grad, exact_grad in zip(
+            grads[1:], eager_grads[1:], exact_grads[1:], strict=True
+        ):
+            if ours_grad is not None:
+                flat = [x.reshape(1, -1) for x in (ours_grad, eager_grad, exact_grad)]
+                assert_as_good_as_eager(*flat, ulps=8)
+
+
+def fisher_operands(n, tokens, d, k, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, tokens, k, generator=generator)
+    grad_outputs = torch.randn(n, tokens, d, generator=generator)
+    grad_outputs *= 10.0 ** -torch.randint(0, 6, (n, 1, 1), generator=generator)
+    return inputs.to(dtype), grad_outputs.to(dtype)
+
+
+def exact_fisher(inputs, grad_outputs, divisor=None):
+    """One backward a sample through a real linear layer, in float64."""
+    total = 0
+    for x, delta in zip(inputs.double(), grad_outputs.double(), strict=True):
+        weight = torch.zeros(delta.shape[1], x.shape[1], dtype=torch.float64, requires_grad=True)
+        torch.nn.functional.linear(x, weight).backward(delta)
+        total = total + weight.grad.square()
+    return total if divisor is None else (total / divisor.double()).sum(1)

@@ -1,0 +1,193 @@
+"""Runs that are killed at each of their stages and started again; ``test_resume.py`` runs this file.
+
+Each run is a fork of this process, which pays for the imports once and has started no thread.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from tiny_models import tiny_model
+from transformers import TrainerCallback
+
+import loku
+
+FORGET = [{"input_ids": [3 + i, 5, 7 + 2 * i, 11, 13 + i]} for i in range(6)]
+RETAIN = [{"input_ids": [40 + i, 41, 2 * i + 3, 43]} for i in range(9)]
+
+
+class AtStep(TrainerCallback):
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act(control)
+
+
+def kill(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(control):
+    control.should_training_stop = True
+
+
+def run(directory, callbacks=(), **options):
+    """5 steps, 3 an epoch, with checkpoints 2, 4 and 5: in the middle of an epoch."""
+    model = tiny_model("gpt_neo")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1  # the random state must be resumed, too
+    defaults = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 2,
+        "max_steps": 5,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    config = loku.UnlearnConfig(**{**defaults, **options})
+    result = loku.unlearn(model, FORGET, RETAIN, config=config, callbacks=list(callbacks))
+    result.save(Path(directory) / "saved")
+
+
+def at_call(target, number, act=kill):
+    """Patch a function: its ``number``-th call acts instead."""
+    module, name = target.rsplit(".", 1)
+    real = getattr(sys.modules[module], name)
+    calls = []
+
+    def function(*args, **kwargs):
+        calls.append(None)
+        return act(*args, **kwargs) if len(calls) == number else real(*args, **kwargs)
+
+    return patch(target, function)
+
+
+def write_half(tensors, path, **kwargs):
+    Path(path).write_bytes(b"\x00" * 100)
+    kill()
+
+
+# What kills the first run of each stage, and whether the second one has a checkpoint to go on from.
+STAGES = {
+    "fisher": (lambda: at_call("loku.fila.row_scales.accumulate_squared_grad_", 5), {}, False),
+    "initialisation": (lambda: at_call("loku.fila.initialize.row_scaled_svd", 2), {}, False),
+    "training": (None, {"callbacks": [AtStep(3, kill)]}, True),
+    "checkpoint": (lambda: at_call("torch.save", 6), {}, True),  # the optimizer's of the second one
+    "manifest": (lambda: at_call("loku.checkpoints._write_manifest", 2), {}, True),
+    "save": (lambda: at_call("loku.saving.adapter.save_file", 1, write_half), {}, True),
+}
+VARIANTS = {
+    "fila": {},
+    "stopped": {"callbacks": [AtStep(4, stop)]},  # in the middle of an epoch, where there is a checkpoint
+    "npo": {
+        "method": "npo",
+        "init": "default",
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "save_steps": 1,
+    },
+    "kl": {"method": "kl", "tuning": "full", "learning_rate": 1e-3},
+}
+
+
+def forked(function):
+    """Exit status, negative for a signal, of ``function`` in a child process."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def saved(directory):
+    return {p.name: p.read_bytes() for p in sorted((directory / "saved").iterdir())}
+
+
+def check(name, directory, patched, killed, options, has_checkpoint, expected):
+    options = {**options, "callbacks": [*options.get("callbacks", []), *killed.get("callbacks", [])]}
+    resumed = {**options, "callbacks": options["callbacks"][: -1 if killed else None]}
+
+    def first():
+        if patched is None:
+            return run(directory, **options)
+        with patched():
+            run(directory, **options)
+
+    def second():
+        warnings.simplefilter("ignore")
+        if has_checkpoint:  # then nothing is measured or decomposed again
+            for target in (
+                "loku.fila.row_scales.accumulate_squared_grad_",
+                "loku.fila.initialize.row_scaled_svd",
+            ):
+                at_call(target, 1, lambda *args: sys.exit("the Fisher pass was run again")).start()
+        run(directory, resume_from_checkpoint=True, **resumed)
+
+    assert forked(first) == -signal.SIGKILL, f"{name}: was not killed"
+    assert not (directory / "saved").exists()
+    assert bool(loku.checkpoints.whole_checkpoints(directory)) == has_checkpoint, name
+    assert forked(second) == 0, f"{name}: could not be resumed"
+    assert saved(directory) == expected, f"{name}: ended elsewhere"
+
+
+def disk_full(directory):
+    """A limit on the size of files lets the first checkpoint through and not the second."""
+
+    def limited():
+        def limit(control):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+        try:
+            run(directory, [AtStep(3, limit)])
+        except OSError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+            (directory / "error").write_text(str(error))
+
+    assert forked(limited) == 0
+
+
+def main(directory):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    socket.socket.connect = lambda *args: sys.exit("network")
+    reports = {}
+    for variant, options in VARIANTS.items():
+        assert forked(lambda o=options, v=variant: run(directory / v, **o)) == 0
+        expected = saved(directory / variant)
+        stages = STAGES if variant == "fila" else {"stopped": ("save",)}.get(variant, ("training",))
+        for stage in stages:
+            patched, killed, has_checkpoint = STAGES[stage]
+            if variant == "npo" and stage == "training":
+                killed = {"callbacks": [AtStep(3, kill)]}
+            name = f"{variant}-{stage}"
+            check(name, directory / name, patched, killed, options, has_checkpoint, expected)
+            reports[name] = "same"
+    disk_full(directory / "full")
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,85 @@
+"""Small data sets and trainers that several test files share."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from loku import UnlearnConfig, UnlearnTrainer
+from loku.data.pairs import Draw
+from loku.fila.targets import default_target_modules
+
+METHODS = ["ihl", "ga", "gd", "kl", "dpo", "npo", "idk"]
+VOCAB = 97
+BETA = 0.3
+RETAIN_WEIGHT = 0.7
+
+
+def row(seed, prompt, length):
+    """A tokenised row with a prompt that carries no label."""
+    ids = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
+
+
+FORGET = [row(i, 3, 8 + i) for i in range(4)]
+RETAIN = [row(10 + i, 2, 7 + 2 * i) for i in range(5)]
+
+
+class Refusals:
+    """As ``loku.data.RefusalRows``: the prompt of a forget row and a refusal."""
+
+    refusals = ("a", "b", "c")
+
+    def __getitem__(self, key):
+        index, refusal = key
+        prompt, answer = FORGET[index]["input_ids"][:3], row(20 + refusal, 0, 4 + refusal)["input_ids"]
+        return {"input_ids": prompt + answer, "labels": [-100] * 3 + answer}
+
+
+def items(dataset, rows):
+    """The items of a ``PairedDataset`` for these rows, in their order."""
+    return [dataset[Draw(position, row)] for position, row in enumerate(rows)]
+
+
+def with_lora(model):
+    """An adapter that does something already, beside which the original is the model without it."""
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=default_target_modules(model), task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def trainer_of(model, method, tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "retain_weight": RETAIN_WEIGHT,
+        "beta": BETA,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    args = UnlearnConfig(**{**defaults, **options}, method=method)
+    return UnlearnTrainer(model, args, FORGET, RETAIN, refusals=Refusals())
+
+
+def arguments(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return UnlearnConfig(**{**defaults, **options})
+
+
+def lora(**options):
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)

@@ -1,0 +1,154 @@
+"""What ``test_distributed.py`` compares: functions for one process; as a script, for those of torchrun."""
+
+import json
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from tiny_models import tiny_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+import loku
+from loku.data import collate
+from loku.distributed import is_sharded
+from loku.fila import row_scales as row_scales_module
+
+
+def rows(count, seed):
+    """Of different lengths, so that means of means are not means."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, 97, (4 + 3 * (i % 4),), generator=generator).tolist() for i in range(count)]
+    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids]
+
+
+FORGET, RETAIN = rows(7, 0), rows(9, 1)
+
+
+def config(folder, **options):
+    defaults = {
+        "output_dir": str(folder / "trainer"),
+        "max_steps": 4,
+        "learning_rate": 0.5,
+        "optim": "sgd",  # whose steps are as close as the gradients; Adam's are of one size, even for noise
+        "lora_rank": 4,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return loku.UnlearnConfig(**{**defaults, **options})
+
+
+def row_scales(cache_dir=None):
+    """Of batches of 2: an odd number, and the last of one row."""
+    peft_model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["v_proj", "down_proj"]))
+    loaders = (
+        DataLoader(part, batch_size=2, collate_fn=lambda r: collate(r, 0)) for part in (FORGET, RETAIN)
+    )
+    settings = loku.FilaConfig(fisher_cache_dir=cache_dir)
+    return loku.get_fila_state_dict(peft_model, *loaders, config=settings, progress=False)
+
+
+def sharded_row_scales():
+    """Of a model whose weights FSDP2 has sharded, where there are processes for it."""
+    model = tiny_model("llama").requires_grad_(False)
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "mlp" in name}
+    if dist.is_initialized():
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert modules["model.layers.0.mlp.up_proj"].weight.to_local().shape == (24, 32)  # it is sharded
+    batches = ([collate(part[i : i + 2], 0) for i in range(0, len(part), 2)] for part in (FORGET, RETAIN))
+    return row_scales_module.fisher_row_scales(model, modules, *batches, progress=False)
+
+
+def unlearned(folder, name, measuring=(), **options):
+    """The log, what the callbacks ``measuring`` found, and whether weights are sharded, after the adapter has
+    been saved as ``folder/name``."""
+    settings = config(folder, **options)
+    result = loku.unlearn(tiny_model("llama"), FORGET, RETAIN, config=settings, callbacks=list(measuring))
+    result.save(folder / name)
+    return {
+        "measured": [callback.history for callback in measuring],
+        "log": [entry for entry in result.history if "forget_loss" in entry],
+        "sharded": any(is_sharded(parameter) for parameter in result.model.parameters()),
+    }
+
+
+def measuring():
+    """Callbacks that never stop, the first of seven rows and the second of nine."""
+    never = {"holdout_extraction_likelihood_2": -1.0, "holdout_memorization_accuracy": -1.0}
+    extraction = loku.ExtractionStopping(FORGET, RETAIN, n=2, every=2, thresholds=never)
+    return extraction, loku.UtilityFloorStopping(RETAIN, floor=1e-9, every=2)
+
+
+@contextmanager
+def fsdp_on_the_cpu():
+    """accelerate shards on accelerators only, and elsewhere takes DDP; nothing else in it needs one."""
+    init = AcceleratorState.__init__
+
+    def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init_with_fsdp
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = init
+
+
+def gathered(value):
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def same_everywhere(tensors):
+    first, *others = gathered(tensors)
+    return all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    config(folder)  # sets torch.distributed up
+    report = {"processes": gathered(dist.get_rank())}
+
+    scales = row_scales()
+    report["row scales are the same"] = same_everywhere(scales)
+    cache = folder / "cache"
+    row_scales(str(cache))
+    row_scales_module.negative_log_likelihood = None  # a second run measures nothing
+    try:
+        cached = row_scales(str(cache))
+        report["cached"] = gathered(all(torch.equal(cached[name], scales[name]) for name in scales))
+    finally:
+        from loku.head import negative_log_likelihood
+
+        row_scales_module.negative_log_likelihood = negative_log_likelihood
+
+    sharded = sharded_row_scales()
+    report["ddp"] = unlearned(folder, "ddp", measuring(), per_device_train_batch_size=2)
+    with fsdp_on_the_cpu():
+        options = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+        report["fsdp2"] = unlearned(folder, "fsdp2", per_device_train_batch_size=2, **options)
+    if dist.get_rank() == 0:
+        save_file(scales, folder / "scales.safetensors")
+        save_file(sharded, folder / "sharded_scales.safetensors")
+        (folder / "report.json").write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)
+    main(Path(sys.argv[1]))

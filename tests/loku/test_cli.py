@@ -1,0 +1,322 @@
+"""``loku``: options and settings files, what it prints, exit codes, errors for people."""
+
+import dataclasses
+import json
+import re
+import textwrap
+from typing import Any, Literal
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import tiny_config
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from loku import UnlearnConfig, cli, demo
+from loku.commands.settings import read_fields, read_yaml
+from loku.commands.unlearn import COMMON, PLACES
+from loku_kernels.backends import native
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model with a tokenizer, and the files of two data sets."""
+    folder = tmp_path_factory.mktemp("cli")
+    _, tokenizer = demo.load_model()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", vocab=len(tokenizer)))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows, _ = demo.load_rows()
+    write_rows(folder / "forget.jsonl", rows[:6])
+    write_rows(folder / "retain.jsonl", rows[6:14])
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+def unlearn(folder, output, *more, **replaced):
+    places = {
+        "model": folder / "model",
+        "forget": folder / "forget.jsonl",
+        "retain": folder / "retain.jsonl",
+        "output": output,
+    }
+    arguments = [f"--{name}={value}" for name, value in {**places, **replaced}.items()]
+    return cli.main(["unlearn", *arguments, "--use_cpu", *more])
+
+
+# What it does
+
+
+def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
+    settings = tmp_path / "run.yaml"
+    settings.write_text(
+        f"model: {folder}/model\nforget: {folder}/forget.jsonl\nretain: {folder}/retain.jsonl\n"
+        "lora-rank: 2\nlearning_rate: 1e-2  # YAML takes it for a text\nmethod: gd\nmax_steps: 3\n"
+        "target_modules: [v_proj]\nsave_strategy: no\n"
+    )
+    arguments = ["unlearn", "--config", str(settings), "--output", str(tmp_path / "out"), "--quiet"]
+    assert cli.main([*arguments, "--method=ihl", "--per-device-train-batch-size", "2", "--use_cpu"]) == 0
+    printed, noise = capfd.readouterr()
+    assert noise == "" and "{" not in printed  # no bars, no dicts
+    assert len(printed.splitlines()) < 24
+    for text in ("6 rows", "8 rows", "method ihl", "lora_rank 2", "learning_rate 0.01", "per_device_train"):
+        assert text in printed
+    assert re.search(r"first \(step 1\)\s+last \(step 3\)", printed)
+    for name in ("forget_loss", "retain_loss", "forget_probability", "retain_probability"):
+        assert re.search(rf"{name}\s+[\d.]+\s+[\d.]+", printed)
+    assert re.search(r"\d+ s, peak memory \d+ MiB resident", printed)
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    names = {}
+    exec(textwrap.dedent(printed.partition("To load it:\n")[2]), names)  # as the summary says
+    model = names["model"]
+    assert isinstance(model, PeftModel) and model.peft_config["default"].r == 4  # twice the rank: portable
+    merged = model.merge_and_unload()
+    changed = {
+        name for name, parameter in merged.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert changed == {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (0, 1)}
+
+
+def test_full_tuning_saves_a_model(folder, tmp_path, capsys):
+    assert unlearn(folder, tmp_path / "full", "--tuning", "full", "--max_steps=1") == 0
+    printed, bars = capsys.readouterr()
+    assert re.search(r"1/1 .*forget_loss=[\d.]+, retain_loss=[\d.]+", bars) and "{" not in printed + bars
+    assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}/full')" in printed
+    assert "lora_rank" not in printed
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path) for path in (folder / "model", tmp_path / "full")
+    )
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+@pytest.mark.parametrize("kind", ["residual", "merged"])
+def test_saves_and_resuming(kind, folder, tmp_path, capsys):
+    more = ("--quiet", "--init=pissa", "--num_train_epochs=1", "--save_strategy=epoch", f"--save={kind}")
+    assert unlearn(folder, tmp_path / "out", *more) == 0
+    logits = []
+    for again in (False, True):
+        if again:  # there is nothing left to do, and the same is saved
+            assert unlearn(folder, tmp_path / "out", *more, "--resume_from_checkpoint") == 0
+        names = {}
+        exec(textwrap.dedent(capsys.readouterr().out.partition("To load it:\n")[2]), names)
+        assert isinstance(names["model"], PeftModel) == (kind == "residual")
+        with torch.no_grad():
+            logits.append(names["model"].eval()(torch.arange(3, 9)[None]).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_info(capsys, monkeypatch):
+    monkeypatch.delenv("LOKU_BACKEND", raising=False)
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__.partition("+")[0] in printed and "peft" in printed
+    served = "native" if native._core else "reference"
+    for op in ("triplet_forward", "accumulate_squared_grad_"):
+        assert re.search(rf"^{op} +cpu +{served} +{served} +{served} +reference$", printed, re.M)
+    monkeypatch.setenv("LOKU_BACKEND", "reference")
+    assert cli.main(["info"]) == 0
+    assert re.search(r"^triplet_forward +cpu +reference +reference", capsys.readouterr().out, re.M)
+
+
+# Settings
+
+
+@dataclasses.dataclass
+class Hints:
+    path_or_true: bool | str | None = None
+    size: str | int | None = None
+    mapping: dict[str, Any] | None = None
+    names: list[str] | str | None = None
+    word: Literal["no", "yes"] = "no"
+    share: float = 0.5
+    count: int = 1
+    flag: bool = False
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("path_or_true", "true", True),
+        ("path_or_true", "yes", "yes"),
+        ("size", "4GiB", "4GiB"),
+        ("mapping", '{"dtype": "bfloat16"}', {"dtype": "bfloat16"}),
+        ("names", "a", "a"),
+        ("word", "yes", "yes"),
+        ("share", "1e-3", 1e-3),
+        ("count", "3", 3),
+        ("flag", "no", False),
+    ],
+)
+def test_values_are_read_by_their_hints(name, text, value):
+    read = read_fields(Hints)[name].read(text)
+    assert read == value and type(read) is type(value)
+
+
+def test_a_settings_file_is_read_by_hints_too(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "path_or_true: true\nsize: 12\nmapping: {a: 1}\nnames: [a]\nword: no\nshare: 1e-3\ncount: 2\n"
+        "model: m\n"
+    )
+    assert read_yaml(path, read_fields(Hints), ("model",)) == {
+        "path_or_true": True,
+        "size": 12,
+        "mapping": {"a": 1},
+        "names": ["a"],
+        "word": "no",
+        "share": 1e-3,
+        "count": 2,
+        "model": "m",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("shares: 1", "there is no setting 'shares'; did you mean share?"),
+        ("count: 1.5", "count: '1.5' is not a whole number"),
+        ("count: [1]", "count: [1] is not a whole number"),
+        ("share:", "share: null is not a number"),
+        ("word: maybe", "word: 'maybe' is not one of no, yes"),
+        ("mapping: [1]", "mapping: [1] is not a JSON object"),
+        ("model: 1", "model must be a text, got 1"),
+        ("flag: true", "flag is there twice"),
+    ],
+)
+def test_settings_files_name_the_line(line, problem, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"flag: true\n\n{line}\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: {problem}")):
+        read_yaml(path, read_fields(Hints), ("model",))
+
+
+def test_every_field_is_an_option_and_help_shows_the_chosen(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["unlearn", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    shown = set(re.findall(r"^  --(\w+)", text, re.M))
+    fields, inherited = read_fields(UnlearnConfig), read_fields(TrainingArguments)
+    own = fields.keys() - inherited.keys()
+    assert {"method", "lora_rank", "fisher_damping"} <= own and set(COMMON) <= inherited.keys()
+    assert shown == own | set(COMMON) | set(PLACES) | {"config", "quiet", "save"}
+    for name in own:
+        assert re.search(rf"^  --{name} \S.*(\n +)?  +\w", text, re.M), f"{name} is not described"
+    for field in fields.values():
+        assert field.types, field.name
+
+
+# Errors
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Files that each have something wrong with them."""
+    (tmp_path / "broken.jsonl").write_text('{"text": "a b c"}\n\n{"text": \n')
+    (tmp_path / "odd.jsonl").write_text('{"text": "a b c"}\n\n{"txt": "d e f"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "plain.txt").write_text("one two three\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 cr\xe8me\n")
+    (tmp_path / "list.json").write_text('[{"text": "a"},]')
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    (tmp_path / "unknown.yaml").write_text("seed: 1\nlora_rnk: 4\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"forget": "missing.jsonl"}, ["missing.jsonl", "No such file"]),
+        ({"forget": "broken.jsonl"}, ["broken.jsonl, line 3 is not JSON"]),
+        ({"retain": "odd.jsonl"}, ["odd.jsonl, line 3: row 1 of the retain set", "'txt'"]),
+        ({"retain": "empty.jsonl"}, ["the retain set is empty"]),
+        ({"retain": "latin.txt"}, ["latin.txt is not text in UTF-8"]),
+        ({"retain": "list.json"}, ["list.json is not JSON"]),
+        ({"forget": "plain.txt", "method": "dpo"}, ["plain.txt, line 1: row 0 of the forget set"]),
+        ({"model": "missing"}, ["missing, the --model, is not a directory"]),
+        ({"model": "."}, ["config.json"]),
+        ({"config": "bad.yaml"}, ["bad.yaml is not YAML", "line"]),
+        ({"config": "unknown.yaml"}, ["unknown.yaml, line 2", "'lora_rnk'; did you mean lora_rank?"]),
+        ({"output": "plain.txt"}, ["plain.txt is a file"]),
+        ({"method": "unheard"}, ["method must be one of"]),
+        ({"target_modules": "nothing_proj"}, ["target_modules"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_wrong_input_is_2_and_says_where(arguments, parts, folder, bad, capsys):
+    files = {
+        name: value if name in ("method", "target_modules") else bad / value
+        for name, value in arguments.items()
+    }
+    assert unlearn(folder, files.pop("output", bad / "out"), "--quiet", **files) == 2
+    printed, text = capsys.readouterr()
+    assert printed == "" and text.startswith("loku: error: ") and "Traceback" not in text
+    for part in parts:
+        assert part in text
+    assert not (bad / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (
+            ["unlearn", "--lerning_rate", "1"],
+            "there is no option --lerning_rate; did you mean --learning_rate?",
+        ),
+        (["unlearn", "--lora_rank", "x"], "'x' is not a whole number"),
+        (["unlearn", "--tuning", "half"], "'half' is not one of lora, full"),
+        (["demo", "--sed", "1"], "did you mean --seed?"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_options_are_2(arguments, part, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and part in capsys.readouterr().err
+
+
+def test_missing_places_are_named(capsys):
+    assert cli.main(["unlearn", "--model", "m", "--retain", "r.jsonl"]) == 2
+    assert "--forget, --output" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_1_and_debug_shows_where(folder, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("the loss is NaN")
+
+    monkeypatch.setattr("loku.UnlearnTrainer.compute_loss", fail)
+    assert unlearn(folder, tmp_path, "--quiet", "--init=default") == 1
+    text = capsys.readouterr().err
+    assert text.startswith("loku: the run failed: RuntimeError: the loss is NaN") and "LOKU_DEBUG" in text
+    monkeypatch.setenv("LOKU_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="NaN"):
+        unlearn(folder, tmp_path, "--quiet", "--init=default")
+    monkeypatch.delenv("LOKU_DEBUG")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loku.UnlearnTrainer.compute_loss", interrupt)
+    assert unlearn(folder, tmp_path, "--quiet", "--init=default") == 130
+
+
+def test_warnings_are_a_line(folder, tmp_path, capsys):
+    assert unlearn(folder, tmp_path, "--quiet", "--max_steps=1", "--max_length=40", "--init=default") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "were cut to" in line]
+    assert all(line.startswith("loku: warning: ") for line in lines)
+
+
+def test_codes_are_documented(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert "exit codes" in text and "LOKU_DEBUG" in text and all(f"  {code} " in text for code in (0, 1, 2))

@@ -1,0 +1,108 @@
+"""Two processes of torchrun, on the CPU with gloo, give what one gives: row scales, and trained adapters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+import loku
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
+
+PACKAGES = str(Path(loku.__file__).parents[1])  # the packages that are tested
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder where the processes left what they made, and their report."""
+    folder = tmp_path_factory.mktemp("two")
+    helpers = Path(__file__).parents[1] / "helpers"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    run = subprocess.run(
+        [*command, str(helpers / "two_processes.py"), str(folder)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([PACKAGES, os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return folder, json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """(folder, report) of the same global batch in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    callbacks = two_processes.measuring()
+    return folder, two_processes.unlearned(folder, "adapter", callbacks, per_device_train_batch_size=4)
+
+
+def test_row_scales(two):
+    folder, report = two
+    assert report["processes"] == [0, 1] and report["row scales are the same"]
+    for file, measure in (
+        ("scales", two_processes.row_scales),
+        ("sharded_scales", two_processes.sharded_row_scales),
+    ):
+        found, expected = load_file(folder / f"{file}.safetensors"), measure()
+        assert found.keys() == expected.keys() and len(found) >= 4
+        for name, scale in expected.items():
+            torch.testing.assert_close(found[name], scale, rtol=1e-5, atol=1e-6)
+
+
+def test_one_cache_for_both(two):
+    folder, report = two
+    assert report["cached"] == [True, True]
+    assert len(list((folder / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_knows_the_settings_of(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == 8 and file.read_text().startswith("# accelerate launch --config_file")
+
+
+def update(path):
+    """What an adapter adds to each weight."""
+    factors = load_file(path / "adapter_model.safetensors")
+    return {
+        name: factors[name.replace("lora_A", "lora_B")] @ A for name, A in factors.items() if "lora_A" in name
+    }
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_adapters(one, two, how):
+    folder, log = one[0], one[1]["log"]
+    expected, found = update(folder / "adapter"), update(two[0] / how)
+    assert found.keys() == expected.keys() and len(found) == 10
+    for name, value in expected.items():
+        assert value.norm() > 1e-3
+        assert (found[name] - value).norm() <= 1e-4 * value.norm(), name
+    two_logs = two[1][how]["log"]
+    assert two[1][how]["sharded"] == (how == "fsdp2")
+    assert len(two_logs) == len(log) == 4
+    for ours, theirs in zip(two_logs, log, strict=True):
+        for name in ("forget_loss", "retain_loss", "forget_probability"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_callbacks_measure_all_rows(one, two):
+    found, expected = two[1]["ddp"]["measured"], one[1]["measured"]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [0, 2, 4]
+        for entry, other in zip(ours, theirs, strict=True):
+            assert entry == pytest.approx(other, rel=1e-4)

@@ -1,0 +1,764 @@
+"""FILA's invariants: the model is unchanged by initialisation, can be put back, and saves portably."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+)
+
+import loku.fila.initialize
+from loku.fila.initialize import (
+    FilaConfig,
+    get_fila_state_dict,
+    initialize_from_row_scales,
+    initialize_lora_fila_weights,
+    reference_model,
+    release_base_copy_,
+    restore_base_,
+)
+from loku.fila.targets import default_target_modules, fila_targets
+from loku.saving.adapter import save_portable_adapter
+
+VOCAB = 61
+SMALL = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
+LLAMA_SIZES = {
+    **SMALL,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+CONFIGS = {
+    "gpt_neo": GPTNeoConfig(
+        **SMALL,
+        hidden_size=48,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=64,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+        attention_dropout=0.0,
+        embed_dropout=0.0,
+        resid_dropout=0.0,
+    ),
+    "llama": LlamaConfig(**LLAMA_SIZES, num_key_value_heads=2),
+    "phi": PhiConfig(**LLAMA_SIZES),
+}
+MODELS = sorted(CONFIGS)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def make_base(kind, dtype=torch.float32):
+    """The same model each time: a fresh copy of the untouched base."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))
+        for parameter in model.parameters():  # transformers' 0.02 would make every layer a small perturbation
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model.to(dtype).eval()
+
+
+def make_peft(kind, dtype=torch.float32, **options):
+    base = make_base(kind, dtype)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": default_target_modules(base), **options}
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
+
+
+def random_scales(model, adapter_name="default"):
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: torch.rand(layer.out_features, generator=generator).pow(4) + 1e-3
+        for name, layer in fila_targets(model, adapter_name).items()
+    }
+
+
+def initialized(kind, dtype=torch.float32, **options):
+    model = make_peft(kind, dtype, **options)
+    initialize_from_row_scales(model, random_scales(model))
+    return model
+
+
+def token_ids(rows=2, length=9):
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(11))
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=token_ids()).logits.double()
+
+
+def lora_layers(model, adapter_name="default"):
+    return {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if hasattr(module, "lora_A") and adapter_name in module.lora_A
+    }
+
+
+def factors(layer, adapter_name="default"):
+    A, B = (f[adapter_name].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
+    return A, B, layer.scaling[adapter_name]
+
+
+def train(model, steps=4):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    ids = token_ids()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+def assert_close(actual, expected, relative):
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= relative, f"relative error {error:.2e}"
+
+
+# Initialisation
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 3}], ids=["lora", "rslora"])
+def test_outputs_are_unchanged_by_initialisation(kind, options):
+    before = logits(make_base(kind))
+    model = initialized(kind, **options)
+    assert_close(logits(model), before, 1e-5)
+    with model.disable_adapter():  # the residual alone is another model, or nothing was tested
+        assert (logits(model) - before).abs().max() > 0.1 * before.abs().max()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_bfloat16_base_is_off_by_one_rounding_of_its_weights(kind, autocast_adapter_dtype):
+    base = make_base(kind, torch.bfloat16)
+    original = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = get_peft_model(
+        base,
+        LoraConfig(r=4, lora_alpha=8, target_modules=default_target_modules(base)),
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+    initialize_from_row_scales(model, random_scales(model))
+    for name, layer in lora_layers(model).items():
+        A, B, scaling = factors(layer)
+        assert layer.lora_A["default"].weight.dtype == (
+            torch.float32 if autocast_adapter_dtype else torch.bfloat16
+        )
+        residual = layer.get_base_layer().weight.double()
+        error = (residual + scaling * B @ A - original[f"{name}.weight"].double()).abs()
+        assert (error <= 2**-8 * residual.abs() + 1e-30).all()
+    # The weights' rounding alone, without that of bfloat16 activations.
+    assert_close(logits(model.float()), logits(make_base(kind, torch.bfloat16).float()), 2**-5)
+
+
+def test_all_ones_are_pissa():
+    base, theirs = make_base("llama"), make_base("llama")
+    for model in (
+        base,
+        theirs,
+    ):  # a spectrum that decays: on a flat one the leading directions are not unique
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                U, S, Vh = torch.linalg.svd(parameter.data, full_matrices=False)
+                parameter.data.copy_(U * (0.6 ** torch.arange(len(S))) @ Vh)
+    options = {"r": 4, "lora_alpha": 12, "target_modules": default_target_modules(base)}
+    model = get_peft_model(base, LoraConfig(**options))
+    scales = {name: torch.ones(layer.out_features) for name, layer in fila_targets(model).items()}
+    initialize_from_row_scales(model, scales)
+    pissa = get_peft_model(theirs, LoraConfig(**options, init_lora_weights="pissa"))
+    for (name, ours), their in zip(lora_layers(model).items(), lora_layers(pissa).values(), strict=True):
+        A, B, _ = factors(ours)
+        their_A, their_B, _ = factors(their)
+        assert (B @ A - their_B @ their_A).norm() <= 1e-3 * (their_B @ their_A).norm(), name
+        signs = (A * their_A).sum(1).sign()  # of singular vectors
+        assert (A - signs[:, None] * their_A).norm() <= 1e-2 * their_A.norm(), name
+        residual, their_residual = (x.get_base_layer().weight.double() for x in (ours, their))
+        assert (residual - their_residual).norm() <= 3e-3 * (their_B @ their_A).norm(), name
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_factors_are_the_papers(kind):
+    base = make_base(kind)
+    model = make_peft(kind, r=5, lora_alpha=20)
+    scales = random_scales(model)
+    initialize_from_row_scales(model, scales)
+    for name, layer in lora_layers(model).items():
+        W, s = base.get_submodule(name).weight.detach().double(), scales[name].double()
+        U, S, Vh = torch.linalg.svd(s[:, None] * W, full_matrices=False)
+        paper_B = (1 / s)[:, None] * U[:, :5] * S[:5].sqrt()
+        paper_A = S[:5, None].sqrt() * Vh[:5]
+        A, B, scaling = factors(layer)
+        assert scaling == 4
+        assert_close(scaling * B @ A, paper_B @ paper_A, 1e-4)
+        # Up to the sign of each direction, and peft's scaling shared out evenly.
+        sign = (A * paper_A).sum(1).sign()
+        assert_close(sign[:, None] * A * scaling**0.5, paper_A, 1e-3)
+        assert_close(sign * B * scaling**0.5, paper_B, 1e-3)
+
+
+def test_module_prefix_of_peft_is_accepted_and_further_scales_are_ignored():
+    model, other = make_peft("llama"), make_peft("llama")
+    scales = random_scales(model)
+    initialize_from_row_scales(model, scales)
+    prefixed = {f"base_model.model.{name}": scale for name, scale in scales.items()}
+    initialize_from_row_scales(other, {**prefixed, "another.module": torch.ones(3)})
+    assert torch.equal(logits(model), logits(other))
+
+
+class OneLinear(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0])
+        self.linear.weight = nn.Parameter(weight.clone())
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    d=st.integers(1, 20),
+    k=st.integers(1, 20),
+    rank=st.integers(1, 24),
+    weight_rank=st.integers(1, 20),
+    zero_rows=st.sampled_from([0.0, 0.5, 0.95]),
+    alpha=st.sampled_from([1, 7, 64]),
+    use_rslora=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_rank_and_row_scale(d, k, rank, weight_rank, zero_rows, alpha, use_rslora, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    W = (draw(d, weight_rank) @ draw(weight_rank, k)).to(dtype)
+    s = draw(d).exp() * (torch.rand(d, generator=generator) >= zero_rows)
+    s[0] = 1.0
+    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=use_rslora, target_modules=["linear"])
+    model = get_peft_model(OneLinear(W), config)
+    initialize_from_row_scales(model, {"linear": s})
+
+    layer = model.get_base_model().linear
+    A, B, scaling = factors(layer)
+    residual = layer.get_base_layer().weight.double()
+    unit = torch.finfo(dtype).eps / 2
+    error = (residual + scaling * B @ A - W.double()).abs()
+    assert (error <= 1.01 * unit * residual.abs() + 1e-7 * (dtype == torch.float16) + 1e-14).all()
+    # What is left of diag(s) W is what the best projection of that rank leaves.
+    S = torch.linalg.svdvals(s.double()[:, None] * W.double())
+    left = s.double()[:, None] * (W.double() - scaling * B @ A)
+    assert (left.norm() ** 2 <= 1.001 * (S[rank:] ** 2).sum() + 1e-3 * (S**2).sum()).item()
+    # Directions that diag(s) W does not have are zero in both factors.
+    used = A.norm(dim=1) > 0
+    assert torch.equal(used, B.norm(dim=0) > 0)
+    assert (S[:rank] > 2e-6 * S[0]).sum() <= used.sum() <= (S > 5e-7 * S[0]).sum()
+    assert torch.equal(restore_base_(model).linear.weight, W)
+
+
+def test_rank_and_alpha_patterns():
+    patterns = {"rank_pattern": {"q_proj": 7, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 40}}
+    before = logits(make_base("llama"))
+    model = initialized("llama", **patterns)
+    assert_close(logits(model), before, 1e-5)
+    ranks = {
+        name: factors(layer)[0].count_nonzero(dim=1).count_nonzero().item()
+        for name, layer in lora_layers(model).items()
+    }
+    assert ranks["model.layers.0.self_attn.q_proj"] == 7
+    assert ranks["model.layers.1.mlp.up_proj"] == 2
+    assert ranks["model.layers.0.mlp.up_proj"] == 4
+
+
+def test_only_the_adapter_trains_and_the_callers_generator_does_not_move():
+    model = make_peft("llama")
+    scales = random_scales(model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    initialize_from_row_scales(model, scales)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.active_adapters == ["default"]
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == flags.get(name, False), name
+    train(model)
+    layer = next(iter(lora_layers(model).values()))
+    (A, B, _), (A0, B0, _) = factors(layer), factors(layer, "reference")
+    assert not torch.equal(A, A0) and not torch.equal(B, B0)
+
+
+# The reference model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_reference_model_is_the_original(kind):
+    before = logits(make_base(kind))
+    model = initialized(kind)
+    train(model)
+    trained = logits(model)
+    assert (trained - before).abs().max() > 0.05 * before.abs().max()
+    flags = [p.requires_grad for p in model.parameters()]
+    with reference_model(model) as reference:
+        assert_close(logits(reference), before, 1e-5)
+        assert [p.requires_grad for p in model.parameters()] == flags
+        assert not torch.is_grad_enabled()
+    assert torch.equal(logits(model), trained)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+    with pytest.raises(RuntimeError, match="inside"), reference_model(model):
+        raise RuntimeError("inside")
+    assert torch.equal(logits(model), trained)
+
+
+def test_reference_model_inside_disable_adapter_and_frozen_adapter():
+    before = logits(make_base("llama"))
+    model = initialized("llama")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    train_flags = [p.requires_grad for p in model.parameters()]
+    with reference_model(model):
+        pass
+    assert [p.requires_grad for p in model.parameters()] == train_flags
+    with model.disable_adapter():
+        residual = logits(model)
+        with reference_model(model):
+            assert_close(logits(model), before, 1e-5)
+        assert torch.equal(logits(model), residual)
+
+
+def test_reference_model_after_default_initialisation_and_merged():
+    before = logits(make_base("llama"))
+    model = make_peft("llama", modules_to_save=["lm_head"])
+    train(model)
+    with reference_model(model):
+        assert torch.equal(logits(model), before)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"), reference_model(model):
+        pass
+
+
+# Putting the base back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_restore_is_exact(dtype):
+    base = make_base("llama", dtype)
+    original = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=default_target_modules(base)))
+    initialize_from_row_scales(model, random_scales(model))
+    if dtype == torch.float32:
+        train(model)
+    restored = restore_base_(model)
+    assert restored is base
+    assert sorted(original) == sorted(name for name, _ in base.named_parameters())
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, original[name]), name
+    assert not hasattr(base, "peft_config")
+
+
+def test_restore_without_the_copy_adds_back():
+    model = initialized("llama")
+    train(model)
+    release_base_copy_(model)
+    model.merge_adapter()
+    untouched = make_base("llama")
+    assert_close(logits(restore_base_(model)), logits(untouched), 1e-5)
+    # Only unloaded, where FILA was not used.
+    assert torch.equal(logits(restore_base_(make_peft("llama"))), logits(untouched))
+
+
+@pytest.mark.parametrize("where", ["svd", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_failure_midway_puts_everything_back(where, dtype, monkeypatch):
+    model = make_peft("llama", dtype)
+    scales = random_scales(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    real, calls = loku.fila.initialize.row_scaled_svd, []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    def failing_clone(*args, **kwargs):
+        PeftModel.add_adapter(model, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    if where == "svd":
+        monkeypatch.setattr(loku.fila.initialize, "row_scaled_svd", interrupted)
+    else:
+        monkeypatch.setattr(model, "add_adapter", failing_clone)
+    with pytest.raises(KeyboardInterrupt):
+        initialize_from_row_scales(model, scales)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    monkeypatch.undo()
+    initialize_from_row_scales(model, scales)  # and it can be tried again
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = make_peft("llama")
+    scales = random_scales(model)
+    layer = lora_layers(model)["model.layers.1.mlp.down_proj"]
+    layer.get_base_layer().weight.data[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: .*not finite"):
+        initialize_from_row_scales(model, scales)
+
+
+# The portable save
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 5},
+        {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 12, "q_proj": 3}},
+    ],
+    ids=["lora", "rslora", "patterns"],
+)
+def test_portable_adapter_on_the_untouched_base(kind, options, tmp_path):
+    model = initialized(kind, **options)
+    train(model)
+    unlearned = logits(model)
+    save_portable_adapter(model, tmp_path / "adapter")
+    assert torch.equal(logits(model), unlearned)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+    loaded = PeftModel.from_pretrained(make_base(kind), tmp_path / "adapter")
+    assert_close(logits(loaded), unlearned, 1e-4)
+    assert (logits(loaded) - unlearned).abs().max() <= 1e-4
+    assert all(scaling == 1 for layer in lora_layers(loaded).values() for scaling in layer.scaling.values())
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(make_base(kind)))
+    assert (logits(loaded.merge_and_unload()) - unlearned).abs().max() <= 1e-4
+    assert (logits(model.merge_and_unload()) - unlearned).abs().max() <= 1e-4
+
+
+def test_portable_adapter_keeps_small_updates_of_a_bfloat16_model(tmp_path):
+    model = make_peft("llama", torch.bfloat16)
+    initialize_from_row_scales(model, random_scales(model))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and ".default." in name:
+            parameter.data += 1e-4 * parameter.data.abs().max() * torch.randn_like(parameter)
+    expected = {}
+    for name, layer in lora_layers(model).items():
+        (A, B, scaling), (A0, B0, _) = factors(layer), factors(layer, "reference")
+        expected[name] = scaling * (B @ A - B0 @ A0)
+    save_portable_adapter(model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path / "adapter")
+    for name, layer in lora_layers(loaded).items():
+        A, B, scaling = factors(layer)
+        assert_close(scaling * B @ A, expected[name], 1e-4)
+
+
+def test_default_initialisation_and_other_names_are_saved_as_they_are(tmp_path):
+    base = make_base("llama")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=default_target_modules(base))
+    model = get_peft_model(base, config, adapter_name="forget")
+    train(model)
+    save_portable_adapter(model, tmp_path / "a" / "b", adapter_name="forget")
+    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path / "a" / "b")
+    assert (logits(loaded) - logits(model)).abs().max() <= 1e-6
+    assert loaded.peft_config["default"].r == 4
+
+
+def test_saving_over_an_earlier_adapter_keeps_other_files(tmp_path):
+    path = tmp_path / "run"
+    (path / "checkpoint-5").mkdir(parents=True)
+    model = initialized("llama")
+    save_portable_adapter(model, path)
+    train(model)
+    save_portable_adapter(model, path)
+    assert sorted(p.name for p in path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoint-5",
+    ]
+    assert (logits(PeftModel.from_pretrained(make_base("llama"), path)) - logits(model)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failed_save_leaves_nothing_and_keeps_the_earlier_adapter(exists, tmp_path, monkeypatch):
+    path = tmp_path / "adapter"
+    model = initialized("llama")
+    if exists:
+        save_portable_adapter(model, path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LoraConfig, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        save_portable_adapter(model, path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert path.exists() == exists
+
+
+def test_save_refusals(tmp_path):
+    model = initialized("llama")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="is a file"):
+        save_portable_adapter(model, tmp_path / "file")
+    with pytest.raises(ValueError, match="no LoRA adapter 'other'"):
+        save_portable_adapter(model, tmp_path / "new", adapter_name="other")
+    with pytest.raises(ValueError, match="residual base"):
+        save_portable_adapter(model, tmp_path / "new", adapter_name="reference")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+# Refusals: each names the module or the option, and says what to do instead
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1 .* set it to 0"),
+        ({"use_dora": True}, "use_dora=True .* set it to False"),
+        ({"lora_bias": True}, "lora_bias=True .* set it to False"),
+        ({"bias": "lora_only"}, "bias='lora_only' .* bias=\"none\""),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* without FILA"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices=.* without FILA"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.* leave it unset"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .* use init_lora_weights=True"),
+        ({"lora_alpha": 0}, r"model.layers.0.self_attn.q_proj: scaling is 0.0.* set lora_alpha"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "model.embed_tokens: FILA needs a plain nn.Linear"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_options_are_refused(options, message):
+    base = make_base("phi" if "lora_bias" in options else "llama")
+    targets = {"target_modules": default_target_modules(base)}
+    model = get_peft_model(base, LoraConfig(**{"r": 4, **targets, **options}))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        initialize_from_row_scales(model, {})
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Linear4bit(nn.Linear):
+    """Stands in for bitsandbytes': a subclass of nn.Linear that holds packed bytes."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = nn.Parameter(torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), False)
+
+
+def replaced(model, name, module):
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def test_quantised_and_meta_weights_are_refused():
+    name = "model.layers.1.mlp.up_proj"
+    base = make_base("llama")
+    targets = default_target_modules(base)
+    replaced(base, name, Linear4bit(base.get_submodule(name)))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
+    with pytest.raises(ValueError, match=rf"{name}: .*Linear4bit.*uint8; .* quantise the residual"):
+        fila_targets(model)
+
+    base = make_base("llama")
+    replaced(base, name, base.get_submodule(name).to("meta"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
+    with pytest.raises(ValueError, match=rf"{name}: .*meta device.* without offloading"):
+        fila_targets(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_conv1d_fused_and_tied_targets_are_refused():
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(**SMALL, n_embd=32, n_layer=1, n_head=2))
+    model = get_peft_model(gpt2, LoraConfig(r=4, target_modules=["c_fc"], fan_in_fan_out=True))
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc: .*Conv1D.* use default LoRA"):
+        fila_targets(model)
+    with pytest.raises(ValueError, match=r"Conv1D.*pass target_modules"):
+        default_target_modules(gpt2.base_model)
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL, **sizes))
+    with pytest.raises(ValueError, match=r"query_key_value .*fuses query.*pass target_modules"):
+        default_target_modules(neox)
+    model = get_peft_model(neox, LoraConfig(r=4, target_modules=["query_key_value"]))
+    with pytest.raises(ValueError, match=r"query_key_value: .*fused .* use default LoRA"):
+        fila_targets(model)
+
+    tied = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, **sizes, tie_word_embeddings=True))
+    model = get_peft_model(tied, LoraConfig(r=4, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head: .*also that of model\.embed_tokens.* untie"):
+        fila_targets(model)
+
+
+def test_models_and_adapters_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="needs a PeftModel"):
+        fila_targets(make_base("llama"))
+    model = make_peft("llama")
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        fila_targets(model, "other")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"q_proj: .*merged.* call unmerge_adapter"):
+        fila_targets(model)
+    model.unmerge_adapter()
+    initialize_from_row_scales(model, random_scales(model))
+    with pytest.raises(ValueError, match=r"already initialised.* restore_base_"):
+        fila_targets(model)
+    model = make_peft("llama")
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    with pytest.raises(ValueError, match=r"other adapters \['second'\].* delete them"):
+        fila_targets(model)
+
+
+def test_row_scales_that_do_not_fit_are_refused():
+    model = make_peft("llama")
+    scales = random_scales(model)
+    name = "model.layers.1.mlp.up_proj"
+    with pytest.raises(ValueError, match=rf"no row scale for 1 of 10 .*{name}.* get_fila_state_dict"):
+        initialize_from_row_scales(model, {key: s for key, s in scales.items() if key != name})
+    for wrong, message in [
+        (torch.ones(48), r"must have shape \(80,\).* got \(48,\)"),
+        (torch.ones(80, 1), r"got \(80, 1\)"),
+        (torch.zeros(80), "not all 0.* use ones"),
+        (-torch.ones(80), ">= 0"),
+        (torch.full((80,), float("inf")), "finite"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+            initialize_from_row_scales(model, {**scales, name: wrong})
+    assert torch.equal(logits(model), logits(make_base("llama")))
+
+
+def test_config_is_checked():
+    for options, message in [
+        ({"damping": -1.0}, "damping"),
+        ({"damping": float("nan")}, "damping"),
+        ({"damping_mode": "other"}, "damping_mode"),
+        ({"fisher_samples": 0}, "fisher_samples"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FilaConfig(**options)
+
+
+# Default targets
+
+
+def test_default_target_modules():
+    neo, llama, phi = (make_base(kind) for kind in ("gpt_neo", "llama", "phi"))
+    assert default_target_modules(neo) == ["c_fc", "c_proj", "q_proj", "v_proj"]
+    assert default_target_modules(llama) == ["down_proj", "gate_proj", "q_proj", "up_proj", "v_proj"]
+    assert default_target_modules(phi) == ["fc1", "fc2", "q_proj", "v_proj"]
+    opt = AutoModelForCausalLM.from_config(
+        OPTConfig(
+            **SMALL,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    assert default_target_modules(opt) == ["fc1", "fc2", "q_proj", "v_proj"]
+
+
+def test_target_sweeps():
+    neo, llama, phi = (make_base(kind) for kind in ("gpt_neo", "llama", "phi"))
+    for model, keys_and_outputs, mlp in [
+        (neo, ["k_proj", "out_proj"], ["c_fc", "c_proj"]),
+        (llama, ["k_proj", "o_proj"], ["down_proj", "gate_proj", "up_proj"]),
+        (phi, ["dense", "k_proj"], ["fc1", "fc2"]),
+    ]:
+        assert default_target_modules(model, "qv") == ["q_proj", "v_proj"]
+        assert default_target_modules(model, "qkvo") == sorted(["q_proj", "v_proj", *keys_and_outputs])
+        assert default_target_modules(model, "ffn") == mlp
+        assert default_target_modules(model, "qv+ffn") == default_target_modules(model)
+
+
+def test_default_target_modules_takes_longer_suffixes_where_names_collide():
+    block = nn.ModuleDict(
+        {
+            "attn": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q_proj", "v_proj", "c_proj")}),
+            "mlp": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("c_fc", "c_proj")}),
+        }
+    )
+    model = nn.ModuleDict({"h": nn.ModuleList([block])})
+    assert default_target_modules(model) == ["attn.q_proj", "attn.v_proj", "mlp.c_fc", "mlp.c_proj"]
+
+
+def test_default_target_modules_refuses_what_it_cannot_tell():
+    moe = AutoModelForCausalLM.from_config(
+        MixtralConfig(**LLAMA_SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
+    )
+    with pytest.raises(ValueError, match=r"mixture of experts.* pass target_modules"):
+        default_target_modules(moe)
+    with pytest.raises(ValueError, match=r"no query projection .* pass target_modules"):
+        default_target_modules(nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(4, 4)})])}))
+
+
+# After peft's EVA convention
+
+
+def batches(seed, rows=6):
+    ids = torch.randint(1, VOCAB, (rows, 8), generator=torch.Generator().manual_seed(seed))
+    dataset = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    return torch.utils.data.DataLoader(dataset, batch_size=2)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_initialisation_from_dataloaders(kind):
+    before = logits(make_base(kind))
+    model, other = make_peft(kind), make_peft(kind)
+    flags = [p.requires_grad for p in model.parameters()]
+    state = get_fila_state_dict(model, batches(1), batches(2), progress=False)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert sorted(state) == sorted(lora_layers(model))
+    initialize_lora_fila_weights(model, batches(1), batches(2), progress=False)
+    initialize_lora_fila_weights(other, fila_state_dict=state)
+    assert_close(logits(model), before, 1e-5)
+    assert_close(logits(other), logits(model), 1e-5)
+    with pytest.raises(ValueError, match="are required without fila_state_dict"):
+        initialize_lora_fila_weights(make_peft(kind), batches(1))
+
+
+def test_fisher_samples_cap_the_rows():
+    model = make_peft("llama")
+    forget, retain = batches(1), batches(2)
+    capped = FilaConfig(fisher_samples=3, seed=5)
+    first = get_fila_state_dict(model, forget, retain, config=capped, progress=False)
+    again = get_fila_state_dict(model, forget, retain, config=capped, progress=False)
+    every = get_fila_state_dict(model, forget, retain, progress=False)
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(first[name], again[name])
+    assert not torch.allclose(first[name], every[name])
+    # Other iterables: the first rows.
+    listed = get_fila_state_dict(model, list(forget), list(retain), config=capped, progress=False)
+    short = [
+        {k: v[:3] for k, v in next(iter(torch.utils.data.DataLoader(loader.dataset, 3))).items()}
+        for loader in (forget, retain)
+    ]
+    expected = get_fila_state_dict(model, short[:1], short[1:], progress=False)
+    assert torch.allclose(listed[name], expected[name], rtol=1e-4)

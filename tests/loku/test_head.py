@@ -1,0 +1,116 @@
+"""The forward that yields triplets: the numbers of the model's own logits, and never the logits."""
+
+import pytest
+import torch
+from tiny_models import KINDS, tiny_config, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaForCausalLM,
+)
+
+from loku.head import check_head, negative_log_likelihood, next_token_labels, output_embedding, token_triplets
+from loku_kernels import softmax_triplet
+
+VOCAB = 97
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+POSTPROCESSED = {
+    "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0),
+    "cohere": CohereConfig(**SMALL, logit_scale=0.25),
+    "granite": GraniteConfig(**SMALL, logits_scaling=4.0),
+}
+
+
+def model_of(kind):
+    if kind in KINDS:
+        return tiny_model(kind, VOCAB)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(POSTPROCESSED[kind]).eval()
+    model.get_output_embeddings().weight.data.mul_(20)
+    return model
+
+
+def a_batch():
+    ids = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    labels[:, :4] = -100
+    mask[1, 9:], labels[1, 9:] = 0, -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *POSTPROCESSED])
+def test_same_numbers_and_gradients_as_the_models_own_logits(kind):
+    model, batch = model_of(kind), a_batch()
+    check_head(model, batch)
+    triplet, counted = token_triplets(model, **batch)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected, _ = softmax_triplet(logits, next_token_labels(batch["labels"]))
+    assert triplet.dtype == torch.float64 and triplet.shape == (3, 12, 3)
+    assert counted.sum() == (batch["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(triplet, expected, rtol=1e-5, atol=1e-5)
+
+    ours = torch.autograd.grad(negative_log_likelihood(model, batch), model.parameters(), allow_unused=True)
+    loss = model(**batch).loss * counted.sum()
+    theirs = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our is None) == (their is None)
+        if our is not None:
+            torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-4 * their.abs().max().item())
+    assert "forward" not in output_embedding(model).__dict__
+    torch.testing.assert_close(
+        model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, logits
+    )
+
+
+def test_under_autocast():
+    model, batch = model_of("llama"), a_batch()
+    exact = negative_log_likelihood(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = negative_log_likelihood(model, batch)
+        eager = model(**batch).loss * (batch["labels"][:, 1:] != -100).sum()
+    assert mixed != exact
+    assert abs(mixed - exact) <= 2 * abs(eager - exact) + 0.02 * exact
+
+
+def test_put_back_when_the_forward_fails():
+    model, batch = model_of("gemma2"), a_batch()
+    with pytest.raises(Exception):  # noqa: B017 - whatever the model makes of a bad id
+        token_triplets(model, **{**batch, "input_ids": batch["input_ids"] + VOCAB})
+    assert "forward" not in output_embedding(model).__dict__
+    assert model.config.final_logit_softcapping == 2.0
+
+
+class LogitsMoved(LlamaForCausalLM):
+    """A model that does to its logits what nobody told us."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+
+def test_unknown_post_processing_is_refused():
+    model = LogitsMoved(tiny_config("llama")).eval()
+    model.lm_head.weight.data.mul_(8)
+    with pytest.raises(ValueError, match="LogitsMoved changes its logits"):
+        check_head(model, a_batch())
+
+
+def test_unknown_heads_are_refused():
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 97))
+    with pytest.raises(ValueError, match="output embedding of LlamaForCausalLM is a Sequential"):
+        output_embedding(model)
+    with pytest.raises(ValueError, match="LlamaModel has no output embedding"):
+        output_embedding(tiny_model("llama").model)

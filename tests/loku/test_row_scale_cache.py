@@ -1,0 +1,162 @@
+"""The cache of row scales: a second run measures nothing, another run finds nothing."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model
+from torch.utils.data import DataLoader
+
+from loku import FilaConfig, get_fila_state_dict
+from loku.data import collate
+from loku.fila import row_scales
+from loku.fingerprints import batches_fingerprint, weights_fingerprint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def rows(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(0, 97, (5 + i,), generator=generator).tolist() for i in range(count)]
+    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many forward and backward passes there were so far."""
+    counted = []
+
+    def counting(*args):
+        counted.append(1)
+        return negative_log_likelihood(*args)
+
+    negative_log_likelihood = row_scales.negative_log_likelihood
+    monkeypatch.setattr(row_scales, "negative_log_likelihood", counting)
+    return counted
+
+
+class Run:
+    """A run of a process of its own, as far as that matters: the adapter's random weights differ."""
+
+    def __init__(self, cache, passes):
+        self.cache, self.passes, self.number = cache, passes, 0
+
+    def __call__(self, change=None, forget=None, retain=None, batch_size=2, shuffle=False, **settings):
+        """(row scales, whether it measured them)"""
+        self.number += 1
+        model = tiny_model("llama")
+        if change is not None:
+            change(model)
+        torch.manual_seed(self.number)
+        peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))
+        loaders = [
+            DataLoader(part, batch_size=batch_size, collate_fn=lambda r: collate(r, 0), shuffle=shuffle)
+            for part in (forget or rows(5, 0), retain or rows(6, 1))
+        ]
+        before = len(self.passes)
+        config = FilaConfig(fisher_cache_dir=self.cache, **settings)
+        scales = get_fila_state_dict(peft_model, *loaders, config=config, progress=False)
+        return scales, len(self.passes) > before
+
+
+@pytest.fixture
+def run(tmp_path, passes):
+    return Run(str(tmp_path / "cache"), passes)
+
+
+def test_a_second_run_measures_nothing(run, tmp_path):
+    first, measured = run()
+    assert measured and len(first) == 4
+    for same in ({}, {"batch_size": 3}, {"shuffle": True}, {"fisher_memory_budget": "1MiB"}, {"seed": 1}):
+        scales, measured = run(**same)
+        assert not measured and scales.keys() == first.keys()
+        assert all(torch.equal(scales[name], first[name]) for name in first)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing unfinished
+
+
+def test_whatever_the_scales_depend_on_is_looked_at(run):
+    def one_weight(model):
+        weight = model.model.layers[1].input_layernorm.weight.data
+        weight[3] = torch.nextafter(weight[3], torch.tensor(2.0))
+
+    def swapped_weights(model):
+        up, gate = (
+            model.model.layers[0].mlp.up_proj.weight.data,
+            model.model.layers[0].mlp.gate_proj.weight.data,
+        )
+        up.copy_(up.flip(0)), gate.copy_(gate.flip(0))
+
+    other_token, other_label = rows(5, 0), rows(5, 0)
+    other_token[2]["input_ids"][0] += 1
+    other_label[2]["labels"][2] = -100
+    run()
+    others = [
+        {"change": one_weight},
+        {"change": swapped_weights},
+        {"change": lambda model: model.bfloat16()},
+        {"change": lambda model: setattr(model.config, "rms_norm_eps", 1e-5)},
+        {"forget": other_token},
+        {"forget": other_label},
+        {"retain": rows(7, 1)},
+        {"forget": rows(6, 1), "retain": rows(5, 0)},
+        {"damping": 0.5},
+        {"damping_mode": "absolute"},
+        {"fisher_samples": 3},
+        {"fisher_samples": 3, "seed": 1},
+    ]
+    assert all(run(**other)[1] for other in others)
+    assert not any(run(**other)[1] for other in others)  # each has its own file now
+
+
+def damaged(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (damaged, "is damaged"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-40]), "cannot be read"),
+        (lambda file: file.write_bytes(b""), "cannot be read"),
+        (
+            lambda file: file.write_bytes(sorted(file.parent.iterdir())[0].read_bytes()),
+            "belongs to something else",
+        ),
+    ],
+)
+def test_a_bad_file_is_measured_anew(run, tmp_path, spoil, what):
+    cache = tmp_path / "cache"
+    run(damping=0.5)
+    (other,) = cache.iterdir()
+    expected, _ = run()
+    (file,) = set(cache.iterdir()) - {other}
+    other.rename(other.with_name("a"))  # comes first
+    spoil(file)
+    with pytest.warns(UserWarning, match=rf"row_scales-\w+\.safetensors {what}.*measured anew"):
+        scales, measured = run()
+    assert measured and all(torch.equal(scales[name], expected[name]) for name in expected)
+    assert not run()[1]  # it was replaced
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loku.fila.row_scale_cache.save_file", full)
+    with pytest.warns(UserWarning, match="could not be kept .*No space left"):
+        assert len(run()[0]) == 4
+
+
+def test_the_adapter_does_not_count():
+    model = tiny_model("llama")
+    plain = weights_fingerprint(model)
+    assert weights_fingerprint(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == plain
+
+
+def test_where_packed_documents_begin_counts():
+    def fingerprint(row):
+        return batches_fingerprint([collate([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], **row}], 0)])
+
+    whole, packed = fingerprint({}), fingerprint({"position_ids": [0, 1, 0, 1]})
+    assert len({whole, packed, fingerprint({"position_ids": [0, 1, 2, 0]})}) == 3

@@ -1,0 +1,270 @@
+"""FILA's row scales against the exact per-sample loop in float64."""
+
+import ctypes
+
+import pytest
+import torch
+from tensors import PeakMemory, needs_proc
+from tiny_models import KINDS, tiny_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loku.data import collate
+from loku.fila.row_scales import fisher_row_scales, gradients_for_activations_alone, memory_bytes
+from loku.head import negative_log_likelihood
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def rows(count, seed, vocab=97):
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for _ in range(count):
+        length = int(torch.randint(4, 12, (), generator=generator))
+        ids = torch.randint(0, vocab, (length,), generator=generator).tolist()
+        result.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+    return result
+
+
+def batches(rows, size):
+    return [collate(rows[i : i + size], pad_token_id=0) for i in range(0, len(rows), size)]
+
+
+def targets(model):
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(part in name for part in ("q_proj", "v_proj", "mlp"))
+    }
+
+
+def exact_scales(model, forget, retain, damping, mode):
+    """Batch size 1, a full backward, square, add."""
+    model = tiny_model_copy(model)
+    modules = targets(model)
+
+    def fishers(rows):
+        totals = dict.fromkeys(modules, 0)
+        for row in rows:
+            batch = collate([row], pad_token_id=0)
+            model.zero_grad()
+            logits = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+            nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum").backward()
+            for name, module in modules.items():
+                totals[name] = totals[name] + module.weight.grad.square() / len(rows)
+        return totals
+
+    forget, retain = fishers(forget), fishers(retain)
+    scales = {}
+    for name in modules:
+        added = damping * (retain[name].mean() if mode == "relative" else 1.0)
+        score = (forget[name] / (retain[name] + added)).sum(1)
+        scales[name] = (score / score.mean()).sqrt()
+    return scales
+
+
+def tiny_model_copy(model):
+    copy = type(model)(model.config).double().eval()
+    copy.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    return copy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("damping", "mode"), [(1.0, "relative"), (0.1, "relative"), (1e-5, "absolute")])
+def test_against_the_exact_loop(kind, damping, mode):
+    model = tiny_model(kind)
+    forget, retain = rows(5, 0), rows(7, 1)
+    expected = exact_scales(model, forget, retain, damping, mode)
+    ours = fisher_row_scales(
+        model,
+        targets(model),
+        batches(forget, 2),
+        batches(retain, 3),
+        damping=damping,
+        damping_mode=mode,
+        progress=False,
+    )
+    assert ours.keys() == expected.keys() and len(ours) >= 8
+    for name, scale in ours.items():
+        assert scale.dtype == torch.float32
+        assert abs(scale.square().mean().item() - 1) < 1e-5
+        torch.testing.assert_close(scale.double(), expected[name], rtol=1e-3, atol=1e-5)
+        with pytest.raises(AssertionError):  # what forgetting to square, or the retain set, would give
+            torch.testing.assert_close(torch.ones_like(scale), scale, rtol=1e-3, atol=1e-5)
+
+
+def test_batching_padding_and_groups_change_nothing(capsys):
+    model = tiny_model("llama")
+    forget, retain = rows(5, 0), rows(7, 1)
+
+    def scales(size, **options):
+        return fisher_row_scales(
+            model, targets(model), batches(forget, size), batches(retain, size), progress=False, **options
+        )
+
+    one = scales(1)
+    tokens = max(batch["input_ids"].numel() for size in (forget, retain) for batch in batches(size, 3))
+    weights = [module.weight for module in targets(model).values()]
+    largest = max(4 * (w.numel() + tokens * w.shape[1]) + 12 * w.numel() for w in weights)
+    several = scales(3, memory_budget=3 * largest)
+    for other in (scales(4), scales(100), several, scales(3, memory_budget=largest)):
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
+
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp.* needs .* more than the memory budget of"):
+        scales(3, memory_budget=largest - 1)
+    for size, budget in ((1, None), (3, 3 * largest)):
+        once = fisher_row_scales(
+            model,
+            targets(model),
+            iter(batches(forget, size)),
+            iter(batches(retain, size)),
+            memory_budget=budget,
+        )
+        assert all(torch.equal(once[name], (several if budget else one)[name]) for name in one)
+        printed = capsys.readouterr().out
+        assert ("in 1 group, 2 passes" in printed) == (budget is None) and "10 modules" in printed
+        assert ("in one group" in printed) == (budget is not None)
+
+
+def test_memory_sizes():
+    assert memory_bytes("4GiB") == 4 << 30 and memory_bytes("1.5MB") == 1_500_000 and memory_bytes("64") == 64
+    assert memory_bytes(64) == 64 and memory_bytes(None) is None
+    for wrong in ("4 apples", "GiB", -1, 1.5, True):
+        with pytest.raises(ValueError, match=r"budget|valid format"):
+            memory_bytes(wrong)
+
+
+@pytest.fixture
+def mapped_blocks():
+    """Matrices are mapped anew each time: none is in pages that malloc kept, which are counted already."""
+    mallopt, mmap_threshold = getattr(ctypes.CDLL(None), "mallopt", lambda *args: None), -3
+    mallopt(mmap_threshold, 1 << 18)
+    yield
+    mallopt(mmap_threshold, 32 << 20)  # the most that glibc raises it to by itself
+
+
+@needs_proc
+def test_the_peak_is_within_the_budget(mapped_blocks):
+    """Beside what a forward and backward without weight gradients takes."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 97, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 5}
+    model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4))
+    data = batches(rows(6, 0), 2)
+
+    def plain():
+        with gradients_for_activations_alone(model):
+            for batch in data:
+                negative_log_likelihood(model, batch).backward()
+
+    def peak(function):
+        function()  # what is only allocated once
+        memory = PeakMemory()
+        function()
+        return memory.extra()
+
+    def measure(budget):
+        return lambda: fisher_row_scales(
+            model, targets(model), data, data, memory_budget=budget, progress=False
+        )
+
+    budget, least = 16 << 20, peak(plain)
+    assert least < 8 << 20
+    extra = peak(measure(budget))
+    assert 8 << 20 < extra <= budget + least  # it uses what it may
+    assert peak(measure(None)) > budget + least + (8 << 20)
+
+
+def test_sums_are_float32_in_a_bfloat16_model():
+    """In bfloat16 a sum stops at 256 times what is added."""
+    model = tiny_model("llama").bfloat16()
+    forget, retain = rows(3, 0), rows(2, 1)
+    one, many = (
+        fisher_row_scales(
+            model, targets(model), batches(forget * n, 40), batches(retain * n, 40), progress=False
+        )
+        for n in (1, 400)
+    )
+    for name in one:
+        assert many[name].dtype == torch.float32
+        torch.testing.assert_close(many[name], one[name], rtol=2e-3, atol=1e-4)
+
+
+def test_leaves_the_model_as_it_was():
+    model = tiny_model("llama").train()
+    model.model.norm.weight.requires_grad_(False)
+    model.model.layers[0].mlp.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+
+    def check():
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert flags == [parameter.requires_grad for parameter in model.parameters()]
+        assert modes == [module.training for module in model.modules()]
+        assert hooks == [len(m._forward_hooks) for m in model.modules()]
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    fisher_row_scales(model, targets(model), batches(rows(2, 0), 2), batches(rows(2, 1), 2), progress=False)
+    check()
+    broken = [{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}]
+    with pytest.raises(KeyError):
+        fisher_row_scales(model, targets(model), broken, batches(rows(2, 1), 2), progress=False)
+    check()
+    with torch.no_grad():  # the caller's mode does not matter
+        fisher_row_scales(
+            model, targets(model), batches(rows(2, 0), 2), batches(rows(2, 1), 2), progress=False
+        )
+    check()
+
+
+@pytest.mark.parametrize("mode", ["relative", "absolute"])
+def test_useless_scales_fall_back_to_ones_by_name(mode):
+    model = tiny_model("llama")
+    name, module = next((n, m) for n, m in targets(model).items() if n.endswith("0.mlp.up_proj"))
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()  # nothing flows back
+    data = batches(rows(2, 0), 2)
+    with pytest.warns(UserWarning, match=r"0\.mlp\.up_proj: its Fisher information is zero"):
+        scales = fisher_row_scales(model, {name: module}, data, data, damping_mode=mode, progress=False)
+    assert scales[name].eq(1).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_fisher_that_is_not_finite_stops_and_names_the_module(value):
+    model = tiny_model("llama")
+    data, poisoned = batches(rows(6, 0, vocab=96), 2), batches(rows(6, 1, vocab=96), 2)
+    poisoned[1]["input_ids"][0, 0] = 96
+    model.model.embed_tokens.weight.data[96] = value
+    what = (
+        r"retain Fisher: .*\(model\.layers\.0\.self_attn\.q_proj is the first module whose is not; "
+        "the loss is not finite from batch 1 on"
+    )
+    with pytest.raises(FloatingPointError, match=what):
+        fisher_row_scales(model, targets(model), data, poisoned, progress=False)
+    with pytest.raises(FloatingPointError, match=r"forget Fisher: .*batch 1 on"):
+        fisher_row_scales(model, targets(model), poisoned, data, progress=False)
+
+
+def test_without_a_retain_fisher_the_forget_set_decides():
+    model = tiny_model("llama")
+    data = batches(rows(4, 0), 2)
+    nothing = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in data]
+    ours = fisher_row_scales(model, targets(model), data, nothing, progress=False)
+    expected = fisher_row_scales(
+        model, targets(model), data, nothing, damping_mode="absolute", progress=False
+    )
+    assert all(torch.equal(ours[name], expected[name]) and not ours[name].eq(1).all() for name in ours)
+
+
+def test_errors():
+    model = tiny_model("llama")
+    data = batches(rows(2, 0), 2)
+    with pytest.raises(ValueError, match="no batch for the forget Fisher"):
+        fisher_row_scales(model, targets(model), [], data, progress=False)
+    with pytest.raises(RuntimeError, match="elsewhere took no part"):
+        fisher_row_scales(model, {"elsewhere": nn.Linear(3, 3)}, data, data, progress=False)
+    model.model.layers[1].mlp.up_proj = model.model.layers[1].mlp.gate_proj
+    twice = {"gate_proj": model.model.layers[1].mlp.gate_proj}
+    with pytest.raises(RuntimeError, match="gate_proj is called more than once"):
+        fisher_row_scales(model, twice, data, data, progress=False)

@@ -1,0 +1,341 @@
+"""``loku evaluate``: all measures in one call, by one process and by two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import loku.evaluation as evaluation
+from loku import cli, demo
+from loku.data import tokenize_dataset
+from loku.data.files import read_rows
+from loku.evaluation.tofu import SECTIONS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PERTURBED = ["Never.", "Not at all."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model in float64, so that batching changes nothing, and files of each kind of rows."""
+    folder = tmp_path_factory.mktemp("suite")
+    _, tokenizer = demo.load_model()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+    # What the model partly knows: its own continuations, one of them with another second half.
+    known = evaluation.generate_greedy(model, [[40, 50], [60, 70], [80, 90]], [24] * 3, progress=False)
+    texts = [prompt + rest for prompt, rest in zip([[40, 50], [60, 70], [80, 90]], known, strict=True)]
+    texts[1] = [*texts[1][:14], *range(200, 212)]
+    held_out = [{"input_ids": ids, "labels": [-100] * 2 + ids[2:]} for ids in texts]
+    questions, _ = demo.load_rows()
+    plain = [{key: row[key] for key in ("question", "answer")} for row in questions[4:9]]
+    replies = tokenizer.batch_decode(
+        evaluation.generate_greedy(
+            model, tokenizer(["Hello there,", "Good day"])["input_ids"], [30, 30], progress=False
+        )
+    )
+    files = {
+        "forget": questions[:3],
+        "retain": plain,
+        "world_facts": [{**plain[0], "perturbed_answer": PERTURBED}],
+        "holdout": held_out,
+        "chat": [
+            {"prompt": "Hello there,", "completion": f"{replies[0]} my friend"},
+            {"prompt": "Good day", "completion": "to you"},
+        ],
+    }
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "text.txt").write_text("One line of text.\n\nAnother one.\n", encoding="utf-8")
+    return folder
+
+
+def arguments(folder, out):
+    names = ("forget", "retain", "world_facts", "holdout", "chat")
+    return [
+        *("evaluate", str(folder / "model"), "--ngram", "3", "--stride", "2", "--out", str(out)),
+        *("--reference-log", str(folder / "reference.json")),
+        *("--data", *(f"{name}={folder}/{name}.jsonl" for name in names), f"text={folder}/text.txt"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def parts(folder):
+    """(model, tokenizer, rows by set), for the measures one by one."""
+    _, tokenizer = demo.load_model()
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
+    files = [*folder.glob("*.jsonl"), folder / "text.txt"]
+    return model, tokenizer, {file.stem: read_rows(file) for file in files}
+
+
+@pytest.fixture(scope="module")
+def reference(folder, parts):
+    """The log of another model, as if it had never seen the forget set."""
+    model, tokenizer, rows = parts
+    torch.manual_seed(3)
+    other = LlamaForCausalLM(model.config).double().eval()
+    log = {
+        SECTIONS["forget"]: evaluation.evaluate_tofu_rows(other, tokenizer, rows["forget"], progress=False)
+    }
+    evaluation.write_report(folder / "reference.json", log)
+    return log
+
+
+@pytest.fixture(scope="module")
+def report(folder, reference):
+    cli.main([*arguments(folder, folder / "one.json"), "--quiet"])
+    return json.loads((folder / "one.json").read_text()), json.loads((folder / "one_log.json").read_text())
+
+
+def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
+    report, log = report
+    model, tokenizer, rows = parts
+    sets = report["sets"]
+    for name, count in [("forget", 3), ("retain", 5), ("holdout", 3), ("chat", 2), ("text", 2)]:
+        assert sets[name]["rows"] == count
+        tokens = tokenize_dataset(rows[name], tokenizer)
+        scores = evaluation.token_scores(model, tokens, progress=False)
+        measured = evaluation.token_measures(scores)
+        if name in ("forget", "holdout"):
+            likelihood = evaluation.extraction_likelihood(model, tokens, 3, 2, progress=False)
+            measured["extraction_likelihood_3"] = likelihood.mean
+        assert {key: sets[name][key] for key in measured} == pytest.approx(measured)
+    every = evaluation.extraction_likelihood(
+        model, tokenize_dataset(rows["holdout"], tokenizer), 3, 1, progress=False
+    )
+    assert 0.1 < sets["holdout"]["extraction_likelihood_3"] < 1  # a case that can fail, also of the stride
+    assert sets["holdout"]["extraction_likelihood_3"] != pytest.approx(every.mean)
+    assert "extraction_likelihood_3" not in sets["text"]
+
+    assert log.keys() == {SECTIONS[name] for name in ("forget", "retain", "world_facts")}
+    for name in ("forget", "retain", "world_facts"):
+        section = evaluation.evaluate_tofu_rows(model, tokenizer, rows[name], progress=False)
+        assert log[SECTIONS[name]]["generated_text"] == section["generated_text"]
+        assert log[SECTIONS[name]]["avg_gt_loss"] == pytest.approx(section["avg_gt_loss"])
+        measured = evaluation.section_metrics(section, name == "world_facts", name == "forget")
+        assert {key: sets[name][key] for key in measured} == pytest.approx(measured)
+    assert "truth_ratio" in sets["forget"] and "truth_ratio" not in sets["retain"]
+    tokens = tokenize_dataset(rows["chat"], tokenizer)
+    scores = evaluation.token_scores(model, tokens, progress=False)
+    room = max(len(score.losses) for score in scores) + 16
+    generated = evaluation.generated_texts(model, tokenizer, tokens, scores, room, progress=False)
+    true = [row["completion"] for row in rows["chat"]]
+    assert sets["chat"]["dialogue_f1"] == pytest.approx(sum(evaluation.dialogue_f1(generated, true)) / 2)
+    assert sets["chat"]["rouge"] == pytest.approx(sum(evaluation.rouge_recalls(generated, true)[1]) / 2)
+    assert 0.1 < sets["chat"]["dialogue_f1"] < 1 and 0.1 < sets["chat"]["rouge"] < 1  # it can fail
+
+    expected = evaluation.forget_quality(log, reference)
+    assert report["whole"]["forget_quality"] == pytest.approx(expected)
+    assert report["whole"]["model_utility"] is None
+    assert report["not_available"] == {
+        "model_utility": "perturbed answers are missing in retain, real_authors"
+    }
+    tokens = {name: tokenize_dataset(rows[name], tokenizer) for name in ("forget", "holdout")}
+    min_k = {
+        n: evaluation.min_k(evaluation.token_scores(model, t, progress=False)) for n, t in tokens.items()
+    }
+    assert report["whole"]["membership_auc"] == evaluation.membership_auc(*min_k.values())
+
+
+def test_two_processes_give_what_one_gives(report, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(evaluation.__file__).parents[2]),  # the package that is tested
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    run = subprocess.run(
+        [*command, "-m", "loku", *arguments(folder, folder / "two.json")],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("forget_quality") == 1  # printed once
+    assert "forget: scoring" in run.stderr and "100%" in run.stderr  # progress
+    for expected, name in zip(report, ("two.json", "two_log.json"), strict=True):
+        expected, found = flat(expected), flat(json.loads((folder / name).read_text()))
+        numbers = {key for key, value in expected.items() if isinstance(value, float)}
+        assert {k: v for k, v in found.items() if k not in numbers} == {
+            k: v for k, v in expected.items() if k not in numbers
+        }
+        assert {k: found[k] for k in numbers} == pytest.approx({k: expected[k] for k in numbers}, rel=1e-9)
+
+
+def flat(value, path=""):
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return flat(dict(enumerate(value)), path)
+    return {path: value}
+
+
+def test_what_is_printed_and_drawn(report, folder, capsys, tmp_path):
+    assert (folder / "one.png").read_bytes().startswith(b"\x89PNG")
+    out = tmp_path / "text.json"
+    adapter = tmp_path / "adapter"
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(adapter)
+    cli.main(
+        [
+            *("evaluate", str(folder / "model"), "--adapter", str(adapter), "--out", str(out), "--quiet"),
+            *("--data", f"text={folder}/text.txt"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "not available: no reference log" in printed and "perplexity" in printed
+    assert "not available: no forget and no holdout set" in printed
+    assert not (tmp_path / "text_log.json").exists()  # there are no questions
+    adapted = json.loads(out.read_text())["sets"]["text"]
+    assert adapted["perplexity"] != pytest.approx(report[0]["sets"]["text"]["perplexity"])
+
+
+def test_errors_come_before_the_work(parts, capsys):
+    model, tokenizer, rows = parts
+    with pytest.raises(ValueError, match="no forget section"):
+        evaluation.evaluate(model, tokenizer, rows, reference_log={})
+    log = {SECTIONS["forget"]: {"average_perturb_loss": {"0": [1.0]}, "avg_paraphrased_loss": {"0": 1.0}}}
+    with pytest.raises(ValueError, match="forget set of questions and answers, with 'perturbed_answer'"):
+        evaluation.evaluate(model, tokenizer, {"forget": rows["retain"]}, reference_log=log)
+    with pytest.raises(ValueError, match="forget set of questions and answers"):
+        mixed = [*rows["forget"], *rows["chat"]]
+        evaluation.evaluate(model, tokenizer, {"forget": mixed}, reference_log=log)
+    with pytest.raises(ValueError, match="long: a row has 600 tokens, and the model's context is 512"):
+        evaluation.evaluate(model, tokenizer, {"long": [{"input_ids": [5] * 600}]})
+    with pytest.raises(ValueError, match="odd set is empty"):
+        evaluation.evaluate(model, tokenizer, {"odd": []})
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "model", "--data", "forget.jsonl"])
+    assert "'forget.jsonl' is not NAME=SOURCE" in capsys.readouterr().err
+
+
+def test_model_utility_is_available_where_every_row_has_wrong_answers(parts):
+    model, tokenizer, rows = parts
+    data = {"retain": rows["forget"], "real_authors": rows["forget"], "world_facts": rows["world_facts"]}
+    whole = evaluation.evaluate(model, tokenizer, data, progress=False)
+    assert whole.whole["model_utility"] == evaluation.model_utility(whole.log) is not None
+    assert "model_utility" not in whole.not_available
+    data["real_authors"] = [*rows["forget"], rows["retain"][0]]
+    part = evaluation.evaluate(model, tokenizer, data, progress=False)
+    assert part.whole["model_utility"] is None
+    assert part.not_available["model_utility"] == "perturbed answers are missing in real_authors"
+    assert (
+        "truth_ratio" not in part.sets["real_authors"]
+        and part.sets["world_facts"] == whole.sets["world_facts"]
+    )
+
+
+def test_documents_of_packed_rows_are_rows_of_their_own(parts):
+    model, tokenizer, _ = parts
+    packed = {"input_ids": [30, 40, 50, 60, 70, 80], "position_ids": [0, 1, 2, 0, 1, 2]}
+    packed["labels"] = packed["input_ids"]
+    single = [{"input_ids": ids} for ids in ([30, 40, 50], [60, 70, 80])]
+    sets = evaluation.evaluate(model, tokenizer, {"holdout": [packed]}, n=1, progress=False).sets
+    expected = evaluation.evaluate(model, tokenizer, {"holdout": single}, n=1, progress=False).sets
+    assert sets["holdout"] == {**expected["holdout"], "rows": 1}
+
+
+def test_max_length_cuts_texts_but_not_answers(parts):
+    model, tokenizer, rows = parts
+    chosen = {name: rows[name] for name in ("retain", "text")}
+    whole = evaluation.evaluate(model, tokenizer, chosen, progress=False).sets
+    with pytest.warns(UserWarning, match="rows of the text set were cut"):
+        cut = evaluation.evaluate(model, tokenizer, chosen, max_length=3, progress=False).sets
+    assert cut["retain"] == whole["retain"] and cut["text"] != whole["text"]
+
+
+# Sources
+
+
+def test_sources(tmp_path, monkeypatch):
+    lines = tmp_path / "rows.json"  # as TOFU's files
+    lines.write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
+    assert read_rows(lines) == [{"text": "a\u2028b"}, {"text": "c"}]
+    lines.write_text('[{"text": "a"},\n {"text": "b"}]', encoding="utf-8")
+    assert read_rows(str(lines)) == [{"text": "a"}, {"text": "b"}]
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is not JSON"):
+        read_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.txt").write_text("one\n \ntwo\n")
+    assert read_rows(tmp_path / "rows.txt") == ["one", "two"]
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "none.txt")
+
+    hub = ModuleType("datasets")
+    hub.load_dataset = lambda name, config, split: (name, config, split)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert read_rows("locuslab/TOFU:forget10_perturbed") == ("locuslab/TOFU", "forget10_perturbed", "train")
+    assert read_rows("wikitext:wikitext-2-v1:test") == ("wikitext", "wikitext-2-v1", "test")
+    assert read_rows("some/set") == ("some/set", None, "train")
+    with pytest.raises(ValueError, match="CONFIG"):
+        read_rows("a:b:c:d")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        read_rows("some/set")
+
+
+# lm-evaluation-harness, which is not installed: what it is asked and how its answer is read
+
+
+def test_reasoning_accuracies(parts, monkeypatch):
+    model, tokenizer, _ = parts
+    asked = {}
+
+    class HFLM:
+        def __init__(self, **options):
+            asked["lm"] = options
+            asked["training"] = options["pretrained"].training
+
+    def simple_evaluate(**options):
+        asked["evaluate"] = options
+        tasks = {task: {"acc,none": 0.1 * i, "acc_norm,none": 0.9} for i, task in enumerate(options["tasks"])}
+        return {"results": {**tasks, "no_accuracy": {"perplexity,none": 3.0}}}
+
+    harness, models, huggingface = (
+        ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")
+    )
+    harness.simple_evaluate, huggingface.HFLM = simple_evaluate, HFLM
+    for module in (harness, models, huggingface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    model.train()
+    accuracies = evaluation.reasoning_accuracies(model, tokenizer, batch_size=4, limit=10)
+    assert asked["lm"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    assert not asked["training"] and model.training
+    model.eval()
+    assert asked["evaluate"]["limit"] == 10 and asked["evaluate"]["num_fewshot"] == 0
+    assert asked["evaluate"]["tasks"] == list(evaluation.REASONING_TASKS) and len(accuracies) == 9
+    assert accuracies["copa"] == pytest.approx(0.2) and accuracies["winogrande"] == pytest.approx(0.8)
+
+    harness.simple_evaluate = lambda **options: {"results": {"odd": {"perplexity,none": 3.0}}}
+    with pytest.raises(ValueError, match="odd"):
+        evaluation.reasoning_accuracies(model, tokenizer, ["odd"])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"pip install 'loku-kernels\[lm-eval\]'"):
+        evaluation.reasoning_accuracies(model, tokenizer)

@@ -1,0 +1,222 @@
+"""``UnlearnTrainer`` as transformers' and TRL's users expect it; a step's loss is that of one batch."""
+
+import math
+
+import datasets
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import tiny_model
+from training import FORGET, METHODS, RETAIN, VOCAB, arguments, items, lora, trainer_of, with_lora
+from transformers import AutoTokenizer, HfArgumentParser, TrainerCallback
+
+from loku import UnlearnConfig, UnlearnTrainer
+from loku.data import PairedDataset, PairSampler, collate_pairs
+from loku.data.pairs import Draw
+from loku.demo import EMBEDDED
+from loku.objectives import OBJECTIVES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Exact normalisation
+
+
+def trained(method, tmp_path, size, steps, tuning="lora"):
+    """Weights and log after two epochs of 4 rows, in float64."""
+    model = tiny_model("llama", VOCAB).double()
+    model = with_lora(model) if tuning == "lora" else model
+    trainer = trainer_of(
+        model,
+        method,
+        tmp_path,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps,
+        optim="sgd",
+        learning_rate=0.1,
+    )
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    log = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    for entry in log:
+        assert entry.pop("tokens_per_second") > 0 and entry.pop("peak_memory_gib") > 0.01
+    return weights, log
+
+
+@pytest.mark.parametrize("method", ["ihl", "kl", "dpo"])  # means over tokens, and over rows
+def test_micro_batches_are_one_batch(method, tmp_path):
+    """Rows have unlike numbers of tokens, and the last micro-batch of 3 + 1 fewer rows."""
+    lengths = [len(row["labels"]) - row["labels"].count(-100) for row in FORGET]
+    assert len(set(lengths)) == len(lengths)
+    weights, log = trained(method, tmp_path, 4, 1)
+    for size, steps in ((1, 4), (3, 2)):
+        parts, parts_log = trained(method, tmp_path, size, steps)
+        torch.testing.assert_close(parts, weights, rtol=1e-9, atol=1e-12)
+        assert len(parts_log) == len(log) == 2
+        for entry, expected in zip(parts_log, log, strict=True):
+            assert entry == pytest.approx(expected, rel=1e-6)  # "loss" is summed in float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_labels_add_nothing(method, tmp_path):
+    """What fills up the last step of an epoch where there are more processes than rows."""
+    model = with_lora(tiny_model("llama", VOCAB).double())
+    trainer = trainer_of(model, method, tmp_path)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for indices in ([0, 2], [0, None, 2, None]):
+        batch = collate_pairs(items(trainer.train_dataset, indices), pad_token_id=0)
+        trainer._batch_metrics.clear()
+        loss = trainer.compute_loss(model, batch)
+        metrics = {name: values[0] for name, values in trainer._batch_metrics.items()}
+        results.append((loss, metrics, torch.autograd.grad(loss, parameters)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+    batch = collate_pairs(items(trainer.train_dataset, [None, None]), pad_token_id=0)
+    loss = trainer.compute_loss(model, batch)  # a process that has no row at all
+    assert loss == 0
+    assert all((grad == 0).all() for grad in torch.autograd.grad(loss, parameters))
+
+
+@pytest.mark.parametrize("method", ["kl", "npo"])
+def test_a_full_model_has_references_for_rows_without_labels(method, tmp_path, monkeypatch):
+    expected, _ = trained(method, tmp_path, 3, 2, tuning="full")
+    sampler = trainer_of(tiny_model("llama", VOCAB), method, tmp_path)._get_train_sampler()
+    assert sampler.multiple == 1
+    fills_up = property(lambda self: 3, lambda self, value: None)
+    monkeypatch.setattr(PairSampler, "multiple", fills_up, raising=False)
+    weights, _ = trained(method, tmp_path, 3, 2, tuning="full")
+    torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_order_is_of_the_seed_and_the_epoch():
+    dataset = PairedDataset(FORGET, RETAIN, seed=0)
+    orders = [list(PairSampler(dataset, seed)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] and sorted(draw.row for draw in orders[0]) == [0, 1, 2, 3]
+    dataset.set_epoch(1)
+    assert list(PairSampler(dataset, 0)) != orders[0] == orders[1]
+    dataset.set_epoch(0)
+    whole = PairSampler(dataset, 0, multiple=3)
+    assert list(whole) == [*orders[0], Draw(4, None), Draw(5, None)] and len(whole) == 6
+
+
+def test_float16_weights_are_not_trained(tmp_path):
+    model = tiny_model("llama", VOCAB).half()
+    with pytest.raises(ValueError, match=r"embed_tokens.weight would train in float16"):
+        UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN)
+    UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora())  # adapters are in float32
+
+
+def test_workers_that_outlive_an_epoch_follow_it():
+    rows = [{"input_ids": [i], "labels": [i]} for i in range(6)]
+    dataset = PairedDataset(rows, rows, 3)
+    sampler = PairSampler(dataset, 3, "sequential")
+    options = {"batch_size": 2, "collate_fn": list, "sampler": sampler}
+    kept = torch.utils.data.DataLoader(dataset, num_workers=1, persistent_workers=True, **options)
+    epochs = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        epochs.append(list(kept))
+        assert epochs[-1] == list(torch.utils.data.DataLoader(dataset, **options))
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_counts():
+    counted = {
+        "forget": torch.tensor([[1, 1, 0], [0, 0, 0]]).bool(),
+        "refusal": torch.tensor([[1, 0, 0], [0, 0, 0]]).bool(),
+        "retain": torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
+    }
+    expected = {"dpo": (1, 5), "npo": (1, 5), "idk": (1, 5), "ihl": (2, 5), "kl": (2, 5)}
+    for method, counts in expected.items():
+        assert tuple(n.item() for n in OBJECTIVES[method].counts(counted).values()) == counts
+    assert OBJECTIVES["ga"].counts(counted).keys() == {"forget_loss"}
+
+
+# Conventions
+
+QUESTIONS = [{"question": f"Where does person {i} live?", "answer": f"In house {i * 7}."} for i in range(4)]
+TEXTS = [f"Plain text number {i} about the weather and the sea." for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model and its tokenizer, saved together."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tiny_model("llama", len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_by_name_raw_rows_and_a_peft_config(saved, tmp_path):
+    """Everything is made from the model's name; the run reports, and writes a model card."""
+
+    class Seen(TrainerCallback):
+        logs = ()
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.logs = [*self.logs, dict(logs)]
+
+    seen = Seen()
+    args = arguments(tmp_path, method="dpo", refusals=["No idea."], model_init_kwargs={"dtype": "bfloat16"})
+    trainer = UnlearnTrainer(
+        str(saved),
+        args,
+        QUESTIONS,
+        datasets.Dataset.from_dict({"text": TEXTS}),
+        peft_config=lora(),
+        callbacks=[seen],
+    )
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.model.get_base_model().dtype == torch.bfloat16
+    trainer.train()
+    assert [log["step"] for log in trainer.state.log_history][:2] == [1, 2]
+    for log in seen.logs[:2]:
+        assert {"forget_loss", "retain_loss", "tokens_per_second", "peak_memory_gib"} <= log.keys()
+        assert all(math.isfinite(value) for value in log.values())
+
+    trainer.create_model_card(tags=["unlearning"], finetuned_from="someone/base")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "base_model: someone/base" in card and "- unlearning" in card and "learning_rate: 0.01" in card
+
+    with pytest.raises(ValueError, match="leave out peft_config"):
+        UnlearnTrainer(trainer.model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora())
+    with pytest.raises(ValueError, match="by its path or name"):
+        UnlearnTrainer(tiny_model("llama"), args, QUESTIONS, TEXTS)
+
+
+def test_the_command_line_takes_model_arguments(tmp_path):
+    line = ["--output_dir", str(tmp_path), "--model_init_kwargs", '{"dtype": "bfloat16"}']
+    (args,) = HfArgumentParser(UnlearnConfig).parse_args_into_dataclasses(line)
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="group_by_length"):
+        UnlearnConfig(str(tmp_path), train_sampling_strategy="batch_rebalance")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_lora(reentrant, tmp_path):
+    """The adapter trains, and as without checkpoints."""
+    weights = []
+    for options in ({}, {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}):
+        args = arguments(tmp_path, gradient_checkpointing=bool(options), **options)
+        model = tiny_model("llama", VOCAB)
+        trainer = UnlearnTrainer(model, args, FORGET, RETAIN, peft_config=lora())
+        trainer.train()
+        weights.append([p.detach() for name, p in trainer.model.named_parameters() if "lora_B" in name])
+    assert len(weights[1]) == 4 and all(B.abs().max() > 1e-3 for B in weights[1])
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled(tmp_path):
+    """The same step, the original model's included; the head's replacement is part of the graph."""
+    weights = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        args = arguments(tmp_path, method="kl", max_steps=1, **options)
+        trainer = UnlearnTrainer(tiny_model("llama", VOCAB), args, FORGET, RETAIN, peft_config=lora())
+        trainer.train()
+        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters() if p.requires_grad]))
+    assert hasattr(trainer.model_wrapped, "_orig_mod")
+    torch.testing.assert_close(*weights)

@@ -1,0 +1,286 @@
+"""linear_softmax_triplet and the linear losses: hidden states and an output embedding, against float64."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import check_linear, eager_logits, eager_triplet, planted_operands
+from tensors import DTYPES, IGNORE, PeakMemory, needs_proc, planted_logits
+
+from loku_kernels import (
+    linear_cross_entropy_loss,
+    linear_ihl_loss,
+    linear_softmax_triplet,
+    logits_blocks,
+    triplet,
+)
+from loku_kernels.backends import choose, reference
+from loku_kernels.backends.online_state import OnlineState
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 6.0}, {"logit_scale": 0.25}, {"softcap": 5.0, "logit_scale": 1.5}], ids=str
+)
+def test_planted(backend, dtype, options):
+    *operands, labels = planted_operands(24, 16, 301, dtype)
+    check_linear(operands, labels, **options)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 40),
+    st.integers(8, 40),  # in a very short row of d hidden, all entries may cancel
+    st.integers(3, 700),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.booleans(),
+    st.integers(1, 4000),
+    st.integers(0, 99),
+)
+def test_any_shape_and_block(n, d, v, dtype, bias, block_bytes, seed):
+    *operands, labels = planted_operands(n, d, v, dtype, seed, bias)
+    with mock.patch.object(logits_blocks, "BLOCK_BYTES", block_bytes):
+        check_linear(operands, labels)
+
+
+def test_block_size_changes_nothing_beyond_rounding(backend):
+    hidden, weight, bias, labels = planted_operands(50, 32, 900, torch.float32)
+    hidden.requires_grad_()
+    results = []
+    for block_bytes in (1, 9 * 900 * 4, 64 << 20):
+        with mock.patch.object(logits_blocks, "BLOCK_BYTES", block_bytes):
+            loss = linear_ihl_loss(hidden, weight, labels, bias)
+            results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize("loss", [linear_ihl_loss, linear_cross_entropy_loss])
+def test_losses(backend, loss):
+    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
+    counted = labels != IGNORE
+
+    def exact_loss(hidden):
+        logits = eager_logits(hidden, weight.double(), bias.double(), None, 1.0)[counted]
+        if loss is linear_ihl_loss:
+            return reference.inverted_hinge_loss(logits, labels[counted])
+        return torch.nn.functional.cross_entropy(logits, labels[counted], reduction="none")
+
+    leaf, exact_leaf = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    ours, exact = loss(leaf, weight, labels, bias), exact_loss(exact_leaf).mean()
+    ours.backward()
+    exact.backward()
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-9)
+    error = (leaf.grad - exact_leaf.grad).norm() / exact_leaf.grad.norm()
+    assert error < 2e-6
+    # a zeroed and a negated gradient would not pass
+    for wrong in (torch.zeros_like(leaf.grad), -leaf.grad):
+        assert (wrong - exact_leaf.grad).norm() / exact_leaf.grad.norm() > 0.5
+
+    none = loss(hidden, weight, labels, bias, reduction="none")
+    torch.testing.assert_close(none.sum(), loss(hidden, weight, labels, bias, reduction="sum"))
+    assert none[~counted].eq(0).all() and none.dtype == torch.float32
+    batched = loss(hidden.view(4, 6, -1), weight, labels.view(4, 6), bias, reduction="none")
+    torch.testing.assert_close(batched.flatten(), none)
+
+
+def test_more_accurate_than_eager_where_unlearning_starts():
+    """p_t = 0.98 on average: p - onehot subtracts nearly equal numbers, the triplet does not."""
+    hidden, weight, _, labels = planted_operands(64, 96, 5000, torch.float32, bias=False)
+    hidden, labels = hidden[::2], labels[::2].clamp(0)
+    errors = []
+    exact_leaf = hidden.double().requires_grad_()
+    reference.inverted_hinge_loss(exact_leaf @ weight.double().t(), labels).sum().backward()
+    for loss in (
+        lambda h: reference.inverted_hinge_loss(h @ weight.t(), labels).sum(),
+        lambda h: linear_ihl_loss(h, weight, labels, reduction="sum"),
+    ):
+        leaf = hidden.clone().requires_grad_()
+        loss(leaf).backward()
+        errors.append(((leaf.grad - exact_leaf.grad).norm() / exact_leaf.grad.norm()).item())
+    assert errors[1] < 1e-5 and errors[1] < errors[0] / 3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_words_have_no_rest(masked):
+    hidden, weight, _, labels = planted_operands(6, 4, 2, torch.float32, bias=False, memorised=False)
+    bias = None
+    if masked:  # as many words as you like, all but two masked
+        weight, bias = torch.cat([weight, torch.randn(5, 4)]), torch.tensor([0.0, 0.0] + [-torch.inf] * 5)
+    leaf = hidden.clone().requires_grad_()
+    linear_ihl_loss(leaf, weight, labels, bias).backward()
+    counted = labels != IGNORE
+    exact_leaf = hidden.double().requires_grad_()
+    logits = exact_leaf[counted] @ weight[:2].double().t()
+    reference.inverted_hinge_loss(logits, labels[counted]).mean().backward()
+    torch.testing.assert_close(leaf.grad.double(), exact_leaf.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_frozen_weight_does_what_it_should():
+    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
+    hidden.requires_grad_()
+    with mock.patch.object(triplet, "_linear_backward_weight", side_effect=AssertionError):
+        linear_ihl_loss(hidden, weight, labels, bias).backward()
+    with torch.no_grad():
+        *_, direction = torch.ops.loku_kernels.linear_softmax_triplet(
+            hidden, weight, bias, labels, IGNORE, 0.0, 1.0, False
+        )
+    assert direction.shape == (0, 16)  # no second product where no gradient is wanted
+
+
+def test_empty_and_all_ignored():
+    weight = torch.randn(9, 4, requires_grad=True)
+    for n in (0, 3):
+        hidden = torch.randn(n, 4, requires_grad=True)
+        loss = linear_ihl_loss(hidden, weight, torch.full((n,), IGNORE))
+        loss.backward()
+        assert loss.item() == 0 and hidden.grad.eq(0).all() and weight.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_linear(dtype):
+    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        triplet, _ = linear_softmax_triplet(hidden, weight, labels, bias)
+        mixed, _ = linear_softmax_triplet(hidden.to(dtype), weight, labels, bias)
+    low = [x.to(dtype) for x in (hidden, weight, bias)]
+    expected, _ = linear_softmax_triplet(low[0], low[1], labels, low[2])
+    assert torch.equal(triplet, expected) and torch.equal(mixed, expected)
+    triplet.sum().backward()
+    assert hidden.grad.dtype == torch.float32 and hidden.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_terms_in_another_dtype(backend, softcap):
+    """As on CUDA, where logits are float32 and what is made of them multiplies 16-bit operands."""
+    logits, labels = planted_logits(12, 700, torch.float32)
+    logits, labels = logits.tanh() if softcap else logits, labels.where(labels != IGNORE, 0)
+    for first, end in ((0, 300), (300, 700)):
+        block, inside, states = logits[:, first:end].contiguous(), [], []
+        for out in (block.clone(), torch.empty(block.shape, dtype=torch.bfloat16)):
+            states.append(OnlineState.start(labels))
+            source = out if out.dtype == block.dtype else block.clone()
+            choose("triplet_columns_", source).triplet_columns_(
+                source, labels, states[-1], first_column=first, softcap=softcap, out=out
+            )
+            inside.append(out)
+        assert torch.equal(inside[0].bfloat16(), inside[1]) and inside[1].count_nonzero() > 12
+        assert all(map(torch.equal, *states))
+    triplet, runner_up_id = reference.softmax_triplet(logits.double() * (softcap or 1.0), labels)
+    arguments = (torch.randn(12, 3).double(), logits, labels, IGNORE, triplet, runner_up_id)
+    triplet_backward = choose("triplet_backward", logits).triplet_backward
+    expected = triplet_backward(*arguments, softcap=softcap).bfloat16()
+    out = torch.empty(logits.shape, dtype=torch.bfloat16)
+    assert triplet_backward(*arguments, softcap=softcap, out=out) is out
+    assert torch.equal(out, expected) and out.count_nonzero() > 12
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_on_the_cpu_products_are_in_their_operands_dtype(dtype):
+    hidden, weight, bias, _ = planted_operands(6, 4, 9, dtype)
+    assert logits_blocks.product_dtype(weight) == dtype
+    logits = logits_blocks.LogitsBlocks(hidden, weight, bias, 0.0, 1.0)
+    block = logits.compute(slice(0, 6), slice(0, 9))
+    assert torch.equal(block, torch.nn.functional.linear(hidden, weight, bias))
+    assert logits.terms_of(block) is block
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.5}])
+def test_logits_of_16_bit_operands_in_float32(backend, wide_products, options):
+    hidden, weight, bias, labels = planted_operands(24, 16, 1301, torch.bfloat16)
+    check_linear([hidden, weight, bias], labels, **options)
+    ours, ours_id = linear_softmax_triplet(hidden, weight, labels, bias, **options)
+    exact, exact_id = eager_triplet(hidden.double(), weight.double(), labels, bias.double(), **options)
+    assert torch.equal(ours_id, exact_id)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
+    total = torch.zeros(24, 1301)
+    logits_blocks.add_product(total, hidden, weight.t())  # not rounded on the way
+    assert torch.equal(total, hidden.float() @ weight.float().t())
+
+
+def test_gradcheck_and_opcheck():
+    hidden, weight, bias, labels = planted_operands(6, 4, 7, torch.float64, memorised=False)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    for options in ({}, {"softcap": 3.0, "logit_scale": 0.7}):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b, o=options: linear_softmax_triplet(h, w, labels, b, **o)[0], leaves
+        )
+    op = torch.ops.loku_kernels.linear_softmax_triplet.default
+    for dtype in DTYPES:
+        h, w, b, t = planted_operands(12, 8, 33, dtype)
+        torch.library.opcheck(op, (h.requires_grad_(), w, b, t, IGNORE, 0.0, 1.0, True))
+        torch.library.opcheck(op, (h, w.requires_grad_(), None, t, IGNORE, 5.0, 0.5, True))
+        torch.library.opcheck(op, (h.detach(), w.detach(), None, t, IGNORE, 0.0, 1.0, False))
+        direction = op(h.detach(), w.detach(), b, t, IGNORE, 5.0, 0.5, True)
+        grad = torch.randn_like(direction[0])
+        for backward, operands in (
+            (torch.ops.loku_kernels.linear_softmax_triplet_backward, (w, t, *direction)),
+            (
+                torch.ops.loku_kernels.linear_softmax_triplet_backward_weight,
+                (h, w, b, t, IGNORE, *direction[:2]),
+            ),
+        ):
+            operands = [x.detach() if isinstance(x, torch.Tensor) else x for x in operands]
+            torch.library.opcheck(backward.default, (grad, *operands, 5.0, 0.5))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_compile(trained):
+    """One graph, for any number of tokens."""
+    torch.compiler.reset()
+
+    def step(hidden, weight, bias, labels):
+        triplet, runner_up_id = linear_softmax_triplet(hidden * 2, weight, labels, bias, softcap=5.0)
+        loss = linear_ihl_loss(hidden, weight, labels, bias, reduction="sum")
+        return loss + triplet[:, 1:].sum(), triplet, runner_up_id
+
+    def gradients(step, operands, labels):
+        leaves = [x.clone().requires_grad_(trained or i == 0) for i, x in enumerate(operands)]
+        loss, triplet, runner_up_id = step(*leaves, labels)
+        loss.backward()
+        return loss.detach(), triplet.detach(), runner_up_id, *(x.grad for x in leaves if x.requires_grad)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, stance in ((24, "default"), (31, "fail_on_recompile"), (9, "fail_on_recompile")):
+        *operands, labels = planted_operands(n, 16, 301, torch.float32)
+        with torch.compiler.set_stance(stance):
+            ours = gradients(compiled, operands, labels)
+        expected = gradients(step, operands, labels)
+        assert len(ours) == (6 if trained else 4) and expected[3].abs().sum() > 0
+        torch.testing.assert_close(ours, expected)
+
+
+def test_errors(backend):
+    hidden, weight, bias, labels = planted_operands(6, 4, 9, torch.float32)
+    with pytest.raises(ValueError, match=r"\(\.\.\., 4\).*got \(6, 3\)"):
+        linear_softmax_triplet(hidden[:, :3], weight, labels)
+    with pytest.raises(ValueError, match="V >= 2"):
+        linear_softmax_triplet(hidden, weight[:1], labels)
+    with pytest.raises(ValueError, match=r"\(6,\), got \(5,\)"):
+        linear_softmax_triplet(hidden, weight, labels[:5])
+    with pytest.raises(ValueError, match=r"hidden, torch\.float32, got torch\.float64"):
+        linear_softmax_triplet(hidden, weight.double(), labels)
+    with pytest.raises(ValueError, match=r"\(9,\), got \(8,\)"):
+        linear_softmax_triplet(hidden, weight, labels, bias[:8])
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        linear_softmax_triplet(hidden, weight, labels, softcap=0)
+    with pytest.raises(ValueError, match="device"):
+        linear_softmax_triplet(hidden, weight.to("meta"), labels)
+    labels[4] = 9
+    with pytest.raises(IndexError, match="label 9 at position 4"):
+        linear_softmax_triplet(hidden, weight, labels)
+
+
+@needs_proc
+def test_memory_is_a_block():
+    n, d, v = 512, 64, 100_000  # the logits are 195 MiB, a block at most 16 MiB
+    hidden, weight, _, labels = planted_operands(n, d, v, torch.float32, bias=False)
+    hidden.requires_grad_()
+
+    linear_ihl_loss(hidden[:4], weight, labels[:4]).backward()
+    peak = PeakMemory()
+    linear_ihl_loss(hidden, weight, labels).backward()
+    assert peak.extra() < 32 << 20

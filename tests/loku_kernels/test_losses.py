@@ -1,0 +1,230 @@
+"""ihl_loss and cross_entropy_loss on logits, in place and not, against the paper's formula in float64."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import gradients, per_row
+from tensors import (
+    DTYPES,
+    IGNORE,
+    PeakMemory,
+    assert_as_good_as_eager,
+    lean_eager_ihl,
+    needs_proc,
+    planted_logits,
+)
+
+from loku_kernels import cross_entropy_loss, ihl_loss, inverted_hinge, losses, softmax_triplet
+from loku_kernels.backends import native, reference
+
+needs_core = pytest.mark.skipif(native._core is None, reason="no compiled core")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [2, 3, 1000, 50257])
+def test_ihl_is_the_papers_formula(inplace, dtype, v):
+    logits, labels = planted_logits(48, v, dtype)
+    logits, labels = logits[labels != IGNORE], labels[labels != IGNORE]
+    weights = torch.randn(len(labels), dtype=torch.float64)
+    exact, exact_grad = gradients(reference.inverted_hinge_loss, logits.double(), labels, weights)
+    eager, eager_grad = gradients(lean_eager_ihl, logits, labels, weights)
+    ours, grad = gradients(per_row(ihl_loss, inplace=inplace), logits, labels, weights)
+    assert ours.dtype == torch.float32
+    assert_as_good_as_eager(ours, eager.float(), exact)
+    assert_as_good_as_eager(grad, eager_grad, exact_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [2, 1000, 50257])
+def test_cross_entropy_is_torchs(dtype, v):
+    logits, labels = planted_logits(48, v, dtype)
+    kept = (labels != IGNORE) & logits.gather(1, labels.clamp(0)[:, None])[:, 0].isfinite()
+    logits, labels = logits[kept], labels[kept]
+    weights = torch.randn(len(labels), dtype=torch.float64)
+    torchs = per_row(torch.nn.functional.cross_entropy)
+    exact, exact_grad = gradients(torchs, logits.double(), labels, weights)
+    eager, eager_grad = gradients(torchs, logits, labels, weights)
+    ours, grad = gradients(per_row(cross_entropy_loss), logits, labels, weights)
+    assert_as_good_as_eager(ours, eager.float(), exact)
+    assert_as_good_as_eager(grad, eager_grad, exact_grad)
+
+
+def test_memorised_tokens_keep_their_digits():
+    """Where p_t is 1 - 1e-9 the gradient is 1e-9, and it is right to float32 precision."""
+    logits = torch.randn(8, 5000)
+    labels = torch.arange(8)
+    logits[torch.arange(8), labels] = logits.logsumexp(1) + 20.7
+    for loss_function, exact_function in (
+        (ihl_loss, reference.inverted_hinge_loss),
+        (cross_entropy_loss, torch.nn.functional.cross_entropy),
+    ):
+        _, grad = gradients(per_row(loss_function), logits, labels, torch.ones(8))
+        exact_per_row = (
+            exact_function if exact_function is reference.inverted_hinge_loss else per_row(exact_function)
+        )
+        _, exact = gradients(exact_per_row, logits.double(), labels, torch.ones(8))
+        assert ((grad - exact).norm() / exact.norm()).item() < 1e-5
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 6),
+    st.integers(2, 3000),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.floats(0.1, 8),
+    st.integers(0, 99),
+)
+def test_inplace_agrees(n, v, dtype, reduction, upstream, seed):
+    logits, labels = planted_logits(2 * n, v, dtype, seed)
+    shifted = torch.nn.functional.pad(logits.view(2, n, v), (0, 0, 0, 1))[:, :-1]  # no view flattens it
+    labels = labels.view(2, n)
+    results = []
+    for inplace in (False, True):
+        leaf = shifted.clone(memory_format=torch.preserve_format).requires_grad_()
+        loss = ihl_loss(leaf * 1, labels, reduction=reduction, inplace=inplace)
+        (loss.sum() * upstream).backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    tolerance = {
+        "rtol": max(4 * torch.finfo(dtype).eps, 2e-6),
+        "atol": 1e-6 if dtype == torch.float16 else 1e-12,
+    }
+    torch.testing.assert_close(results[0][1], results[1][1], **tolerance)
+
+
+def test_reductions_and_ignored_rows():
+    logits, labels = planted_logits(24, 50, torch.float32)
+    counted = labels != IGNORE
+    for loss_function in (ihl_loss, cross_entropy_loss):
+        none = loss_function(logits, labels, reduction="none")
+        assert none.shape == labels.shape and none[~counted].eq(0).all()
+        torch.testing.assert_close(loss_function(logits, labels, reduction="sum"), none.sum())
+        torch.testing.assert_close(loss_function(logits, labels), none.sum() / counted.sum())
+        with pytest.raises(ValueError, match="'max'"):
+            loss_function(logits, labels, reduction="max")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("shape", [(0, 9), (4, 9)])
+def test_no_counted_token_is_zero(inplace, shape):
+    labels = torch.full(shape[:1], IGNORE)
+    logits = torch.randn(shape, requires_grad=True)
+    loss = ihl_loss(logits * 1, labels, inplace=inplace)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.eq(0).all()
+    assert cross_entropy_loss(logits, labels).item() == 0
+    assert ihl_loss(logits, labels, reduction="none").shape == labels.shape
+
+
+def test_gradcheck():
+    logits = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 6, IGNORE, 3, 2, 2])
+    for loss_function in (ihl_loss, cross_entropy_loss):
+        for reduction in ("mean", "sum", "none"):
+            assert torch.autograd.gradcheck(
+                lambda y, f=loss_function, r=reduction: f(y, labels, reduction=r), logits
+            )
+    exact = reference.inverted_hinge_loss(logits[:2], labels[:2]).mean()
+    torch.testing.assert_close(ihl_loss(logits[:2], labels[:2]), exact)
+    assert ihl_loss(logits, labels).dtype == torch.float64
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inplace_is_native_and_overwrites(dtype, monkeypatch):
+    monkeypatch.delenv("LOKU_BACKEND", raising=False)
+    source, labels = planted_logits(24, 500, dtype)
+    source.requires_grad_()
+    logits = source * 1
+    address = logits.data_ptr()
+    with mock.patch.object(native, "_core", wraps=native._core) as core:
+        loss = ihl_loss(logits, labels, inplace=True)
+        loss.backward()
+    assert core.inverted_hinge_.call_count == 1 and core.triplet_forward.call_count == 0
+    assert logits.data_ptr() == address
+    torch.testing.assert_close(logits.detach(), source.grad)
+    torch.library.opcheck(
+        torch.ops.loku_kernels.ihl_forward_backward_.default,
+        (source.detach().clone(), labels, IGNORE, torch.tensor(1.0, dtype=torch.float64)),
+    )
+
+
+def test_inplace_contract():
+    source, labels = torch.randn(4, 9, requires_grad=True), torch.arange(4)
+    loss = ihl_loss(source * 1, labels, inplace=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+    with pytest.raises(ValueError, match="expanded"):
+        ihl_loss((source * 1)[:1].expand(4, 9), labels, inplace=True)
+    before = source.detach().clone()
+    with torch.no_grad():
+        ihl_loss(source, labels, inplace=True)
+    ihl_loss(source.detach(), labels, inplace=True)
+    assert torch.equal(source, before)
+    for bad in (-1, 9):  # checked before anything is overwritten
+        logits = source * 1
+        with pytest.raises(IndexError):
+            ihl_loss(logits, torch.tensor([0, 1, bad, 2]), inplace=True)
+        assert torch.equal(logits, before)
+    # an operation that needs its output for its own backward: torch notices that it is gone
+    loss = ihl_loss(source.tanh(), labels, inplace=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
+@needs_core
+@needs_proc
+def test_inplace_allocates_nothing_of_the_size_of_the_logits():
+    n, v = 512, 32000  # 64 MiB
+
+    def extra(inplace):
+        logits, labels = torch.randn(n, v), torch.randint(0, v, (n,))
+        logits.requires_grad_()
+        peak = PeakMemory()
+        ihl_loss(logits, labels, inplace=inplace).backward()
+        return peak.extra()
+
+    extra(True)  # what the first call loads once
+    assert extra(True) < n * v * 4 / 8
+    assert extra(False) > n * v * 4 / 2  # the measurement sees what it should
+
+
+def test_a_wrong_gradient_fails(monkeypatch):
+    check = test_memorised_tokens_keep_their_digits
+    check()
+    for wrong in (lambda t: inverted_hinge(t.detach()) + 0 * t.sum(-1), lambda t: -inverted_hinge(t)):
+        monkeypatch.setattr(losses, "inverted_hinge", wrong)
+        with pytest.raises(AssertionError):
+            check()
+
+
+@pytest.mark.parametrize("loss_function", [ihl_loss, cross_entropy_loss])
+def test_compile(loss_function):
+    """One graph, for any number of tokens."""
+    torch.compiler.reset()
+
+    def step(logits, labels):
+        triplet, runner_up_id = softmax_triplet(logits * 2, labels)
+        return loss_function(logits, labels) + triplet[..., 1:].float().mean(), triplet, runner_up_id
+
+    def gradient(step, logits, labels):
+        leaf = logits.clone().requires_grad_()
+        loss, triplet, runner_up_id = step(leaf, labels)
+        loss.backward()
+        return loss.detach(), triplet.detach(), runner_up_id, leaf.grad
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, stance in ((12, "default"), (18, "fail_on_recompile"), (30, "fail_on_recompile")):
+        logits, labels = planted_logits(n, 33, torch.float32)
+        logits, labels = logits.nan_to_num(neginf=-9.0).view(2, -1, 33), labels.view(2, -1)
+        with torch.compiler.set_stance(stance):
+            ours = gradient(compiled, logits, labels)
+        expected = gradient(step, logits, labels)
+        assert expected[-1].abs().sum() > 0
+        torch.testing.assert_close(ours, expected)
