@@ -1,8 +1,9 @@
 """Builds the compiled core, ``loku_kernels._core``, with ninja.
 
 The core includes no torch header, so building needs no torch and the result serves every torch
-release. Without a C++ compiler the package installs all the same and computes with its plain-torch
-reference implementation; a compiler that fails stops the installation.
+release. It uses CPython's limited API alone, so the result serves every CPython from 3.11 on; a free-threaded
+one has no limited API and gets a core of its own. Without a C++ compiler the package installs all the same
+and computes with its plain-torch reference implementation; a compiler that fails stops the installation.
 
 CUDA kernels are built where nvcc is found, on PATH or in CUDA_HOME (default /usr/local/cuda).
 LOKU_CUDA=0 leaves them out, LOKU_CUDA=1 fails without nvcc. LOKU_CUDA_ARCHS="90" (default "80 90 100")
@@ -21,6 +22,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/bindings.cpp", "csrc/fisher_cpu.cpp", "csrc/triplet_cpu.cpp"]
 CUDA_SOURCES = ["csrc/triplet_cuda.cu", "csrc/fisher_cuda.cu"]
+# The oldest Python of pyproject.toml, as the tag of a wheel and as CPython's headers have it.
+STABLE_ABI = None if sysconfig.get_config_var("Py_GIL_DISABLED") else ("cp311", "0x030B0000")
 CUDA_ARCHS = "80 90 100"  # compute capabilities x 10; newer GPUs translate the last one's PTX
 CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
@@ -74,12 +77,16 @@ def platform_flags(compiler):
     return flags, "-fopenmp"
 
 
+def python_flags():
+    limited_api = f" -DPy_LIMITED_API={STABLE_ABI[1]}" if STABLE_ABI else ""
+    return f"-I{sysconfig.get_paths()['include']}{limited_api}"
+
+
 class NinjaBuild(build_ext):
     """Compile the sources of an extension with one ninja call."""
 
     def build_extension(self, ext):
         import ninja
-        import pybind11
 
         compiler, nvcc = find_compiler(), find_nvcc()
         compile_flags, link_flags = platform_flags(compiler)
@@ -87,11 +94,10 @@ class NinjaBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        includes = [sysconfig.get_paths()["include"], pybind11.get_include()]
         lines = [
             f"cxx = {compiler}",
             f"cxxflags = {CXXFLAGS} {compile_flags} -DLOKU_WITH_CUDA={int(nvcc is not None)} "
-            + " ".join(f"-I{path}" for path in includes),
+            + python_flags(),
             f"ldflags = -shared {link_flags}",
             "rule compile",
             "  command = $cxx $cxxflags -MMD -MF $out.d -c $in -o $out",
@@ -130,10 +136,19 @@ def escape(path):
 
 if find_compiler() and os.name == "posix":
     extensions = [
-        Extension("loku_kernels._core", SOURCES, depends=sorted(map(str, Path("csrc").glob("*.h"))))
+        Extension(
+            "loku_kernels._core",
+            SOURCES,
+            depends=sorted(map(str, Path("csrc").glob("*.h"))),
+            py_limited_api=STABLE_ABI is not None,
+        )
     ]
 else:
     print("loku-kernels: no C++ compiler found, so the plain-torch reference will be used", file=sys.stderr)
     extensions = []
 
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": NinjaBuild},
+    options={"bdist_wheel": {"py_limited_api": STABLE_ABI[0]} if STABLE_ABI else {}},
+)

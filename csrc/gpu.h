@@ -1,8 +1,8 @@
 // What the CUDA kernels use of the machine: a few instructions, barriers, and the launch of a kernel.
 //
 // Kernels name nothing of CUDA but what is here and threadIdx, blockIdx, blockDim, __syncthreads. So
-// tests/cuda/emulated_gpu.h, which gives the same names a meaning on the CPU and is included ahead of this
-// file, can run them where there is no GPU.
+// tests/loku_kernels/cuda/emulated_gpu.h, which gives the same names a meaning on the CPU and is included
+// ahead of this file, can run them where there is no GPU.
 #ifndef LOKU_GPU_H
 #define LOKU_GPU_H
 

@@ -3,7 +3,8 @@
     python scripts/check_distributions.py DIRECTORY
 
 The sdist must have every tracked file that building, testing and measuring need; the wheel the packages with
-the compiled core and the embedded model, and nothing else; the core must not need libtorch.
+the compiled core and the embedded model, and nothing else; the core must serve every Python and not need
+libtorch.
 """
 
 import subprocess
@@ -50,8 +51,8 @@ def problems_of_wheel(path):
     for wanted in ("entry_points.txt", "licenses/LICENSE", "licenses/loku/embedded/LICENSE"):
         if not any(name.endswith(f".dist-info/{wanted}") for name in names):
             problems.append(f"the wheel's metadata lacks {wanted}")
-    if len(cores) != 1:
-        problems.append(f"the wheel has {len(cores)} compiled cores, not one")
+    if cores != ["loku_kernels/_core.abi3.so"] or "-cp311-abi3-" not in path.name:
+        problems.append(f"{path.name} has the cores {cores}, not one that serves every Python")
     problems += [f"the compiled core needs {library}" for library in sorted(libraries) if "torch" in library]
     return problems
 

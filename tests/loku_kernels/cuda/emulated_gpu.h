@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/simd.h"  // the 16-bit types' conversions
+#include "../../../csrc/simd.h"  // the 16-bit types' conversions
 
 #define __device__
 #define __global__
