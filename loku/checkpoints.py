@@ -297,11 +297,20 @@ class ResumableTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):  # there the parameters are in shards by now
-            _check_factors(self.model, Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the parameters are in shards by now
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        checkpoint = Path(resume_from_checkpoint)
+        _check_factors(self.model, checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # peft writes the adapter "default" into the checkpoint itself and each other adapter into a folder of
+        # its own. FILA's initial factors are such an adapter. Before transformers 5.23 Trainer then loads the
+        # folders alone.
+        model = self.model if model is None else model
+        has_default = isinstance(model, PeftModel) and "default" in model.peft_config
+        if has_default and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():
+            trained = "default" in model.active_adapters
+            model.load_adapter(resume_from_checkpoint, "default", is_trainable=trained)
 
     # Trainer._save_checkpoint asks for the directory to write to, writes, pushes, and deletes what is beyond
     # save_total_limit. While it does, the directory is `.unfinished`, and the last two wait.

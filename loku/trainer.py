@@ -207,6 +207,8 @@ class UnlearnTrainer(ResumableTrainer):
         self.add_callback(self._loss_check)
         # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch: scaled already
         self.model_accepts_loss_kwargs = True
+        # transformers 5.2 to 5.5.3 let accelerate divide once more, by the number of micro-batches
+        self.accelerator.gradient_accumulation_steps = 1
         self._reference_head = (None, None)
         # name -> its part of the step's mean, and the share of the step that was averaged, of each batch
         # since the last log

@@ -161,9 +161,13 @@ def infer_tokenizer(model):
     if not local and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"{name!r}, where this model was loaded from, is not there; pass tokenizer=")
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ...
         raise ValueError(f"no tokenizer could be loaded from {name!r}; pass tokenizer= ({error})") from error
+    # For some models AutoTokenizer makes an empty one where no tokenizer was saved.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"the tokenizer in {name!r} has only special tokens; pass tokenizer=")
+    return tokenizer
 
 
 def tokenize_row(row, tokenizer, leading):

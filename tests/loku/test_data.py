@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from tiny_models import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from loku.data import (
     RefusalRows,
@@ -258,6 +266,14 @@ def test_infer_tokenizer(tokenizer, tmp_path):
     loaded.config._name_or_path = str(tmp_path / "gone")
     with pytest.raises(ValueError, match="is not there"):
         infer_tokenizer(loaded)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "gpt_neo"])
+def test_no_tokenizer_is_made_up(kind, tmp_path):
+    """For some models AutoTokenizer makes one without a vocabulary. It turns every text into nothing."""
+    AutoModelForCausalLM.from_config(tiny_config(kind)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer="):
+        infer_tokenizer(AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from killed_runs import AtStep, run
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import TrainerCallback
 
 import loku
 import loku.checkpoints
 from loku.checkpoints import MANIFEST, find_checkpoint, whole_checkpoints
+from loku.fila.targets import REFERENCE_ADAPTER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,8 +63,8 @@ def contents(directory):
     return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def resume(directory, resume=True, **options):
-    run(directory, max_steps=4, resume_from_checkpoint=resume, **options)
+def resume(directory, resume=True, callbacks=(), **options):
+    run(directory, callbacks, max_steps=4, resume_from_checkpoint=resume, **options)
 
 
 def alter(file):
@@ -160,6 +163,32 @@ def test_the_initial_factors_must_fit(copied):
     second.train(resume_from_checkpoint=str(checkpoint))
     ours, theirs = (dict(t.model.named_parameters()) for t in (second, first))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("trainer_loads", ["all", "the folders"])
+def test_a_resumed_run_begins_with_the_adapter_of_its_checkpoint(trainer_loads, copied, monkeypatch):
+    """The initial factors lie in a folder beside it, and Trainer before 5.23 loads nothing but them."""
+    if trainer_loads == "the folders":
+
+        def load_folders(self, checkpoint, model=None):
+            self.model.load_adapter(f"{checkpoint}/{REFERENCE_ADAPTER}", REFERENCE_ADAPTER)
+            self.model.set_adapter("default")
+
+        monkeypatch.setattr("transformers.Trainer._load_from_checkpoint", load_folders)
+    begun, trained = {}, set()
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            state_dict = get_peft_model_state_dict(model, adapter_name="default")
+            begun.update({name: tensor.clone() for name, tensor in state_dict.items()})
+            trained.update(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+    resume(copied, str(copied / "checkpoint-2"), callbacks=[Begin()])
+    stored = load_file(copied / "checkpoint-2" / "adapter_model.safetensors")
+    initial = load_file(copied / "checkpoint-2" / REFERENCE_ADAPTER / "adapter_model.safetensors")
+    assert begun.keys() == stored.keys() and all(torch.equal(begun[name], stored[name]) for name in stored)
+    assert any(not torch.equal(stored[name], initial[name]) for name in stored)
+    assert len(trained) == len(stored) and all(".default." in name for name in trained)
 
 
 def test_an_output_that_cannot_be_written_is_told_at_once(tmp_path, monkeypatch):
