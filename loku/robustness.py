@@ -33,15 +33,15 @@ def round_weights_(model: PreTrainedModel, bits: int, group_size: int | None = N
     weights.
 
     Args:
-        model: The causal LM, without an adapter. Its weights are those of linear layers, among them GPT-2's
-            ``Conv1D``.
+        model: The causal LM, without an adapter. All its layers with matrices are embeddings or linear, among
+            them GPT-2's ``Conv1D``.
         bits: The number of bits of an integer, >= 2.
         group_size: The number of inputs of an output channel that share a scale s; None (default) gives each
             output channel one scale.
 
     Raises:
         ValueError: There are fewer than 2 bits; the model has an adapter, which must be merged first; or a
-            weight is not that of a linear layer, such as stacked experts.
+            matrix belongs to no linear layer, such as stacked experts.
     """
     if bits < 2:
         raise ValueError(f"bits must be at least 2, got {bits}")

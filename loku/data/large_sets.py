@@ -70,7 +70,7 @@ class DrawnRows:
 class LazyRows(DrawnRows, Sequence):
     """A data set of any length that can be indexed, such as a memory-mapped ``datasets.Dataset``.
 
-    Its arguments are those of ``DrawnRows``.
+    It takes the arguments of ``DrawnRows``.
     """
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class StreamedRows(DrawnRows):
     rows are asked for in ascending order, the stream is read once, and one row is in memory at a time. A
     smaller k than the last one reads the stream again from its first row.
 
-    Its arguments are those of ``DrawnRows``.
+    It takes the arguments of ``DrawnRows``.
 
     Raises:
         ValueError: The rows are an iterator, which can be read only once.

@@ -203,8 +203,8 @@ def generated_texts(
 ) -> list[str]:
     """Return the ``greedy_answers`` of some rows as texts.
 
-    An answer ends at the model's or the tokenizer's EOS, which is left out of the text. The other arguments
-    are those of ``greedy_answers``.
+    An answer ends at the model's or the tokenizer's EOS, which is left out of the text. It takes the
+    other arguments of ``greedy_answers`` too.
 
     Args:
         tokenizer: The tokenizer, which decodes the answers.
@@ -304,7 +304,7 @@ def spread_extraction_likelihood(
 ) -> float:
     """Compute the mean of ``extraction_likelihood`` with the rows shared out among the processes.
 
-    All processes must call this, with all rows and the ``token_scores`` of all rows. The arguments are those
+    All processes must call this, with all rows and the ``token_scores`` of all rows. It takes the arguments
     of ``extraction_likelihood``. Only the main process shows progress.
     """
     progress = progress and is_main_process()

@@ -95,7 +95,7 @@ def spread_token_scores(
 ) -> list[TokenScores]:
     """Compute ``token_scores`` with the rows shared out among the processes; all of them must call this.
 
-    The arguments are those of ``token_scores``. Only the main process shows progress.
+    It takes the arguments of ``token_scores``. Only the main process shows progress.
     """
     progress = progress and is_main_process()
     return spread(lambda rows: token_scores(model, rows, batch_size, progress, description), rows)
@@ -163,7 +163,7 @@ def perplexity(
 ) -> float:
     """Compute exp(total negative log-likelihood / number of labelled tokens) over all rows.
 
-    The arguments are those of ``memorization_accuracy``.
+    It takes the arguments of ``memorization_accuracy``.
     """
     return token_measures(token_scores(model, rows, batch_size, progress, "perplexity"))["perplexity"]
 

@@ -99,8 +99,8 @@ def evaluate_tofu_rows(
     """Measure rows of questions and answers, as one section of a TOFU log.
 
     The losses of each true answer are in ``*gt*``, and a greedily generated answer in ``generated_text``. A
-    row with ``perturbed_answer``, a list of wrong answers, also gets the losses of these, the losses of its
-    ``paraphrased_answer``, and ``truth_ratio``, exp(paraphrased loss - mean perturbed loss) of mean token
+    row with ``perturbed_answer``, a list of wrong answers, also gets the losses of these and of its
+    ``paraphrased_answer``. Its ``truth_ratio`` is exp(paraphrased loss - mean perturbed loss) of mean token
     losses. The answer itself stands for a missing ``paraphrased_answer``, as for real authors and world
     facts. The section lacks these quantities if no row has a ``perturbed_answer``.
 
@@ -245,7 +245,7 @@ def section_metrics(section: Section, choice: bool = False, forget: bool = False
         section: The section of a parsed TOFU log.
         choice: Whether the answer's probability is normalised over the answer and its wrong alternatives, as
             for real authors and world facts; False by default.
-        forget: Whether the section is that of the forget set; False by default.
+        forget: Whether the section belongs to the forget set; False by default.
 
     Returns:
         ``probability`` is the answer's, exp(-mean token loss). ``rouge`` is ROUGE-L recall. With R = exp(mean
