@@ -214,6 +214,7 @@ def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: b
     """
     import transformers
 
+    import loku.unlearning  # noqa: F401  # before the stages, whose seconds would count the import
     from loku.evaluation import forget_quality, plot_probabilities, write_report
 
     transformers.logging.set_verbosity_error()

@@ -21,13 +21,17 @@ def module_files() -> dict[str, Path]:
 
 
 def imports(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Yield the imports of a file, in functions too, without those under ``if TYPE_CHECKING``."""
+    """Yield the imports of a file, in functions too, without those under ``if TYPE_CHECKING``.
+
+    ``loku/__init__.py`` imports the names under its ``if TYPE_CHECKING`` when they are used, so these count.
+    """
+    lazy = path == ROOT / "loku/__init__.py"
     nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield node
-        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        elif not lazy and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             nodes += node.orelse
         else:
             nodes += ast.iter_child_nodes(node)
