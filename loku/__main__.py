@@ -1,3 +1,5 @@
+"""``python -m loku``: the ``loku`` command."""
+
 import sys
 
 from loku.cli import main

@@ -1,11 +1,15 @@
 """The ``loku`` command."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from typing import TextIO
 
-from loku.commands import demo, evaluate, info, unlearn
+from loku.commands import CommandParser, demo, evaluate, info, unlearn
 from loku.commands.settings import suggestion
 
 EPILOG = """\
@@ -18,8 +22,18 @@ exit codes:
 LOKU_DEBUG=1 in the environment shows where in the code an error came from."""
 
 
-def main(arguments=None):
-    """Run a command; returns its exit code, or raises ``SystemExit`` as argparse does."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: The arguments after ``loku``; None (default) takes them from the command line.
+
+    Returns:
+        The exit code; see ``EPILOG``.
+
+    Raises:
+        SystemExit: argparse has shown help, or an option is wrong.
+    """
     parser = argparse.ArgumentParser(
         prog="loku",
         description="Unlearning for causal language models.",
@@ -27,9 +41,9 @@ def main(arguments=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, unlearn, evaluate, info):
-        added = command.add(commands)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
+    for add in (demo.add, unlearn.add, evaluate.add, info.add):
+        added = add(commands)
         added.allow_abbrev = False
         added.set_defaults(parser=added)
     options, unknown = parser.parse_known_args(arguments)
@@ -51,14 +65,14 @@ def main(arguments=None):
     return 0
 
 
-def _explain(error):
-    """(exit code, what to tell a person)"""
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Return the exit code of an error, and a message for a person."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-    # Of OSErrors, those without a number are what transformers says of a model that it cannot load.
+    # transformers raises an OSError without a number for a model that it cannot load.
     of_files = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
     if isinstance(error, (ValueError, ImportError, IndexError, *of_files)) or (
         isinstance(error, OSError) and error.errno is None
@@ -68,11 +82,18 @@ def _explain(error):
     return 1, f"the run failed: {kind}{text}\n(LOKU_DEBUG=1 shows where)"
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None):
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"{_prefix()}warning: {message}", file=sys.stderr)
 
 
-def _prefix():
+def _prefix() -> str:
     rank = os.environ.get("RANK")
     return "loku: " if rank is None else f"loku, process {rank}: "
 

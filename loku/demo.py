@@ -1,26 +1,39 @@
-"""``loku demo``: unlearn two authors from a small model that ships with the package, and show what changed.
+"""``loku demo``: unlearn two authors from a small model that ships with the package, and show the change.
 
 The model is a 4.2M-parameter Llama that has memorised the answers about 40 fictitious authors of TOFU. The
-demo makes it forget the last two (40 questions, TOFU's forget01) and retain the others, and compares it with
-the log of a twin that was trained without the two. See ``scripts/build_embedded_model.py``.
+demo makes it forget the last two authors (40 questions, TOFU's forget01) and retain the others. It compares
+the model with the log of a twin that was trained without the two. ``scripts/build_embedded_model.py`` made
+both.
 """
 
+from __future__ import annotations
+
 import json
+import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loku.memory import forget_peak_memory, peak_memory
 
-EMBEDDED = Path(__file__).parent / "embedded"
-FORGET_ROWS = 40  # the last ones: two authors
-GAUGE_STRIDE = 8  # every eighth retain row is measured between steps
-EVALUATION_BATCH = 32
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What ships; benchmarks/results/demo.json has the figures it gave.
-SETTINGS = {
+    from loku.evaluation.tofu import Log, Section
+    from loku.models import CausalLM
+    from loku.unlearning import UnlearnResult
+
+EMBEDDED = Path(__file__).parent / "embedded"
+FORGET_ROWS = 40  # the last rows, about two authors
+GAUGE_STRIDE = 8  # every eighth retain row is measured between steps
+EVALUATION_BATCH = 32  # rows of a batch
+
+# benchmarks/results/demo.json has the figures of these settings.
+SETTINGS: dict[str, Any] = {
     "lora_rank": 8,
     "lora_alpha": 16,
     "learning_rate": 2e-3,
@@ -28,21 +41,26 @@ SETTINGS = {
     "num_train_epochs": 8,
     "retain_weight": 1.5,
 }
-# Training stops when both hold on the gauged rows: to push on would only damage what is kept.
-FORGOTTEN = 0.03
-RETAINED = 0.92
-GAUGE_STEPS = 2
+# Training stops when both thresholds hold on the gauged rows. Further steps would only damage the retained
+# rows.
+FORGOTTEN = 0.03  # greatest mean answer probability of the forget rows
+RETAINED = 0.92  # least mean answer probability of the gauged retain rows
+GAUGE_STEPS = 2  # steps between two measurements
 
 
-def load_rows():
-    """(forget rows, retain rows): the questions and answers that the embedded model has memorised."""
+def load_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Load the questions and answers that the embedded model has memorised.
+
+    Returns:
+        The forget rows and the retain rows.
+    """
     with open(EMBEDDED / "tofu.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return rows[-FORGET_ROWS:], rows[:-FORGET_ROWS]
 
 
-def load_model(path=EMBEDDED):
-    """(model in float32, tokenizer)"""
+def load_model(path: str | os.PathLike = EMBEDDED) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in float32 and its tokenizer, by default the embedded ones."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,8 +68,25 @@ def load_model(path=EMBEDDED):
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def measure(model, tokenizer, forget, retain, progress=True):
-    """(metrics, TOFU log) of a model: the log has the forget and the retain section."""
+def measure(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Mapping[str, Any]],
+    retain: Sequence[Mapping[str, Any]],
+    progress: bool = True,
+) -> tuple[dict[str, float | None], dict[str, Section]]:
+    """Measure a model on the forget and the retain rows.
+
+    Args:
+        model: The causal LM.
+        tokenizer: The tokenizer.
+        forget: The forget rows, with perturbed answers.
+        retain: The retain rows.
+        progress: Whether to show progress bars, True by default.
+
+    Returns:
+        The measures, ``{name: number}``, and the TOFU log with the forget and the retain section.
+    """
     from loku.data import tokenize_dataset
     from loku.evaluation import (
         evaluate_tofu_rows,
@@ -62,8 +97,8 @@ def measure(model, tokenizer, forget, retain, progress=True):
     )
     from loku.evaluation.tofu import SECTIONS
 
-    options = {"batch_size": EVALUATION_BATCH, "progress": progress}
-    # Truth ratios are wanted of the forget set alone.
+    options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "progress": progress}
+    # Only the forget set needs truth ratios.
     plain_retain = [{"question": row["question"], "answer": row["answer"]} for row in retain]
     log = {
         SECTIONS["forget"]: evaluate_tofu_rows(model, tokenizer, forget, **options),
@@ -72,7 +107,7 @@ def measure(model, tokenizer, forget, retain, progress=True):
     forget_metrics = section_metrics(log[SECTIONS["forget"]], forget=True)
     retain_metrics = section_metrics(log[SECTIONS["retain"]])
     forget_tokens = tokenize_dataset(forget, tokenizer, name="forget")
-    metrics = {
+    metrics: dict[str, float | None] = {
         "forget_probability": forget_metrics["probability"],
         "retain_probability": retain_metrics["probability"],
         "forget_rouge_l": forget_metrics["rouge"],
@@ -88,13 +123,15 @@ def measure(model, tokenizer, forget, retain, progress=True):
 
 
 class _Stages:
-    """Wall-clock seconds and peak memory of each stage, in the order in which they ran."""
+    """The wall-clock seconds and the peak memory of each stage, in the order in which the stages ran."""
 
-    def __init__(self, show):
-        self.seconds, self.peak_memory_bytes, self._show = {}, {}, show
+    def __init__(self, show: bool):
+        self.seconds: dict[str, float] = {}
+        self.peak_memory_bytes: dict[str, int] = {}
+        self._show = show
 
     @contextmanager
-    def __call__(self, name):
+    def __call__(self, name: str) -> Iterator[None]:
         if self._show:
             print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
@@ -104,8 +141,29 @@ class _Stages:
         self.peak_memory_bytes[name] = peak_memory()
 
 
-def unlearn_rows(model, tokenizer, forget, retain, output, seed=0, progress=True):
-    """Unlearn with the demo's settings. Returns (``loku.UnlearnResult``, the gauge's history)."""
+def unlearn_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Mapping[str, Any]],
+    retain: Sequence[Mapping[str, Any]],
+    output: str | os.PathLike,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[UnlearnResult, list[dict[str, float]]]:
+    """Unlearn with the demo's settings.
+
+    Args:
+        model: The causal LM, which is consumed.
+        tokenizer: The tokenizer.
+        forget: The forget rows.
+        retain: The retain rows.
+        output: The trainer's directory.
+        seed: The seed of the run, 0 by default.
+        progress: Whether to show a progress bar, True by default.
+
+    Returns:
+        The result, and the measurements between the steps.
+    """
     from loku import ProbabilityGauge, UnlearnConfig, unlearn
 
     config = UnlearnConfig(
@@ -128,11 +186,13 @@ def unlearn_rows(model, tokenizer, forget, retain, output, seed=0, progress=True
     return result, gauge.history
 
 
-def _samples(before, after, forget, count=3):
-    """The answers before and after to questions spread over the forget set."""
+def _samples(
+    before: Log, after: Log, forget: Sequence[Mapping[str, Any]], count: int = 3
+) -> list[dict[str, str]]:
+    """Return the answers before and after unlearning to some questions, spread over the forget set."""
     from loku.evaluation.tofu import SECTIONS
 
-    def answer(log, index):
+    def answer(log: Log, index: int) -> str:
         return log[SECTIONS["forget"]]["generated_text"][str(index)][1].removeprefix("Answer:").strip()
 
     return [
@@ -141,13 +201,20 @@ def _samples(before, after, forget, count=3):
     ]
 
 
-def run_demo(output="loku-demo", seed=0, progress=True):
-    """Run the demo and write ``adapter/``, ``probabilities.png`` and ``report.json`` to ``output``.
+def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: bool = True) -> dict[str, Any]:
+    """Run the demo and write ``adapter/``, ``probabilities.png`` and ``report.json``.
 
-    Returns the report, as written.
+    Args:
+        output: The directory to write to, "loku-demo" by default.
+        seed: The seed of the run, 0 by default.
+        progress: Whether to show progress, True by default.
+
+    Returns:
+        The report, as in ``report.json``.
     """
     import transformers
 
+    import loku.unlearning  # noqa: F401  # before the stages, whose seconds would count the import
     from loku.evaluation import forget_quality, plot_probabilities, write_report
 
     transformers.logging.set_verbosity_error()
@@ -187,8 +254,8 @@ def run_demo(output="loku-demo", seed=0, progress=True):
     return report
 
 
-def format_report(report):
-    """The report as text: the table, three questions with their answers, the stages."""
+def format_report(report: Mapping[str, Any]) -> str:
+    """Format a ``run_demo`` report as text: its measures, some questions with their answers, its stages."""
     from loku.evaluation import format_table
 
     titles = {"before": "before", "after": "after", "retain_only": "retain-only twin"}

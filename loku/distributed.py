@@ -1,22 +1,32 @@
-"""What the processes of ``torchrun`` or ``accelerate launch`` share out, and what they agree on."""
+"""The processes of ``torchrun`` or ``accelerate launch``: their shares of the work, and their agreement."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
-def rank_and_size():
-    """This process's number, and how many there are: (0, 1) where torch.distributed is not set up."""
+def rank_and_size() -> tuple[int, int]:
+    """Return the number of this process and the number of processes, (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def is_main_process():
-    """Whether this is the process, or the only one, that shows progress and writes files."""
+def is_main_process() -> bool:
+    """Whether this process shows progress and writes files: process 0, or the only one."""
     return rank_and_size()[0] == 0
 
 
-def from_main_process(value):
-    """What the main process passed, in all of them."""
+def from_main_process(value: T) -> T:
+    """Return the main process's value in every process; all processes must call this.
+
+    Args:
+        value: A value that can be pickled. Only the main process's counts.
+    """
     if rank_and_size()[1] == 1:
         return value
     values = [value]
@@ -24,51 +34,63 @@ def from_main_process(value):
     return values[0]
 
 
-def same_in_all_processes_(tensor):
-    """Overwrite it with the main process's, in place."""
+def same_in_all_processes_(tensor: Tensor) -> Tensor:
+    """Overwrite a tensor with the main process's, in place, and return it."""
     if rank_and_size()[1] > 1:
         dist.broadcast(tensor, src=0)
     return tensor
 
 
-def sum_over_processes_(tensor):
-    """Add up the tensors that the processes pass, in place; the result may round differently in each."""
+def sum_over_processes_(tensor: Tensor) -> Tensor:
+    """Replace a tensor by its sum over all processes, in place, and return it.
+
+    The sum may be rounded differently in each process.
+    """
     if rank_and_size()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def wait_for_all_processes():
+def wait_for_all_processes() -> None:
+    """Wait until every process has called this."""
     if rank_and_size()[1] > 1:
         dist.barrier()
 
 
-# Sharded weights are DTensors (FSDP2).
+# Sharded weights are DTensors (FSDP2). They are recognised by their methods and typed as ``Any``, because the
+# import of torch.distributed.tensor takes a second.
 
 
-def is_sharded(tensor):
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a shard."""
     return hasattr(tensor, "full_tensor")
 
 
-def full_tensor(tensor):
-    """The whole of a tensor that may be sharded; every process must ask for it."""
+def full_tensor(tensor: Any) -> Tensor:
+    """Return the whole of a tensor that may be sharded; all processes must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def local_tensor(tensor):
-    """What this process has of a tensor that may be sharded."""
+def local_tensor(tensor: Any) -> Tensor:
+    """Return this process's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def reshard_(model):
-    """Let go of the whole weights that FSDP2 keeps after a forward: the parameters are the shards again."""
+def reshard_(model: nn.Module) -> None:
+    """Free the whole weights that FSDP2 keeps after a forward: the parameters are the shards again."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        reshard: Any = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
 
 
-def copy_whole_(tensor, value):
-    """Copy a whole tensor, the same in all processes, into one that may be sharded."""
+def copy_whole_(tensor: Any, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded.
+
+    Args:
+        tensor: The tensor to overwrite, or this process's shard of it.
+        value: The whole tensor, of the unsharded shape. It is the same in all processes.
+    """
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
@@ -77,38 +99,49 @@ def copy_whole_(tensor, value):
     tensor.copy_(value)
 
 
-def share_of_batches(batches):
-    """(batch, whether it counts) for this process: every so-many-th, and equally many in each process.
+def share_of_batches(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield this process's share of some batches, equally many in each process.
 
-    Sharded weights are gathered by all processes together, so one that has run out runs on with a batch that
-    does not count.
+    All processes gather sharded weights together. So a process that has run out of batches runs once more
+    with a batch that does not count.
+
+    Args:
+        batches: All batches, the same in every process. Of n processes, each takes every n-th.
+
+    Yields:
+        A batch, and whether it counts.
     """
     rank, size = rank_and_size()
-    mine, number = None, -1
+    mine, number = [], -1
     for number, batch in enumerate(batches):
         if number % size == rank:
-            mine = batch
+            mine = [batch]
         if number % size == size - 1:
-            yield mine, True
-            mine = None
+            yield mine.pop(), True
     if (number + 1) % size:
-        yield (batch, False) if mine is None else (mine, True)
+        yield (mine.pop(), True) if mine else (batch, False)
 
 
-def spread(function, *columns):
-    """``function(*columns)``, where it maps lists to one list of results, in order, one a row.
+def spread(function: Callable[..., list[T]], *columns: Sequence[Any]) -> list[T]:
+    """Compute ``function(*columns)`` with the rows shared out among the processes.
 
-    Where torch.distributed is set up each process is given every so-many-th row; all of them get all the
-    results, in the order of the rows, and so must all call this.
+    Of n processes, each takes every n-th row. All processes must call this, and all get all the results.
+
+    Args:
+        function: A function that maps lists to one list of results, in order, one for each row.
+        columns: The lists, all of one length. The same rows must be given to every process.
+
+    Returns:
+        The results, in the order of the rows.
     """
     rank, size = rank_and_size()
     share = [column[rank::size] for column in columns]
     results = function(*share) if share[0] else []
     if size == 1:
         return results
-    gathered = [None] * size
+    gathered: list[list[T]] = [[] for _ in range(size)]
     dist.all_gather_object(gathered, results)
-    merged = [None] * len(columns[0])
+    merged: list[Any] = [None] * len(columns[0])
     for other, part in enumerate(gathered):
         merged[other::size] = part
     return merged

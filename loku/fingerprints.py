@@ -1,4 +1,4 @@
-"""Digests of models and rows: equal digests mean that a file was made for these.
+"""Digests of models and rows: a file with an equal digest was made for this model and these rows.
 
 A checkpoint and a cache of row scales ask different questions. A checkpoint belongs to one run: its rows have
 an order, and a sample of the weights tells models apart in a moment. A cache must never serve another model
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from loku.distributed import from_main_process, full_tensor, is_main_process
 from loku.models import unwrapped
 
-_SAMPLE = 1024  # values of a parameter that count in a sample of the weights
+_SAMPLE = 1024  # greatest number of values of a parameter in a sample of the weights
 
 
 def _sha256(tensor: Tensor) -> Any:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def sampled_weights_fingerprint(model: nn.Module) -> str:
-    """Digest of a model's parameters: names, shapes, dtypes, and up to 1024 values of each.
+    """Return the digest of a model's parameters: names, shapes, dtypes, and up to 1024 values of each.
 
     LoRA parameters do not count, so a model has the same fingerprint with adapters and without.
     """
@@ -45,10 +45,10 @@ def sampled_weights_fingerprint(model: nn.Module) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Digest of every parameter and buffer of a model without its adapters: bits, dtypes and names.
+    """Return the digest of every parameter and buffer of a model without its adapters: bits, dtypes, names.
 
-    It reads all of them, which takes about a second for each gigabyte. One changed weight changes it. All
-    processes must call it, and the main one answers.
+    One changed weight changes the digest. Reading all weights takes about a second for each gigabyte. All
+    processes must call this, and all get the main process's digest.
     """
     base = unwrapped(model)
     adapters = {
@@ -71,7 +71,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def ordered_rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Digest of the tokens and labels of tokenised rows, in their order."""
+    """Return the digest of the tokens and labels of tokenised rows, in their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(np.asarray([row["input_ids"], row["labels"]], dtype=np.int64).tobytes())
@@ -80,11 +80,17 @@ def ordered_rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def batches_fingerprint(batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """Digest of the tokens and labels of all rows of batches, whatever their order, grouping and padding."""
+    """Return the digest of the tokens and labels of all rows of some batches.
+
+    The order, grouping and padding of the rows do not count, except that the padding of packed rows does.
+
+    Args:
+        batches: The batches, as ``loku.data.collate`` makes them.
+    """
     digests = []
     for batch in batches:
-        # The position ids of packed rows say where documents begin. Those rows have no mask, so their padding
-        # counts: the same rows in other batches are measured anew.
+        # The position ids of packed rows say where documents begin. Packed rows have no mask, so their
+        # padding counts: the same rows have another digest in other batches.
         columns = [batch[name] for name in ("input_ids", "labels", "position_ids") if name in batch]
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         for row, kept in zip(torch.stack(columns, 1), mask, strict=True):
@@ -93,7 +99,7 @@ def batches_fingerprint(batches: Iterable[Mapping[str, Tensor]]) -> str:
 
 
 def texts_fingerprint(texts: Iterable[str]) -> str:
-    """Digest of some texts, in their order."""
+    """Return the digest of some texts, in their order."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode() + b"\0end of text\0")
@@ -101,7 +107,7 @@ def texts_fingerprint(texts: Iterable[str]) -> str:
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of named tensors' bits, in the order of their names."""
+    """Return the digest of the bits of named tensors, in the order of their names."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(_sha256(tensors[name]).digest())

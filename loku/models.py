@@ -1,24 +1,37 @@
-"""Loading a causal LM, looking inside its wrappers, and the modes it can be put into."""
+"""Causal LMs: how they are loaded, their wrappers, their device and their modes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from loku.config import UnlearnConfig
+
+CausalLM: TypeAlias = "PreTrainedModel | PeftModel"
 
 
 def load_model(model: PreTrainedModel | str | os.PathLike, config: UnlearnConfig) -> PreTrainedModel:
-    """The model itself, or the causal LM of that path or hub name, read from safetensors."""
+    """Return a model, loaded from safetensors if it is given by its path or hub name.
+
+    Args:
+        model: The model itself, which is returned as it is; or the path or hub name of a causal LM.
+        config: The settings, for their ``model_init_kwargs``.
+
+    Raises:
+        ValueError: There are ``model_init_kwargs`` for a model that is loaded already.
+    """
     if isinstance(model, (str, os.PathLike)):
-        arguments = {"use_safetensors": True, **(config.model_init_kwargs or {})}  # never a pickle unasked
+        given: Any = config.model_init_kwargs  # a dict: the config has parsed a JSON text
+        arguments = {"use_safetensors": True, **(given or {})}  # never a pickle unasked
         return AutoModelForCausalLM.from_pretrained(model, **arguments)
     if config.model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by its path or name")
@@ -26,20 +39,21 @@ def load_model(model: PreTrainedModel | str | os.PathLike, config: UnlearnConfig
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The causal LM inside the wrappers of DDP and peft."""
+    """Return the causal LM inside the wrappers of DDP and peft."""
     while hasattr(model, "module") and isinstance(model.module, nn.Module):
         model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = getattr(model, "get_base_model", None)
+    return model if base is None else base()
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter, where its batches go."""
+    """Return the device of a model's first parameter; its batches go there."""
     return next(model.parameters()).device
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has the mode that it had.
+    """Put a model into evaluation mode without gradients, and then every module back into its own mode.
 
     It is not inference mode: caches that grow inside, such as rotary tables, must stay usable in training.
     """
@@ -57,10 +71,10 @@ def keep_differentiable_(model: nn.Module) -> None:
     """Keep 4-bit weights of bitsandbytes in the layout that they are trained with.
 
     On CPUs with AVX512-BF16, bitsandbytes repacks such weights for inference at the first forward in
-    evaluation mode. Its product with those has no gradient, so the adapters below would silently not train.
-    Nothing happens to other models.
+    evaluation mode. Its product with repacked weights has no gradient, so the adapters in earlier layers
+    would silently not train. Other models are left alone.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.state_dict()  # has the side effect of undoing it
-            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # its side effect undoes the repacking
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # nn.Module types no such field

@@ -1,11 +1,15 @@
-"""What may bring an unlearned text back: quantisation and fine-tuning on a part of it.
+"""Two attacks that may bring an unlearned text back: quantisation, and fine-tuning on a part of the text.
 
-Unlearning that either undoes has hidden the text and not removed it (Zhang et al., ICLR 2025, on
+If either brings it back, unlearning has hidden the text and not removed it (Zhang et al., ICLR 2025, on
 quantisation; Lynch et al., 2024, on relearning).
 """
 
+from __future__ import annotations
+
 import tempfile
+from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -13,18 +17,31 @@ from transformers.pytorch_utils import Conv1D
 
 from loku.callbacks import ProbabilityGauge
 from loku.data import collate, padding_id, tokenize_dataset
+from loku.data.rows import DataSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
-def round_weights_(model, bits, group_size=None):
-    """Round the weights of all layers but the embeddings to ``bits``-bit integers, in place.
+def round_weights_(model: PreTrainedModel, bits: int, group_size: int | None = None) -> None:
+    """Round the weights of all layers but the embeddings to integers of a few bits, in place.
 
-    Symmetric, to nearest: with s = max |w| / (2^(bits - 1) - 1) of an output channel, or of each
-    ``group_size`` inputs of it, w becomes round(w / s) s. The weights keep their dtype. It is what plain
-    round-to-nearest quantisers store; better ones (GPTQ, AWQ) are nearer to the original weights' outputs.
+    Each group of weights is rounded symmetrically and to the nearest integer: w becomes round(w / s) s with
+    s = max |w| / (2^(bits - 1) - 1). The weights keep their dtype. Plain round-to-nearest quantisers store
+    the same weights. The outputs of better quantisers (GPTQ, AWQ) are nearer to those of the original
+    weights.
 
-    Raises ``ValueError`` for fewer than 2 bits, for a model with an adapter: merge it first, and for weights
-    that are not those of linear layers (GPT-2's ``Conv1D`` is one), such as stacked experts.
+    Args:
+        model: The causal LM, without an adapter. All its layers with matrices are embeddings or linear, among
+            them GPT-2's ``Conv1D``.
+        bits: The number of bits of an integer, >= 2.
+        group_size: The number of inputs of an output channel that share a scale s; None (default) gives each
+            output channel one scale.
+
+    Raises:
+        ValueError: There are fewer than 2 bits; the model has an adapter, which must be merged first; or a
+            matrix belongs to no linear layer, such as stacked experts.
     """
     if bits < 2:
         raise ValueError(f"bits must be at least 2, got {bits}")
@@ -32,7 +49,9 @@ def round_weights_(model, bits, group_size=None):
         raise ValueError("the adapter would be rounded by itself; pass model.merge_and_unload()")
     head = model.get_output_embeddings()
     steps = 2 ** (bits - 1) - 1
-    known = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    known: set[torch.Tensor] = {
+        module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
     if head is not None:
         known.add(head.weight)
     linear = {
@@ -44,29 +63,47 @@ def round_weights_(model, bits, group_size=None):
     for name, weight in model.named_parameters():
         if weight.dim() > 1 and weight not in known:
             raise ValueError(f"{name} is not the weight of a linear layer: how it is stored is not known")
-    for weight in linear.values():
-        for group in weight.split(group_size or weight.shape[1], dim=1):
+    for matrix in linear.values():
+        for group in matrix.split(group_size or matrix.shape[1], dim=1):
             scale = group.abs().amax(1, keepdim=True).float() / steps
             scale = scale.where(scale > 0, 1.0)
             group.copy_((group / scale).round() * scale)
 
 
 def relearning_curve(
-    model, tokenizer, taught, measured, *, steps=20, every=1, learning_rate=1e-4, batch_size=8, seed=0
-):
-    """Fine-tune a model on some rows and see which others come back.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    taught: DataSet,
+    measured: Mapping[str, DataSet],
+    *,
+    steps: int = 20,
+    every: int = 1,
+    learning_rate: float = 1e-4,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Fine-tune a model on some rows and measure which other rows come back.
 
-    All weights train, by the LM loss, with AdamW at a constant learning rate. The model is consumed: it is
-    left as training leaves it.
+    All weights train, by the LM loss, with AdamW at a constant learning rate. The model is consumed: its
+    weights stay as training leaves them.
 
     Args:
-        model: a causal LM without an adapter (``merge_and_unload()``), in float32.
-        taught: rows to fine-tune on, such as one half of the forget set.
-        measured: ``{name: rows}``, such as the other half and the retain set.
-        every: steps between measurements.
+        model: The causal LM, without an adapter (``merge_and_unload()``), in float32.
+        tokenizer: The tokenizer.
+        taught: The rows to fine-tune on, such as one half of the forget set.
+        measured: The sets to measure, ``{name: rows}``, such as the other half and the retain set.
+        steps: The number of optimizer steps, 20 by default.
+        every: The number of steps between measurements, 1 by default.
+        learning_rate: The learning rate, 1e-4 by default.
+        batch_size: The number of rows in a step, 8 by default.
+        seed: The seed of the rows' order, 0 by default.
 
-    Returns a list of dicts, one a measurement and the first before any step: ``step``, ``epoch`` and the mean
-    answer probability of each measured set, ``<name>_probability``.
+    Returns:
+        A dict for each measurement, the first before any step: ``step``, ``epoch`` and the mean answer
+        probability of each measured set, ``<name>_probability``, in [0, 1].
+
+    Raises:
+        ValueError: The model has an adapter.
     """
     from transformers import Trainer, TrainingArguments
 

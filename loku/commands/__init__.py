@@ -1,1 +1,27 @@
-"""The commands of ``loku``: each module has ``add(commands)``, which adds the parser of one."""
+"""The commands of ``loku``. Each module is one command; its ``add(commands)`` adds the parser."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command, which may add options when its command is given.
+
+    ``add_later`` is a function that adds those options, or None. A command whose options need a slow import
+    sets it, so that the help of ``loku`` and the other commands do not wait.
+    """
+
+    add_later: Callable[[], None] | None = None
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Add the later options, then parse as argparse does."""
+        if self.add_later is not None:
+            add_later, self.add_later = self.add_later, None
+            add_later()
+        return super().parse_known_args(*args, **kwargs)
+
+
+Commands = argparse._SubParsersAction  # the argument of ``add``: the commands of the parser of ``loku``

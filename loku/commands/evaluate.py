@@ -1,18 +1,25 @@
 """``loku evaluate``."""
 
+from __future__ import annotations
+
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from loku.commands import CommandParser, Commands
 
 
-def add(commands):
+def add(commands: Commands[CommandParser]) -> CommandParser:
+    """Add the parser of the command, and return it."""
     parser = commands.add_parser(
         "evaluate",
-        help="measure what a model still knows",
+        help="measure the knowledge left in a model",
         description="Measure a causal LM on data sets: probability, perplexity, ROUGE-L, truth ratio, forget "
         "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K%% "
-        "membership inference, dialogue F1; what the sets allow. Prints a table and writes a JSON report, "
-        "TOFU's log and a picture beside it. Runs under torchrun and accelerate launch.",
+        "membership inference and dialogue F1, as far as the sets allow. Prints a table, and writes a JSON "
+        "report with TOFU's log and a picture beside it. Runs under torchrun and accelerate launch.",
     )
     parser.add_argument("model", metavar="MODEL", help="path or hub name of a causal LM")
     parser.add_argument(
@@ -22,24 +29,28 @@ def add(commands):
         type=_named_source,
         metavar="NAME=SOURCE",
         help="data sets. NAME: forget, retain, real_authors, world_facts, holdout, or any other. SOURCE: a "
-        ".jsonl or .json file of rows, a .txt file with a text a line, or NAME[:CONFIG[:SPLIT]] on the hub",
+        ".jsonl or .json file of rows, a .txt file with a text on each line, or NAME[:CONFIG[:SPLIT]] on the "
+        "hub",
     )
     parser.add_argument("--out", default="report.json", metavar="FILE", help="report (default: report.json)")
-    parser.add_argument("--adapter", metavar="PATH", help="of a peft adapter for the model")
+    parser.add_argument("--adapter", metavar="PATH", help="path of a peft adapter for the model")
     parser.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
     parser.add_argument(
         "--reference-log", metavar="FILE", help="TOFU log of a model that never saw the forget set"
     )
     parser.add_argument("--ngram", type=int, default=10, help="n of Extraction Likelihood (default: 10)")
     parser.add_argument(
-        "--stride", type=int, default=1, help="of its prefixes; more is coarser and faster (default: 1)"
+        "--stride",
+        type=int,
+        default=1,
+        help="tokens between its prefixes; more is coarser and faster (default: 1)",
     )
     parser.add_argument("--max-length", type=int, help="tokens at which texts are cut")
     parser.add_argument("--batch-size", type=int, default=16, help="rows at once (default: 16)")
     parser.add_argument(
         "--reasoning",
         action="store_true",
-        help="the nine reasoning sets as well, by lm-evaluation-harness, which downloads them; needs "
+        help="measure the nine reasoning sets too, by lm-evaluation-harness, which downloads them; needs "
         "pip install 'loku-kernels[lm-eval]'",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -47,7 +58,8 @@ def add(commands):
     return parser
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command with its parsed options."""
     from datetime import timedelta
 
     import torch
@@ -57,7 +69,7 @@ def run(options):
     from loku.data.files import read_rows
     from loku.evaluation import evaluate, plot_measures, reasoning_accuracies, write_report
 
-    # One process may have to generate for much longer than another.
+    # One process may generate for much longer than another, so the timeout is long.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     data = {name: read_rows(source) for name, source in options.data}
     if len(data) < len(options.data):
@@ -66,7 +78,7 @@ def run(options):
     if options.reference_log is not None:
         reference = json.loads(Path(options.reference_log).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", use_safetensors=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", use_safetensors=True)
     if options.adapter is not None:
         from peft import PeftModel
 
@@ -113,7 +125,7 @@ def run(options):
     state.destroy_process_group()
 
 
-def _evaluation_table(report):
+def _evaluation_table(report: Mapping[str, Any]) -> str:
     from loku.evaluation import format_table
 
     tables = [format_table(report["sets"]), format_table({"all sets": report["whole"]})]
@@ -123,7 +135,7 @@ def _evaluation_table(report):
     return "\n\n".join([*tables, "\n".join(lines)]).rstrip()
 
 
-def _named_source(text):
+def _named_source(text: str) -> tuple[str, str]:
     name, equals, source = text.partition("=")
     if not (name and equals and source):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SOURCE, such as forget=forget.jsonl")

@@ -1,35 +1,44 @@
-"""``loku info``: what is installed, on which devices, and which backend computes what there."""
+"""``loku info``: the versions, the devices, and the backend of each operation."""
 
+from __future__ import annotations
+
+import argparse
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
+from types import ModuleType
+
+from loku.commands import CommandParser, Commands
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton")
 
 
-def add(commands):
+def add(commands: Commands[CommandParser]) -> CommandParser:
+    """Add the parser of the command, and return it."""
     parser = commands.add_parser(
         "info",
-        help="versions, devices, and which backend computes what",
-        description="Print the versions, the devices, the backends that are built, and which of them each "
+        help="show the versions, the devices, and the backend of each operation",
+        description="Print the versions, the devices, the backends that are built, and the backend that each "
         "operation of loku_kernels uses on each device. LOKU_BACKEND=reference|native|triton forces one.",
     )
     parser.set_defaults(run=run)
     return parser
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command with its parsed options."""
     print("\n".join([*_versions(), "", *_devices(), "", *_backends(), "", *_choices()]))
 
 
-def _aligned(rows):
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
 
 
-def _versions():
+def _versions() -> list[str]:
     import loku_kernels
 
     rows = [("loku-kernels", loku_kernels.__version__), ("python", platform.python_version())]
@@ -41,7 +50,7 @@ def _versions():
     return _aligned(rows)
 
 
-def _cpu_name():
+def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -49,7 +58,7 @@ def _cpu_name():
         return platform.processor() or platform.machine()
 
 
-def _devices():
+def _devices() -> list[str]:
     import torch
 
     rows = [("cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads")]
@@ -60,7 +69,7 @@ def _devices():
     return _aligned(rows)
 
 
-def _backends():
+def _backends() -> list[str]:
     from loku_kernels.backends import native
 
     core = native._core
@@ -78,12 +87,12 @@ def _backends():
         rows.append(("triton", f"{metadata.version('triton')}, for CUDA tensors"))
     except metadata.PackageNotFoundError:
         rows.append(("triton", "not installed"))
-    rows.append(("reference", "plain torch, for what the others do not serve"))
+    rows.append(("reference", "plain torch, for everything else"))
     rows.append(("LOKU_BACKEND", os.environ.get("LOKU_BACKEND") or "not set"))
     return _aligned(rows)
 
 
-def _choices():
+def _choices() -> list[str]:
     import torch
 
     from loku_kernels import backends
@@ -97,5 +106,5 @@ def _choices():
     return _aligned(rows)
 
 
-def _name(backend):
+def _name(backend: ModuleType) -> str:
     return backend.__name__.rsplit(".", 1)[-1]

@@ -1,49 +1,68 @@
 """The fields of ``UnlearnConfig`` as options of a command and as keys of a YAML file.
 
-``transformers.HfArgumentParser`` does the first for most types, but not for a union such as
-``bool | str | None``, and takes no lists where a string is allowed. Here both an option and a scalar of the
-file are read by the field's type hint, whatever fields there are.
+An option and a scalar of the file are read by the type hint of their field, whatever fields there are.
+``transformers.HfArgumentParser`` has no lists for fields that also take a text. Two other libraries were
+tried:
+
+- tyro 1.0 reads no YAML. It turns each ``dict | str | None`` field into subcommands, which break other
+  options. It reads the sweep ``qv`` as the list ``["qv"]``.
+- jsonargparse 4.53 names neither the file nor the line of a wrong YAML value, and takes the last of two equal
+  keys without an error. It rejects the word ``no`` for a text. It suggests no name for a misspelt one, and
+  prints a hundred lines of usage before each error.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
 import difflib
 import enum
 import json
+import os
 import types
 import typing
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import yaml
 
-# transformers' hint is a path alone; true is the newest checkpoint, as for its trainer's ``train``.
+# transformers' hint is a path alone. True is the newest checkpoint, as for its trainer's ``train``.
 ALSO = {"resume_from_checkpoint": bool}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclasses.dataclass
 class Field:
-    """How a value is read: from the text of an option or from what YAML made of it."""
+    """A field of a dataclass, which reads its value from the text of an option or from a YAML value.
+
+    Attributes:
+        name: The name of the field.
+        types: The members of its type hint; ``list`` stands for ``list[str]``, and so on.
+        choices: The texts of its ``Literal``; () without one.
+    """
 
     name: str
-    types: list  # the members of its type hint, of generic ones what is before the bracket
-    choices: tuple  # the texts of a Literal
+    types: list[type]
+    choices: tuple[str, ...]
 
     @property
-    def many(self):
+    def many(self) -> bool:
+        """Whether the field takes a list."""
         return list in self.types
 
-    def read(self, text):
-        """One value from text; ``ArgumentTypeError`` if it is none."""
+    def read(self, text: str) -> Any:
+        """Read one value from a text; ``ArgumentTypeError`` if the field takes no such value."""
         if text in self.choices:
             return text
-        # 1 and yes may be words in a field that also takes words.
+        # In a field that takes texts, 1 and yes are texts.
         words = {"true": True, "false": False} if str in self.types else BOOLEANS
         if bool in self.types and text.lower() in words:
             return words[text.lower()]
         texts = any(kind is str or issubclass(kind, enum.Enum) for kind in self.types)
         if not self.choices and (self.many or texts):
             return text
-        for number in (kind for kind in (int, float) if kind in self.types):
+        numbers: tuple[type[int] | type[float], ...] = (int, float)
+        for number in (kind for kind in numbers if kind in self.types):
             try:
                 return number(text)
             except ValueError:
@@ -57,10 +76,10 @@ class Field:
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {self.expected()}")
 
-    def from_yaml(self, value):
-        """The value of a key; ``ArgumentTypeError`` if the field takes no such value."""
+    def from_yaml(self, value: Any) -> Any:
+        """Convert a YAML value; ``ArgumentTypeError`` if the field takes no such value."""
         if isinstance(value, bool) and bool not in self.types and str in self.types:
-            value = "yes" if value else "no"  # what YAML took for a boolean, such as the word no
+            value = "yes" if value else "no"  # YAML takes the word no for a boolean
         if isinstance(value, str) and self.choices:
             return self.read(value)
         if type(value) in self.types or (value is None and types.NoneType in self.types):
@@ -69,8 +88,9 @@ class Field:
             raise argparse.ArgumentTypeError(f"{json.dumps(value)} is not {self.expected()}")
         return self.read(str(value))
 
-    def expected(self):
-        names = {
+    def expected(self) -> str:
+        """Describe the values that the field takes."""
+        names: dict[type, str] = {
             bool: "true or false",
             int: "a whole number",
             float: "a number",
@@ -81,20 +101,21 @@ class Field:
         return " or ".join(names[kind] for kind in names if kind in self.types) or "a text"
 
 
-def _members(hint):
+def _members(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [member for part in typing.get_args(hint) for member in _members(part)]
     return [hint]
 
 
-def read_fields(cls):
-    """``{name: Field}`` of a dataclass's arguments."""
+def read_fields(cls: type) -> dict[str, Field]:
+    """Return the fields that a dataclass takes as arguments, by their names."""
     hints = typing.get_type_hints(cls)
     fields = {}
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
-        kinds, choices = [], ()
+        kinds: list[Any] = []
+        choices: tuple[str, ...] = ()
         for member in _members(hints[field.name]):
             if typing.get_origin(member) is typing.Literal:
                 kinds += map(type, typing.get_args(member))
@@ -107,8 +128,8 @@ def read_fields(cls):
     return fields
 
 
-def _add_field(parser, field, help):
-    how = {"type": field.read, "default": argparse.SUPPRESS, "dest": field.name}
+def _add_field(parser: argparse._ActionsContainer, field: Field, help: str) -> None:
+    how: dict[str, Any] = {"type": field.read, "default": argparse.SUPPRESS, "dest": field.name}
     how["metavar"] = field.name.split("_")[-1].upper()
     if field.choices:
         how["metavar"] = "{" + ",".join(field.choices) + "}"
@@ -165,9 +186,15 @@ def _help(field: dataclasses.Field) -> str:
     return text.replace("%", "%%")
 
 
-def joined(fields, options):
-    """What was given for the fields, as the dataclass takes it: a list of one is its value where a text may
-    stand."""
+def joined(fields: Mapping[str, Field], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the given values of the fields, ``{name: value}``, as the dataclass takes them.
+
+    A list of one text becomes that text if the field takes texts.
+
+    Args:
+        fields: The fields by their names.
+        options: The parsed options.
+    """
     given = {name: getattr(options, name) for name in fields if hasattr(options, name)}
     for name, value in given.items():
         if isinstance(value, list) and len(value) == 1 and str in fields[name].types:
@@ -175,17 +202,28 @@ def joined(fields, options):
     return given
 
 
-def suggestion(name, known):
-    """ ", did you mean ...?" if there is a name that looks like it."""
-    near = difflib.get_close_matches(name, known, n=1)
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known name that is most like a name, or "" if none is like it."""
+    near = difflib.get_close_matches(name, [*known], n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def read_yaml(path, fields, others):
-    """The settings in a YAML file, ``{name: value}``.
+def read_yaml(
+    path: str | os.PathLike, fields: Mapping[str, Field], others: Collection[str]
+) -> dict[str, Any]:
+    """Read the settings in a YAML file.
 
-    others: names beside the fields that the file may have; their values are texts.
-    Raises ``ValueError``, which names the file and the line.
+    Args:
+        path: The file.
+        fields: The fields by their names.
+        others: The names that the file may have beside the fields; their values are texts.
+
+    Returns:
+        The settings, ``{name: value}``.
+
+    Raises:
+        ValueError: The file is not YAML, or a setting is unknown, wrong or there twice. The message names the
+            file and the line.
     """
     with open(path, encoding="utf-8") as file:
         text = file.read()
@@ -197,7 +235,7 @@ def read_yaml(path, fields, others):
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line")
-    settings = {}
+    settings: dict[str, Any] = {}
     for key_node, _ in node.value:
         place, key = f"{path}, line {key_node.start_mark.line + 1}", key_node.value
         name, value = key.replace("-", "_"), values.get(key)

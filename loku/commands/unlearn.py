@@ -1,10 +1,19 @@
 """``loku unlearn``."""
 
+from __future__ import annotations
+
+import argparse
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from loku.commands import CommandParser, Commands
 from loku.commands.settings import add_fields, joined, read_yaml
+
+if TYPE_CHECKING:
+    from loku.config import UnlearnConfig
 
 PLACES = ("model", "forget", "retain", "output", "tokenizer")
 # The fields of transformers.TrainingArguments that the help shows.
@@ -38,12 +47,11 @@ KEY_SETTINGS = (
     "per_device_train_batch_size",
     "seed",
 )
-OF_LORA = ("init", "lora_rank", "lora_alpha", "target_modules")
+LORA_SETTINGS = ("init", "lora_rank", "lora_alpha", "target_modules")
 
 
-def add(commands):
-    from loku import UnlearnConfig
-
+def add(commands: Commands[CommandParser]) -> CommandParser:
+    """Add the parser of the command, and return it."""
     parser = commands.add_parser(
         "unlearn",
         help="make a model forget one data set and keep another",
@@ -54,16 +62,17 @@ def add(commands):
         "accelerate launch.",
         epilog="Every field of transformers.TrainingArguments is an option in the same way: --NAME VALUE, "
         "with - or _ in names. A file given by --config holds the same names, and model, forget, retain, "
-        "output and tokenizer; what the command line says counts more. A list of one name must be written "
-        "there: [NAME].",
+        "output and tokenizer; the command line takes precedence over it. The file writes a list of one name "
+        "as [NAME].",
     )
-    group = parser.add_argument_group("what to unlearn")
+    group = parser.add_argument_group("model and data")
     group.add_argument("--model", metavar="PATH", help="path or hub name of a causal LM")
     source = (
-        "a .jsonl or .json file of rows, a .txt file with a text a line, or NAME[:CONFIG[:SPLIT]] on the hub"
+        "a .jsonl or .json file of rows, a .txt file with a text on each line, or NAME[:CONFIG[:SPLIT]] on "
+        "the hub"
     )
-    group.add_argument("--forget", metavar="FILE", help=f"what to forget: {source}")
-    group.add_argument("--retain", metavar="FILE", help="what to keep, in the same forms")
+    group.add_argument("--forget", metavar="FILE", help=f"the rows to forget: {source}")
+    group.add_argument("--retain", metavar="FILE", help="the rows to keep, in the same forms")
     group.add_argument(
         "--output", metavar="DIR", help="directory to save to; checkpoints too, without --output_dir"
     )
@@ -71,18 +80,26 @@ def add(commands):
         "--save",
         choices=("portable", "residual", "merged"),
         default="portable",
-        help="portable: an adapter for the untouched model (default); residual: the base that is left, and "
-        "the adapter for it; merged: a model without an adapter",
+        help="portable: an adapter for the untouched model (default); residual: the residual base, and the "
+        "adapter for it; merged: a model without an adapter",
     )
     group.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
-    group.add_argument("--config", metavar="FILE", help="YAML file of settings, one `name: value` a line")
+    group.add_argument("--config", metavar="FILE", help="YAML file of settings, a `name: value` on each line")
     group.add_argument("--quiet", action="store_true", help="no progress bars: --disable_tqdm")
-    fields = add_fields(parser, UnlearnConfig, "unlearning", "training", COMMON)
-    parser.set_defaults(run=run, fields=fields)
+    parser.set_defaults(run=run)
+
+    def add_settings() -> None:
+        from loku.config import UnlearnConfig
+
+        fields = add_fields(parser, UnlearnConfig, "unlearning", "training", COMMON)
+        parser.set_defaults(fields=fields)
+
+    parser.add_later = add_settings
     return parser
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command with its parsed options."""
     settings = read_yaml(options.config, options.fields, PLACES) if options.config else {}
     settings.update(joined(options.fields, options))
     places = {name: getattr(options, name) or settings.pop(name, None) for name in PLACES}
@@ -91,7 +108,7 @@ def run(options):
     missing = [f"--{name}" for name in PLACES[:-1] if not places[name]]
     if missing:
         raise ValueError(f"there is no {', '.join(missing)}, neither as an option nor in a --config file")
-    # Without being asked for, transformers shows bars only where it shows warnings too.
+    # By default transformers shows progress bars only if it shows warnings too.
     settings["disable_tqdm"] = settings.get("disable_tqdm", False) or options.quiet
     _check_model(places["model"])
     output = Path(places["output"])
@@ -116,15 +133,22 @@ def run(options):
     PartialState().destroy_process_group()
 
 
-def _check_model(model):
-    # What is no path is left to the hub.
+def _check_model(model: str) -> None:
+    # A name that does not look like a path is left to the hub.
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local and not Path(model).is_dir():
         raise ValueError(f"{model}, the --model, is not a directory")
 
 
-def _unlearn(places, config, forget, retain, settings, kind):
-    """Run, save, and return the summary."""
+def _unlearn(
+    places: Mapping[str, str],
+    config: UnlearnConfig,
+    forget: Any,
+    retain: Any,
+    settings: Mapping[str, Any],
+    kind: str,
+) -> str:
+    """Unlearn, save the result, and return the summary."""
     from loku import unlearn
     from loku.data import RowError
     from loku.data.files import place_of_row
@@ -151,13 +175,23 @@ def _unlearn(places, config, forget, retain, settings, kind):
     return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind)
 
 
-def _summary(places, config, settings, sizes, history, seconds, peaks, kind):
+def _summary(
+    places: Mapping[str, str],
+    config: UnlearnConfig,
+    settings: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    history: Sequence[Mapping[str, Any]],
+    seconds: float,
+    peaks: Mapping[str, int | None],
+    kind: str,
+) -> str:
     from loku.evaluation import format_table
 
     names = [
         name
         for name in dict.fromkeys([*KEY_SETTINGS, *settings])
-        if (config.tuning == "lora" or name not in OF_LORA) and name not in ("output_dir", "disable_tqdm")
+        if (config.tuning == "lora" or name not in LORA_SETTINGS)
+        and name not in ("output_dir", "disable_tqdm")
     ]
     logged = [entry for entry in history if "forget_loss" in entry]
     columns = {}
@@ -182,11 +216,11 @@ def _summary(places, config, settings, sizes, history, seconds, peaks, kind):
     )
 
 
-def _shown(value):
-    return getattr(value, "value", value)  # of an enumeration
+def _shown(value: Any) -> Any:
+    return getattr(value, "value", value)  # the value of an enumeration's member
 
 
-def _wrapped(title, items, width=100):
+def _wrapped(title: str, items: Sequence[str], width: int = 100) -> list[str]:
     lines = [f"{title}: "]
     for position, item in enumerate(items):
         item += ", " if position < len(items) - 1 else ""
@@ -196,7 +230,7 @@ def _wrapped(title, items, width=100):
     return [line.rstrip() for line in lines]
 
 
-def _loading_lines(places, kind):
+def _loading_lines(places: Mapping[str, str], kind: str) -> list[str]:
     model, output = places["model"], places["output"]
     if kind == "merged":
         return [

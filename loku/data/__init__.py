@@ -2,7 +2,7 @@
 
 A data set is a list of strings, a list of dicts or a ``datasets.Dataset``. ``tokenize_dataset`` turns it into
 a list of ``{"input_ids", "labels"}``, which ``transformers.Trainer`` and ``torch.utils.data.DataLoader``
-take. ``collate`` pads a few of those into tensors.
+take. ``collate`` pads some of these rows into tensors.
 """
 
 from loku.data.batches import collate, collate_pairs, padding_id

@@ -1,27 +1,46 @@
 """Token batches: padding, and batches of several kinds of rows."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 
 from loku.data.rows import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def padding_id(tokenizer):
-    """The id to pad with. Any will do: padding is masked out of the attention and out of the labels."""
+
+def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return the id to pad with: the tokenizer's padding or EOS id, or 0.
+
+    Any id will do, because padding is masked out of the attention and out of the labels.
+    """
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
     return next(token for token in candidates if token is not None)
 
 
-def collate(rows, pad_token_id):
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Pad tokenised rows on the right.
 
-    Returns ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape (len(rows), longest row),
-    with ``pad_token_id``, 0 and -100 in the padding. If a row has several documents there are
-    ``position_ids``, 0 in the padding, and no ``attention_mask``, as transformers' models take packed
-    sequences. ``functools.partial(collate, pad_token_id=...)`` is a ``data_collator`` for
-    ``transformers.Trainer`` and a ``collate_fn`` for a ``DataLoader``.
+    ``functools.partial(collate, pad_token_id=...)`` is a ``data_collator`` for ``transformers.Trainer`` and a
+    ``collate_fn`` for a ``DataLoader``.
+
+    Args:
+        rows: Tokenised rows, as ``loku.data.tokenize_dataset`` returns them.
+        pad_token_id: The id in the padding of ``input_ids``.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape (len(rows), longest row), with
+        ``pad_token_id``, 0 and -100 in the padding. If a row has several documents, the batch has
+        ``position_ids`` of the same shape, with 0 in the padding, and no ``attention_mask``: the models of
+        transformers take packed sequences in this form.
     """
 
-    def pad(sequences, value):
+    def pad(sequences: Iterable[Any], value: int) -> Tensor:
         tensors = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -36,12 +55,18 @@ def collate(rows, pad_token_id):
     return {**batch, "attention_mask": pad([[1] * n for n in lengths], 0)}
 
 
-def collate_pairs(pairs, pad_token_id):
-    """One batch of all rows of the first kind, then of the second, ...
+def collate_pairs(pairs: Sequence[Mapping[str, Mapping[str, Any]]], pad_token_id: int) -> dict[str, Tensor]:
+    """Make one batch of all rows of the first kind, then all rows of the second kind, and so on.
 
-    ``is_forget`` (rows,), ``is_retain`` and ``is_refusal``, of the kinds that there are, tell them apart.
-    ``token_count`` (rows,) is how many tokens each has.
-    ``reference`` is what the rows bring of it, concatenated.
+    Args:
+        pairs: Items of a ``loku.data.PairedDataset``, which map a kind to a tokenised row. All have the same
+            kinds.
+        pad_token_id: The id in the padding of ``input_ids``.
+
+    Returns:
+        The batch of ``collate``. ``is_forget``, ``is_retain`` and ``is_refusal``, bool (rows,), mark the rows
+        of each kind that the pairs have. ``token_count``, int64 (rows,), is the number of tokens of each row.
+        ``reference`` is the concatenation of the rows' ``reference`` tensors, if any row has one.
     """
     kinds = list(pairs[0])
     rows = [pair[kind] for kind in kinds for pair in pairs]

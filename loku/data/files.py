@@ -1,20 +1,35 @@
 """Data sets by name: files and the Hugging Face hub."""
 
+from __future__ import annotations
+
 import json
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FILE_SUFFIXES = (".json", ".jsonl", ".txt")
 
 
-def read_rows(source):
-    """The rows of a data set, for ``loku.unlearn`` and ``loku.evaluation.evaluate``.
+def read_rows(source: str | os.PathLike) -> list[Any] | Dataset:
+    """Read a data set for ``loku.unlearn`` and ``loku.evaluation.evaluate``.
 
-    ``source`` is a ``.txt`` file (a text a line; empty lines are passed over), a ``.json`` or ``.jsonl`` file
-    (a JSON object a line, as TOFU's files, or one list), or ``NAME[:CONFIG[:SPLIT]]`` of a data set on the
-    hub, such as ``locuslab/TOFU:forget10_perturbed`` (needs ``datasets``; the split is "train" by default).
+    Args:
+        source: One of three forms. A ``.txt`` file has a text on each line; empty lines are passed over. A
+            ``.json`` or ``.jsonl`` file has a JSON object on each line, as TOFU's files do, or one JSON list.
+            ``NAME[:CONFIG[:SPLIT]]`` names a data set on the hub, such as
+            ``locuslab/TOFU:forget10_perturbed``; its split is "train" by default, and it needs the package
+            ``datasets``.
 
-    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for one that is not UTF-8, and for a line
-    that is not JSON.
+    Returns:
+        The rows: strings or the values of the JSON file, or the data set of the hub.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is not UTF-8, or it or one of its lines is not JSON.
+        ImportError: The data set is on the hub, and ``datasets`` is not installed.
     """
     path = Path(source)
     if path.suffix not in FILE_SUFFIXES:
@@ -36,9 +51,13 @@ def read_rows(source):
     return rows
 
 
-def place_of_row(source, index):
-    """Where row ``index`` of a data set is, as a person would look for it: a file and a line, if it has
-    them."""
+def place_of_row(source: str | os.PathLike, index: int) -> str:
+    """Return the place of a row as a person looks for it: the file and the line, if the source has lines.
+
+    Args:
+        source: The source, as for ``read_rows``.
+        index: The index of the row, from 0.
+    """
     path = Path(source)
     if path.suffix in FILE_SUFFIXES and path.is_file():
         text = _text(path)
@@ -47,20 +66,20 @@ def place_of_row(source, index):
     return str(source)
 
 
-def _text(path):
+def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
-def _lines(path, text):
-    """(number from 1, line) of those that are not empty."""
+def _lines(path: Path, text: str) -> list[tuple[int, str]]:
+    """Return the lines that are not empty, each with its number from 1."""
     lines = text.splitlines() if path.suffix == ".txt" else text.split("\n")  # JSON may hold other separators
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _from_hub(source):
+def _from_hub(source: str) -> Dataset:
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -1,29 +1,52 @@
 """Retain sets that are larger than memory: tokenised as they are drawn, or read as a stream."""
 
+from __future__ import annotations
+
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from loku.data.rows import RowTokenizer, tokenize_dataset
+from loku.data.rows import RowTokenizer, TokenizedRow, tokenize_dataset
 
-LAZY_ROWS = 100_000  # a set of more is tokenised as its rows are drawn
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LAZY_ROWS = 100_000  # greatest number of rows that are tokenised at once; longer sets are tokenised as drawn
 
 
 class DrawnRows:
-    """Rows that are tokenised when asked for. The first that is cut, and the first that is also in the forget
-    set, are warned of."""
+    """Rows that are tokenised when they are asked for.
 
-    def __init__(self, rows, tokenizer, max_length, name, forget):
+    One warning names the first row that is cut. Another names the first row that is also in the forget set.
+
+    Args:
+        rows: The rows, as for ``loku.data.tokenize_dataset``; an iterable without a length may stand for
+            them.
+        tokenizer: The tokenizer. It may be None if every row has ``input_ids``.
+        max_length: The number of tokens at which rows are cut; None does not cut them.
+        name: The name of the data set in messages.
+        forget: The tokenised forget rows.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int | None,
+        name: str,
+        forget: Iterable[Mapping[str, Any]],
+    ):
         self.rows = rows
         self._tokenize = RowTokenizer(tokenizer, max_length, name)
         self._forget = {tuple(row["input_ids"]): index for index, row in reversed([*enumerate(forget)])}
-        self._warned = set()
+        self._warned: set[str] = set()
 
-    def first(self, count=100):
-        """Its first rows, tokenised."""
+    def first(self, count: int = 100) -> list[TokenizedRow]:
+        """Return the first rows, tokenised; ``count`` of them, or all if there are fewer."""
         return [self._tokenize(index, row) for index, row in enumerate(islice(self.rows, count))]
 
-    def _tokenized(self, index, row):
+    def _tokenized(self, index: int, row: Any) -> TokenizedRow:
         truncated = self._tokenize.truncated
         row = self._tokenize(index, row)
         if self._tokenize.truncated > truncated:
@@ -33,24 +56,27 @@ class DrawnRows:
             self._warn(index, "is also in the forget set (row {same})", same=same)
         return row
 
-    def _warn(self, index, what, **values):
-        if what not in self._warned:
-            self._warned.add(what)
+    def _warn(self, index: int, problem: str, **values: int) -> None:
+        if problem not in self._warned:
+            self._warned.add(problem)
             name = self._tokenize.name
             warnings.warn(
-                f"row {index} of the {name} set {what.format(**values)}; more such rows are not reported, "
+                f"row {index} of the {name} set {problem.format(**values)}; more such rows are not reported, "
                 "because the set is tokenised as it is drawn",
                 stacklevel=4,
             )
 
 
 class LazyRows(DrawnRows, Sequence):
-    """A data set of any length that can be indexed, such as a memory-mapped ``datasets.Dataset``."""
+    """A data set of any length that can be indexed, such as a memory-mapped ``datasets.Dataset``.
 
-    def __len__(self):
+    It takes the arguments of ``DrawnRows``.
+    """
+
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> TokenizedRow:  # type: ignore[override]  # takes no slices
         if not 0 <= index < len(self.rows):
             raise IndexError(index)
         return self._tokenized(index, self.rows[index])
@@ -59,20 +85,34 @@ class LazyRows(DrawnRows, Sequence):
 class StreamedRows(DrawnRows):
     """A data set without a length, such as a streaming ``datasets.IterableDataset``.
 
-    ``rows[k]`` is its k-th row, going on from the last one that was asked for: asked for in ascending order,
-    the set is read once, and one row of it is held. After its end it begins anew, and k counts on.
+    ``rows[k]`` is row k of the stream. After its last row the stream begins anew, and k counts on. If the
+    rows are asked for in ascending order, the stream is read once, and one row is in memory at a time. A
+    smaller k than the last one reads the stream again from its first row.
+
+    It takes the arguments of ``DrawnRows``.
+
+    Raises:
+        ValueError: The rows are an iterator, which can be read only once.
     """
 
-    def __init__(self, rows, tokenizer, max_length, name, forget):
+    def __init__(
+        self,
+        rows: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int | None,
+        name: str,
+        forget: Iterable[Mapping[str, Any]],
+    ):
         if iter(rows) is rows:
             raise ValueError(
                 f"the {name} set is a {type(rows).__name__}, which can be read only once; pass a "
                 "datasets.IterableDataset, or another object whose iter() begins anew"
             )
         super().__init__(rows, tokenizer, max_length, name, forget)
-        self._reader, self._next = None, 0
+        self._reader: Iterator[tuple[int, Any]] | None = None
+        self._next = 0
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> TokenizedRow:
         if self._reader is None or index < self._next:
             self._reader, self._next = self._read(), 0
         while True:
@@ -81,8 +121,8 @@ class StreamedRows(DrawnRows):
             if self._next > index:
                 return self._tokenized(position, row)
 
-    def _read(self):
-        """(position in the set, row), lap after lap."""
+    def _read(self) -> Iterator[tuple[int, Any]]:
+        """Yield each row with its position in the set, from 0, lap after lap."""
         while True:
             position = -1
             for position, row in enumerate(self.rows):
@@ -91,20 +131,35 @@ class StreamedRows(DrawnRows):
                 raise ValueError(f"the {self._tokenize.name} set is empty; it needs at least one row")
 
 
-def retain_rows(rows, tokenizer, *, max_length=None, forget=(), name="retain"):
-    """``loku.data.tokenize_dataset``, or where the set is large or has no length, rows that are not held.
+def retain_rows(
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int | None = None,
+    forget: Iterable[Mapping[str, Any]] = (),
+    name: str = "retain",
+) -> list[TokenizedRow] | DrawnRows:
+    """Tokenise a retain set now, or row by row as it is drawn if it is large or has no length.
 
     Args:
-        rows: also an iterable without a length. What this function returned before is returned as it is.
-        forget: the tokenised forget set.
+        rows: The rows, as for ``loku.data.tokenize_dataset``, or an iterable without a length. A
+            ``DrawnRows`` is returned as it is.
+        tokenizer: The tokenizer. It may be None if every row has ``input_ids``.
+        max_length: The number of tokens at which rows are cut; None (default) does not cut them.
+        forget: The tokenised forget rows, () by default. A drawn row that equals one of them gives a warning.
+        name: The name of the data set in messages, "retain" by default.
 
     Returns:
-        A list, ``LazyRows`` of more than ``LAZY_ROWS`` rows, or ``StreamedRows``.
+        A list of tokenised rows; ``LazyRows`` for more than ``LAZY_ROWS`` rows; or ``StreamedRows`` for rows
+        without a length.
+
+    Raises:
+        ValueError: As for ``loku.data.tokenize_dataset`` and ``StreamedRows``.
     """
     if isinstance(rows, DrawnRows):
         return rows
     if not isinstance(rows, (str, Mapping)) and hasattr(rows, "__iter__"):
-        if not hasattr(rows, "__len__"):
+        if not isinstance(rows, Sized):
             return StreamedRows(rows, tokenizer, max_length, name, forget)
         if len(rows) > LAZY_ROWS:
             return LazyRows(rows, tokenizer, max_length, name, forget)

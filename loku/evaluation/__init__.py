@@ -1,4 +1,4 @@
-"""What a model still knows: extraction (Eqs. 4 to 6), TOFU's measures, membership, reports and plots."""
+"""The knowledge left in a model: extraction (Eqs. 4 to 6), TOFU's measures, membership, reports and plots."""
 
 from loku.evaluation.dialogue import dialogue_f1
 from loku.evaluation.extraction import (

@@ -1,38 +1,68 @@
-"""How much of a text can be drawn out of a model: greedy generation and Extraction Likelihood.
+"""The share of a text that can be extracted from a model: greedy generation and Extraction Likelihood.
 
-Cha et al. (ICLR 2025), Eqs. 4 and 5, after Jang et al. (ACL 2023). For rows, answers and Eq. 6 see
-``loku.evaluation.scores``.
+Both follow Cha et al. (ICLR 2025), Eqs. 4 and 5, after Jang et al. (ACL 2023). ``loku.evaluation.scores``
+defines rows and answers, and has Eq. 6.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from loku.distributed import is_main_process, spread
-from loku.evaluation.scores import token_scores
-from loku.models import evaluating, model_device
+from loku.evaluation.scores import TokenScores, mean_over_rows, token_scores
+from loku.models import CausalLM, evaluating, model_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ExtractionLikelihood(NamedTuple):
-    """``mean`` is NaN if no row is long enough; ``per_row`` has None for those that are not."""
+    """The Extraction Likelihood of some rows.
+
+    Attributes:
+        mean: The mean over the rows that are long enough, in [0, 1]; NaN if there are none.
+        per_row: The value of each row, in [0, 1]; None for a row that is too short.
+        n: The length of the n-grams, in tokens.
+        stride: The distance between two prefixes that are continued, in tokens.
+    """
 
     mean: float
-    per_row: list
+    per_row: list[float | None]
     n: int
     stride: int
 
 
 def generate_greedy(
-    model, prompts, max_new_tokens, batch_size=16, eos_token_id=None, progress=True, description="generating"
-):
-    """Greedy continuations of token lists.
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Iterable[int],
+    batch_size: int = 16,
+    eos_token_id: int | Collection[int] | None = None,
+    progress: bool = True,
+    description: str = "generating",
+) -> list[list[int]]:
+    """Continue token lists greedily.
 
-    ``prompts``: list of non-empty lists of ids. ``max_new_tokens``: one int a prompt. Returns a list of
-    lists of new ids, each cut after the first ``eos_token_id`` (an int, a list, or None: the model's own)
-    or at its length, or where the model's context ends. Left-padded batches with the KV cache; prompts that
-    want similar lengths go together.
+    Batches are padded on the left and use the KV cache. Prompts with similar numbers of new tokens share a
+    batch.
+
+    Args:
+        model: The causal LM, on the device where it runs.
+        prompts: The prompts, non-empty lists of ids.
+        max_new_tokens: The greatest number of new tokens, one for each prompt.
+        batch_size: The number of prompts in a batch, 16 by default.
+        eos_token_id: The id or ids at which a continuation ends; None (default) stands for the model's own.
+        progress: Whether to show a progress bar, True by default.
+        description: The title of the progress bar, "generating" by default.
+
+    Returns:
+        The new ids of each prompt. A continuation ends after its first EOS, at its greatest number of tokens,
+        or at the end of the model's context.
     """
     from transformers import GenerationConfig
 
@@ -44,7 +74,7 @@ def generate_greedy(
         min(length, context - len(prompt)) for prompt, length in zip(prompts, max_new_tokens, strict=True)
     ]
     batches = _generation_batches([len(prompt) for prompt in prompts], lengths, batch_size, context)
-    generated = [[] for _ in prompts]
+    generated: list[list[int]] = [[] for _ in prompts]
     device = model_device(model)
     with evaluating(model):
         for chosen in tqdm(batches, desc=description, disable=not progress, leave=False):
@@ -54,8 +84,9 @@ def generate_greedy(
             for row, index in enumerate(chosen):
                 ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
                 mask[row, width - len(prompts[index]) :] = 1
-            # What is left out is filled in from the model's own generation config, where chat models keep
-            # sampling and repetition penalties: spell out plain greedy decoding.
+            # ``generate`` takes missing settings from the model's own generation config, and the configs of
+            # chat models ask for sampling and repetition penalties. So all settings of greedy decoding are
+            # given.
             config = GenerationConfig(
                 max_new_tokens=lengths[chosen[0]],
                 do_sample=False,
@@ -69,7 +100,8 @@ def generate_greedy(
                 eos_token_id=eos or None,
                 pad_token_id=eos[0] if eos else 0,
             )
-            output = model.generate(
+            generate: Any = model.generate
+            output = generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
             for index, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
@@ -77,11 +109,26 @@ def generate_greedy(
     return generated
 
 
-def _generation_batches(widths, lengths, batch_size, context):
-    """Indices of the prompts that want tokens, in batches whose first wants most, and of which each, as wide
-    as the widest and as long as the longest, fits into the context."""
+def _generation_batches(
+    widths: Sequence[int], lengths: Sequence[float], batch_size: int, context: float
+) -> list[list[int]]:
+    """Group the prompts that need new tokens into batches.
+
+    The first prompt of a batch needs the most new tokens. The longest prompt of a batch and the most new
+    tokens together fit into the context.
+
+    Args:
+        widths: The number of tokens of each prompt.
+        lengths: The number of new tokens of each prompt; a prompt with none is in no batch.
+        batch_size: The greatest number of prompts in a batch.
+        context: The greatest number of tokens that the model takes.
+
+    Returns:
+        The indices of the prompts in each batch.
+    """
     order = [i for i, length in enumerate(lengths) if length > 0]
-    batches, width = [], 0
+    batches: list[list[int]] = []
+    width = 0
     for index in sorted(order, key=lambda i: (-lengths[i], -widths[i])):
         width = max(width, widths[index])
         if not batches or len(batches[-1]) == batch_size or width + lengths[batches[-1][0]] > context:
@@ -92,22 +139,36 @@ def _generation_batches(widths, lengths, batch_size, context):
 
 
 def greedy_answers(
-    model,
-    rows,
-    scores,
-    max_new_tokens,
-    batch_size=16,
-    eos_token_id=None,
-    progress=True,
-    description="generating",
-):
-    """Greedy continuations of the rows' prompts, at most ``max_new_tokens`` (an int) each: lists of ids.
+    model: CausalLM,
+    rows: Iterable[Mapping[str, Any]],
+    scores: Iterable[TokenScores],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    eos_token_id: Collection[int] | None = None,
+    progress: bool = True,
+    description: str = "generating",
+) -> list[list[int]]:
+    """Continue the prompts of some rows greedily.
 
-    ``rows`` have one labelled span each, and ``scores`` are their ``token_scores``: a greedy continuation
-    follows the true answer as far as the most likely tokens do, so only what comes after is generated.
+    A greedy continuation follows the true answer as long as the true token is the most likely one. So only
+    the tokens after the first deviation are generated.
+
+    Args:
+        model: The causal LM, on the device where it runs.
+        rows: The tokenised rows, with one labelled span each.
+        scores: The ``token_scores`` of the rows.
+        max_new_tokens: The greatest number of tokens of an answer.
+        batch_size: The number of prompts in a batch, 16 by default.
+        eos_token_id: The ids at which an answer ends; None (default) stands for the model's own.
+        progress: Whether to show a progress bar, True by default.
+        description: The title of the progress bar, "generating" by default.
+
+    Returns:
+        The ids of each answer.
     """
     eos = _eos_ids(model) if eos_token_id is None else eos_token_id
-    prompts, known = [], []
+    prompts: list[list[int]] = []
+    known: list[list[int]] = []
     for row, score in zip(rows, scores, strict=True):
         ids, positions = row["input_ids"], score.positions.tolist()
         leaves = (~score.memorized).nonzero()
@@ -131,35 +192,63 @@ def greedy_answers(
 
 
 def generated_texts(
-    model,
-    tokenizer,
-    rows,
-    scores,
-    max_new_tokens,
-    batch_size=16,
-    progress=True,
-    description="generating",
-):
-    """``greedy_answers`` as text; they end at the model's or the tokenizer's EOS, which is left out."""
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    scores: Iterable[TokenScores],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: bool = True,
+    description: str = "generating",
+) -> list[str]:
+    """Return the ``greedy_answers`` of some rows as texts.
+
+    An answer ends at the model's or the tokenizer's EOS, which is left out of the text. It takes the
+    other arguments of ``greedy_answers`` too.
+
+    Args:
+        tokenizer: The tokenizer, which decodes the answers.
+    """
     eos = {*_eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    decode: Any = tokenizer.decode
+    return [decode(ids, skip_special_tokens=True) for ids in answers]
 
 
-def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=True, scores=None):
-    """Extraction Likelihood, Eqs. 4 and 5, averaged over rows. Returns ``ExtractionLikelihood``.
+def extraction_likelihood(
+    model: CausalLM,
+    rows: Sequence[Mapping[str, Any]],
+    n: int = 10,
+    stride: int = 1,
+    batch_size: int = 16,
+    progress: bool = True,
+    scores: Sequence[TokenScores] | None = None,
+) -> ExtractionLikelihood:
+    """Compute Extraction Likelihood, Eqs. 4 and 5, averaged over rows.
 
         EL_n(x) = sum over t of OVERLAP_n(f(x_<t), x_>=t) / (T - n)
 
-    T is the number of answer tokens, t runs over the T - n first of them (or every ``stride``-th, then the
-    mean of those is taken), f is the greedy continuation, which ends at EOS or at the answer's length,
-    and OVERLAP_n is the share of the generated n-grams that occur in the true rest of the answer (0 if
-    fewer than n tokens are generated). Rows with T <= n have no such t: they are left out.
+    T is the number of answer tokens. t runs over the first T - n of them. f is the greedy continuation, which
+    ends at EOS or at the answer's length. OVERLAP_n is the share of the generated n-grams that occur in the
+    true rest of the answer; it is 0 if fewer than n tokens are generated. Rows with T <= n have no such t and
+    are left out.
 
-    A greedy continuation follows the truth as far as the model's most likely tokens do, so one
-    teacher-forced pass tells where each leaves it, and prefixes that leave at the same place share the
-    rest. A text that is fully memorised needs no generation at all. ``scores``: the rows' ``token_scores``,
-    if they are known already.
+    A greedy continuation follows the true answer as long as the true token is the most likely one. So one
+    teacher-forced pass shows the token at which the continuation of each prefix leaves the truth. Prefixes
+    that leave it at the same token share the rest. A fully memorised text needs no generation.
+
+    Args:
+        model: The causal LM, on the device where it runs.
+        rows: The tokenised rows, each with one document.
+        n: The length of the n-grams, in tokens, >= 1; 10 by default.
+        stride: The distance between two values of t, in tokens, >= 1; 1 by default. With a larger stride EL_n
+            is the mean of OVERLAP_n over these t.
+        batch_size: The number of rows in a batch, 16 by default.
+        progress: Whether to show progress bars, True by default.
+        scores: The ``token_scores`` of the rows; None (default) computes them.
+
+    Raises:
+        ValueError: ``n`` or ``stride`` is less than 1, or a row packs several documents.
     """
     if n < 1 or stride < 1:
         raise ValueError(f"n and stride must be at least 1, got n={n} and stride={stride}")
@@ -168,15 +257,18 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
     if scores is None:
         scores = token_scores(model, rows, batch_size, progress, f"EL{n} (tokens)")
     eos = _eos_ids(model)
-    prompts, lengths, row_prefixes = [], [], []
+    prompts: list[tuple[list[int], list[int]]] = []
+    lengths: list[int] = []
+    row_prefixes = []
     for row, score in zip(rows, scores, strict=True):
         ids = list(row["input_ids"])
         positions = score.positions.tolist()
         start, end = (positions[0], positions[-1] + 1) if positions else (0, 0)
         predicted = dict(zip(positions, score.predicted.tolist(), strict=True))
-        # A position inside the answer that has no label was not scored: a continuation branches there too.
+        # A position inside the answer without a label has no score, so a continuation branches there too.
         leaves = [t for t in range(start, end) if predicted.get(t) != ids[t]]
-        branch_of, prefixes = {}, []
+        branch_of: dict[int, int] = {}
+        prefixes: list[tuple[int, int, int | None]] = []
         for t in range(start, end - n, stride):
             leave = next((m for m in leaves if m >= t), end)
             if leave < end and leave not in branch_of:
@@ -191,7 +283,7 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
     branches = generate_greedy(
         model, [a + b for a, b in prompts], lengths, batch_size, eos, progress, f"EL{n} (continuations)"
     )
-    per_row = []
+    per_row: list[float | None] = []
     for ids, end, prefixes in row_prefixes:
         overlaps = []
         for t, leave, branch in prefixes:
@@ -201,42 +293,45 @@ def extraction_likelihood(model, rows, n=10, stride=1, batch_size=16, progress=T
     return ExtractionLikelihood(mean_over_rows(per_row), per_row, n, stride)
 
 
-def spread_extraction_likelihood(model, rows, scores, n=10, stride=1, batch_size=16, progress=True):
-    """The mean of ``extraction_likelihood`` over rows that are shared out among processes.
+def spread_extraction_likelihood(
+    model: CausalLM,
+    rows: Sequence[Mapping[str, Any]],
+    scores: Sequence[TokenScores],
+    n: int = 10,
+    stride: int = 1,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> float:
+    """Compute the mean of ``extraction_likelihood`` with the rows shared out among the processes.
 
-    ``scores`` are the ``token_scores`` of all rows.
+    All processes must call this, with all rows and the ``token_scores`` of all rows. It takes the arguments
+    of ``extraction_likelihood``. Only the main process shows progress.
     """
     progress = progress and is_main_process()
 
-    def per_row(rows, scores):
+    def per_row(rows: Sequence[Mapping[str, Any]], scores: Sequence[TokenScores]) -> list[float | None]:
         return extraction_likelihood(model, rows, n, stride, batch_size, progress, scores).per_row
 
     return mean_over_rows(spread(per_row, rows, scores))
 
 
-def mean_over_rows(per_row):
-    """Mean of the values that are not None; NaN if there are none."""
-    known = [value for value in per_row if value is not None]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _overlap(generated, truth, n):
+def _overlap(generated: Sequence[int], truth: Sequence[int], n: int) -> float:
     known = set(_ngrams(truth, n))
     found = [gram in known for gram in _ngrams(generated, n)]
     return sum(found) / len(found) if found else 0.0
 
 
-def _ngrams(tokens, n):
+def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def _until_eos(tokens, eos):
+def _until_eos(tokens: list[int], eos: Collection[int]) -> list[int]:
     end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
     return tokens[:end]
 
 
-def _eos_ids(model):
-    """The model's end-of-sequence ids, as a sorted list (chat models have several)."""
+def _eos_ids(model: CausalLM) -> list[int]:
+    """Return the model's end-of-sequence ids in ascending order; chat models have several."""
     sources = (getattr(model, "generation_config", None), model.config)
-    eos = next((e for s in sources if (e := getattr(s, "eos_token_id", None)) is not None), [])
+    eos: Any = next((e for s in sources if (e := getattr(s, "eos_token_id", None)) is not None), [])
     return [eos] if isinstance(eos, int) else sorted(eos)

@@ -1,6 +1,14 @@
-"""What else the model can do: the nine reasoning sets of the paper, by lm-evaluation-harness."""
+"""The model's other abilities: the nine reasoning sets of the paper, by lm-evaluation-harness."""
 
-from loku.models import evaluating
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loku.models import CausalLM, evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REASONING_TASKS = (
     "arc_challenge",
@@ -16,19 +24,33 @@ REASONING_TASKS = (
 
 
 def reasoning_accuracies(
-    model, tokenizer, tasks=REASONING_TASKS, *, batch_size=16, num_fewshot=0, limit=None
-):
-    """Accuracy (``acc``, not length-normalised) by task of lm-evaluation-harness: ``{task: float}``.
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = REASONING_TASKS,
+    *,
+    batch_size: int = 16,
+    num_fewshot: int = 0,
+    limit: int | None = None,
+) -> dict[str, float]:
+    """Measure a model's accuracy on tasks of lm-evaluation-harness.
 
-    The harness downloads the sets from the Hugging Face hub when they are first used. By default they are the
-    nine of Jang et al. (ACL 2023) and of LoKU, zero-shot.
+    The harness downloads the sets from the Hugging Face hub when they are first used.
 
     Args:
-        model, tokenizer: a causal LM, with or without an adapter, where it is to run.
-        tasks: the harness's names of tasks that report ``acc``.
-        limit: rows of a task that are used, for a quick look; None for all.
+        model: The causal LM, with or without an adapter, on the device where it runs.
+        tokenizer: The tokenizer.
+        tasks: The harness's names of tasks that report ``acc``. By default they are the nine of Jang et al.
+            (ACL 2023) and of LoKU.
+        batch_size: The number of rows in a batch, 16 by default.
+        num_fewshot: The number of examples in a prompt, 0 by default.
+        limit: The number of rows of each task that are used, for a quick look; None (default) uses all.
 
-    Raises ``ImportError`` if the harness is not installed, ``ValueError`` for a task without accuracy.
+    Returns:
+        The accuracy of each task, the harness's ``acc``, which is not normalised by length, in [0, 1].
+
+    Raises:
+        ImportError: The harness is not installed.
+        ValueError: A task reports no accuracy.
     """
     try:
         import lm_eval

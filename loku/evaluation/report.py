@@ -1,10 +1,19 @@
 """Results as strict JSON, as a plain-text table and as a picture."""
 
+from __future__ import annotations
+
 import json
 import math
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loku.saving.directories import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BOUNDED = (
     "probability",
@@ -17,9 +26,15 @@ BOUNDED = (
 )
 
 
-def write_report(path, report):
-    """Write a dict as JSON that every parser accepts: NaN and infinities become null; tensors and NumPy
-    values become numbers and lists."""
+def write_report(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
+    """Write a dict as JSON that every parser accepts.
+
+    NaN and infinities become null. Tensors and NumPy values become numbers and lists.
+
+    Args:
+        path: The file to write; its directory is made if it is missing.
+        report: The dict.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
@@ -27,14 +42,17 @@ def write_report(path, report):
         unfinished.write_text(text + "\n", encoding="utf-8")
 
 
-def format_table(columns):
-    """A plain-text table of ``{column title: {row title: value}}``.
+def format_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format a plain-text table.
 
     Rows come in the order in which they first appear. Numbers are shown to three significant digits or
-    decimals; a missing, None or non-finite value is shown as "-".
+    decimals. A missing, None or non-finite value is shown as "-".
+
+    Args:
+        columns: The table, ``{column title: {row title: value}}``.
     """
     titles = list(dict.fromkeys(title for column in columns.values() for title in column))
-    cells = [["", *columns]]
+    cells: list[list[str]] = [["", *columns]]
     cells += [[title, *(_cell(column.get(title)) for column in columns.values())] for title in titles]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = []
@@ -44,35 +62,45 @@ def format_table(columns):
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def plot_probabilities(path, history):
-    """Draw the forget and the retain answers' mean probability by optimiser step, as a PNG.
+def plot_probabilities(path: str | os.PathLike, history: Iterable[Mapping[str, Any]]) -> None:
+    """Draw the mean probability of the forget and of the retain answers by optimiser step.
 
-    ``history``: dicts with ``step`` and ``forget_probability`` and/or ``retain_probability`` (in [0, 1]);
-    entries with neither, such as loss logs, are passed over. Raises ``ValueError`` if nothing is left.
+    Args:
+        path: The PNG file to write; its directory is made if it is missing.
+        history: Dicts with ``step`` and with ``forget_probability``, ``retain_probability`` or both, in
+            [0, 1]. Other entries, such as the loss, are passed over.
+
+    Raises:
+        ValueError: The history has no such entry.
     """
     figure, axes = _figure(6, 3.8)
     for name, color, marker in [("forget", "tab:red", "o"), ("retain", "tab:blue", "s")]:
         key = f"{name}_probability"
         points = {entry["step"]: entry[key] for entry in history if entry.get(key) is not None}
         if points:
-            axes.plot(points.keys(), points.values(), color=color, marker=marker, ms=4, label=f"{name} set")
+            axes.plot([*points], [*points.values()], color=color, marker=marker, ms=4, label=f"{name} set")
     if not axes.lines:
         raise ValueError("the history holds no 'forget_probability' or 'retain_probability' to plot")
     axes.set(xlabel="optimiser step", ylabel="mean answer probability", ylim=(-0.02, 1.02))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     _write_png(figure, path)
 
 
-def plot_measures(path, sets):
-    """Draw the measures that lie in [0, 1] as bars, one for each data set, as a PNG.
+def plot_measures(path: str | os.PathLike, sets: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw the measures that lie in [0, 1] as bars, one for each data set.
 
-    ``sets``: ``{set: {measure: number}}``, as ``evaluate`` returns; NaN and other measures are passed over.
-    Raises ``ValueError`` if nothing is left.
+    Args:
+        path: The PNG file to write; its directory is made if it is missing.
+        sets: The measures, ``{set: {measure: number}}``, as ``evaluate`` returns them. NaN and measures that
+            are not bounded are passed over.
+
+    Raises:
+        ValueError: No measure is left to draw.
     """
-    names = dict.fromkeys(name for measures in sets.values() for name in measures)
-    names = [name for name in names if name.startswith(BOUNDED)]
+    titles = dict.fromkeys(name for measures in sets.values() for name in measures)
+    names = [name for name in titles if name.startswith(BOUNDED)]
     if not names:
         raise ValueError(f"there is no measure to plot; those that can be are {list(BOUNDED)}")
     figure, axes = _figure(2 + 1.5 * len(names), 4)
@@ -88,14 +116,14 @@ def plot_measures(path, sets):
     _write_png(figure, path)
 
 
-def _figure(width, height):
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: it picks a backend
+    figure = Figure(figsize=(width, height), layout="constrained")  # pyplot would pick a backend
     return figure, figure.add_subplot()
 
 
-def _write_png(figure, path):
+def _write_png(figure: Figure, path: str | os.PathLike) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path = Path(path)
@@ -103,7 +131,7 @@ def _write_png(figure, path):
     FigureCanvasAgg(figure).print_png(path)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
@@ -115,7 +143,7 @@ def _plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def _cell(value):
+def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     if isinstance(value, (str, int)):

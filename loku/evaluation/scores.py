@@ -1,42 +1,69 @@
-"""What one teacher-forced pass tells about rows: probability, perplexity, memorisation, membership.
+"""Measures of rows from one teacher-forced pass: probability, perplexity, memorisation, membership.
 
-Rows are what ``loku.data.tokenize_dataset`` returns: ``{"input_ids", "labels"}``, labels aligned with the
-tokens. The *answer* of a row is the span from its first to its last labelled token; what comes before is
-context. A row's first token cannot be predicted, so in a text without a prompt it is the context.
+Rows are tokenised, as ``loku.data.tokenize_dataset`` returns them: ``{"input_ids", "labels"}``, with the
+labels aligned with the tokens. The *answer* of a row is the span from its first to its last labelled token.
+The tokens before it are context. A row's first token cannot be predicted, so it is the context of a text
+without a prompt.
 
-``token_scores`` runs the model. All else here is arithmetic on what it returns.
+``token_scores`` runs the model. The other functions compute with its scores.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from loku.data import IGNORE_INDEX, collate
 from loku.distributed import is_main_process, spread
-from loku.models import evaluating, model_device
+from loku.models import CausalLM, evaluating, model_device
 from loku_kernels import softmax_triplet
 
-MIN_K_SHARE = 0.2
+MIN_K_SHARE = 0.2  # share of a row's tokens
 
 
 class TokenScores(NamedTuple):
-    """One row's labelled tokens, in order, all of shape (tokens,)."""
+    """The scores of one row's labelled tokens, in order.
 
-    losses: torch.Tensor  # float64, -log p of the true token, in nats
-    memorized: torch.Tensor  # bool, the true token is the most likely one
-    predicted: torch.Tensor  # int64, the most likely token
-    positions: torch.Tensor  # int64, where in the row the true token stands
+    Attributes:
+        losses: The negative log-probability of each true token, in nats, float64 (tokens,).
+        memorized: Whether each true token is the most likely one, bool (tokens,).
+        predicted: The most likely tokens, int64 (tokens,).
+        positions: The positions of the true tokens in the row, from 0, int64 (tokens,).
+    """
+
+    losses: torch.Tensor
+    memorized: torch.Tensor
+    predicted: torch.Tensor
+    positions: torch.Tensor
 
 
-def token_scores(model, rows, batch_size=16, progress=True, description="scoring"):
-    """Teacher-forced scores of every labelled token: a list of ``TokenScores``, one a row, on the CPU.
+def token_scores(
+    model: CausalLM,
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int = 16,
+    progress: bool = True,
+    description: str = "scoring",
+) -> list[TokenScores]:
+    """Score every labelled token of some rows, given the true tokens before it.
 
-    Batches are sorted by length; one batch of logits exists at a time.
+    Batches hold rows of similar lengths. The logits of one batch are in memory at a time.
+
+    Args:
+        model: The causal LM, on the device where it runs.
+        rows: The tokenised rows.
+        batch_size: The number of rows in a batch, 16 by default.
+        progress: Whether to show a progress bar, True by default.
+        description: The title of the progress bar, "scoring" by default.
+
+    Returns:
+        The scores of each row, on the CPU.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    scores = [None] * len(rows)
+    scores: list[Any] = [None] * len(rows)
     device = model_device(model)
     with evaluating(model):
         for chosen in tqdm(_batches(order, batch_size), desc=description, disable=not progress, leave=False):
@@ -59,21 +86,35 @@ def token_scores(model, rows, batch_size=16, progress=True, description="scoring
     return scores
 
 
-def spread_token_scores(model, rows, batch_size=16, progress=True, description="scoring"):
-    """``token_scores`` of rows that are shared out among processes."""
+def spread_token_scores(
+    model: CausalLM,
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int = 16,
+    progress: bool = True,
+    description: str = "scoring",
+) -> list[TokenScores]:
+    """Compute ``token_scores`` with the rows shared out among the processes; all of them must call this.
+
+    It takes the arguments of ``token_scores``. Only the main process shows progress.
+    """
     progress = progress and is_main_process()
     return spread(lambda rows: token_scores(model, rows, batch_size, progress, description), rows)
 
 
-def token_measures(scores, min_k_share=MIN_K_SHARE):
-    """The measures of a set of rows that need no generation, from its ``token_scores``: a dict of
+def token_measures(scores: Iterable[TokenScores], min_k_share: float = MIN_K_SHARE) -> dict[str, float]:
+    """Compute the measures of a set of rows that need no generation.
 
-    - ``probability``: of an answer, exp(-mean token loss), as TOFU has it; mean over rows
-    - ``perplexity``: exp(total loss / number of labelled tokens)
-    - ``memorization_accuracy``: see ``memorization_accuracy``
-    - ``extraction_strength`` and ``min_k``: means over rows of the functions of these names
+    Rows without labelled tokens do not count. Every measure is NaN if no row counts.
 
-    Rows without labelled tokens do not count; where no row is left, every value is NaN.
+    Args:
+        scores: The ``token_scores`` of the rows.
+        min_k_share: The share of a row's tokens that ``min_k`` takes, in (0, 1], 0.2 by default.
+
+    Returns:
+        Five measures. ``probability`` is the mean over rows of TOFU's answer probability,
+        exp(-mean token loss). ``perplexity`` is exp(total loss / number of labelled tokens).
+        ``memorization_accuracy`` is Eq. 6; see the function of this name. ``extraction_strength`` and
+        ``min_k`` are the means over rows of the functions of these names.
     """
     scores = [score for score in scores if len(score.losses)]
     if not scores:
@@ -82,41 +123,66 @@ def token_measures(scores, min_k_share=MIN_K_SHARE):
     return {
         "probability": mean_answer_probability(scores),
         "perplexity": torch.cat([score.losses for score in scores]).mean().exp().item(),
-        "memorization_accuracy": _mean(score.memorized.double().mean().item() for score in scores),
-        "extraction_strength": _mean(extraction_strength(scores)),
-        "min_k": _mean(min_k(scores, min_k_share)),
+        "memorization_accuracy": mean_over_rows(s.memorized.double().mean().item() for s in scores),
+        "extraction_strength": mean_over_rows(extraction_strength(scores)),
+        "min_k": mean_over_rows(min_k(scores, min_k_share)),
     }
 
 
-def mean_answer_probability(scores):
-    """exp(-mean token loss) of each row, TOFU's answer probability, averaged over the rows."""
+def mean_answer_probability(scores: Iterable[TokenScores]) -> float:
+    """Return the mean over rows of TOFU's answer probability, exp(-mean token loss), in [0, 1].
+
+    Args:
+        scores: The ``token_scores`` of the rows.
+    """
     return torch.stack([(-score.losses.mean()).exp() for score in scores]).mean().item()
 
 
-def memorization_accuracy(model, rows, batch_size=16, progress=True):
-    """Memorisation Accuracy, Eq. 6: the share of answer tokens that are the most likely one given the
-    true tokens before them, averaged over a row's tokens and then over rows. Ties go to the lowest id.
+def memorization_accuracy(
+    model: CausalLM, rows: Sequence[Mapping[str, Any]], batch_size: int = 16, progress: bool = True
+) -> float:
+    """Compute Memorisation Accuracy, Eq. 6, in [0, 1].
 
-    It is what others call exact memorisation (Tirumala et al., NeurIPS 2022)."""
+    It is the share of answer tokens that are the most likely token given the true tokens before them,
+    averaged over the tokens of a row and then over rows. Ties go to the lowest id. Others call it exact
+    memorisation (Tirumala et al., NeurIPS 2022).
+
+    Args:
+        model: The causal LM, on the device where it runs.
+        rows: The tokenised rows.
+        batch_size: The number of rows in a batch, 16 by default.
+        progress: Whether to show a progress bar, True by default.
+    """
     return token_measures(token_scores(model, rows, batch_size, progress, "memorisation"))[
         "memorization_accuracy"
     ]
 
 
-def perplexity(model, rows, batch_size=16, progress=True):
-    """exp(total negative log-likelihood / number of label tokens) over all rows."""
+def perplexity(
+    model: CausalLM, rows: Sequence[Mapping[str, Any]], batch_size: int = 16, progress: bool = True
+) -> float:
+    """Compute exp(total negative log-likelihood / number of labelled tokens) over all rows.
+
+    It takes the arguments of ``memorization_accuracy``.
+    """
     return token_measures(token_scores(model, rows, batch_size, progress, "perplexity"))["perplexity"]
 
 
-def extraction_strength(scores):
-    """Extraction strength of each row: a list of floats in [0, 1], after Carlini et al. (USENIX Security
-    2021).
+def extraction_strength(scores: Iterable[TokenScores]) -> list[float]:
+    """Compute the extraction strength of each row, after Carlini et al. (USENIX Security 2021).
 
-        1 - k / T,   k = the least number of answer tokens after which greedy decoding gives all the rest
+        1 - k / T
 
-    of T answer tokens. Greedy decoding gives the rest exactly where each of its tokens is the most likely
-    one given the true ones before it, so no text is generated. 1: the prompt alone brings it back; 0: not
-    even its last token follows from the others.
+    T is the number of answer tokens. k is the least number of answer tokens after which greedy decoding gives
+    all the rest. Greedy decoding gives the rest if and only if each of its tokens is the most likely token
+    given the true tokens before it, so no text is generated.
+
+    Args:
+        scores: The ``token_scores`` of the rows.
+
+    Returns:
+        The strength of each row, in [0, 1]. At 1 the prompt alone brings the answer back. At 0 not even the
+        last token follows from the others.
     """
     strengths = []
     for score in scores:
@@ -126,11 +192,21 @@ def extraction_strength(scores):
     return strengths
 
 
-def min_k(scores, share=MIN_K_SHARE):
-    """Min-K% Prob of each row: a list of floats (Shi et al., ICLR 2024).
+def min_k(scores: Sequence[TokenScores], share: float = MIN_K_SHARE) -> list[float]:
+    """Compute the Min-K% Prob of each row (Shi et al., ICLR 2024).
 
-    The mean log-probability, in nats, of the ``share`` of its tokens (at least one) that have the lowest.
-    The nearer to 0, the likelier the row was trained on.
+    It is the mean log-probability of the least likely tokens of the row. A value nearer to 0 makes it more
+    likely that the model was trained on the row.
+
+    Args:
+        scores: The ``token_scores`` of the rows.
+        share: The share of the tokens that counts, in (0, 1], 0.2 by default; at least one token counts.
+
+    Returns:
+        The mean log-probability of each row, in nats.
+
+    Raises:
+        ValueError: The share is not in (0, 1].
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
@@ -139,13 +215,19 @@ def min_k(scores, share=MIN_K_SHARE):
     return [-s.losses.topk(k).values.mean().item() for s, k in zip(scores, counts, strict=True)]
 
 
-def membership_auc(members, others):
-    """Area under the ROC curve of telling ``members`` from ``others`` by a score such as ``min_k``.
+def membership_auc(members: Sequence[float], others: Sequence[float]) -> float:
+    """Compute the area under the ROC curve of telling members from others by a score such as ``min_k``.
 
-        P(member > other) + P(member = other) / 2   over all pairs, as Mann and Whitney's U / (n m)
+        P(member > other) + P(member = other) / 2   over all pairs: Mann and Whitney's U / (n m)
 
-    1: every member scores higher; 0.5: no better than chance, which is what forgetting aims at. Well below
-    0.5 the forget set stands out as well, as what was pushed away. NaN if either is empty or holds a NaN.
+    Args:
+        members: The n scores of texts that the model was trained on.
+        others: The m scores of texts that it was not trained on.
+
+    Returns:
+        The area, in [0, 1]; NaN if either set is empty or holds a NaN. At 1 every member scores higher. At
+        0.5 the score tells no better than chance, the aim of forgetting. Well below 0.5 the forget set stands
+        out again, because it was pushed away.
     """
     from scipy.stats import mannwhitneyu
 
@@ -154,10 +236,11 @@ def membership_auc(members, others):
     return float(mannwhitneyu(members, others).statistic) / (len(members) * len(others))
 
 
-def _mean(values):
-    values = list(values)
-    return sum(values) / len(values)
+def mean_over_rows(values: Iterable[float | None]) -> float:
+    """Return the mean of the values that are not None; NaN if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
-def _batches(order, size):
+def _batches(order: Sequence[int], size: int) -> list[Sequence[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]

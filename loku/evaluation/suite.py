@@ -1,14 +1,19 @@
-"""Every measure that some data sets allow, in one call: what ``loku evaluate`` runs."""
+"""``evaluate``: every measure that some data sets allow, in one call."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loku.data import split_documents, tokenize_dataset
+from loku.data.rows import labelled_column
 from loku.distributed import is_main_process, spread
 from loku.evaluation.dialogue import dialogue_f1
 from loku.evaluation.extraction import generated_texts, spread_extraction_likelihood
 from loku.evaluation.scores import (
     MIN_K_SHARE,
+    TokenScores,
+    mean_over_rows,
     membership_auc,
     min_k,
     spread_token_scores,
@@ -19,6 +24,8 @@ from loku.evaluation.tofu import (
     CHOICE_SETS,
     SECTIONS,
     UTILITY_SETS,
+    Log,
+    Section,
     check_forget_section,
     evaluate_tofu_rows,
     forget_quality,
@@ -26,65 +33,88 @@ from loku.evaluation.tofu import (
     rouge_recalls,
     section_metrics,
 )
+from loku.models import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXTRACTION_SETS = ("forget", "holdout")
 
 
 class Evaluation(NamedTuple):
-    """sets: ``{set: {measure: number}}``. whole: the measures that take several sets, None where not
-    available, and then not_available says why. log: TOFU's, of the sets that it knows."""
+    """The measures of a model on named data sets.
 
-    sets: dict
-    whole: dict
-    not_available: dict
-    log: dict
+    Attributes:
+        sets: The measures of each set, ``{set: {measure: number}}``.
+        whole: The measures that take several sets, ``{measure: number}``; None for one that is not available.
+        not_available: The reason for each measure that is not available, ``{measure: reason}``.
+        log: The TOFU log of the sets that TOFU knows.
+    """
+
+    sets: dict[str, dict[str, float]]
+    whole: dict[str, float | None]
+    not_available: dict[str, str]
+    log: dict[str, Section]
 
 
 def evaluate(
-    model,
-    tokenizer,
-    data,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Iterable[Any]],
     *,
-    reference_log=None,
-    n=10,
-    stride=1,
-    min_k_share=MIN_K_SHARE,
-    max_length=None,
-    batch_size=16,
-    progress=True,
-):
-    """Measure a causal LM on named data sets. Returns an ``Evaluation``.
+    reference_log: Log | None = None,
+    n: int = 10,
+    stride: int = 1,
+    min_k_share: float = MIN_K_SHARE,
+    max_length: int | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure a causal LM on named data sets.
 
     Every set gets ``token_measures``: probability, perplexity, Memorisation Accuracy, extraction strength and
     Min-K%. "forget" and "holdout" get Extraction Likelihood too. Sets of ``question`` and ``answer`` get
-    TOFU's measures of a section and dialogue F1; sets of ``prompt`` and ``completion`` get ROUGE-L recall and
-    dialogue F1 of generated completions.
+    TOFU's measures of a section and dialogue F1. Sets of ``prompt`` and ``completion`` get the ROUGE-L recall
+    and dialogue F1 of generated completions.
 
-    Of the whole: ``forget_quality`` (needs a reference log), ``model_utility`` (needs "retain",
-    "real_authors" and "world_facts" with ``perturbed_answer``) and ``membership_auc``, by Min-K%, of "forget"
-    against "holdout".
+    Three measures take several sets. ``forget_quality`` needs a reference log. ``model_utility`` needs
+    "retain", "real_authors" and "world_facts" with ``perturbed_answer``. ``membership_auc`` tells "forget"
+    from "holdout" by Min-K%.
 
-    Where torch.distributed is set up, rows are shared out; every process must call this, and gets it all.
+    With torch.distributed the rows are shared out among the processes. All processes must call this, and all
+    get all the measures.
 
     Args:
-        data: ``{set name: rows}``. The names above and "retain" have a meaning; others are measured alike.
-        reference_log: parsed TOFU log of a model that never saw the forget set.
-        n, stride: of Extraction Likelihood; every ``stride``-th prefix is continued.
-        max_length: tokens at which texts are cut (answers to questions are not).
+        model: The causal LM, on the device where it runs.
+        tokenizer: The tokenizer.
+        data: The data sets, ``{set name: rows}``. The names "forget", "holdout", "retain", "real_authors" and
+            "world_facts" have a meaning; sets with other names get the measures of every set.
+        reference_log: The parsed TOFU log of a model that never saw the forget set; None by default.
+        n: The length of Extraction Likelihood's n-grams, in tokens, 10 by default.
+        stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, 1 by
+            default.
+        min_k_share: The share of a row's tokens that Min-K% takes, in (0, 1], 0.2 by default.
+        max_length: The number of tokens at which texts are cut; None (default) does not cut them. Answers to
+            questions are never cut.
+        batch_size: The number of rows in a batch, 16 by default.
+        progress: Whether the main process shows progress bars, True by default.
 
-    Raises ``ValueError`` for unusable rows, and for a reference log with nothing to compare.
+    Raises:
+        ValueError: A row cannot be used; or the reference log or the forget set lacks perturbed answers.
     """
-    data = {name: list(rows) for name, rows in data.items()}
+    data_sets = {name: list(rows) for name, rows in data.items()}
     if reference_log is not None:
         check_forget_section(reference_log, "the reference log")
-        forget = data.get("forget", [])
+        forget = data_sets.get("forget", [])
         if not all(map(_is_question, forget)) or not any(row.get("perturbed_answer") for row in forget):
             raise ValueError(
                 "forget quality needs a forget set of questions and answers, with 'perturbed_answer'"
             )
     show = progress and is_main_process()
-    sets, log, min_k_of = {}, {}, {}
-    for name, rows in data.items():
+    sets: dict[str, dict[str, float]] = {}
+    log: dict[str, Section] = {}
+    min_k_of: dict[str, list[float]] = {}
+    for name, rows in data_sets.items():
         questions = all(_is_question(row) for row in rows)
         cut = None if questions else max_length
         tokens = split_documents(tokenize_dataset(rows, tokenizer, max_length=cut, name=name))
@@ -99,7 +129,9 @@ def evaluate(
         room = max(len(score.losses) for score in scores) + ANSWER_SLACK
         if questions:
 
-            def tofu_rows(rows, scores, room=room, name=name):
+            def tofu_rows(
+                rows: list[Any], scores: list[TokenScores], room: int = room, name: str = name
+            ) -> list[dict[str, Any]]:
                 section = evaluate_tofu_rows(model, tokenizer, rows, batch_size, show, name, scores, room)
                 return _by_row(section, len(rows))
 
@@ -109,22 +141,26 @@ def evaluate(
             sets[name] |= section_metrics(section, choice, name == "forget")
             if name in CHOICE_SETS and not choice:
                 sets[name].pop("truth_ratio", None)
-            sets[name]["dialogue_f1"] = _mean(dialogue_f1(generated, [row["answer"] for row in rows]))
+            sets[name]["dialogue_f1"] = mean_over_rows(
+                dialogue_f1(generated, [row["answer"] for row in rows])
+            )
             if name in SECTIONS:
                 log[SECTIONS[name]] = section
-        elif all(_is_prompted(row) for row in rows):
+        elif all(labelled_column(row) == "completion" for row in rows):
 
-            def replies(tokens, scores, room=room, name=name):
+            def replies(
+                tokens: list[Any], scores: list[TokenScores], room: int = room, name: str = name
+            ) -> list[str]:
                 return generated_texts(
                     model, tokenizer, tokens, scores, room, batch_size, show, f"{name}: generating"
                 )
 
             generated = spread(replies, tokens, scores)
             references = [row["completion"] for row in rows]
-            sets[name]["rouge"] = _mean(rouge_recalls(generated, references)[1])
-            sets[name]["dialogue_f1"] = _mean(dialogue_f1(generated, references))
+            sets[name]["rouge"] = mean_over_rows(rouge_recalls(generated, references)[1])
+            sets[name]["dialogue_f1"] = mean_over_rows(dialogue_f1(generated, references))
 
-    whole = {"forget_quality": None, "model_utility": None, "membership_auc": None}
+    whole: dict[str, float | None] = {"forget_quality": None, "model_utility": None, "membership_auc": None}
     not_available = {}
     if reference_log is not None:
         whole["forget_quality"] = forget_quality(log, reference_log)
@@ -143,7 +179,7 @@ def evaluate(
     return Evaluation(sets, whole, not_available, log)
 
 
-def _check_context(model, tokens, name):
+def _check_context(model: CausalLM, tokens: Iterable[Mapping[str, Any]], name: str) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     longest = max((len(row["input_ids"]) for row in tokens), default=0)
     if context is not None and longest > context:
@@ -153,47 +189,22 @@ def _check_context(model, tokens, name):
         )
 
 
-# As ``loku.data.tokenize_dataset`` reads them: other columns come before these two.
+def _is_question(row: Any) -> bool:
+    return labelled_column(row) == "answer"
 
 
-def _is_prompted(row):
-    return (
-        isinstance(row, Mapping)
-        and not _has(row, "input_ids")
-        and not _has(row, "messages")
-        and _has(row, "prompt", "completion")
-    )
-
-
-def _is_question(row):
-    return (
-        isinstance(row, Mapping)
-        and not _has(row, "input_ids")
-        and not _has(row, "messages")
-        and not _has(row, "prompt", "completion")
-        and _has(row, "question", "answer")
-    )
-
-
-def _has(row, *columns):
-    return all(row.get(column) is not None for column in columns)
-
-
-def _by_row(section, count):
-    """A section of a TOFU log, turned over: one ``{quantity: value}`` a row."""
+def _by_row(section: Section, count: int) -> list[dict[str, Any]]:
+    """Turn a section of a TOFU log into one ``{quantity: value}`` for each of its ``count`` rows."""
     return [
         {quantity: values[str(i)] for quantity, values in section.items() if str(i) in values}
         for i in range(count)
     ]
 
 
-def _by_quantity(rows):
-    section = {}
+def _by_quantity(rows: Iterable[dict[str, Any]]) -> Section:
+    """Turn one ``{quantity: value}`` for each row into a section of a TOFU log."""
+    section: Section = {}
     for index, row in enumerate(rows):
         for quantity, value in row.items():
             section.setdefault(quantity, {})[str(index)] = value
     return section
-
-
-def _mean(values):
-    return sum(values) / len(values)

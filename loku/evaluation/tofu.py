@@ -1,16 +1,30 @@
 """TOFU's measures (Maini et al., 2024), read from and written to TOFU's own JSON logs.
 
-A log maps file names to sections, one for each set of questions; a section maps a quantity to
-``{str(row index): value}``. Losses are in nats: ``*_loss`` sums over an answer's tokens and ``avg_*_loss``
-and ``average_perturb_loss`` are means over them.
+A log maps file names to sections, one for each set of questions. A section maps a quantity to
+``{str(row index): value}``. Losses are in nats: ``*_loss`` is the sum over an answer's tokens, and
+``avg_*_loss`` and ``average_perturb_loss`` are the means over them.
 """
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from loku.data import question_answer_texts, tokenize_dataset
+from loku.data.rows import DataSet
 from loku.evaluation.extraction import generated_texts
-from loku.evaluation.scores import token_scores
+from loku.evaluation.scores import TokenScores, token_scores
+from loku.models import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Section: TypeAlias = dict[str, dict[str, Any]]  # {quantity: {str(row index): value}}
+Log: TypeAlias = Mapping[str, Section]
 
 SECTIONS = {
     "retain": "eval_log.json",
@@ -18,17 +32,34 @@ SECTIONS = {
     "world_facts": "eval_real_world_wo_options.json",
     "forget": "eval_log_forget.json",
 }
-CHOICE_SETS = ("real_authors", "world_facts")  # whose answers are judged against wrong ones
+CHOICE_SETS = ("real_authors", "world_facts")  # the true answer competes with wrong ones
 UTILITY_SETS = ("retain", *CHOICE_SETS)
-ANSWER_SLACK = 16  # tokens that a generated answer may have beyond the longest true one
+ANSWER_SLACK = 16  # tokens of a generated answer beyond the longest true answer
 
 
 def answer_losses(
-    model, tokenizer, prompts, completions, batch_size=16, progress=True, description="answers"
-):
-    """Negative log-likelihood of each completion (and EOS) after its prompt.
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    batch_size: int = 16,
+    progress: bool = True,
+    description: str = "answers",
+) -> tuple[Tensor, Tensor]:
+    """Compute the negative log-likelihood of each completion, with its EOS, after its prompt.
 
-    Returns (mean over the completion's tokens, float64 (N,), in nats; number of tokens, int64 (N,)).
+    Args:
+        model: The causal LM, on the device where it runs.
+        tokenizer: The tokenizer.
+        prompts: The N prompts.
+        completions: The N completions.
+        batch_size: The number of rows in a batch, 16 by default.
+        progress: Whether to show a progress bar, True by default.
+        description: The title of the progress bar, "answers" by default.
+
+    Returns:
+        The mean loss of a completion's tokens, in nats, float64 (N,), and the number of its tokens, int64
+        (N,).
     """
     if not prompts:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
@@ -38,8 +69,16 @@ def answer_losses(
     return torch.stack([s.losses.mean() for s in scores]), torch.tensor([len(s.losses) for s in scores])
 
 
-def rouge_recalls(generated, references):
-    """ROUGE-1 and ROUGE-L recall of each generated text, stemmed, as TOFU has them: two lists of float."""
+def rouge_recalls(generated: Iterable[str], references: Iterable[str]) -> tuple[list[float], list[float]]:
+    """Compute the ROUGE-1 and ROUGE-L recall of generated texts, with stemming, as TOFU does.
+
+    Args:
+        generated: The generated texts.
+        references: The true texts, in the same order and number.
+
+    Returns:
+        The ROUGE-1 recall and the ROUGE-L recall of each text, in [0, 1].
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
@@ -48,22 +87,39 @@ def rouge_recalls(generated, references):
 
 
 def evaluate_tofu_rows(
-    model,
-    tokenizer,
-    rows,
-    batch_size=16,
-    progress=True,
-    description="TOFU",
-    scores=None,
-    max_new_tokens=None,
-):
-    """One section of a TOFU log for rows with ``question`` and ``answer``.
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: DataSet,
+    batch_size: int = 16,
+    progress: bool = True,
+    description: str = "TOFU",
+    scores: Sequence[TokenScores] | None = None,
+    max_new_tokens: int | None = None,
+) -> Section:
+    """Measure rows of questions and answers, as one section of a TOFU log.
 
-    Answers are generated greedily, up to ``max_new_tokens``: by default a few more than the longest true one
-    has. Rows with ``perturbed_answer`` (a list of wrong answers) also get their losses, and those of
-    ``paraphrased_answer``, or of the answer itself where there is none (as for real authors and world
-    facts), and the truth ratio exp(paraphrased loss - mean perturbed loss) of mean token losses. Without
-    such rows these keys are absent. ``scores``: the ``token_scores`` of the true answers, if they are known.
+    The losses of each true answer are in ``*gt*``, and a greedily generated answer in ``generated_text``. A
+    row with ``perturbed_answer``, a list of wrong answers, also gets the losses of these and of its
+    ``paraphrased_answer``. Its ``truth_ratio`` is exp(paraphrased loss - mean perturbed loss) of mean token
+    losses. The answer itself stands for a missing ``paraphrased_answer``, as for real authors and world
+    facts. The section lacks these quantities if no row has a ``perturbed_answer``.
+
+    Args:
+        model: The causal LM, on the device where it runs.
+        tokenizer: The tokenizer.
+        rows: The rows, dicts with ``question`` and ``answer``.
+        batch_size: The number of rows in a batch, 16 by default.
+        progress: Whether to show progress bars, True by default.
+        description: The title of the progress bars, "TOFU" by default.
+        scores: The ``token_scores`` of the true answers; None (default) computes them.
+        max_new_tokens: The greatest number of tokens of a generated answer. By default it is ``ANSWER_SLACK``
+            more than the longest true answer has.
+
+    Returns:
+        The section.
+
+    Raises:
+        ValueError: There are no rows, or a row lacks ``question`` or ``answer``.
     """
     if len(rows) == 0:
         raise ValueError("there are no TOFU rows to evaluate")
@@ -71,7 +127,7 @@ def evaluate_tofu_rows(
         if not {"question", "answer"} <= set(row):
             raise ValueError(f"row {index}: TOFU rows need 'question' and 'answer', this one has {list(row)}")
 
-    # Every answer to score in one list, so that batches are filled across kinds: (row, kind, answer).
+    # All answers are scored in one list of (row, kind, answer), so that a batch may mix kinds.
     jobs = [(i, "gt", row["answer"]) for i, row in enumerate(rows)]
     for i, row in enumerate(rows):
         if row.get("perturbed_answer"):
@@ -85,7 +141,7 @@ def evaluate_tofu_rows(
     known = scores or []
     to_score = tokens[len(known) :]
     scores = [*known, *token_scores(model, to_score, batch_size, progress, f"{description}: scoring")]
-    scored = {"gt": {}, "paraphrased": {}, "perturb": {}}
+    scored: dict[str, dict[str, list[tuple[float, int]]]] = {"gt": {}, "paraphrased": {}, "perturb": {}}
     for (i, kind, _), score in zip(jobs, scores, strict=True):
         scored[kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
 
@@ -103,22 +159,22 @@ def evaluate_tofu_rows(
     )
     rouge1, rougeL = rouge_recalls(generated, [row["answer"] for row in rows])
 
-    def by_row(values):
+    def by_row(values: Iterable[Any]) -> dict[str, Any]:
         return {str(i): value for i, value in enumerate(values)}
 
-    def means_of(answers):
+    def means_of(answers: Mapping[str, list[tuple[float, int]]]) -> dict[str, list[Any]]:
         return {i: [mean for mean, _ in pairs] for i, pairs in answers.items()}
 
-    def counts_of(answers):
+    def counts_of(answers: Mapping[str, list[tuple[float, int]]]) -> dict[str, list[Any]]:
         return {i: [count for _, count in pairs] for i, pairs in answers.items()}
 
-    def sums_of(answers):
+    def sums_of(answers: Mapping[str, list[tuple[float, int]]]) -> dict[str, list[Any]]:
         return {i: [mean * count for mean, count in pairs] for i, pairs in answers.items()}
 
-    def single(answers):
+    def single(answers: Mapping[str, list[Any]]) -> dict[str, Any]:
         return {i: value for i, (value,) in answers.items()}
 
-    section = {
+    section: Section = {
         "avg_gt_loss": single(means_of(scored["gt"])),
         "gt_loss": single(sums_of(scored["gt"])),
         "num_token_gt": single(counts_of(scored["gt"])),
@@ -145,16 +201,23 @@ def evaluate_tofu_rows(
     return section
 
 
-def forget_quality(unlearned_log, retain_log):
-    """p-value of the two-sided Kolmogorov-Smirnov test that the truth ratios of the forget set,
-    exp(mean perturbed loss - paraphrased loss), come from one distribution in the unlearned model and in
-    the one that never saw the set. Both arguments are parsed TOFU logs. High is good.
+def forget_quality(unlearned_log: Log, retain_log: Log) -> float:
+    """Compute TOFU's forget quality, a p-value; high is good.
 
-    Raises ``ValueError`` if a log has no forget section with perturbed answers.
+    The two-sided Kolmogorov-Smirnov test compares the truth ratios of the forget set, exp(mean perturbed loss
+    - paraphrased loss), in the unlearned model and in a model that never saw the set. Its null hypothesis is
+    that both come from one distribution.
+
+    Args:
+        unlearned_log: The parsed TOFU log of the unlearned model.
+        retain_log: The parsed TOFU log of the model that never saw the forget set.
+
+    Raises:
+        ValueError: A log has no forget section with perturbed answers.
     """
     from scipy.stats import ks_2samp
 
-    # The test looks at the order alone, so the logarithm gives the same p-value and cannot overflow.
+    # The test uses the order alone, so the logarithm gives the same p-value, and it cannot overflow.
     ratios = [
         _log_truth_ratio(_section(log, "forget"), f"the {name} log's forget section")
         for name, log in [("unlearned", unlearned_log), ("retain", retain_log)]
@@ -162,18 +225,35 @@ def forget_quality(unlearned_log, retain_log):
     return float(ks_2samp(*ratios).pvalue)
 
 
-def check_forget_section(log, name):
-    """Raise ``ValueError`` if a parsed TOFU log, called ``name``, has nothing that forget quality needs."""
+def check_forget_section(log: Log, name: str) -> None:
+    """Check that a TOFU log has the section that forget quality needs.
+
+    Args:
+        log: The parsed TOFU log.
+        name: The name of the log in messages.
+
+    Raises:
+        ValueError: The log has no forget section with perturbed answers.
+    """
     _log_truth_ratio(_section(log, "forget"), f"the forget section of {name}")
 
 
-def section_metrics(section, choice=False, forget=False):
-    """The three numbers of one section: ``{"probability", "rouge", "truth_ratio"}``, each a mean over rows.
+def section_metrics(section: Section, choice: bool = False, forget: bool = False) -> dict[str, float]:
+    """Compute the three numbers of one section, each a mean over rows.
 
-    ``probability`` is that of the answer, exp(-mean token loss); with ``choice`` (real authors, world
-    facts) it is normalised over the answer and its wrong alternatives. ``rouge`` is ROUGE-L recall.
-    With R = exp(mean perturbed loss - paraphrased loss), ``truth_ratio`` is max(0, 1 - 1/R), or
-    min(R, 1/R) with ``forget``. It is absent where no row has perturbed answers.
+    Args:
+        section: The section of a parsed TOFU log.
+        choice: Whether the answer's probability is normalised over the answer and its wrong alternatives, as
+            for real authors and world facts; False by default.
+        forget: Whether the section belongs to the forget set; False by default.
+
+    Returns:
+        ``probability`` is the answer's, exp(-mean token loss). ``rouge`` is ROUGE-L recall. With R = exp(mean
+        perturbed loss - paraphrased loss), ``truth_ratio`` is max(0, 1 - 1/R), or min(R, 1/R) with
+        ``forget``; it is absent if no row has perturbed answers.
+
+    Raises:
+        ValueError: With ``choice``, a row has no perturbed answers.
     """
     loss = _values(section, "avg_gt_loss")
     if choice:
@@ -181,7 +261,7 @@ def section_metrics(section, choice=False, forget=False):
         missing = sorted(set(section["avg_gt_loss"]) - set(wrong))
         if missing:
             raise ValueError(f"rows {missing[:5]} have no perturbed answers to choose among")
-        # A softmax over the alternatives; exp(-loss) itself may underflow for all of them.
+        # This is a softmax over the alternatives. exp(-loss) may underflow for all of them.
         with np.errstate(over="ignore"):
             odds = [
                 np.exp(right - np.array([right, *wrong[i]])) for i, right in section["avg_gt_loss"].items()
@@ -198,9 +278,13 @@ def section_metrics(section, choice=False, forget=False):
     return metrics
 
 
-def utility_table(log):
-    """``{set: {"probability", "rouge", "truth_ratio"}}`` for those of the sets retain, real_authors,
-    world_facts and forget that a parsed TOFU log has."""
+def utility_table(log: Log) -> dict[str, dict[str, float]]:
+    """Compute the ``section_metrics`` of a parsed TOFU log.
+
+    Returns:
+        ``{set: {"probability", "rouge", "truth_ratio"}}`` for each of the sets retain, real_authors,
+        world_facts and forget that the log has.
+    """
     return {
         name: section_metrics(log[key], name in CHOICE_SETS, name == "forget")
         for name, key in SECTIONS.items()
@@ -208,17 +292,27 @@ def utility_table(log):
     }
 
 
-def model_utility(log, sets=UTILITY_SETS):
-    """TOFU's model utility: the harmonic mean of probability, ROUGE-L recall and truth ratio on retain,
-    real authors and world facts, nine numbers; of a parsed TOFU log.
+def model_utility(log: Log, sets: Collection[str] = UTILITY_SETS) -> float:
+    """Compute TOFU's model utility.
 
-    ``sets`` takes fewer for a model that never saw the others, such as the embedded one: the result is
-    then not comparable with published figures. Raises ``ValueError`` if the log lacks one of them.
+    It is the harmonic mean of nine numbers: probability, ROUGE-L recall and truth ratio on retain, real
+    authors and world facts.
+
+    Args:
+        log: The parsed TOFU log.
+        sets: The sets that count, all three by default. A model that never saw some of them, such as the
+            embedded one, has fewer; its utility is not comparable with published figures.
+
+    Returns:
+        The utility, in [0, 1].
+
+    Raises:
+        ValueError: The log lacks one of the sets, or the set's perturbed answers.
     """
     for name in sets:
         _section(log, name)
     table = utility_table(log)
-    values = []
+    values: list[float] = []
     for name in sets:
         if "truth_ratio" not in table[name]:
             raise ValueError(f"the log's {name} section has no perturbed answers, so no truth ratio")
@@ -226,18 +320,18 @@ def model_utility(log, sets=UTILITY_SETS):
     return len(values) / sum(1 / v for v in values) if all(v != 0 for v in values) else 0.0
 
 
-def _section(log, name):
+def _section(log: Log, name: str) -> Section:
     if SECTIONS[name] not in log:
         raise ValueError(f"the log has no {name} section {SECTIONS[name]!r}; it has {list(log)}")
     return log[SECTIONS[name]]
 
 
-def _values(section, key):
+def _values(section: Section, key: str) -> np.ndarray:
     return np.array(list(section[key].values()), dtype=np.float64)
 
 
-def _log_truth_ratio(section, where="the section"):
-    """mean perturbed loss - paraphrased loss, one number a row with perturbed answers, (rows,) float64."""
+def _log_truth_ratio(section: Section, where: str = "the section") -> np.ndarray:
+    """Return mean perturbed loss - paraphrased loss of each row with perturbed answers, float64 (rows,)."""
     if not section.get("average_perturb_loss") or not section.get("avg_paraphrased_loss"):
         raise ValueError(
             f"{where} lacks 'average_perturb_loss' or 'avg_paraphrased_loss'; evaluate rows with "

@@ -19,6 +19,7 @@ from tiny_models import tiny_model
 from transformers import TrainerCallback
 
 import loku
+import loku.unlearning  # with everything that a run imports
 
 FORGET = [{"input_ids": [3 + i, 5, 7 + 2 * i, 11, 13 + i]} for i in range(6)]
 RETAIN = [{"input_ids": [40 + i, 41, 2 * i + 3, 43]} for i in range(9)]
