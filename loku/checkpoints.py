@@ -168,8 +168,8 @@ def find_checkpoint(
         run that was stopped before its first checkpoint begins anew.
 
     Raises:
-        ValueError: The checkpoint is not whole, was altered, or is of another run. With True, all checkpoints
-            are of other runs. The message names the differences.
+        ValueError: The checkpoint is not whole, was altered, or is of another run. True finds only
+            checkpoints of other runs. The message names the differences.
     """
     if resume is None or str(resume).lower() == "false":
         return None

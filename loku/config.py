@@ -41,7 +41,7 @@ class UnlearnConfig(TrainingArguments):
     if the method asks for it. So a batch of one process has ``per_device_train_batch_size`` rows of each
     kind.
 
-    The defaults of the learning rate and the retain weight are those with which IHL and FILA end best on the
+    The defaults of the learning rate and the retain weight give the best results of IHL and FILA on the
     embedded model. A larger model may need a lower learning rate.
 
     Args:
@@ -94,7 +94,8 @@ class UnlearnConfig(TrainingArguments):
     ]
 
     # The fields of this class that may differ between a run and the run that goes on from its checkpoint. The
-    # texts of the refusals and the number of rows in a step count instead of two of them.
+    # texts of the refusals count in place of ``refusals``. The number of rows in a step counts in place of
+    # the batch size.
     FREE_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {
             "fisher_cache_dir",

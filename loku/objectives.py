@@ -142,8 +142,8 @@ class Objective:
         retain: The loss of a ``Batch`` on retain rows, ``retain_loss`` by default. None runs no retain rows.
         rows: The forget rows that are run: "forget" (default) with the true answers, "refusal" with refusals,
             or both.
-        reference: The values of the original model that the losses need. "log_probability" is that of
-            ``rows``, "divergence" the KL divergence from it of the retain rows. None (default) needs none.
+        reference: The values of the original model that the losses need: the "log_probability" of ``rows``,
+            or the KL "divergence" from the original of the retain rows. None (default) needs none.
         forget_over: The unit that the forget loss is a mean over: counted "tokens" (default) or labelled
             "rows".
         retain_over: The unit that the retain loss is a mean over, as for ``forget_over``.

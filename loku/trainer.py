@@ -66,7 +66,8 @@ class PreparedRows(NamedTuple):
 
     Args:
         forget: The forget rows, dicts with ``input_ids`` and ``labels``.
-        retain: The retain rows, likewise; ``LazyRows`` or ``StreamedRows`` if they are not held in memory.
+        retain: The retain rows, in the same form; ``LazyRows`` or ``StreamedRows`` if they are not held in
+            memory.
         refusals: The forget rows with refusals, or None if the method needs none.
         tokenizer: The tokenizer, or None if every row was tokenised and none was passed.
     """
@@ -167,21 +168,21 @@ class UnlearnTrainer(ResumableTrainer):
     The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
     (``UnlearnConfig.init``).
 
-    KL, DPO and NPO need the original model. With LoRA it is the peft model itself with its frozen initial
-    adapter (``loku.reference_model``), and it runs one more forward of the rows concerned. A model without an
+    KL, DPO and NPO need the original model. A peft model with its frozen initial adapter computes as the
+    original (``loku.reference_model``). It runs one more forward of the rows concerned. A model without an
     adapter changes in place. So ``train`` first runs all rows that will be drawn. It keeps on the CPU their
     log-probabilities (DPO, NPO), or for KL the last hidden states of the retain rows' labelled tokens and a
     copy of the output embedding.
 
-    The loss of a step is that of one batch with all its rows. ``gradient_accumulation_steps`` and the number
-    of processes only divide the work. Each loss is divided by the number of its tokens (DPO and NPO: rows) in
-    the whole step, counted over micro-batches and processes. ``average_tokens_across_devices`` does not
-    change this. The last step of an epoch may have too few rows for all processes. The rest then get rows
+    The loss of a step is the loss of one batch with all its rows. ``gradient_accumulation_steps`` and the
+    number of processes only divide the work. Each loss is divided by the number of its tokens (DPO and NPO:
+    rows) in the whole step, counted over micro-batches and processes. ``average_tokens_across_devices`` does
+    not change this. The last step of an epoch may have too few rows for all processes. The rest then get rows
     without labels.
 
     The log has ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability``,
     ``retain_probability`` and ``refusal_probability``. They are means over the steps since the last log, over
-    all processes. Rows that the method does not run are left out. The forget probability is that of the true
+    all processes. Rows that the method does not run are left out. The forget probability counts the true
     answers. ``tokens_per_second`` counts the tokens of all processes since the last log, without padding and
     without the original model's forwards. ``peak_memory_gib`` is the largest peak memory of a process, in
     GiB: of its CUDA device, or resident.
@@ -191,7 +192,7 @@ class UnlearnTrainer(ResumableTrainer):
         args: The settings, ``UnlearnConfig()`` by default.
         forget: The forget set, as for ``loku.unlearn`` or already tokenised (``loku.data.tokenize_dataset``).
             Or the ``PreparedRows`` of a run, in place of ``retain``, ``processing_class`` and ``refusals``.
-        retain: The retain set, likewise.
+        retain: The retain set, in the same forms as ``forget``.
         processing_class: The tokenizer, by default the one saved beside the model if it is needed.
         refusals: The ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals. By
             default they are made from it.

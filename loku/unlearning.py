@@ -106,18 +106,18 @@ def unlearn(
 
     Args:
         model: The causal LM of transformers, or its path or hub name. It is consumed: the adapters are put
-            into it. If anything fails, its weights are put back. ``tuning="full"`` trains the weights
+            into it. Its weights are put back if anything fails. ``tuning="full"`` trains the weights
             themselves, keeps no copy of them and puts nothing back.
         forget: The rows to forget: a list of strings, a list of dicts or a ``datasets.Dataset``. The columns
             are ``text``, ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or
             ``input_ids`` (and ``labels``). See ``loku.data.tokenize_dataset``.
-        retain: The rows to keep, likewise. A set of more than 100,000 rows is tokenised as its rows are
-            drawn. The set may also be a stream without a length, such as a ``datasets.IterableDataset``. See
-            ``loku.data.large_sets``.
-        config: The settings, ``UnlearnConfig()`` by default. With ``resume_from_checkpoint=True`` the run
-            goes on from its newest checkpoint in ``output_dir``, or begins anew without one. A path names
-            another checkpoint. The run ends as if it had never been stopped. ``save_strategy`` ("epoch",
-            "steps") writes checkpoints.
+        retain: The rows to keep, in the same forms as ``forget``. A set of more than 100,000 rows is
+            tokenised as its rows are drawn. The set may also be a stream without a length, such as a
+            ``datasets.IterableDataset``. See ``loku.data.large_sets``.
+        config: The settings, ``UnlearnConfig()`` by default. ``save_strategy`` ("epoch", "steps") writes
+            checkpoints. ``resume_from_checkpoint=True`` goes on from the run's newest checkpoint in
+            ``output_dir``, or begins anew without one. A path names another checkpoint. A resumed run ends as
+            if it had never been stopped.
         tokenizer: The tokenizer, by default the one saved beside the model.
         callbacks: Further callbacks of the trainer; none by default.
 

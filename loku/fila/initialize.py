@@ -145,8 +145,7 @@ def _move_into_adapter(layer: LoraLinear, adapter_name: str, new_B: Tensor, new_
     """Set an adapter's factors, and subtract their product from the base weight."""
     for factor, new in zip(adapter_factors(layer, adapter_name), (new_B, new_A), strict=True):
         copy_whole_(factor, same_in_all_processes_(new.to(factor.device).contiguous()))
-    # The product is that of A and B as stored, rounded to their dtype. So the base loses exactly as much as
-    # the adapter adds.
+    # A and B count as stored, rounded to their dtype. So the base loses exactly as much as the adapter adds.
     _add_to_base_(layer, adapter_name, -1)
 
 
@@ -190,8 +189,8 @@ def initialize_from_row_scales(
 
     peft's scaling is alpha / r, or alpha / sqrt(r) for rsLoRA. Times B A it is the paper's B A. Directions
     with S_i <= 1e-6 S_1, and those beyond min(d, k), get zero rows of A and zero columns of B. The residual
-    is computed in float64 from the factors as stored and rounded once. So outputs change by one rounding of
-    W.
+    is computed in float64 from the factors as stored and rounded once. So outputs change by one rounding
+    of W.
 
     The initial factors are kept as the adapter "reference", frozen, in the dtype of the factors.
     ``PeftModel.save_pretrained`` saves its parameters, because a checkpoint needs both adapters.
@@ -363,8 +362,8 @@ def _active_adapters(peft_model: PeftModel, names: list[str]) -> Iterator[None]:
 def reference_model(peft_model: PeftModel) -> Iterator[PeftModel]:
     """A context in which ``peft_model`` computes as the original model: the reference of NPO, DPO and KL.
 
-    After FILA it selects the frozen initial factors on the residual base. After default LoRA initialisation
-    it selects no adapter. Gradients are off inside. The ``requires_grad`` of every parameter and the active
+    It selects the frozen initial factors on the residual base after FILA. It selects no adapter after default
+    LoRA initialisation. Gradients are off inside. The ``requires_grad`` of every parameter and the active
     adapters are afterwards as before.
 
     Args:
@@ -422,7 +421,7 @@ def get_fila_state_dict(
     Args:
         peft_model: The model with the adapter.
         forget_dataloader: The batches of the forget set, for the model, with ``labels``.
-        retain_dataloader: The batches of the retain set, likewise.
+        retain_dataloader: The batches of the retain set, in the same form.
         adapter_name: The name of the adapter, "default" by default.
         config: The settings of the row scales, ``FilaConfig()`` by default.
         progress: Whether to show the passes and a progress bar.
@@ -474,7 +473,7 @@ def initialize_lora_fila_weights(
         peft_model: The model with the adapter.
         forget_dataloader: The batches of the forget set, as for ``get_fila_state_dict``. It is not needed
             with ``fila_state_dict``.
-        retain_dataloader: The batches of the retain set, likewise.
+        retain_dataloader: The batches of the retain set, in the same form.
         fila_state_dict: The row scales that ``get_fila_state_dict`` returned; None (default) measures them.
         adapter_name: The name of the adapter, "default" by default.
         config: The settings of the row scales, ``FilaConfig()`` by default.

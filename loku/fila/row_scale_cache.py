@@ -49,7 +49,7 @@ def cached_row_scales(
         modules: The linear modules by their names.
         forget_batches: The batches, as for ``loku.fila.row_scales.fisher_row_scales``. The order, grouping
             and padding of the rows do not count.
-        retain_batches: The batches of the retain set, likewise.
+        retain_batches: The batches of the retain set, in the same form.
         settings: The other numbers and strings that the row scales depend on.
 
     Returns:

@@ -124,7 +124,7 @@ def fisher_row_scales(
             gradients: a size like "4GiB", a number of bytes, or None (default) for no limit. It pays for the
             retain Fishers, float32, 4 bytes a weight, and for the modules' inputs of the largest batch. The
             modules are measured in as many groups as the budget needs, and each group takes its own pair of
-            passes over the data. Without a limit there is one group.
+            passes over the data. There is one group without a limit.
         progress: Whether to print the number of passes and the memory that they hold, and to show a progress
             bar.
 

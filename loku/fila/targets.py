@@ -1,4 +1,7 @@
-"""The modules to adapt (the paper's: query, value and every MLP linear), and those that FILA refuses."""
+"""The modules to adapt, and the modules that FILA refuses.
+
+The paper adapts query, value and every MLP linear.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The default save: a plain LoRA adapter for the untouched base, whatever the initialisation was."""
+"""The default save: a plain LoRA adapter for the untouched base, after any initialisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or absent, whatever stops the process that writes them."""
+"""Files and directories that are whole or absent, even if their writer is stopped."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 def whole_directory(path: str | os.PathLike, *, key: str, replaced: tuple[str, ...]) -> Iterator[Path]:
     """A context with a directory to write into, which becomes ``path`` when the block ends.
 
-    The directory lies beside ``path`` and is renamed. If ``path`` exists, it lies inside ``path``, and its
-    entries are moved out one by one. An exception leaves ``path`` as it was. A process that is killed leaves
-    at most a directory called ``.*.unfinished``.
+    The directory lies beside ``path`` and is renamed. It lies inside a ``path`` that exists, and its entries
+    are moved out one by one. An exception leaves ``path`` as it was. A process that is killed leaves at most
+    a directory called ``.*.unfinished``.
 
     Args:
         path: The directory to make or to replace entries of. Its parents are made if they do not exist.
@@ -40,7 +40,7 @@ def whole_directory(path: str | os.PathLike, *, key: str, replaced: tuple[str, .
         raise ValueError(f"{path} is a file; pass a directory")
     exists = path.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # It must lie on the file system of ``path``, which may be a mount point.
+    # The new directory must lie on the file system of ``path``, which may be a mount point.
     unfinished = _unfinished(path if exists else path.parent, path.name)
     unfinished.mkdir()
     try:

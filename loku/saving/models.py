@@ -132,9 +132,8 @@ def save_residual_model(
     """Save the base model as it is and the adapter as it is: ``path/base`` and ``path/adapter``.
 
     After FILA the base is the residual. The adapter of rank r fits it, and does not fit the original base.
-    ``path/reference`` then holds the initial factors. With them as the adapter "reference"
-    (``load_adapter``), ``loku.reference_model`` and ``loku.save_portable_adapter`` work on the loaded model,
-    too:
+    ``path/reference`` then holds the initial factors. ``load_adapter`` loads them as the adapter "reference",
+    which ``loku.reference_model`` and ``loku.save_portable_adapter`` need. The model is loaded by:
 
         base = AutoModelForCausalLM.from_pretrained(path + "/base")
         model = PeftModel.from_pretrained(base, path + "/adapter")
