@@ -293,16 +293,7 @@ class UnlearnTrainer(ResumableTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; first run the original model if the method needs its values and there is no adapter.
 
-        Args:
-            args: The arguments of ``transformers.Trainer.train``.
-            kwargs: The keyword arguments of ``transformers.Trainer.train``.
-
-        Returns:
-            The ``TrainOutput`` of ``transformers.Trainer.train``.
-
-        Raises:
-            ValueError: The checkpoint to go on from is not whole or is of another run.
-            FloatingPointError: A loss or a trained parameter is NaN or Inf.
+        The arguments, the result and the errors are those of ``ResumableTrainer.train``.
         """
         needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
         if needed and not self.train_dataset.references:
@@ -374,10 +365,10 @@ class UnlearnTrainer(ResumableTrainer):
         if needed == "divergence":
             triplet, counted, divergence = token_triplets_and_divergence(
                 model,
-                **tokens,
                 diverging=concerned,
                 reference_hidden=reference,
                 reference_head=self._reference_head,
+                **tokens,
             )
         else:
             triplet, counted = token_triplets(model, **tokens)
@@ -491,12 +482,10 @@ class UnlearnTrainer(ResumableTrainer):
             tokens = torch.stack(self._tokens).sum(dtype=torch.float64)
             parts, shares, tokens = self.accelerator.reduce([*sums, tokens], "sum")
             logs |= dict(zip(self._batch_metrics, (parts / shares).tolist(), strict=True))
-            now, since = time.perf_counter(), self._since
+            now, since, device = time.perf_counter(), self._since, self.args.device
             assert since is not None  # compute_loss has set it
             logs["tokens_per_second"] = tokens.item() / (now - since)
-            peak = torch.tensor(
-                [peak_device_memory() or peak_memory()], dtype=torch.float64, device=self.args.device
-            )
+            peak = torch.tensor([peak_device_memory() or peak_memory()], dtype=torch.float64, device=device)
             logs["peak_memory_gib"] = self.accelerator.gather(peak).max().item() / 2**30
             self._since = now
             self._batch_metrics.clear()
