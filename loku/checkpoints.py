@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there, that say which run they are of, and from which it goes on exactly.
+"""Checkpoints that are whole or absent. Each names its run, and the run goes on from it exactly.
 
-`transformers.Trainer` writes a checkpoint file by file under its final name and takes any directory of that
-name for one. Here it is written in `.unfinished`, gets a manifest with the sizes and digests of its files,
-and is renamed when it is whole. A run goes on only from a checkpoint that is what was written, of the same
-base model, data and settings.
+``transformers.Trainer`` writes a checkpoint file by file under its final name, and takes any directory of
+that name for a checkpoint. Here a checkpoint is written in ``.unfinished``. It gets a manifest with the sizes
+and digests of its files, and is renamed when it is whole. A run goes on only from an unaltered checkpoint of
+the same base model, data and settings.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from loku.config import UnlearnConfig
+from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
 from loku.distributed import from_main_process, is_main_process
 from loku.fila.initialize import initialize_from_factors, reference_factors
 from loku.fila.targets import REFERENCE_ADAPTER
 from loku.fingerprints import ordered_rows_fingerprint, sampled_weights_fingerprint, texts_fingerprint
 from loku.nan_guard import check_parameters
+from loku.saving.directories import replace_directory
 
 MANIFEST = "loku_checkpoint.json"
 _UNFINISHED = ".unfinished"
@@ -41,19 +44,24 @@ _STATE = "trainer_state.json"
 
 
 def run_identity(
-    args: UnlearnConfig, fingerprint: str, forget: Any, retain: Any, refusals: Any = None
+    args: UnlearnConfig,
+    fingerprint: str | None,
+    forget: Iterable[Mapping[str, Any]],
+    retain: Iterable[Mapping[str, Any]] | DrawnRows,
+    refusals: RefusalRows | None = None,
 ) -> dict[str, Any]:
     """The facts that two runs must share for one to go on from the other's checkpoint.
 
     Args:
         args: The settings; their ``deciding_settings`` count.
-        fingerprint: The ``sampled_weights_fingerprint`` of the base model.
+        fingerprint: The ``sampled_weights_fingerprint`` of the base model, or None in a process that writes
+            no checkpoints.
         forget: The tokenised forget rows.
-        retain: The tokenised retain rows; of a set that is not held, the first ones count.
-        refusals: The ``RefusalRows``, or None.
+        retain: The tokenised retain rows. Only the first 100 rows count of a set that is not held in memory.
+        refusals: The refusals that the run trains on, or None.
 
     Returns:
-        The facts by the names that messages call them.
+        The facts, which JSON can hold, by their names in messages.
     """
     identity = {
         "base model": fingerprint,
@@ -62,7 +70,7 @@ def run_identity(
         "refusals": None if refusals is None else texts_fingerprint(refusals.refusals),
         **args.deciding_settings(),
     }
-    return json.loads(json.dumps(identity, default=str))  # as it is read back
+    return json.loads(json.dumps(identity, default=str))  # the form that is read back
 
 
 def _sha256(file: Path) -> str:
@@ -122,7 +130,13 @@ def _differences(identity: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The checkpoints of a directory that have a manifest, by their step. Others are named in a warning."""
+    """The checkpoints of a directory that have a manifest, in the order of their steps.
+
+    A warning names each of the others.
+
+    Args:
+        output_dir: The directory. It need not exist.
+    """
     found = []
     directory = Path(output_dir)
     entries = sorted(directory.iterdir()) if directory.is_dir() else []
@@ -141,20 +155,28 @@ def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 def find_checkpoint(
     resume: str | os.PathLike | bool | None, output_dir: str | os.PathLike, identity: dict[str, Any]
 ) -> Path | None:
-    """The checkpoint to go on from, whole, unaltered and of this run; None to begin anew.
+    """Find the checkpoint to go on from: whole, unaltered and of this run.
 
-    resume: True for the newest of this run in `output_dir`, or None if it holds no checkpoint at all (a run
-    that was stopped before its first begins anew); the path of a checkpoint; None or False.
+    Args:
+        resume: True for the newest checkpoint of this run in ``output_dir``, the path of a checkpoint, or
+            None or False to begin anew. The texts "true" and "false" mean the same.
+        output_dir: The directory of checkpoints.
+        identity: The ``run_identity`` of this run.
 
-    ValueError: the checkpoint is not whole, was altered, or is of another run: it says what differs. With
-    True, where all are of other runs.
+    Returns:
+        The checkpoint, or None to begin anew. It is None with True if ``output_dir`` holds no checkpoint: a
+        run that was stopped before its first checkpoint begins anew.
+
+    Raises:
+        ValueError: The checkpoint is not whole, was altered, or is of another run. True finds only
+            checkpoints of other runs. The message names the differences.
     """
     if resume is None or str(resume).lower() == "false":
         return None
-    if str(resume).lower() == "true":  # also as it comes from a command line
+    if str(resume).lower() == "true":  # or the text, from a command line
         candidates = whole_checkpoints(output_dir)
     else:
-        candidates = [Path(resume)]
+        candidates = [Path(str(resume))]
     reason = None
     for checkpoint in reversed(candidates):
         manifest = _read_manifest(checkpoint)
@@ -172,7 +194,15 @@ def find_checkpoint(
 
 
 def stored_factors(checkpoint: str | os.PathLike) -> dict[str, tuple[Tensor, Tensor]]:
-    """The initial factors B, A in a checkpoint, as `loku.fila.reference_factors`; empty without FILA."""
+    """The initial factors in a checkpoint.
+
+    Args:
+        checkpoint: The directory of the checkpoint.
+
+    Returns:
+        B (d, rank) and A (rank, k) by module name in the base model, as from
+        ``loku.fila.initialize.reference_factors``. The dict is empty without FILA.
+    """
     file = Path(checkpoint) / REFERENCE_ADAPTER / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         return {}
@@ -190,16 +220,24 @@ def stored_factors(checkpoint: str | os.PathLike) -> dict[str, tuple[Tensor, Ten
 def initialize_from_checkpoint(
     peft_model: PeftModel, checkpoint: str | os.PathLike, adapter_name: str = "default"
 ) -> None:
-    """Initialise an adapter by FILA as it was in the run that wrote a checkpoint (`initialize_from_factors`).
+    """Initialise an adapter by FILA with the initial factors of a checkpoint (``initialize_from_factors``).
 
-    Nothing is measured or decomposed. What the adapter learnt since is loaded by
-    `UnlearnTrainer.train(resume_from_checkpoint=checkpoint)`.
+    Nothing is measured or decomposed. ``UnlearnTrainer.train(resume_from_checkpoint=checkpoint)`` then loads
+    the trained factors.
+
+    Args:
+        peft_model: The model with the adapter, on the untouched base.
+        checkpoint: The directory of the checkpoint.
+        adapter_name: The name of the adapter, "default" by default.
+
+    Raises:
+        ValueError: FILA cannot initialise the adapter, or the factors are of other modules or shapes.
     """
     initialize_from_factors(peft_model, stored_factors(checkpoint), adapter_name)
 
 
-def _check_factors(model, checkpoint: Path) -> None:
-    """ValueError unless a model was initialised by the factors that a checkpoint has."""
+def _check_factors(model: Any, checkpoint: Path) -> None:
+    """Raise ValueError unless the model was initialised by the initial factors of the checkpoint."""
     held = reference_factors(model) if isinstance(model, PeftModel) else {}
     stored = stored_factors(checkpoint)
     same = held.keys() == stored.keys() and all(
@@ -214,8 +252,15 @@ def _check_factors(model, checkpoint: Path) -> None:
         )
 
 
-def check_writable(directory: str | os.PathLike) -> None:
-    """OSError, saying what to do, if a directory cannot be made or written to."""
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Make a directory if it does not exist, and check that it can be written to.
+
+    Args:
+        directory: The directory of checkpoints.
+
+    Raises:
+        OSError: It cannot be made or written to.
+    """
     try:
         os.makedirs(directory, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".writable"):
@@ -228,45 +273,64 @@ def check_writable(directory: str | os.PathLike) -> None:
 
 
 class ResumableTrainer(Trainer):
-    """A ``transformers.Trainer`` whose checkpoints are whole, and that goes on from them exactly.
+    """A ``transformers.Trainer`` with whole checkpoints, which goes on from them exactly.
 
-    ``args.resume_from_checkpoint``, or the argument of ``train``: see ``find_checkpoint``. With the same
-    software, device and number of threads the resumed run ends with the parameters of one that was never
-    stopped, bit for bit.
+    ``args.resume_from_checkpoint`` or the argument of ``train`` chooses the checkpoint; see
+    ``find_checkpoint``. A resumed run ends with the parameters of a run that was never stopped, bit for bit.
+    This needs the same software, device and number of threads.
 
     Args:
-        forget: The tokenised forget rows, which identify a run together with its other sets and settings.
+        model: The model to train.
+        args: The settings.
+        forget: The tokenised forget rows. They identify a run, together with its other sets and settings.
         retain: The tokenised retain rows.
-        refusals: The ``loku.data.RefusalRows`` of the run, or None.
-        Everything else is ``transformers.Trainer``'s.
+        refusals: The ``loku.data.RefusalRows`` of the run, or None (default).
+        kwargs: The other arguments of ``transformers.Trainer``.
+
+    Raises:
+        OSError: ``args.output_dir`` cannot be written to.
     """
 
-    def __init__(self, model, args, forget, retain, refusals=None, **kwargs):
+    args: UnlearnConfig
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: UnlearnConfig,
+        forget: Iterable[Mapping[str, Any]],
+        retain: Iterable[Mapping[str, Any]] | DrawnRows,
+        refusals: RefusalRows | None = None,
+        **kwargs: Any,
+    ) -> None:
         if args.should_save:
-            check_writable(args.output_dir)
+            check_writable(str(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self._run = forget, retain, refusals
-        self._base_model = (
-            sampled_weights_fingerprint(model) if args.should_save else None
-        )  # before training changes it
+        # The fingerprint is taken before training changes the weights.
+        self._base_model = sampled_weights_fingerprint(model) if args.should_save else None
         self._writing = self._ended = False
 
     @cached_property
-    def _identity(self):
+    def _identity(self) -> dict[str, Any]:
         return run_identity(self.args, self._base_model, *self._run)
 
     @cached_property
     def checkpoint(self) -> Path | None:
-        """What ``args.resume_from_checkpoint`` means, checked."""
+        """The checkpoint of ``args.resume_from_checkpoint``, checked, or None to begin anew.
+
+        Raises:
+            ValueError: The errors of ``find_checkpoint``, in all processes.
+        """
         return self._find_checkpoint(self.args.resume_from_checkpoint)
 
-    def _find_checkpoint(self, resume):
+    def _find_checkpoint(self, resume: str | os.PathLike | bool | None) -> Path | None:
         if not resume:
             return None
-        answer = None
-        if is_main_process():  # one looks, for all
+        answer: Path | ValueError | None = None
+        if is_main_process():  # it answers for all
             try:
-                answer = find_checkpoint(resume, self.args.output_dir, self._identity)
+                answer = find_checkpoint(resume, str(self.args.output_dir), self._identity)
             except ValueError as error:
                 answer = error
         answer = from_main_process(answer)
@@ -274,7 +338,24 @@ class ResumableTrainer(Trainer):
             raise answer
         return answer
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train, from the checkpoint if there is one.
+
+        Args:
+            resume_from_checkpoint: The checkpoint, as for ``find_checkpoint``. None (default) stands for
+                ``args.resume_from_checkpoint``.
+            args: The other arguments of ``transformers.Trainer.train``.
+            kwargs: The other keyword arguments of ``transformers.Trainer.train``.
+
+        Returns:
+            The ``TrainOutput`` of ``transformers.Trainer.train``.
+
+        Raises:
+            ValueError: The errors of ``find_checkpoint``.
+            FloatingPointError: A loss or a trained parameter is NaN or Inf.
+        """
         if resume_from_checkpoint is None:
             checkpoint = self.checkpoint
         else:
@@ -284,20 +365,21 @@ class ResumableTrainer(Trainer):
             state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
             control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
             self._ended = control.get("should_training_stop", False)
-            checkpoint = str(checkpoint)
-        output = super().train(checkpoint, *args, **kwargs)
+        output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         check_parameters(self.model, self.state.global_step)
         return output
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        # Trainer forgets on resuming that a run had come to its end, and would go on to the end of the epoch.
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of the next step, or none if the resumed run had already ended."""
+        # A resumed Trainer does not know that the run had ended. It would go on to the end of the epoch.
         if self._ended:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the parameters are in shards by now
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # FSDP and DeepSpeed have sharded the parameters before this call.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         checkpoint = Path(resume_from_checkpoint)
@@ -312,23 +394,24 @@ class ResumableTrainer(Trainer):
             trained = "default" in model.active_adapters
             model.load_adapter(resume_from_checkpoint, "default", is_trainable=trained)
 
-    # Trainer._save_checkpoint asks for the directory to write to, writes, pushes, and deletes what is beyond
-    # save_total_limit. While it does, the directory is `.unfinished`, and the last two wait.
+    # Trainer._save_checkpoint asks for the directory, writes, pushes, and deletes checkpoints beyond
+    # save_total_limit. During the call the directory is ``.unfinished``. Pushing and deleting come after the
+    # rename.
 
-    def _get_output_dir(self, trial):
+    def _get_output_dir(self, trial: Any) -> str:
         directory = super()._get_output_dir(trial)
         return os.path.join(directory, _UNFINISHED) if self._writing else directory
 
-    def _push_from_checkpoint(self, checkpoint_folder):
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._writing:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_parameters(self.model, self.state.global_step)
         directory = Path(self._get_output_dir(trial))
         unfinished, name = directory / _UNFINISHED, f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
         self._writing = True
         try:
@@ -339,10 +422,8 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / name / _STATE))
                 _write_manifest(unfinished / name, self._identity)
-                if (directory / name).exists():
-                    (directory / name).rename(unfinished / "previous")
-                (unfinished / name).rename(directory / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+                replace_directory(unfinished / name, directory / name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the last two
             raise OSError(
                 f"{name} could not be written to {directory} ({error}). The checkpoints before it are whole: "
                 "make room and go on with resume_from_checkpoint=True"
@@ -357,8 +438,8 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             self._delete_oldest(directory)
 
-    def _delete_oldest(self, directory):
-        """Delete what is beyond ``save_total_limit``, never the newest or the best."""
+    def _delete_oldest(self, directory: Path) -> None:
+        """Delete the oldest checkpoints beyond ``save_total_limit``, but not the newest and the best."""
         limit = self.args.save_total_limit
         if not limit or limit < 0:
             return
@@ -367,5 +448,5 @@ class ResumableTrainer(Trainer):
         kept = {str(checkpoints[-1]), self.state.best_model_checkpoint}
         deletable = [entry for entry in checkpoints if str(entry) not in kept]
         for entry in deletable[: max(0, len(checkpoints) - limit)]:
-            (entry / MANIFEST).unlink()  # first: half deleted it must not be taken for whole
+            (entry / MANIFEST).unlink()  # first, so that no half-deleted checkpoint looks whole
             shutil.rmtree(entry, ignore_errors=True)

@@ -10,8 +10,8 @@ from loku.fila.row_scales import FilaConfig
 from loku.fila.targets import TARGET_SWEEPS
 from loku.objectives import OBJECTIVES
 
-# The fields of TrainingArguments that decide the result of a run. UnlearnConfig's own fields decide it unless
-# they are among its FREE_FIELDS.
+# The fields of TrainingArguments that decide the result of a run. UnlearnConfig's own fields also decide it,
+# except its FREE_FIELDS.
 _DECIDING_TRAINING_ARGUMENTS = (
     "adam_beta1",
     "adam_beta2",
@@ -35,19 +35,31 @@ _DECIDING_TRAINING_ARGUMENTS = (
 
 @dataclass
 class UnlearnConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` and the fields that unlearning adds.
+    """``transformers.TrainingArguments`` with the fields that unlearning adds and other defaults.
 
     An epoch is one pass over the forget set. Each forget row comes with one retain row, and with one refusal
-    where the method asks for it. So a step sees ``per_device_train_batch_size`` rows of each kind.
+    if the method asks for it. So a batch of one process has ``per_device_train_batch_size`` rows of each
+    kind.
 
-    The defaults of the learning rate and the retain weight are those with which IHL and FILA end best on the
+    The defaults of the learning rate and the retain weight give the best results of IHL and FILA on the
     embedded model. A larger model may need a lower learning rate.
 
     Args:
+        output_dir: The directory of checkpoints, "loku-output" by default.
+        per_device_train_batch_size: The number of forget rows in a batch of one process, 8 by default.
+        learning_rate: The peak learning rate of the optimizer, 2e-3 by default.
+        num_train_epochs: The number of passes over the forget set, 10 by default.
+        save_strategy: The times at which checkpoints are written: "no" (default), "epoch", or "steps", which
+            means every ``save_steps`` steps.
+        resume_from_checkpoint: True to go on from the newest checkpoint in ``output_dir``, or the path of a
+            checkpoint. None (default) begins anew.
+        report_to: The reporters of the log, such as "tensorboard" or "wandb"; "none" by default.
+        logging_steps: The number of steps between two lines of the log, 1 by default.
+        logging_nan_inf_filter: Not used. The trainer stops at the first loss that is NaN or Inf.
         method: The method, a key of ``loku.objectives.OBJECTIVES``: "ihl" (default), "ga", "gd", "kl", "dpo",
             "npo" or "idk".
-        tuning: "lora" (default) trains adapters. "full" trains all parameters that require a gradient, and
-            then ``init``, the LoRA fields and ``target_modules`` mean nothing.
+        tuning: The parameters that are trained. "lora" (default) trains adapters. "full" trains all
+            parameters that require a gradient, and ignores ``init``, the LoRA fields and ``target_modules``.
         init: The initialisation of LoRA. "fila" (default) uses the Fisher information of the two sets,
             "pissa" the leading singular directions of the weights, "default" is peft's own.
         lora_rank: The rank of the adapter, 16 by default.
@@ -60,21 +72,31 @@ class UnlearnConfig(TrainingArguments):
             None (default) stands for TOFU's 100. Each epoch draws one for every forget row.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
         fisher_damping: The damping of the retain Fisher, 1 by default; see ``loku.FilaConfig``.
-        fisher_damping_mode: The unit of the damping; see ``loku.FilaConfig``.
-        fisher_samples: The number of rows of each set that are measured; see ``loku.FilaConfig``.
-        fisher_memory_budget: The memory of the Fisher passes; see ``loku.FilaConfig``.
-        fisher_cache_dir: The directory of measured row scales; see ``loku.FilaConfig``.
-        model_init_kwargs: Arguments of ``from_pretrained``, for a model that is given by its path or name.
+        fisher_damping_mode: The unit of the damping, "relative" (default) or "absolute"; see
+            ``loku.FilaConfig``.
+        fisher_samples: The number of rows of each set that are measured; None (default) measures all.
+        fisher_memory_budget: The memory of the Fisher passes, a size like "4GiB" or a number of bytes; None
+            (default) sets no limit. See ``loku.FilaConfig``.
+        fisher_cache_dir: The directory of measured row scales; None (default) keeps none.
+        model_init_kwargs: The arguments of ``from_pretrained``, for a model that is given by its path or
+            name; None (default) stands for none.
         train_sampling_strategy: The order of the forget rows in an epoch: "random" (default), "sequential",
-            or "group_by_length", which is random but runs rows of similar length together. The rows that are
-            drawn for a forget row do not depend on it.
+            or "group_by_length", which is random but runs rows of similar length together. The retain row and
+            the refusal of a forget row do not depend on the order.
+
+    Raises:
+        ValueError: A value is out of its range; the message names the field.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar = [  # type: ignore[misc]  # TrainingArguments has it without ClassVar
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
 
-    # Fields of this class that may differ between a run and the one that goes on from its checkpoint.
-    # Refusals count by their texts, and the batch size by the rows of a step.
-    FREE_FIELDS: ClassVar = frozenset(
+    # The fields of this class that may differ between a run and the run that goes on from its checkpoint. The
+    # texts of the refusals count in place of ``refusals``. The number of rows in a step counts in place of
+    # the batch size.
+    FREE_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {
             "fisher_cache_dir",
             "fisher_memory_budget",
@@ -173,7 +195,7 @@ class UnlearnConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.remove_unused_columns = False  # the rows are pairs, not the model's arguments
+        self.remove_unused_columns = False  # the columns are pairs of rows, not arguments of the model
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # a forward uses all trained parameters
         if self.method not in OBJECTIVES:
@@ -212,8 +234,11 @@ class UnlearnConfig(TrainingArguments):
     def deciding_settings(self) -> dict[str, Any]:
         """The settings that two runs must share for one to go on from a checkpoint of the other.
 
-        They are all fields of this class, and of its subclasses, but the ``FREE_FIELDS``; and the fields of
-        ``TrainingArguments`` that decide the result.
+        They are all fields of this class and its subclasses except the ``FREE_FIELDS``, the fields of
+        ``TrainingArguments`` that decide the result, and the number of forget rows in a step.
+
+        Returns:
+            The values by their names in messages.
         """
         inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
         redeclared = set(UnlearnConfig.__annotations__)

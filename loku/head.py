@@ -1,18 +1,20 @@
 """A causal LM's forward that yields softmax triplets and never the logits.
 
-The model is called as it always is, wrappers and hooks and all. Only while it runs, the forward of its
-output embedding is the fused linear operator on the labelled rows, so that what comes out as ``logits``
-are three numbers a token, or four with the divergence from a reference model. Sharding wrappers gather and
-cast the weight exactly where they expect to.
+The model is called as usual, with its wrappers and hooks. While it runs, the forward of its output embedding
+is the fused linear operator on the labelled rows. Its output ``logits`` then has three numbers a token, or
+four with the divergence from a reference model. Sharding wrappers gather and cast the weight where they
+always do.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loku.data.rows import IGNORE_INDEX
-from loku.models import evaluating, unwrapped
+from loku.models import evaluating, model_device, unwrapped
 from loku_kernels import (
     cross_entropy,
     linear_kl_divergence_loss,
@@ -20,23 +22,31 @@ from loku_kernels import (
     softmax_triplet,
 )
 
-# What transformers' models do to their logits after the output embedding: the name of the attribute of
-# their config or of the model itself, its neutral value, and what it means for the operator.
-_POSTPROCESSING = {
+# The settings by which transformers' models change their logits after the output embedding. The key is the
+# name of an attribute of the config or of the model. The value has the neutral value of the attribute and a
+# function from other values to arguments of the operator.
+_POSTPROCESSING: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     "final_logit_softcapping": (None, lambda value: {"softcap": value}),  # Gemma
     "logit_scale": (1.0, lambda value: {"logit_scale": value}),  # Cohere
     "logits_scaling": (1.0, lambda value: {"logit_scale": 1 / value}),  # Granite
 }
 
 
-def output_embedding(model):
-    """The model's output embedding, a plain ``torch.nn.Linear``; ``ValueError`` if it is anything else."""
-    base = unwrapped(model)
+def output_embedding(model: nn.Module) -> nn.Linear:
+    """The output embedding of a causal LM.
+
+    Args:
+        model: The causal LM, with the wrappers of DDP and peft or without.
+
+    Raises:
+        ValueError: There is none, or it is not a plain, unquantised ``torch.nn.Linear``.
+    """
+    base: Any = unwrapped(model)
     kind = type(base).__name__
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
         raise ValueError(f"{kind} has no output embedding (get_output_embeddings()); pass a causal LM")
-    # By its forward and not its type, which FSDP2 replaces by a class of its own.
+    # FSDP2 replaces the type by a class of its own. So the check looks at the forward.
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     if not plain or not head.weight.is_floating_point():
         raise ValueError(
@@ -46,8 +56,8 @@ def output_embedding(model):
     return head
 
 
-def _settings(base):
-    """(owner, attribute, neutral value, operator arguments) of the post-processing that is switched on."""
+def _settings(base: Any) -> Iterator[tuple[Any, str, Any, dict[str, Any]]]:
+    """(owner, attribute, neutral value, operator arguments) of each post-processing that is switched on."""
     for owner in (base.config.get_text_config(), base):
         for name, (neutral, arguments) in _POSTPROCESSING.items():
             value = getattr(owner, name, None)
@@ -56,19 +66,27 @@ def _settings(base):
 
 
 @contextmanager
-def _computing(model, compute, shape):
-    """While it is open, the output embedding's forward is ``compute(hidden, head, **postprocessing)``.
+def _computing(model: nn.Module, compute: Callable[..., Tensor], shape: torch.Size) -> Iterator[None]:
+    """A context in which the output embedding's forward is ``compute(hidden, head, **postprocessing)``.
 
-    shape: that of the tokens, and so of the hidden states (B, T, D) but for the last dimension.
+    Args:
+        model: The causal LM.
+        compute: The function. It takes the hidden states (B, T, D), the output embedding and the arguments of
+            the operator.
+        shape: The shape (B, T) of the tokens, which the hidden states must have.
+
+    Raises:
+        RuntimeError: The hidden states have another shape, or the output embedding is not called exactly
+            once.
     """
     base, head = unwrapped(model), output_embedding(model)
     settings = list(_settings(base))
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for *_, argument in settings:
         arguments |= argument
     calls = 0
 
-    def forward(hidden):
+    def forward(hidden: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         if hidden.shape[:-1] != shape:
@@ -81,7 +99,7 @@ def _computing(model, compute, shape):
     replaced = head.__dict__.get("forward")  # accelerate puts hooks there
     saved = [(owner, name, getattr(owner, name)) for owner, name, *_ in settings]
     try:
-        head.forward = forward
+        head.forward = forward  # type: ignore[method-assign, assignment]
         for owner, name, neutral, _ in settings:
             setattr(owner, name, neutral)
         yield
@@ -91,81 +109,98 @@ def _computing(model, compute, shape):
         if replaced is None:
             del head.forward
         else:
-            head.forward = replaced
+            head.forward = replaced  # type: ignore[method-assign]
     if calls != 1:
         raise RuntimeError(f"{type(base).__name__} called its output embedding {calls} times in one forward")
 
 
-def _forward(model, compute, input_ids, **tokens):
-    """One call of ``model``, whose logits are what ``compute`` makes of the last hidden states.
+def _forward(model: nn.Module, compute: Callable[..., Tensor], input_ids: Tensor, **tokens: Tensor) -> Tensor:
+    """Call the model once and return ``compute`` of the last hidden states.
 
-    tokens: ``attention_mask``, or the ``position_ids`` of packed sequences.
+    ``tokens`` are ``attention_mask``, or the ``position_ids`` of packed sequences.
     """
     with _computing(model, compute, input_ids.shape):
         return model(input_ids=input_ids, use_cache=False, **tokens).logits
 
 
-def model_tokens(batch):
-    """What of a batch is the model's: ``input_ids``, ``labels``, ``attention_mask`` or ``position_ids``."""
+def model_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's inputs in a batch: ``input_ids``, ``labels``, ``attention_mask`` or ``position_ids``."""
     optional = [name for name in ("attention_mask", "position_ids") if name in batch]
     return {name: batch[name] for name in ("input_ids", "labels", *optional)}
 
 
-def next_token_labels(labels):
-    """Labels (B, T) moved to the position that predicts them; the last position predicts nothing."""
+def next_token_labels(labels: Tensor) -> Tensor:
+    """Move labels (B, T), int64, to the positions that predict them. The last position gets -100."""
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
 
 
-def token_triplets(model, labels, **tokens):
-    """One forward of ``model``, differentiable, without logits.
+def token_triplets(model: nn.Module, labels: Tensor, **tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Run one forward of a causal LM, differentiable, without logits.
 
     Args:
-        labels and tokens: (B, T), int64, as ``loku.data.collate`` has them: ``input_ids``, and
-            ``attention_mask`` or ``position_ids``; labels are aligned with the tokens, -100 is ignored.
+        model: The causal LM.
+        labels: The labels (B, T), int64, aligned with the tokens; -100 is ignored.
+        tokens: The other tensors (B, T) of ``loku.data.collate``, int64: ``input_ids``, and
+            ``attention_mask`` or ``position_ids``.
 
     Returns:
-        triplet (B, T, 3): of each position's prediction of the next token (``loku_kernels.softmax_triplet``);
-        zeros where nothing is predicted.
-        counted (B, T), bool: where something is.
+        The softmax triplets (B, T, 3), float64, of each position's prediction of the next token
+        (``loku_kernels.softmax_triplet``). They are zero where no label is predicted. And the mask (B, T),
+        bool, of the positions that predict a label.
+
+    Raises:
+        ValueError: The output embedding cannot be handled; see ``output_embedding``.
     """
     next_labels = next_token_labels(labels)
 
-    def compute(hidden, head, **postprocessing):
+    def compute(hidden: Tensor, head: nn.Linear, **postprocessing: Any) -> Tensor:
         triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)
         return triplet.clone()  # FSDP2 warns of outputs that are views
 
     return _forward(model, compute, **tokens), next_labels != IGNORE_INDEX
 
 
-def _hidden_states(model, **tokens):
+def _hidden_states(model: nn.Module, **tokens: Tensor) -> Tensor:
     return _forward(model, lambda hidden, head, **postprocessing: hidden, **tokens)
 
 
-def label_hidden_states(model, labels, **tokens):
-    """The last hidden states (n, D) at the n positions that predict a label, row by row."""
+def label_hidden_states(model: nn.Module, labels: Tensor, **tokens: Tensor) -> Tensor:
+    """The last hidden states (n, D) at the n positions that predict a label, row by row.
+
+    The arguments are those of ``token_triplets``.
+    """
     return _hidden_states(model, **tokens)[next_token_labels(labels) != IGNORE_INDEX]
 
 
 def token_triplets_and_divergence(
-    model, labels, diverging, reference_hidden, reference_head=(None, None), **tokens
-):
-    """``token_triplets``, and in the same forward the KL divergence from a reference model.
+    model: nn.Module,
+    labels: Tensor,
+    diverging: Tensor,
+    reference_hidden: Tensor,
+    reference_head: tuple[Tensor | None, Tensor | None] = (None, None),
+    **tokens: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run ``token_triplets``, and in the same forward the KL divergence from a reference model.
 
     Args:
-        diverging: (B,), bool: the rows whose divergence is wanted.
-        reference_hidden: (n, D), ``label_hidden_states`` of those rows in the reference model.
-        reference_head: weight (V, D) and bias (V,) of its output embedding, where it is not the model's.
+        model: The causal LM.
+        labels: The labels (B, T), int64, as for ``token_triplets``.
+        diverging: The mask (B,), bool, of the rows whose divergence is computed.
+        reference_hidden: The ``label_hidden_states`` (n, D) of those rows in the reference model.
+        reference_head: The weight (V, D) and the bias (V,) of the reference model's output embedding. None
+            (default) stands for the model's own.
+        tokens: The other tensors (B, T), as for ``token_triplets``.
 
     Returns:
-        triplet, counted as ``token_triplets``; divergence (B, T), float64: KL(reference || model), in nats,
-        of each counted token of those rows, 0 elsewhere.
+        The triplets and the mask of ``token_triplets``. And KL(reference || model) (B, T), float64, in nats,
+        of each counted token of the ``diverging`` rows; it is 0 elsewhere.
     """
     next_labels = next_token_labels(labels)
     counted = next_labels != IGNORE_INDEX
     where = counted & diverging[:, None]
     reference_weight, reference_bias = reference_head
 
-    def compute(hidden, head, **postprocessing):
+    def compute(hidden: Tensor, head: nn.Linear, **postprocessing: Any) -> Tensor:
         triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)
         divergence = linear_kl_divergence_loss(
             hidden[where],
@@ -184,18 +219,23 @@ def token_triplets_and_divergence(
     return output[..., :3], counted, output[..., 3]
 
 
-def negative_log_likelihood(model, batch):
+def negative_log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Negative log-likelihood, in nats, summed over a batch's label tokens: the Fisher's loss (Eq. 2)."""
     triplet, counted = token_triplets(model, **model_tokens(batch))
     return cross_entropy(triplet).where(counted, 0.0).sum()
 
 
-def check_head(model, batch):
-    """Compare the triplets with those of the model's own logits on the start of one row.
+def check_head(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Compare the triplets with those of the model's own logits, on the first 16 tokens of one row.
 
-    Raises ``ValueError`` if they differ: the model does something to its logits that is not known here.
+    Args:
+        model: The causal LM.
+        batch: A batch of ``loku.data.collate``; its first row counts.
+
+    Raises:
+        ValueError: They differ, because the model changes its logits in a way that is not handled here.
     """
-    device = next(model.parameters()).device
+    device = model_device(model)
     rows = {name: values[:1, :16].to(device) for name, values in model_tokens(batch).items()}
     labels = rows["labels"] = rows["input_ids"]
     with evaluating(model):
@@ -213,13 +253,17 @@ def check_head(model, batch):
         )
 
 
-def check_packing(model):
-    """Raise ``ValueError`` if documents that share a row (``position_ids``) see each other in this model."""
-    device = next(model.parameters()).device
+def check_packing(model: Any) -> None:
+    """Check that documents that share a row (``position_ids``) do not see each other in a causal LM.
+
+    Raises:
+        ValueError: They see each other.
+    """
+    device = model_device(model)
     documents = [torch.arange(1, 6, device=device), torch.arange(5, 1, -1, device=device)]
     with evaluating(model):
         apart = [_hidden_states(model, input_ids=ids[None])[0] for ids in documents]
-        orders = [[0, 1], [1, 0]]  # two rows, as in training: flash attention packs in batches of one alone
+        orders = [[0, 1], [1, 0]]  # two rows, as in training: flash attention packs only in batches of one
         together = _hidden_states(
             model,
             input_ids=torch.stack([torch.cat([documents[i] for i in order]) for order in orders]),

@@ -1,20 +1,32 @@
-"""NaN and Inf stop a run, with the step and the module named."""
+"""NaN and Inf stop a run. The error names the step and the module."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loku.distributed import local_tensor
 
 
 @torch.no_grad()
-def first_module_not_finite(model, forward):
-    """Name of the first module of ``model`` whose output is not finite while ``forward()`` runs, or None."""
-    found = []
+def first_module_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """Name the first module of a model whose output has a NaN or Inf.
 
-    def check(name):
-        def hook(module, args, output):
+    Args:
+        model: The model.
+        forward: A function that runs the model once.
+
+    Returns:
+        The module's name in the model, or None if every output is finite.
+    """
+    found: list[str] = []
+
+    def check(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             outputs = output if isinstance(output, (tuple, list)) else (output,)
-            tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
+            tensors = [value for value in outputs if isinstance(value, Tensor)]
             if not found and any(not torch.isfinite(value).all() for value in tensors):
                 found.append(name)
 
@@ -30,8 +42,16 @@ def first_module_not_finite(model, forward):
 
 
 @torch.no_grad()
-def check_parameters(model, step):
-    """FloatingPointError, naming the first, if a parameter that is trained has a NaN or Inf."""
+def check_parameters(model: nn.Module, step: int) -> None:
+    """Check the parameters that are trained.
+
+    Args:
+        model: The model. A sharded parameter is checked by its part in this process.
+        step: The number of the optimizer step, for the message.
+
+    Raises:
+        FloatingPointError: A parameter has a NaN or Inf; the message names the first.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(local_tensor(parameter)).all():
             raise FloatingPointError(
@@ -43,23 +63,36 @@ def check_parameters(model, step):
 class LossCheck(TrainerCallback):
     """Stop at a loss that is NaN or Inf, before it changes a weight.
 
-    One look at the device for each optimizer step, in the place of the trainer's own at each micro-batch
-    (``logging_nan_inf_filter``), which leaves such losses out of the log and goes on.
+    The check reads from the device once each optimizer step. The trainer's own check
+    (``logging_nan_inf_filter``) reads at each micro-batch, leaves such losses out of the log and goes on.
 
     Args:
-        locate: batch -> name of the first module whose output is not finite, or None.
+        locate: A function that maps a batch to the name of the first module whose output is not finite, or
+            to None.
     """
 
-    def __init__(self, locate):
+    def __init__(self, locate: Callable[[Any], str | None]) -> None:
         self._locate = locate
-        self._pending = []  # (names, losses, batch) of the step's micro-batches
+        self._pending: list[tuple[list[str], Tensor, Any]] = []  # names, losses, batch of each micro-batch
 
-    def add(self, losses, batch):
-        """losses: name -> 0-dim tensor, of a batch."""
+    def add(self, losses: Mapping[str, Tensor], batch: Any) -> None:
+        """Keep the losses of a micro-batch for the check.
+
+        Args:
+            losses: The 0-dimensional losses by their names.
+            batch: The micro-batch, as ``locate`` takes it.
+        """
         values = torch.stack([value.detach() for value in losses.values()])
         self._pending.append((list(losses), values, batch))
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the losses of the step.
+
+        Raises:
+            FloatingPointError: A loss is NaN or Inf; the message names it, the step and the module.
+        """
         pending, self._pending = self._pending, []
         if not pending or torch.isfinite(torch.cat([values for _, values, _ in pending])).all():
             return

@@ -1,15 +1,16 @@
-"""What is minimised: one small function for each loss, and a registry of the methods made of them.
+"""Losses, one small function each, and ``OBJECTIVES``, the registry of the methods that combine them.
 
-A loss takes a ``Batch`` and returns a scalar, differentiable in its triplets (and divergence). A method is an
-``Objective``: a loss to forget, one to retain, and what they need. A new one is a function and a line::
+A loss takes a ``Batch`` and returns a scalar. The scalar is differentiable in the batch's triplets and
+divergences. A method is an ``Objective``: a loss to forget, a loss to retain, and the rows that they need. A
+new method is a function and a line::
 
     OBJECTIVES["mine"] = Objective(my_loss)
 
-after which ``UnlearnConfig(method="mine")`` minimises ``my_loss(batch)`` + retain_weight x LM loss. A loss
-that is a mean over rows and not over tokens says so: ``Objective(my_loss, forget_over="rows")``.
+``UnlearnConfig(method="mine")`` then minimises ``my_loss(batch)`` + retain_weight x LM loss. A loss that is a
+mean over rows instead of tokens says so: ``Objective(my_loss, forget_over="rows")``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -22,95 +23,110 @@ from loku_kernels import cross_entropy, inverted_hinge, reduce_loss
 class Rows(NamedTuple):
     """The rows of one kind in a batch, as the model predicts them.
 
-    triplet: (B, T, 3), float64, and counted: (B, T), bool, as ``loku.head.token_triplets`` has them.
-    reference_log_probability: (B,), float64: log-probability of the counted tokens under the original model.
-    divergence: (B, T), float64: KL(original || model), in nats, of each counted token.
+    Args:
+        triplet: The softmax triplets (B, T, 3), float64, of ``loku.head.token_triplets``.
+        counted: The mask (B, T), bool, of the positions that predict a label.
+        reference_log_probability: The log-probability (B,), float64, in nats, of each row's counted tokens
+            under the original model. None (default) if the method does not need it.
+        divergence: KL(original || model) (B, T), float64, in nats, of each counted token. None (default) if
+            the method does not need it.
     """
 
+    # An Objective gives its losses every value that it asks for. So the types leave None out.
     triplet: Tensor
     counted: Tensor
-    reference_log_probability: Tensor | None = None
-    divergence: Tensor | None = None
+    reference_log_probability: Tensor = None  # type: ignore[assignment]
+    divergence: Tensor = None  # type: ignore[assignment]
 
-    def log_probability(self):
-        """Log-probability (B,) of each row's counted tokens, in nats: their sum, not their mean."""
+    def log_probability(self) -> Tensor:
+        """Log-probability (B,), in nats, of each row: the sum over its counted tokens, not the mean."""
         return -cross_entropy(self.triplet).where(self.counted, 0.0).sum(1)
 
-    def labelled(self):
-        """Which rows (B,), bool, have a counted token: all but those that only fill up a batch."""
+    def labelled(self) -> Tensor:
+        """The mask (B,), bool, of the rows with a counted token. Rows that only fill up a batch have none."""
         return self.counted.any(1)
 
-    def log_ratio(self):
-        """log(pi / pi_ref) (B,) of each row: how much likelier its tokens are than in the original model."""
+    def log_ratio(self) -> Tensor:
+        """log(pi / ref) (B,), in nats, of each row's probabilities under the model and the original model."""
         return self.log_probability() - self.reference_log_probability
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss may use; ``None`` for rows that the method does not ask for.
+    """The rows of one batch. A kind of rows is None if the method does not ask for it.
 
-    forget: rows of the forget set with their true answers. refusal: the same rows, in the same order, with
-    refusals for answers. retain: rows of the retain set. beta: ``UnlearnConfig.beta``.
+    Args:
+        forget: The rows of the forget set with their true answers.
+        refusal: The same rows, in the same order, with refusals for answers.
+        retain: The rows of the retain set.
+        beta: The inverse temperature of DPO and NPO, ``UnlearnConfig.beta``; 0.1 by default.
     """
 
-    forget: Rows | None = None
-    refusal: Rows | None = None
-    retain: Rows | None = None
+    # As in Rows, the types leave None out.
+    forget: Rows = None  # type: ignore[assignment]
+    refusal: Rows = None  # type: ignore[assignment]
+    retain: Rows = None  # type: ignore[assignment]
     beta: float = 0.1
 
 
-def lm_loss(rows):
-    """LM loss: mean negative log-likelihood, in nats, over the counted tokens."""
+def lm_loss(rows: Rows) -> Tensor:
+    """LM loss: the mean negative log-likelihood, in nats, of the counted tokens."""
     return reduce_loss(cross_entropy(rows.triplet), rows.counted, "mean")
 
 
-def answer_probability(triplet, counted):
-    """exp of the mean log-probability of a row's counted tokens (B,): TOFU's answer probability."""
+def answer_probability(triplet: Tensor, counted: Tensor) -> Tensor:
+    """TOFU's answer probability (B,): exp of the mean log-probability of a row's counted tokens.
+
+    Args:
+        triplet: The softmax triplets (B, T, 3), float64.
+        counted: The mask (B, T), bool, of the tokens that count.
+    """
     count = counted.sum(1).clamp(min=1)
     return (-(cross_entropy(triplet).where(counted, 0.0).sum(1)) / count).exp()
 
 
-def inverted_hinge_loss(batch):
-    """IHL: mean over the forget tokens of 1 + p_target - max over other tokens of p (LoKU, Eq. 3)."""
+def inverted_hinge_loss(batch: Batch) -> Tensor:
+    """IHL: the mean over the forget tokens of 1 + p_target - max over other tokens of p (LoKU, Eq. 3)."""
     return reduce_loss(inverted_hinge(batch.forget.triplet), batch.forget.counted, "mean")
 
 
-def gradient_ascent_loss(batch):
-    """GA: mean log-likelihood of the forget tokens, which is to fall (Jang et al., 2023)."""
+def gradient_ascent_loss(batch: Batch) -> Tensor:
+    """GA: the mean log-likelihood, in nats, of the forget tokens (Jang et al., 2023)."""
     return -lm_loss(batch.forget)
 
 
-def dpo_loss(batch):
-    """DPO: mean over rows of -log sigmoid(beta (log pi(w)/ref(w) - log pi(l)/ref(l))).
+def dpo_loss(batch: Batch) -> Tensor:
+    """DPO: the mean over rows of -log sigmoid(beta (log pi(w)/ref(w) - log pi(l)/ref(l))).
 
-    w is the refusal, which is preferred, l the true answer; pi and ref are whole answers' probabilities, of
-    the model and of the original one (Rafailov et al., 2023, Eq. 7; on refusals: TOFU, Maini et al., 2024).
+    w is the refusal, which is preferred, and l the true answer. pi and ref are the probabilities of whole
+    answers under the model and the original model (Rafailov et al., 2023, Eq. 7). TOFU applies it to refusals
+    (Maini et al., 2024).
     """
     losses = -logsigmoid(batch.beta * (batch.refusal.log_ratio() - batch.forget.log_ratio()))
     return reduce_loss(losses, batch.refusal.labelled(), "mean")
 
 
-def npo_loss(batch):
-    """NPO: (2 / beta) x mean over forget rows of log(1 + (pi / ref)^beta) (Zhang et al., 2024).
+def npo_loss(batch: Batch) -> Tensor:
+    """NPO: (2 / beta) x the mean over forget rows of log(1 + (pi / ref)^beta) (Zhang et al., 2024).
 
-    pi and ref are whole answers' probabilities, of the model and of the original one.
+    pi and ref are the probabilities of whole answers under the model and the original model.
     """
     losses = logsigmoid(-batch.beta * batch.forget.log_ratio())
     return -2 / batch.beta * reduce_loss(losses, batch.forget.labelled(), "mean")
 
 
-def refusal_loss(batch):
-    """IDK: LM loss of refusals in the place of the forget set's answers (TOFU, Maini et al., 2024)."""
+def refusal_loss(batch: Batch) -> Tensor:
+    """IDK: the LM loss of refusals in the place of the forget set's answers (TOFU, Maini et al., 2024)."""
     return lm_loss(batch.refusal)
 
 
-def retain_loss(batch):
+def retain_loss(batch: Batch) -> Tensor:
     """LM loss of the retain tokens (gradient difference, Liu et al., 2022; LoKU, Eq. 3)."""
     return lm_loss(batch.retain)
 
 
-def retain_divergence(batch):
-    """KL: mean over the retain tokens of KL(original || model), in nats (TOFU, Maini et al., 2024)."""
+def retain_divergence(batch: Batch) -> Tensor:
+    """KL: the mean over the retain tokens of KL(original || model), in nats (TOFU, Maini et al., 2024)."""
     return reduce_loss(batch.retain.divergence, batch.retain.counted, "mean")
 
 
@@ -118,15 +134,22 @@ def retain_divergence(batch):
 class Objective:
     """A method: minimise ``forget(batch)`` + retain_weight x ``retain(batch)``.
 
+    The trainer weights the loss of each micro-batch and process by the number of tokens or rows that it is a
+    mean over. The weighted losses add up to the loss of the whole batch.
+
     Args:
-        forget: a loss of a ``Batch``, on rows of the forget set.
-        retain: the same on retain rows, or None: then no retain rows are run.
-        rows: what is run of the forget set: "forget", the true answers, "refusal", or both.
-        reference: what the losses need of the original model. None, "log_probability" (of ``rows``) or
-            "divergence" (from it, of the retain rows).
-        forget_over, retain_over: what each loss is a mean over, "tokens" (counted ones) or "rows" (labelled
-            ones). The trainer weights the losses of micro-batches and processes by how many they have of
-            them, so that together they are the loss of the whole batch.
+        forget: The loss of a ``Batch`` on rows of the forget set.
+        retain: The loss of a ``Batch`` on retain rows, ``retain_loss`` by default. None runs no retain rows.
+        rows: The forget rows that are run: "forget" (default) with the true answers, "refusal" with refusals,
+            or both.
+        reference: The values of the original model that the losses need: the "log_probability" of ``rows``,
+            or the KL "divergence" from the original of the retain rows. None (default) needs none.
+        forget_over: The unit that the forget loss is a mean over: counted "tokens" (default) or labelled
+            "rows".
+        retain_over: The unit that the retain loss is a mean over, as for ``forget_over``.
+
+    Raises:
+        ValueError: A value is none of these, or "divergence" comes without ``retain``.
     """
 
     forget: Callable[[Batch], Tensor]
@@ -136,7 +159,7 @@ class Objective:
     forget_over: Literal["tokens", "rows"] = "tokens"
     retain_over: Literal["tokens", "rows"] = "tokens"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.rows or not set(self.rows) <= {"forget", "refusal"}:
             raise ValueError(f'Objective.rows must be of "forget" and "refusal", got {self.rows!r}')
         if self.reference not in (None, "log_probability", "divergence"):
@@ -150,32 +173,37 @@ class Objective:
                 raise ValueError(f'Objective.{name} must be "tokens" or "rows", got {over!r}')
 
     @property
-    def kinds(self):
+    def kinds(self) -> tuple[str, ...]:
         """The kinds of rows of a batch, in their order there."""
         return self.rows if self.retain is None else (*self.rows, "retain")
 
     @property
-    def reference_kinds(self):
-        """Those of which something is needed of the original model."""
+    def reference_kinds(self) -> tuple[str, ...]:
+        """The kinds of rows that the original model runs."""
         return {None: (), "log_probability": self.rows, "divergence": ("retain",)}[self.reference]
 
-    def losses(self, batch):
-        """``forget_loss`` and, if there is one, ``retain_loss``, unweighted."""
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The scalar ``forget_loss`` and, unless ``retain`` is None, ``retain_loss``, without weights."""
         losses = {"forget_loss": self.forget(batch)}
         if self.retain is not None:
             losses["retain_loss"] = self.retain(batch)
         return losses
 
-    def counts(self, counted):
-        """How many tokens or rows each of the ``losses`` is a mean over: 0-dim int64 tensors.
+    def counts(self, counted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The number of tokens or rows that each of the ``losses`` is a mean over.
 
-        counted: (B, T), bool, for each of ``kinds``, as ``Rows.counted``.
+        Args:
+            counted: The mask ``Rows.counted`` (B, T), bool, of each of ``kinds``.
+
+        Returns:
+            A 0-dimensional int64 tensor for each loss, by the loss's name.
         """
 
-        def count(over, kinds):
+        def count(over: str, kinds: tuple[str, ...]) -> Tensor:
             if over == "rows":
                 return counted[kinds[0]].any(1).sum()
-            return sum(counted[kind].sum() for kind in kinds)
+            first, *others = (counted[kind].sum() for kind in kinds)
+            return sum(others, first)
 
         counts = {"forget_loss": count(self.forget_over, self.rows)}
         if self.retain is not None:

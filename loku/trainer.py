@@ -1,20 +1,33 @@
 """The training loop: ``transformers.Trainer`` on pairs of forget and retain rows."""
 
 import math
+import os
 import time
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from loku.checkpoints import ResumableTrainer
 from loku.config import UnlearnConfig
 from loku.data import (
     IGNORE_INDEX,
+    LazyRows,
     PairedDataset,
     PairSampler,
     RefusalRows,
@@ -30,6 +43,7 @@ from loku.data import (
     tokenize_dataset,
 )
 from loku.data.large_sets import DrawnRows
+from loku.data.pairs import Draw
 from loku.fila.initialize import reference_model
 from loku.head import (
     check_packing,
@@ -43,36 +57,51 @@ from loku.head import (
 from loku.memory import peak_device_memory, peak_memory
 from loku.models import evaluating, keep_differentiable_, load_model
 from loku.nan_guard import LossCheck, first_module_not_finite
-from loku.objectives import OBJECTIVES, Batch, Rows, answer_probability
+from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
 from loku_kernels import reduce_loss
 
 
 class PreparedRows(NamedTuple):
-    """The rows of a run, tokenised, by ``prepare_rows``."""
+    """The tokenised rows of a run, by ``prepare_rows``.
 
-    forget: list  # tokenised rows
-    retain: Any  # tokenised rows, LazyRows or StreamedRows
-    refusals: Any  # RefusalRows, or None
-    tokenizer: Any  # the tokenizer, or None where every row was tokenised
+    Args:
+        forget: The forget rows, dicts with ``input_ids`` and ``labels``.
+        retain: The retain rows, in the same form; ``LazyRows`` or ``StreamedRows`` if they are not held in
+            memory.
+        refusals: The forget rows with refusals, or None if the method needs none.
+        tokenizer: The tokenizer, or None if every row was tokenised and none was passed.
+    """
+
+    forget: list[dict[str, list[int]]]
+    retain: list[dict[str, list[int]]] | LazyRows | StreamedRows
+    refusals: RefusalRows | None
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def prepare_rows(
-    model: Any,
+    model: PreTrainedModel,
     forget: Any,
     retain: Any,
     config: UnlearnConfig,
-    tokenizer: Any = None,
-    refusals: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    refusals: RefusalRows | None = None,
 ) -> PreparedRows:
-    """Tokenise the rows that are not yet tokenised.
+    """Tokenise the rows of a run, once.
 
     Args:
-        model: The causal LM, whose tokenizer is looked for where none is given and one is needed.
-        forget: The forget set, as for ``loku.unlearn``; or ``PreparedRows``, which are returned as they are.
+        model: The causal LM. A tokenizer is looked for beside it if one is needed and none is given.
+        forget: The forget set, as for ``loku.unlearn``. Or the ``PreparedRows`` of an earlier call, which are
+            returned as they are.
         retain: The retain set, as for ``loku.unlearn``.
         config: The settings; ``method``, ``max_length`` and ``refusals`` count.
         tokenizer: The tokenizer, by default the one saved beside the model.
-        refusals: A ``loku.data.RefusalRows``, by default made of the forget set where the method needs it.
+        refusals: The rows with refusals. By default they are made of the forget set if the method needs them.
+
+    Returns:
+        The rows, which ``UnlearnTrainer`` takes as its ``forget``.
+
+    Raises:
+        ValueError: A set is empty, a row is unusable, no tokenizer is found, or refusals cannot be made.
     """
     if isinstance(forget, PreparedRows):
         return forget
@@ -94,10 +123,11 @@ def prepare_rows(
     return PreparedRows(forget, retain, refusals, tokenizer)
 
 
-def _reference_values(model, tokens, reference):
-    """The values of the original model that an objective names, of a model that computes as the original.
+def _reference_values(model: nn.Module, tokens: Mapping[str, Any], reference: str | None) -> Tensor:
+    """The original model's values that an objective needs, from a model that computes as the original.
 
-    "log_probability" is (B,), of each row; "divergence" starts from the hidden states (n, D).
+    For "log_probability" they are the log-probability (B,) of each row. For "divergence" they are the hidden
+    states (n, D) of the n labelled tokens.
     """
     with evaluating(model):
         if reference == "divergence":
@@ -108,67 +138,91 @@ def _reference_values(model, tokens, reference):
 class LossBar(ProgressCallback):
     """The trainer's progress bar, with the last losses at its end instead of a line for each log."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the last losses at the end of the bar."""
         losses = {name: value for name, value in (logs or {}).items() if name.endswith("_loss")}
         if self.training_bar is not None and losses:
             self.training_bar.set_postfix(losses)
 
 
 class _SetEpoch(TrainerCallback):
-    def __init__(self, dataset):
+    def __init__(self, dataset: PairedDataset) -> None:
         self.dataset = dataset
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
 class UnlearnTrainer(ResumableTrainer):
-    """Minimise the forget loss plus the retain loss of paired rows; never hold their logits.
+    """Minimise the forget loss plus the retain loss of paired rows, without holding their logits.
 
-    It trains the model, or the adapter, as it is: ``loku.unlearn`` is this with FILA or PiSSA before it
-    (``UnlearnConfig.init``). The original model, which KL, DPO and NPO need, is with LoRA the peft model
-    itself, with its frozen initial adapter (``loku.reference_model``): one more forward of the rows
-    concerned. A model without an adapter changes in place, so ``train`` first runs all rows that will be
-    drawn, and keeps their log-probabilities (DPO, NPO), or for KL the last hidden states of the retain rows'
-    labelled tokens, on the CPU, and a copy of the output embedding.
+    The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
+    (``UnlearnConfig.init``).
+
+    KL, DPO and NPO need the original model. A peft model with its frozen initial adapter computes as the
+    original (``loku.reference_model``). It runs one more forward of the rows concerned. A model without an
+    adapter changes in place. So ``train`` first runs all rows that will be drawn. It keeps on the CPU their
+    log-probabilities (DPO, NPO), or for KL the last hidden states of the retain rows' labelled tokens and a
+    copy of the output embedding.
+
+    The loss of a step is the loss of one batch with all its rows. ``gradient_accumulation_steps`` and the
+    number of processes only divide the work. Each loss is divided by the number of its tokens (DPO and NPO:
+    rows) in the whole step, counted over micro-batches and processes. ``average_tokens_across_devices`` does
+    not change this. The last step of an epoch may have too few rows for all processes. The rest then get rows
+    without labels.
+
+    The log has ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability``,
+    ``retain_probability`` and ``refusal_probability``. They are means over the steps since the last log, over
+    all processes. Rows that the method does not run are left out. The forget probability counts the true
+    answers. ``tokens_per_second`` counts the tokens of all processes since the last log, without padding and
+    without the original model's forwards. ``peak_memory_gib`` is the largest peak memory of a process, in
+    GiB: of its CUDA device, or resident.
 
     Args:
-        model: a causal LM, usually a peft model, or the path or hub name of one.
-        args: an ``UnlearnConfig``; by default its defaults.
-        forget, retain: data sets as for ``loku.unlearn``, or tokenised rows (``loku.data.tokenize_dataset``).
-        processing_class: the tokenizer; by default the one saved beside the model, if it is needed.
-        refusals: a ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals; by
-            default made from it.
-        peft_config: of an adapter to put into the model, such as a ``peft.LoraConfig``.
-        Everything else is ``transformers.Trainer``'s.
+        model: The causal LM, usually a peft model, or the path or hub name of one.
+        args: The settings, ``UnlearnConfig()`` by default.
+        forget: The forget set, as for ``loku.unlearn`` or already tokenised (``loku.data.tokenize_dataset``).
+            Or the ``PreparedRows`` of a run, in place of ``retain``, ``processing_class`` and ``refusals``.
+        retain: The retain set, in the same forms as ``forget``.
+        processing_class: The tokenizer, by default the one saved beside the model if it is needed.
+        refusals: The ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals. By
+            default they are made from it.
+        peft_config: The config of an adapter to put into the model, such as a ``peft.LoraConfig``; None
+            (default) puts none.
+        kwargs: The other arguments of ``transformers.Trainer``.
 
-    A step's loss is that of one batch with all its rows: ``gradient_accumulation_steps`` and the number of
-    processes only say where they are run. Each loss is divided by what the whole step has of its tokens (DPO
-    and NPO: rows), counted over micro-batches and processes, whatever ``average_tokens_across_devices`` says.
-    Where the last step of an epoch has too few rows for all processes, the rest get rows without labels.
-
-    Logs ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability``,
-    ``retain_probability`` and ``refusal_probability`` of the steps since the last log, of all processes
-    together; not those of rows that the method does not run. The forget probability is that of the true
-    answers. And ``tokens_per_second``, of all processes and since the last log, padding and the original
-    model's forwards not counted; ``peak_memory_gib``, the most that a process has taken: of its CUDA
-    device, or resident.
+    Raises:
+        ValueError: The model or a row cannot be handled; the message says why.
+        OSError: ``output_dir`` cannot be written to.
     """
+
+    train_dataset: PairedDataset
+    processing_class: PreTrainedTokenizerBase | None
+    objective: Objective
 
     def __init__(
         self,
-        model,
-        args,
-        forget,
-        retain,
-        processing_class=None,
-        refusals=None,
-        peft_config=None,
-        **kwargs,
-    ):
+        model: PreTrainedModel | PeftModel | str | os.PathLike,
+        args: UnlearnConfig | None,
+        forget: Any,
+        retain: Any,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        refusals: RefusalRows | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         args = UnlearnConfig() if args is None else args
         self.objective = OBJECTIVES[args.method]
-        model = load_model(model, args)
+        model = load_model(model, args)  # type: ignore[arg-type]  # peft's wrapper is returned as it is
         keep_differentiable_(model)
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError(
@@ -205,17 +259,20 @@ class UnlearnTrainer(ResumableTrainer):
         self.add_callback(_SetEpoch(dataset))
         self._loss_check = LossCheck(self._first_module_not_finite)
         self.add_callback(self._loss_check)
-        # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch: scaled already
+        # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch. So the trainer
+        # must not divide again.
         self.model_accepts_loss_kwargs = True
-        # transformers 5.2 to 5.5.3 let accelerate divide once more, by the number of micro-batches
+        # transformers 5.2 to 5.5.3 would divide once more, by the number of micro-batches.
         self.accelerator.gradient_accumulation_steps = 1
-        self._reference_head = (None, None)
-        # name -> its part of the step's mean, and the share of the step that was averaged, of each batch
-        # since the last log
-        self._batch_metrics, self._batch_shares = {}, {}
-        self._tokens, self._since = [], None  # of each batch, and the time, since then
+        self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
+        # The values since the last log. Each metric has its part of the step's mean and its share of the
+        # step's tokens or rows, for each batch. Each batch has its number of tokens.
+        self._batch_metrics: dict[str, list[Tensor]] = {}
+        self._batch_shares: dict[str, list[Tensor]] = {}
+        self._tokens: list[Tensor] = []
+        self._since: float | None = None  # seconds, of time.perf_counter
 
-    def _check_rows(self, model, args, forget, retain):
+    def _check_rows(self, model: nn.Module, args: UnlearnConfig, forget: Any, retain: Any) -> None:
         if isinstance(retain, StreamedRows) and args.dataloader_num_workers > 0:
             raise ValueError("a retain set without a length is read by one process: dataloader_num_workers=0")
         packed = any("position_ids" in row for row in forget)
@@ -235,20 +292,24 @@ class UnlearnTrainer(ResumableTrainer):
                 stacklevel=3,
             )
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; first run the original model if the method needs its values and there is no adapter.
+
+        The arguments, the result and the errors are those of ``ResumableTrainer.train``.
+        """
         needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
         if needed and not self.train_dataset.references:
             self._keep_references()
         return super().train(*args, **kwargs)
 
-    def _keep_references(self):
-        """Run the original model on every row that will be drawn, and keep what the objective needs."""
+    def _keep_references(self) -> None:
+        """Run the original model on every row that will be drawn, and keep the values of the objective."""
         dataset, reference = self.train_dataset, self.objective.reference
         steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
         epochs = self.args.max_steps / steps if self.args.max_steps > 0 else self.args.num_train_epochs
-        drawn = {}
+        drawn: dict[tuple[str, Any], None] = {}  # an ordered set
 
-        def reading_order(draw):  # a stream is read once
+        def reading_order(draw: Draw) -> tuple[bool, int | None]:  # a stream is read once
             return draw.row is None, draw.position if dataset.streams_retain else draw.row
 
         for epoch in range(math.ceil(epochs)):
@@ -257,11 +318,14 @@ class UnlearnTrainer(ResumableTrainer):
                 for kind in self.objective.reference_kinds:
                     drawn[kind, dataset.key(kind, draw)] = None
         dataset.set_epoch(0)
-        drawn, size = list(drawn), self.args.per_device_train_batch_size
+        everything, size = list(drawn), self.args.per_device_train_batch_size
         for begin in tqdm(
-            range(0, len(drawn), size), desc="original model", disable=self.args.disable_tqdm, leave=False
+            range(0, len(everything), size),
+            desc="original model",
+            disable=self.args.disable_tqdm,
+            leave=False,
         ):
-            keys = drawn[begin : begin + size]
+            keys = everything[begin : begin + size]
             batch = collate([dataset.row(*key) for key in keys], padding_id(self.processing_class))
             with self.compute_loss_context_manager():
                 values = _reference_values(self.model, self._prepare_inputs(batch), reference)
@@ -271,12 +335,11 @@ class UnlearnTrainer(ResumableTrainer):
                 dataset.references[key] = value.clone()
         if reference == "divergence":
             head = output_embedding(self.model)
-            self._reference_head = tuple(
-                None if p is None else p.detach().clone() for p in (head.weight, head.bias)
-            )
+            bias = None if head.bias is None else head.bias.detach().clone()
+            self._reference_head = head.weight.detach().clone(), bias
 
-    def _reference(self, model, inputs, concerned):
-        """``_reference_values`` for the rows where ``concerned`` (B,) is true."""
+    def _reference(self, model: nn.Module, inputs: Mapping[str, Tensor], concerned: Tensor) -> Tensor:
+        """The ``_reference_values`` of the rows where ``concerned`` (B,), bool, is true."""
         if "reference" in inputs:
             return inputs["reference"]
         peft_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -289,8 +352,12 @@ class UnlearnTrainer(ResumableTrainer):
         with reference_model(peft_model):
             return _reference_values(model, tokens, self.objective.reference)
 
-    def _batch(self, model, inputs):
-        """The ``Batch`` of a forward of the model, after one of the original where that is needed."""
+    def _batch(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Batch, Tensor]:
+        """Run the model, and before it the original model if the objective needs it.
+
+        Returns:
+            The ``Batch`` and the triplets (B, T, 3) of all its rows.
+        """
         tokens, needed = model_tokens(inputs), self.objective.reference
         masks = {kind: inputs[f"is_{kind}"] for kind in self.objective.kinds}
         log_probability = divergence = None
@@ -300,29 +367,30 @@ class UnlearnTrainer(ResumableTrainer):
         if needed == "divergence":
             triplet, counted, divergence = token_triplets_and_divergence(
                 model,
-                **tokens,
                 diverging=concerned,
                 reference_hidden=reference,
                 reference_head=self._reference_head,
+                **tokens,
             )
         else:
             triplet, counted = token_triplets(model, **tokens)
         if needed == "log_probability":
             log_probability = torch.zeros_like(triplet[:, 0, 0]).masked_scatter(concerned, reference)
         values = (triplet, counted, log_probability, divergence)
-        rows = {
-            kind: Rows(*(None if value is None else value[mask] for value in values))
-            for kind, mask in masks.items()
-        }
+        rows = {}
+        for kind, mask in masks.items():
+            of_kind: list[Any] = [None if value is None else value[mask] for value in values]
+            rows[kind] = Rows(*of_kind)
         return Batch(**rows, beta=self.args.beta), triplet
 
-    def _first_module_not_finite(self, inputs):
+    def _first_module_not_finite(self, inputs: Mapping[str, Tensor]) -> str | None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return None  # a forward needs all processes, and only this one may have the NaN
+            return None  # a forward needs all processes, and only this process may have the NaN
         return first_module_not_finite(self.model, lambda: self._batch(self.model, inputs))
 
-    def _get_train_sampler(self, train_dataset=None):
-        size, config = self._train_batch_size, self.args.accelerator_config
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
+        config: Any = self.args.accelerator_config
+        size = self._train_batch_size
         together = size if config.split_batches else size * self.accelerator.num_processes
         one = self.accelerator.num_processes == 1 or self.args.dataloader_drop_last
         return PairSampler(
@@ -333,14 +401,17 @@ class UnlearnTrainer(ResumableTrainer):
             multiple=1 if one else together,
         )
 
-    def _counts(self, counted):
-        """What there is in a batch of all that is averaged, by its name in the log; counted: by kind."""
+    def _counts(self, counted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The number of tokens or rows that each metric of the log is a mean over.
+
+        ``counted`` is the mask (B, T), bool, of each kind of rows.
+        """
         rows = {f"{kind}_probability": counted[kind].any(1).sum() for kind in self.objective.kinds}
         return {**self.objective.counts(counted), **rows}
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        """``_counts`` of a step: summed over its micro-batches and over processes."""
-        totals = 0
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        """The ``_counts`` of a step, summed over its micro-batches and over processes."""
+        totals: Any = 0
         for batch in batch_samples:
             counted = next_token_labels(batch["labels"]) != IGNORE_INDEX
             kinds = {kind: counted[batch[f"is_{kind}"]] for kind in self.objective.kinds}
@@ -350,11 +421,27 @@ class UnlearnTrainer(ResumableTrainer):
             return None
         return dict(zip(counts, self.accelerator.reduce(totals, "sum"), strict=True))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The batch's part of the loss of a step whose ``_counts`` are ``num_items_in_batch``.
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Compute a batch's part of the loss of its step.
 
-        By default the step has no more than this batch. Added up over the step's micro-batches and averaged
-        over processes, as DDP averages gradients, the parts are the loss of one batch with all rows.
+        The parts add up over the step's micro-batches and average over processes, as DDP averages gradients.
+        The result is the loss of one batch with all rows.
+
+        Args:
+            model: The model, with the wrappers of accelerate or without.
+            inputs: The batch, as from ``loku.data.collate_pairs``.
+            return_outputs: Whether to return the triplets, too; False by default.
+            num_items_in_batch: The ``_counts`` of the step, a dict of 0-dimensional tensors. None (default)
+                stands for those of this batch.
+
+        Returns:
+            The scalar loss; or a tuple of it and ``{"triplet": (B, T, 3)}``.
         """
         if self._since is None:
             self._since = time.perf_counter()
@@ -381,21 +468,29 @@ class UnlearnTrainer(ResumableTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {"triplet": triplet}) if return_outputs else loss
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the metrics of the steps since the last log.
+
+        Args:
+            logs: The trainer's log, which gets the metrics.
+            args: The other arguments of ``transformers.Trainer.log``.
+            kwargs: The other keyword arguments of ``transformers.Trainer.log``.
+        """
         if self._batch_metrics:
             sums = [
                 torch.stack([torch.stack(parts).sum() for parts in kept.values()])
                 for kept in (self._batch_metrics, self._batch_shares)
             ]
             tokens = torch.stack(self._tokens).sum(dtype=torch.float64)
-            *sums, tokens = self.accelerator.reduce([*sums, tokens], "sum")
-            logs |= dict(zip(self._batch_metrics, (sums[0] / sums[1]).tolist(), strict=True))
-            now, device = time.perf_counter(), self.args.device
-            logs["tokens_per_second"] = tokens.item() / (now - self._since)
-            peak = peak_device_memory() or peak_memory()
-            peak = torch.tensor([peak], dtype=torch.float64, device=device)
+            parts, shares, tokens = self.accelerator.reduce([*sums, tokens], "sum")
+            logs |= dict(zip(self._batch_metrics, (parts / shares).tolist(), strict=True))
+            now, since, device = time.perf_counter(), self._since, self.args.device
+            assert since is not None  # compute_loss has set it
+            logs["tokens_per_second"] = tokens.item() / (now - since)
+            peak = torch.tensor([peak_device_memory() or peak_memory()], dtype=torch.float64, device=device)
             logs["peak_memory_gib"] = self.accelerator.gather(peak).max().item() / 2**30
             self._since = now
-            for kept in (self._batch_metrics, self._batch_shares, self._tokens):
-                kept.clear()
+            self._batch_metrics.clear()
+            self._batch_shares.clear()
+            self._tokens.clear()
         super().log(logs, *args, **kwargs)

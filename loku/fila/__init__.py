@@ -1,5 +1,5 @@
 """FILA, in the order of its steps.
 
-``targets`` says which modules, ``row_scales`` measures their Fisher and ``row_scale_cache`` keeps it, and
-``initialize`` makes the adapter.
+``targets`` chooses the modules. ``row_scales`` measures their Fisher information, and ``row_scale_cache``
+keeps it on disk. ``initialize`` makes the adapter.
 """

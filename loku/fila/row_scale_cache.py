@@ -1,42 +1,62 @@
 """Row scales on disk, so that a second run on the same model and data skips the Fisher passes.
 
-A file is named by the SHA-256 of all that the scales depend on: the model's class, config and weights, the
-rows, the modules and the damping. So a file is never out of date, only not asked for any more; those that are
-can be deleted at any time.
+The name of a file is the SHA-256 of everything that the row scales depend on: the model's class, config and
+weights, the rows, the modules and the damping. So a file never becomes wrong. Every file may be deleted at
+any time.
 """
 
 import hashlib
 import json
+import os
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from loku.distributed import from_main_process, is_main_process
 from loku.fingerprints import batches_fingerprint, tensors_fingerprint, weights_fingerprint
 from loku.models import unwrapped
 from loku.saving.directories import whole_file
 
-_FORMAT = 1  # to be raised when the same model and data give other scales
+_FORMAT = 1  # raise it when the same model and data give other row scales
 
 
-def cached_row_scales(cache_dir, measure, *, model, modules, forget_batches, retain_batches, **settings):
-    """``measure()``, or what it returned for the same arguments before, bit for bit.
+def cached_row_scales(
+    cache_dir: str | os.PathLike,
+    measure: Callable[[], dict[str, Tensor]],
+    *,
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    forget_batches: Iterable[Mapping[str, Tensor]],
+    retain_batches: Iterable[Mapping[str, Tensor]],
+    **settings: float | str,
+) -> dict[str, Tensor]:
+    """Return ``measure()``, or its earlier result for the same arguments, bit for bit.
 
-    Where torch.distributed is set up the main process reads and writes, and all of them must call this.
+    All processes of torch.distributed must call this. The main process reads and writes.
+
+    A file that cannot be read, is damaged or belongs to something else is measured anew, with a warning. Row
+    scales that cannot be written are not kept, with a warning.
 
     Args:
-        cache_dir: directory of the cache, made if need be.
-        measure: -> name -> (d,), float32, a row scale of each of ``modules``.
-        model: a causal LM; the adapters of a peft model do not count.
-        modules: name -> ``torch.nn.Linear``.
-        forget_batches, retain_batches: as for ``loku.fila.row_scales.fisher_row_scales``. Neither the order
-            nor the grouping nor the padding of the rows counts.
-        settings: what else the scales depend on; numbers and strings.
+        cache_dir: The directory of the cache. It is made if it does not exist.
+        measure: A function that returns the row scales (d,), float32, of each of ``modules``.
+        model: The causal LM. The adapters of a peft model do not count.
+        modules: The linear modules by their names.
+        forget_batches: The batches, as for ``loku.fila.row_scales.fisher_row_scales``. The order, grouping
+            and padding of the rows do not count.
+        retain_batches: The batches of the retain set, in the same form.
+        settings: The other numbers and strings that the row scales depend on.
 
-    With a warning, scales whose file cannot be read, is damaged or holds something else are measured anew,
-    and those that cannot be written are not kept. OSError: the directory cannot be made.
+    Returns:
+        The row scales (d,), float32, of each module, on the module's device.
+
+    Raises:
+        OSError: The directory cannot be made.
     """
     description = {
         "format": _FORMAT,
@@ -50,48 +70,53 @@ def cached_row_scales(cache_dir, measure, *, model, modules, forget_batches, ret
     }
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     path = Path(cache_dir) / f"row_scales-{key[:16]}.safetensors"
-    scales = None
+    row_scales = None
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
-        scales = _load(path, key, modules)
-    scales = from_main_process(scales)
-    if scales is None:
-        scales = measure()
+        row_scales = _load(path, key, modules)
+    row_scales = from_main_process(row_scales)
+    if row_scales is None:
+        row_scales = measure()
         if is_main_process():
-            _save(path, key, scales)
-    return {name: scale.to(modules[name].weight.device) for name, scale in scales.items()}
+            _save(path, key, row_scales)
+    return {name: values.to(modules[name].weight.device) for name, values in row_scales.items()}
 
 
-def _config(model):
-    config = unwrapped(model).config.to_dict()
-    for key in ("_name_or_path", "transformers_version"):  # where the weights lay does not matter
+def _config(model: nn.Module) -> str:
+    base: Any = unwrapped(model)
+    config = base.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):  # the place of the weights does not count
         config.pop(key, None)
     return json.dumps(config, sort_keys=True, default=str)
 
 
-def _load(path, key, modules):
+def _load(path: Path, key: str, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            scales = {name: file.get_tensor(name) for name in file.keys()}
+            row_scales = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         problem = f"cannot be read ({error})"
     else:
         shapes = {name: tuple(module.weight.shape[:1]) for name, module in modules.items()}
-        if metadata.get("key") != key or {name: tuple(s.shape) for name, s in scales.items()} != shapes:
+        if metadata.get("key") != key or _shapes(row_scales) != shapes:
             problem = "belongs to something else"
-        elif metadata.get("checksum") != tensors_fingerprint(scales):
+        elif metadata.get("checksum") != tensors_fingerprint(row_scales):
             problem = "is damaged"
         else:
-            return scales
+            return row_scales
     warnings.warn(f"{path} {problem}; the row scales are measured anew", stacklevel=4)
     return None
 
 
-def _save(path, key, scales):
-    tensors = {name: scale.detach().cpu().contiguous() for name, scale in scales.items()}
+def _shapes(row_scales: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(values.shape) for name, values in row_scales.items()}
+
+
+def _save(path: Path, key: str, row_scales: Mapping[str, Tensor]) -> None:
+    tensors = {name: values.detach().cpu().contiguous() for name, values in row_scales.items()}
     try:
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata={"key": key, "checksum": tensors_fingerprint(tensors)})

@@ -1,20 +1,22 @@
-"""How much each row of a weight matters to the forget set and not to the retain set: FILA's row scales.
+"""FILA's row scales: the importance of each row of a weight to the forget set and not to the retain set.
 
     s_i^2 = sum_j F_forget[i, j] / (F_retain[i, j] + damping)
 
-F is the diagonal of the empirical Fisher, the mean over samples of the squared gradient of the sample's
-log-likelihood (Eq. 2). The score is linear in the forget samples, so the retain pass comes first, its Fisher
-is the only matrix that is held, and the forget pass adds straight to one number a row.
+F is the diagonal of the empirical Fisher: the mean over samples of the squared gradient of the sample's
+log-likelihood (Eq. 2). The squared row scale is linear in the forget samples. So the retain pass comes first,
+and its Fisher is the only matrix that is held. The forget pass adds to one number a row.
 """
 
 import math
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils import convert_file_size_to_int
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loku.data.rows import IGNORE_INDEX
@@ -25,14 +27,20 @@ from loku.distributed import (
     sum_over_processes_,
 )
 from loku.head import model_tokens, negative_log_likelihood
-from loku.models import unwrapped
+from loku.models import evaluating, model_device, unwrapped
 from loku_kernels import accumulate_squared_grad_
 
-_KERNEL_BYTES = 8 << 20  # that ``accumulate_squared_grad_`` takes for itself, at most
+_KERNEL_BYTES = 8 << 20  # the most bytes that ``accumulate_squared_grad_`` allocates
+
+Batches = Iterable[Mapping[str, Tensor]]
 
 
-def memory_bytes(budget):
-    """Bytes of "4GiB", "500MB" or a number; None for None. ``ValueError`` for anything else."""
+def memory_bytes(budget: int | str | None) -> int | None:
+    """The bytes of a memory budget: "4GiB", "500MB", a number, or None for no limit.
+
+    Raises:
+        ValueError: The budget is none of these.
+    """
     if budget is None:
         return None
     size = int(budget) if isinstance(budget, str) and budget.isdecimal() else budget
@@ -46,16 +54,16 @@ class FilaConfig:
     """The settings of FILA's row scales, s_i^2 = sum_j F_forget[i, j] / (F_retain[i, j] + damping).
 
     Args:
-        damping: The number that is added to the retain Fisher, >= 0.
-        damping_mode: "relative" multiplies the damping by the mean retain Fisher of the module. "absolute"
-            takes it as it is; the authors' code has 1e-5.
-        fisher_samples: The number of rows of each data set that are measured; None for all.
-        seed: The seed that chooses those rows.
+        damping: The number that is added to the retain Fisher, >= 0; 1 by default.
+        damping_mode: "relative" (default) multiplies the damping by the mean retain Fisher of the module.
+            "absolute" takes it as it is; the authors' code has 1e-5.
+        fisher_samples: The number of rows of each data set that are measured; None (default) measures all.
+        seed: The seed that chooses those rows, 0 by default.
         fisher_memory_budget: The memory that measuring may hold beside a forward and backward: a size like
-            "4GiB", bytes, or None for no limit. The smaller it is, the more passes over the data there are.
-            See ``loku.fila.row_scales.fisher_row_scales``.
-        fisher_cache_dir: A directory that keeps row scales, so that a second run on the same model and data
-            measures nothing; None to measure always. See ``loku.fila.row_scale_cache``.
+            "4GiB", a number of bytes, or None (default) for no limit. A smaller budget takes more passes over
+            the data. See ``loku.fila.row_scales.fisher_row_scales``.
+        fisher_cache_dir: The directory that keeps row scales. A second run on the same model and data then
+            measures nothing. None (default) always measures. See ``loku.fila.row_scale_cache``.
 
     Raises:
         ValueError: A value is out of its range; the message names the field.
@@ -68,7 +76,7 @@ class FilaConfig:
     fisher_memory_budget: int | str | None = None
     fisher_cache_dir: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"FilaConfig.damping must be finite and >= 0, got {self.damping}")
         if self.damping_mode not in ("relative", "absolute"):
@@ -80,50 +88,55 @@ class FilaConfig:
         memory_bytes(self.fisher_memory_budget)
 
 
-def reiterable(batches):
-    """The batches, or a list of them if they can be iterated once only."""
+def reiterable(batches: Batches) -> Batches:
+    """The batches, or a list of them if they can be iterated only once."""
     return list(batches) if iter(batches) is batches else batches
 
 
 def fisher_row_scales(
-    model,
-    modules,
-    forget_batches,
-    retain_batches,
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    forget_batches: Batches,
+    retain_batches: Batches,
     *,
-    damping=1.0,
-    damping_mode="relative",
-    memory_budget=None,
-    progress=True,
-):
-    """Row scales s of linear modules, normalised to a root mean square of 1 in each.
+    damping: float = 1.0,
+    damping_mode: Literal["relative", "absolute"] = "relative",
+    memory_budget: int | str | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Measure the row scales of linear modules, normalised to a root mean square of 1 in each module.
 
-    Where torch.distributed is set up each process runs every so-many-th batch and gets the same scales. So
-    all of them must call this, with the same batches in the same order. The weights may be sharded (FSDP2).
+    All processes of torch.distributed must call this, with the same batches in the same order. Each process
+    of n runs every n-th batch, and all get the same row scales. The weights may be sharded (FSDP2).
 
     Args:
-        model: a causal LM, peft wrappers included. Its weights, their ``requires_grad`` and its mode are what
-            they were afterwards.
-        modules: name -> ``torch.nn.Linear`` of ``model``. Each may be called once in a forward.
-        forget_batches, retain_batches: iterables, iterated several times, of dicts with ``input_ids``,
-            ``attention_mask`` and ``labels`` (B, T). How samples are grouped and padded does not change the
-            result. An iterator is read into a list.
-        damping: added to the retain Fisher; relative to the module's mean retain Fisher, or with
-            ``damping_mode="absolute"`` as it is (the official code's is 1e-5).
-        memory_budget: "4GiB", bytes or None: what may be held on a device beside what a forward and backward
-            without weight gradients takes. That is the retain Fishers, float32, 4 bytes a weight, and the
-            modules' inputs of the largest batch. The modules are handled in as many groups as it takes, each
-            with its own pair of passes over the data. None for one group.
-        progress: print how many passes there will be and what they hold, and show a progress bar.
+        model: The causal LM, with peft's wrappers or without. Its weights, their ``requires_grad`` and its
+            mode are afterwards as before.
+        modules: The linear modules of ``model`` to measure, by their names. A forward may call each once.
+        forget_batches: An iterable of dicts with ``input_ids``, ``attention_mask`` and ``labels`` (B, T),
+            int64. It is iterated several times; an iterator is read into a list. The grouping and padding of
+            the samples do not change the result.
+        retain_batches: The batches of the retain set, as for ``forget_batches``.
+        damping: The number that is added to the retain Fisher, >= 0; 1 by default.
+        damping_mode: "relative" (default) multiplies the damping by the mean retain Fisher of the module.
+            "absolute" takes it as it is; the official code has 1e-5.
+        memory_budget: The memory that may be held on a device beside a forward and backward without weight
+            gradients: a size like "4GiB", a number of bytes, or None (default) for no limit. It pays for the
+            retain Fishers, float32, 4 bytes a weight, and for the modules' inputs of the largest batch. The
+            modules are measured in as many groups as the budget needs, and each group takes its own pair of
+            passes over the data. There is one group without a limit.
+        progress: Whether to print the number of passes and the memory that they hold, and to show a progress
+            bar.
 
     Returns:
-        name -> (d,), float32, on the module's device. All ones, with a warning that names the module, where
-        the scales are zero.
+        The row scales (d,), float32, of each module, on the module's device. They are all 1 if the module's
+        Fisher is zero, and a warning names the module.
 
     Raises:
-        ValueError: no batch in a set; a memory budget that one module exceeds by itself, with the module's
-            name and what it needs. RuntimeError: a module is called twice, or not at all, in a forward.
-        FloatingPointError: a Fisher or a loss is NaN or Inf; the pass, module and batch are named.
+        ValueError: A set has no batch, or one module alone needs more than the memory budget. The message
+            names the module and its need.
+        RuntimeError: A forward calls a module twice or never.
+        FloatingPointError: A Fisher or a loss is NaN or Inf. The message names the pass, module and batch.
     """
     retain_batches, forget_batches = reiterable(retain_batches), reiterable(forget_batches)
     tokens = max(
@@ -134,40 +147,56 @@ def fisher_row_scales(
     progress = progress and is_main_process()
     if progress:
         tqdm.write(_describe(groups, budget))
-    scales = {}
+    row_scales = {}
     with gradients_for_activations_alone(model):
         for number, group in enumerate(groups, 1):
             suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
-            scores = _scores(
+            squared = _squared_row_scales(
                 model, group.modules, forget_batches, retain_batches, damping, damping_mode, suffix, progress
             )
-            for name, score in scores.items():
-                scales[name] = same_in_all_processes_(_normalised(score, name))
-    return scales
+            for name, squares in squared.items():
+                row_scales[name] = same_in_all_processes_(_normalised(squares, name))
+    return row_scales
 
 
 class FisherGroup(NamedTuple):
-    """Modules that are handled in one pair of passes, and the bytes that these hold."""
+    """Modules that are measured in one pair of passes, and the bytes that the passes hold.
 
-    modules: dict
-    held: int = 0  # Fishers and inputs
+    Args:
+        modules: The linear modules by their names.
+        held: The bytes of the retain Fishers and the modules' inputs; 0 by default.
+        kernel: The bytes that the kernel allocates for itself; 0 by default.
+    """
+
+    modules: dict[str, nn.Linear]
+    held: int = 0
     kernel: int = 0
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
+        """All bytes that the passes hold."""
         return self.held + self.kernel
 
 
-def _largest_batch(batches, description):
-    """Tokens of the largest batch, padding included."""
+def _largest_batch(batches: Batches, description: str) -> int:
+    """The number of tokens of the largest batch, with its padding."""
     tokens = max((batch["input_ids"].numel() for batch in batches), default=None)
     if tokens is None:
         raise ValueError(f"no batch for the {description}")
     return tokens
 
 
-def plan_groups(modules, tokens, budget):
-    """The modules in groups, in their order, each as large as the budget (bytes or None) allows."""
+def plan_groups(modules: Mapping[str, nn.Linear], tokens: int, budget: int | None) -> list[FisherGroup]:
+    """Divide modules into groups, in their order, each as large as the memory budget allows.
+
+    Args:
+        modules: The linear modules by their names.
+        tokens: The number of tokens of the largest batch, with its padding.
+        budget: The memory budget in bytes, or None for one group.
+
+    Raises:
+        ValueError: One module alone needs more than the budget.
+    """
     groups = [FisherGroup({})]
     for name, module in modules.items():
         weight = module.weight
@@ -188,11 +217,11 @@ def plan_groups(modules, tokens, budget):
     return groups
 
 
-def _mebibytes(size):
+def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.4g} MiB"
 
 
-def _describe(groups, budget):
+def _describe(groups: list[FisherGroup], budget: int | None) -> str:
     modules = sum(len(group.modules) for group in groups)
     held, whole = max(group.bytes for group in groups), sum(group.held for group in groups)
     number = "1 group" if len(groups) == 1 else f"{len(groups)} groups"
@@ -203,59 +232,81 @@ def _describe(groups, budget):
     )
 
 
-def _scores(model, modules, forget_batches, retain_batches, damping, damping_mode, suffix, progress):
-    """name -> (d,), s^2 before it is normalised. What it holds of the modules goes when it returns."""
+def _squared_row_scales(
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    forget_batches: Batches,
+    retain_batches: Batches,
+    damping: float,
+    damping_mode: str,
+    suffix: str,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The squared row scales (d,), float32, of each module, not yet normalised.
+
+    The retain Fishers are freed when the function returns.
+    """
     fishers = {name: _zeros(module, module.weight.shape) for name, module in modules.items()}
     count = _accumulate(model, modules, retain_batches, fishers, {}, f"retain Fisher{suffix}", progress)
     for fisher in fishers.values():
         fisher /= count
         mean = fisher.mean()
-        unit = torch.where(mean > 0, mean, 1.0)  # no retain Fisher: that of the forget set decides
+        unit = torch.where(mean > 0, mean, 1.0)  # without a retain Fisher the forget Fisher decides
         fisher += damping * (unit if damping_mode == "relative" else 1.0)
-    scores = {name: _zeros(module, module.weight.shape[:1]) for name, module in modules.items()}
-    count = _accumulate(model, modules, forget_batches, scores, fishers, f"forget Fisher{suffix}", progress)
-    return {name: score / count for name, score in scores.items()}
+    sums = {name: _zeros(module, module.weight.shape[:1]) for name, module in modules.items()}
+    count = _accumulate(model, modules, forget_batches, sums, fishers, f"forget Fisher{suffix}", progress)
+    return {name: total / count for name, total in sums.items()}
 
 
-def _zeros(module, shape):
+def _zeros(module: nn.Linear, shape: torch.Size) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=module.weight.device)
 
 
-def _normalised(score, name):
-    mean = score.mean()
+def _normalised(squares: Tensor, name: str) -> Tensor:
+    mean = squares.mean()
     if mean == 0:
         warnings.warn(f"{name}: its Fisher information is zero, so its row scales are all 1", stacklevel=3)
-        return torch.ones_like(score)
-    return (score / mean).sqrt()
+        return torch.ones_like(squares)
+    return (squares / mean).sqrt()
 
 
 @contextmanager
-def gradients_for_activations_alone(model):
-    """Evaluation mode, no weight that needs a gradient, and a graph from the embedded tokens on."""
+def gradients_for_activations_alone(model: nn.Module) -> Iterator[None]:
+    """A context in evaluation mode, in which no weight needs a gradient and the embedded tokens do.
+
+    Args:
+        model: The causal LM. Its mode and the ``requires_grad`` of its parameters are afterwards as before.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    embedding = unwrapped(model).get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    base: Any = unwrapped(model)
+    handle = base.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.requires_grad_()
+    )
     try:
-        model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield
     finally:
         handle.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in training:
-            module.training = mode
 
 
-def _accumulate(model, modules, batches, totals, divisors, description, progress):
+def _accumulate(
+    model: nn.Module,
+    modules: Mapping[str, nn.Linear],
+    batches: Batches,
+    totals: Mapping[str, Tensor],
+    divisors: Mapping[str, Tensor],
+    description: str,
+    progress: bool,
+) -> int:
     """Add every sample's squared gradients to ``totals``; return the number of samples."""
-    inputs = {}
+    inputs: dict[str, Tensor | None] = {}
 
-    def capture(name):
-        def forward_hook(module, args, output):
+    def capture(name: str) -> Callable[..., None]:
+        def forward_hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if name in inputs:
                 raise RuntimeError(
                     f"{name} is called more than once in a forward, so its gradient is a sum that is not "
@@ -264,19 +315,20 @@ def _accumulate(model, modules, batches, totals, divisors, description, progress
             inputs[name] = args[0].detach()
             output.register_hook(backward_hook)
 
-        def backward_hook(grad):
+        def backward_hook(grad: Tensor) -> None:
             x = inputs[name]
-            inputs[name] = None  # used up, but the call is remembered
+            assert x is not None
+            inputs[name] = None  # freed; the key remembers the call
             accumulate_squared_grad_(totals[name], x, grad.to(x.dtype), divisors.get(name))
 
         return forward_hook
 
     handles = [module.register_forward_hook(capture(name)) for name, module in modules.items()]
-    device = next(model.parameters()).device
+    device = model_device(model)
     count, losses = 0, []
     try:
-        batches = tqdm(batches, desc=description, disable=not progress, leave=False)
-        for batch, counts in share_of_batches(batches):
+        shown = tqdm(batches, desc=description, disable=not progress, leave=False)
+        for batch, counts in share_of_batches(shown):
             batch = {name: values.to(device) for name, values in model_tokens(batch).items()}
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
@@ -294,11 +346,11 @@ def _accumulate(model, modules, batches, totals, divisors, description, progress
     for total in totals.values():
         sum_over_processes_(total)
     _check_finite(totals, losses, description)
-    return sum_over_processes_(torch.tensor(count, device=device)).item()
+    return int(sum_over_processes_(torch.tensor(count, device=device)).item())
 
 
-def _check_finite(totals, losses, description):
-    """FloatingPointError, naming the first module and batch, if a total or a loss has a NaN or Inf."""
+def _check_finite(totals: Mapping[str, Tensor], losses: list[Tensor], description: str) -> None:
+    """Raise FloatingPointError if a total or a loss has a NaN or Inf. It names the first module and batch."""
     bad = next((name for name, total in totals.items() if not torch.isfinite(total.sum())), None)
     batches = (~torch.isfinite(torch.stack(losses))).nonzero().flatten().tolist()
     if bad is None and not batches:

@@ -1,8 +1,13 @@
-"""Which modules to adapt (the paper's: query, value and every MLP linear), and what FILA refuses."""
+"""The modules to adapt, and the modules that FILA refuses.
+
+The paper adapts query, value and every MLP linear.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
@@ -12,7 +17,7 @@ from torch import Tensor, nn
 
 from loku.distributed import is_sharded
 
-REFERENCE_ADAPTER = "reference"
+REFERENCE_ADAPTER = "reference"  # the frozen initial factors
 
 # Names that causal LMs in transformers give to their modules.
 _ATTENTION = {
@@ -23,10 +28,11 @@ _ATTENTION = {
 }
 _FUSED_ATTENTION = {"qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv", "wqkv", "qkv", "att_proj"}
 _MLP_PARENT = {"mlp", "feed_forward", "feedforward", "ffn"}
-_MLP_IN_BLOCK = {"fc1", "fc2"}  # OPT has them in the block itself
+_MLP_IN_BLOCK = {"fc1", "fc2"}  # linears of OPT, directly in the block
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-TARGET_SWEEPS = {  # of the paper's Figure 4, by the roles of the modules
+# The sweeps of the paper's Figure 4, by the roles of the modules.
+TARGET_SWEEPS = {
     "qv": ("query", "value"),
     "qkvo": ("query", "key", "value", "output"),
     "ffn": ("MLP",),
@@ -45,23 +51,29 @@ def _shortest_suffixes(targets: list[str], others: list[str]) -> list[str]:
 
 
 def default_target_modules(model: nn.Module, sweep: str = "qv+ffn") -> list[str]:
-    """The paper's LoRA targets, by default query, value and every MLP linear, as
-    `LoraConfig(target_modules=...)`.
+    """The paper's LoRA targets, as ``LoraConfig(target_modules=...)`` takes them.
 
-    sweep: of Figure 4. "qv" query and value projections, "qkvo" those of key and output as well, "ffn" every
-    MLP linear, "qv+ffn" the first and the last.
+    GPT-Neo has q_proj, v_proj, c_fc and c_proj. Llama, Mistral, Qwen and Gemma have q_proj, v_proj,
+    gate_proj, up_proj and down_proj. Phi has q_proj, v_proj, fc1 and fc2. Other models are read by their
+    structure: the modules beside a query projection are attention, the modules under an MLP are the MLP.
 
-    GPT-Neo: q_proj, v_proj, c_fc, c_proj. Llama, Mistral, Qwen, Gemma: q_proj, v_proj, gate_proj, up_proj,
-    down_proj. Phi: q_proj, v_proj, fc1, fc2. Elsewhere by structure: the modules beside a query projection
-    are attention, those under an MLP are the MLP.
+    Args:
+        model: The causal LM.
+        sweep: The sweep of Figure 4. "qv" has the query and value projections, "qkvo" the key and output
+            projections as well, "ffn" every MLP linear. "qv+ffn" (default) is "qv" and "ffn" together.
 
-    ValueError, asking for `target_modules`, where that cannot be told: fused query-key-value projections,
-    Conv1D (GPT-2), mixtures of experts, unknown names.
+    Returns:
+        The shortest suffixes of module names that match the targets and nothing else.
+
+    Raises:
+        ValueError: The targets cannot be told. The model has fused query-key-value projections, Conv1D
+            (GPT-2), a mixture of experts or unknown names. The message asks for ``target_modules``.
     """
     kind = type(model).__name__
     roles = TARGET_SWEEPS[sweep]
     way_round = f"pass target_modules (the names of its {', '.join(roles)} linears) yourself"
-    config = model.config.get_text_config() if hasattr(model, "config") else None
+    config: Any = getattr(model, "config", None)
+    config = None if config is None else config.get_text_config()
     experts = [key for key in _EXPERT_COUNTS if (getattr(config, key, None) or 0) > 1]
     if experts:
         raise ValueError(
@@ -99,7 +111,7 @@ def default_target_modules(model: nn.Module, sweep: str = "qv+ffn") -> list[str]
     return _shortest_suffixes(targets, [name for name in modules if name not in set(targets)])
 
 
-# Which modules FILA can initialise. Everything else is refused by name, before any weight is touched.
+# FILA refuses the modules and options below by name, before it changes a weight.
 
 _REFUSED_OPTIONS = {
     "lora_dropout": "dropout acts on B A but not on the residual, so the outputs would change; set it to 0",
@@ -112,7 +124,7 @@ _REFUSED_OPTIONS = {
 }
 
 
-def _check_config(config) -> None:
+def _check_config(config: Any) -> None:
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"FILA initialises LoRA adapters, got {config.peft_type}; use a LoraConfig")
     for option, reason in _REFUSED_OPTIONS.items():
@@ -131,14 +143,15 @@ def _check_config(config) -> None:
         )
 
 
-def _storage(parameter: Tensor):
-    """What is the same for parameters that share their memory."""
+def _storage(parameter: Tensor) -> Hashable:
+    """A key that parameters have in common if they share their memory."""
     return id(parameter) if is_sharded(parameter) else (parameter.device, parameter.data_ptr())
 
 
-def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[tuple, list[str]]) -> None:
-    base = layer.get_base_layer()
-    kind, leaf, weight = type(base).__name__, name.rpartition(".")[2], getattr(base, "weight", None)
+def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[Hashable, list[str]]) -> None:
+    base: Any = layer.get_base_layer()
+    weight: Any = getattr(base, "weight", None)
+    kind, leaf = type(base).__name__, name.rpartition(".")[2]
     if kind == "Conv1D":
         raise ValueError(
             f"{name}: FILA cannot initialise transformers' Conv1D (GPT-2), whose weight is transposed; use "
@@ -186,15 +199,43 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[tu
         )
 
 
+def adapter_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
+    """The LoRA layers that have an adapter, by their module names in the base model."""
+    return {
+        name: layer
+        for name, layer in peft_model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
+    }
+
+
+def base_weight(layer: Any) -> Tensor:
+    """The weight W (d, k) of the base layer in a LoRA layer."""
+    return layer.get_base_layer().weight
+
+
+def adapter_factors(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The factors B (d, rank) and A (rank, k) of an adapter in a LoRA layer."""
+    return layer.lora_B[adapter_name].weight, layer.lora_A[adapter_name].weight
+
+
 def fila_targets(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLinear]:
-    """The LoRA layers of an adapter, by their module names in the base model; all fit for FILA.
+    """The LoRA layers of an adapter, which FILA can initialise.
 
-    Call it before measuring Fishers: it changes nothing and refuses early.
+    The check changes nothing. It may run before the Fishers are measured, to refuse early.
 
-    ValueError, naming the module or option, the reason and the way round, for: lora_dropout > 0, DoRA and
-    other LoRA variants, lora_bias, trained biases or modules, initialisations that change the base (PiSSA and
-    the like), further adapters, merged adapters, quantised or offloaded weights, Conv1D, fused
-    query-key-value projections, and weights shared with another module.
+    Args:
+        peft_model: The model with the adapter.
+        adapter_name: The name of the adapter, "default" by default.
+
+    Returns:
+        The layers by their module names in the base model.
+
+    Raises:
+        ValueError: FILA cannot initialise the adapter. The message names the module or option, the reason and
+            a way round. FILA refuses ``lora_dropout`` > 0, DoRA and other LoRA variants, ``lora_bias``, and
+            trained biases or modules. It refuses initialisations that change the base, such as PiSSA. It
+            refuses further adapters, merged adapters, and quantised or offloaded weights. It refuses Conv1D,
+            fused query-key-value projections, and weights that are shared with another module.
     """
     if not isinstance(peft_model, PeftModel):
         raise ValueError(f"FILA needs a PeftModel, got {type(peft_model).__name__}; use peft.get_peft_model")
@@ -213,16 +254,11 @@ def fila_targets(peft_model: PeftModel, adapter_name: str = "default") -> dict[s
         )
     _check_config(peft_model.peft_config[adapter_name])
 
-    base = peft_model.get_base_model()
-    owners: dict[tuple, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
+    owners: dict[Hashable, list[str]] = {}
+    for name, parameter in peft_model.get_base_model().named_parameters(remove_duplicate=False):
         module = name.removesuffix(".weight").removesuffix(".base_layer")
         owners.setdefault(_storage(parameter), []).append(module)
-    layers = {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.scaling
-    }
+    layers = adapter_layers(peft_model, adapter_name)
     for name, layer in layers.items():
         _check_layer(name, layer, adapter_name, owners)
     return layers

@@ -1,1 +1,1 @@
-"""Saves: the portable ``adapter``, whole ``models``, and ``directories`` that are whole or not there."""
+"""Saving: the portable ``adapter``, whole ``models``, and ``directories`` that are whole or absent."""

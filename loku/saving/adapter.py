@@ -1,50 +1,49 @@
-"""The default save: a plain LoRA adapter for the untouched base, whatever the initialisation was."""
+"""The default save: a plain LoRA adapter for the untouched base, after any initialisation."""
 
 from __future__ import annotations
 
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
-from loku.fila.targets import REFERENCE_ADAPTER
+from loku.fila.targets import REFERENCE_ADAPTER, adapter_factors, adapter_layers
 from loku.saving.directories import whole_directory
 
 
-def _difference(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """scaling * (B A - B0 A0), exactly, as B2 (d, 2r) A2 (2r, k) in float32."""
-    A, B = (full_tensor(f[adapter_name].weight).float() for f in (layer.lora_A, layer.lora_B))
-    A0, B0 = (f[REFERENCE_ADAPTER].weight.float() for f in (layer.lora_A, layer.lora_B))
-    # (B - B0) A + B0 (A - A0): what is small is subtracted before anything is multiplied or rounded.
+def _difference(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A2 (2r, k) and B2 (d, 2r), float32, whose product B2 A2 is exactly scaling * (B A - B0 A0)."""
+    B, A = (full_tensor(factor).float() for factor in adapter_factors(layer, adapter_name))
+    B0, A0 = (factor.float() for factor in adapter_factors(layer, REFERENCE_ADAPTER))
+    # (B - B0) A + B0 (A - A0): the small differences are taken before any product or rounding.
     return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1) * layer.scaling[adapter_name]
 
 
-def _difference_adapter(peft_model: PeftModel, adapter_name: str):
-    """(config, state dict) of a rank-2r adapter of the difference from the reference, with scaling 1."""
-    config = copy.deepcopy(peft_model.peft_config[adapter_name])
+def _difference_adapter(peft_model: PeftModel, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
+    """The config and state dict of the difference from the reference: an adapter of rank 2r and scaling 1."""
+    config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
     config.r *= 2
     config.rank_pattern = {pattern: 2 * rank for pattern, rank in (config.rank_pattern or {}).items()}
-    # alpha = rank in every module: the old scaling, that of rsLoRA too, is in B2.
+    # alpha = rank in every module, because B2 includes the old scaling, of rsLoRA too.
     config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
     config.use_rslora = False
     config.init_lora_weights = True
     state = {}
-    for name, layer in peft_model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
-            A, B = _difference(layer, adapter_name)
-            state[f"base_model.model.{name}.lora_A.weight"] = A
-            state[f"base_model.model.{name}.lora_B.weight"] = B
+    for name, layer in adapter_layers(peft_model, adapter_name).items():
+        A, B = _difference(layer, adapter_name)
+        state[f"base_model.model.{name}.lora_A.weight"] = A
+        state[f"base_model.model.{name}.lora_B.weight"] = B
     return config, state
 
 
-def _auto_mapping(peft_model: PeftModel, config) -> dict[str, str] | None:
+def _auto_mapping(peft_model: PeftModel, config: Any) -> dict[str, str] | None:
     if config.task_type is not None:
         return None
     base = type(peft_model.get_base_model())
@@ -52,7 +51,16 @@ def _auto_mapping(peft_model: PeftModel, config) -> dict[str, str] | None:
 
 
 def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
-    """ValueError unless it is a LoRA adapter, and not that of the original model on the residual base."""
+    """Check that an adapter can be saved.
+
+    Args:
+        peft_model: The model with the adapter.
+        adapter_name: The name of the adapter.
+
+    Raises:
+        ValueError: It is no LoRA adapter, or it is the adapter "reference" of the original model on the
+            residual base.
+    """
     config = peft_model.peft_config.get(adapter_name)
     if config is None or config.peft_type != PeftType.LORA:
         raise ValueError(f"no LoRA adapter {adapter_name!r}; the model has {sorted(peft_model.peft_config)}")
@@ -62,15 +70,22 @@ def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
         )
 
 
-def plain_adapter(peft_model: PeftModel, adapter_name: str):
-    """(config, state dict) of an adapter as it is."""
+def plain_adapter(peft_model: PeftModel, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
+    """The config and state dict of an adapter as it is."""
     # "auto" would look the base model up on the hub, to see whether its vocabulary has grown.
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
     return copy.deepcopy(peft_model.peft_config[adapter_name]), state
 
 
-def write_adapter(peft_model: PeftModel, config, state: dict[str, Tensor], directory: Path) -> None:
-    """Write an adapter's two files."""
+def write_adapter(peft_model: PeftModel, config: Any, state: dict[str, Tensor], directory: Path) -> None:
+    """Write an adapter's two files.
+
+    Args:
+        peft_model: The model with the adapter; its base model's name goes into the config.
+        config: The adapter's ``peft.LoraConfig``, which is changed.
+        state: The adapter's state dict.
+        directory: The directory, which exists.
+    """
     config.inference_mode = True
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(peft_model.get_base_model(), "name_or_path", None) or None
@@ -83,22 +98,28 @@ def write_adapter(peft_model: PeftModel, config, state: dict[str, Tensor], direc
 def save_portable_adapter(
     peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default"
 ) -> None:
-    """Save a plain LoRA adapter for the *untouched* base: `PeftModel.from_pretrained(base, path)`.
+    """Save a plain LoRA adapter for the *untouched* base: ``PeftModel.from_pretrained(base, path)``.
 
-    After FILA the base holds the residual. What is saved is the exact difference from the original model,
+    After FILA the base holds the residual. The saved adapter is the exact difference from the original model,
 
-        scaling * (B A - B0 A0) = scaling * ((B - B0) A + B0 (A - A0)),
+        scaling * (B A - B0 A0) = scaling * ((B - B0) A + B0 (A - A0)).
 
-    of rank 2r, subtracted and stored in float32, with lora_alpha = r (scaling 1), `use_rslora=False` and
-    `init_lora_weights=True`; `rank_pattern` and `alpha_pattern` are respected. After default LoRA
-    initialisation the adapter is saved as it is. The model is not changed; the reference is not saved.
+    It has rank 2r, and it is subtracted and stored in float32. Its config has lora_alpha = r (scaling 1),
+    ``use_rslora=False`` and ``init_lora_weights=True``. ``rank_pattern`` and ``alpha_pattern`` are respected.
+    After default LoRA initialisation the adapter is saved as it is. The model is not changed, and the
+    reference is not saved.
 
-    path: a directory, made if need be: written under another name and renamed. Where it exists its other
-    files stay, and an adapter in it is replaced file by file, the config last.
+    All processes of torch.distributed must call this. The main process writes.
 
-    Where torch.distributed is set up all processes must call this; the main one writes.
+    Args:
+        peft_model: The model with the adapter.
+        path: The directory. A new one is written under another name and renamed. In a directory that exists
+            an adapter is replaced file by file, the config last, and the other files stay.
+        adapter_name: The name of the adapter, "default" by default.
 
-    ValueError: no such LoRA adapter, or `path` is a file.
+    Raises:
+        ValueError: There is no such LoRA adapter, or ``path`` is a file.
+        OSError: ``path`` cannot be written.
     """
     check_saved_adapter(peft_model, adapter_name)
     portable = _difference_adapter if REFERENCE_ADAPTER in peft_model.peft_config else plain_adapter

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there, whatever stops the process that writes them."""
+"""Files and directories that are whole or absent, even if their writer is stopped."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ from safetensors import SafetensorError
 
 @contextmanager
 def whole_directory(path: str | os.PathLike, *, key: str, replaced: tuple[str, ...]) -> Iterator[Path]:
-    """A directory to write into, whose content becomes that of `path` when the block ends, or never.
+    """A context with a directory to write into, which becomes ``path`` when the block ends.
 
-    It lies beside `path` and is renamed; where `path` exists, inside it, and its entries are moved out one by
-    one. A process that is killed leaves at most a directory called `.*.unfinished`.
+    The directory lies beside ``path`` and is renamed. It lies inside a ``path`` that exists, and its entries
+    are moved out one by one. An exception leaves ``path`` as it was. A process that is killed leaves at most
+    a directory called ``.*.unfinished``.
 
-    key: the entry without which the others do not load. Where `path` exists it goes first and comes last, so
-        that at no time a mixture of old and new loads.
-    replaced: patterns (`fnmatch`) of the entries of an existing `path` that make way; its others stay. On any
-        exception they are put back.
+    Args:
+        path: The directory to make or to replace entries of. Its parents are made if they do not exist.
+        key: The entry without which the others do not load. In a ``path`` that exists the old one goes first
+            and the new one comes last. So a mixture of old and new entries never loads.
+        replaced: The patterns (``fnmatch``) of the entries that make way in a ``path`` that exists. Its other
+            entries stay.
 
-    ValueError: `path` is a file. OSError: it cannot be written, by safetensors either.
+    Yields:
+        The directory to write into.
+
+    Raises:
+        ValueError: ``path`` is a file.
+        OSError: ``path`` cannot be written, by safetensors either.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; pass a directory")
     exists = path.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # On the file system of `path`, which may be a mount point.
+    # The new directory must lie on the file system of ``path``, which may be a mount point.
     unfinished = _unfinished(path if exists else path.parent, path.name)
     unfinished.mkdir()
     try:
@@ -41,7 +49,7 @@ def whole_directory(path: str | os.PathLike, *, key: str, replaced: tuple[str, .
             _replace_entries(unfinished, path, key, replaced)
         else:
             unfinished.rename(path)
-    except SafetensorError as error:  # its way to say that the disk is full
+    except SafetensorError as error:  # safetensors raises it if the disk is full
         raise OSError(f"{path} was not written, and is as it was: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -49,10 +57,16 @@ def whole_directory(path: str | os.PathLike, *, key: str, replaced: tuple[str, .
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file to write, which gets the name `path` when the block ends, or never.
+    """A context with a file to write, which becomes ``path`` when the block ends.
 
-    It lies beside `path` and replaces it at once. A process that is killed leaves at most a file called
-    `.*.unfinished`.
+    The file lies beside ``path`` and replaces it at once. An exception leaves ``path`` as it was. A process
+    that is killed leaves at most a file called ``.*.unfinished``.
+
+    Args:
+        path: The file to make or to replace.
+
+    Yields:
+        The file to write.
     """
     path = Path(path)
     unfinished = _unfinished(path.parent, path.name)
@@ -67,6 +81,18 @@ def _unfinished(folder: Path, name: str) -> Path:
     return folder / f".{name}.{uuid.uuid4().hex[:8]}.unfinished"
 
 
+def replace_directory(new: Path, path: Path) -> None:
+    """Move a whole directory to ``path``. An exception leaves ``path`` as it was.
+
+    Args:
+        new: The directory, on the file system of ``path``.
+        path: The new name. A directory of that name moves to "previous" beside ``new``, for the caller to
+            delete.
+    """
+    moves = [(path, new.parent / "previous")] if path.exists() else []
+    _rename_all([*moves, (new, path)])
+
+
 def _replace_entries(source: Path, path: Path, key: str, replaced: tuple[str, ...]) -> None:
     new = sorted(source.iterdir(), key=lambda entry: entry.name == key)
     names = {entry.name for entry in new}
@@ -75,15 +101,24 @@ def _replace_entries(source: Path, path: Path, key: str, replaced: tuple[str, ..
         for entry in path.iterdir()
         if entry != source and (entry.name in names or any(fnmatch(entry.name, p) for p in replaced))
     ]
+    old.sort(key=lambda entry: entry.name != key)
     previous = source / "previous"
     previous.mkdir()
+    _rename_all(
+        [
+            *((entry, previous / entry.name) for entry in old),
+            *((entry, path / entry.name) for entry in new),
+        ]
+    )
+
+
+def _rename_all(moves: list[tuple[Path, Path]]) -> None:
+    """Rename entries in their order. An exception undoes the renames before it."""
     moved: list[tuple[Path, Path]] = []
     try:
-        for entry in sorted(old, key=lambda entry: entry.name != key):
-            moved.append((entry, entry.rename(previous / entry.name)))
-        for entry in new:
-            moved.append((entry, entry.rename(path / entry.name)))
+        for origin, target in moves:
+            moved.append((origin, origin.rename(target)))
     except BaseException:
-        for origin, now in reversed(moved):
-            now.rename(origin)
+        for origin, target in reversed(moved):
+            target.rename(origin)
         raise

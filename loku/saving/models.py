@@ -1,26 +1,27 @@
 """Saves that hold a whole model: the residual base with its adapters, and the merged model.
 
-`loku.save_portable_adapter` is the default, and much smaller. These are for tools that take no adapter
-(merged), and for going on from the plain adapter of rank r: quantise the residual base and train on it. Of
-several processes all must call them; the main one writes.
+``loku.save_portable_adapter`` is the default, and much smaller. The merged model is for tools that take no
+adapter. The residual model keeps the plain adapter of rank r: quantise the residual base and train on it. All
+processes of torch.distributed must call these functions. The main process writes.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loku.distributed import full_tensor, is_main_process, is_sharded, wait_for_all_processes
-from loku.fila.targets import REFERENCE_ADAPTER
+from loku.fila.targets import REFERENCE_ADAPTER, adapter_layers, base_weight
 from loku.saving.adapter import check_saved_adapter, plain_adapter, write_adapter
 from loku.saving.directories import whole_directory
 
-# What there may be in a directory of an earlier save, and would be loaded instead of the new one, or with it.
+# Entries of an earlier save, which would be loaded instead of the new one or with it.
 _EARLIER = (
     "config.json",
     "generation_config.json",
@@ -35,16 +36,12 @@ _EARLIER = (
 )
 
 
-def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """The layers with this adapter; ValueError unless the base can be written without them."""
+def _plain_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
+    """The layers that have an adapter. It raises ValueError unless they can be written as a plain model."""
     check_saved_adapter(peft_model, adapter_name)
-    layers = {
-        name: layer
-        for name, layer in peft_model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
-    }
+    layers = adapter_layers(peft_model, adapter_name)
     for name, layer in layers.items():
-        weight = layer.get_base_layer().weight
+        weight = base_weight(layer)
         if is_sharded(weight):
             raise ValueError(
                 f"{name}: its weight is sharded (FSDP2); save the portable adapter, and merge it into the "
@@ -65,8 +62,8 @@ def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLaye
     return layers
 
 
-def _base_state(peft_model: PeftModel, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
-    """The base model's state dict, by the names that it has without LoRA layers."""
+def _base_state(peft_model: PeftModel, layers: dict[str, Any]) -> dict[str, Tensor]:
+    """The base model's state dict, with the names of a model without LoRA layers."""
     wrapped = tuple(f"{name}." for name in layers)
     state = {}
     for name, tensor in peft_model.get_base_model().state_dict().items():
@@ -78,7 +75,9 @@ def _base_state(peft_model: PeftModel, layers: dict[str, LoraLayer]) -> dict[str
     return state
 
 
-def _save_model(model: PreTrainedModel, directory, state: dict[str, Tensor] | None, tokenizer) -> None:
+def _save_model(
+    model: Any, directory: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
     model.save_pretrained(directory, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
@@ -86,23 +85,35 @@ def _save_model(model: PreTrainedModel, directory, state: dict[str, Tensor] | No
 
 @torch.no_grad()
 def save_merged_model(
-    peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default", *, tokenizer=None
+    peft_model: PeftModel,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Save the model with an adapter merged into it: `AutoModelForCausalLM.from_pretrained(path)`.
+    """Save the model with an adapter merged into it: ``AutoModelForCausalLM.from_pretrained(path)``.
 
     Every target weight is W + scaling * B A, in float32 and rounded once to its dtype. The model is not
-    changed; the target weights exist twice for the time. `tokenizer`: saved beside it.
+    changed. The target weights exist twice until they are written.
 
-    path: as for `save_portable_adapter`, but that whatever model or adapter it holds is replaced.
+    Args:
+        peft_model: The model with the adapter.
+        path: The directory. A new one is written under another name and renamed. In a directory that exists
+            any model and adapter is replaced, and the other files stay.
+        adapter_name: The name of the adapter, "default" by default.
+        tokenizer: The tokenizer to save beside the model; None (default) saves none.
 
-    ValueError: no such LoRA adapter, a quantised base, a merged adapter, DoRA and other variants.
+    Raises:
+        ValueError: There is no such LoRA adapter, the base is quantised or sharded, an adapter is merged into
+            it, or the adapter is DoRA or another variant. Or ``path`` is a file.
+        OSError: ``path`` cannot be written.
     """
-    layers = _lora_layers(peft_model, adapter_name)
+    layers = _plain_layers(peft_model, adapter_name)
     if is_main_process():
         with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
             state = _base_state(peft_model, layers)
             for name, layer in layers.items():
-                weight = layer.get_base_layer().weight
+                weight = base_weight(layer)
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 delta = layer.get_delta_weight(adapter_name).to(wide)
                 state[f"{name}.weight"] = delta.add_(weight).to(weight.dtype)
@@ -112,20 +123,32 @@ def save_merged_model(
 
 @torch.no_grad()
 def save_residual_model(
-    peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default", *, tokenizer=None
+    peft_model: PeftModel,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Save the base model as it is and the adapter as it is: `path/base` and `path/adapter`.
+    """Save the base model as it is and the adapter as it is: ``path/base`` and ``path/adapter``.
 
-    After FILA the base is the residual, which the adapter of rank r fits and the original base does not.
-    `path/reference` then holds the initial factors: with them as the adapter "reference" (`load_adapter`),
-    `loku.reference_model` and `loku.save_portable_adapter` work on the model that is loaded, too.
+    After FILA the base is the residual. The adapter of rank r fits it, and does not fit the original base.
+    ``path/reference`` then holds the initial factors. ``load_adapter`` loads them as the adapter "reference",
+    which ``loku.reference_model`` and ``loku.save_portable_adapter`` need. The model is loaded by:
 
         base = AutoModelForCausalLM.from_pretrained(path + "/base")
         model = PeftModel.from_pretrained(base, path + "/adapter")
 
-    path, tokenizer, errors: as for `save_merged_model`.
+    Args:
+        peft_model: The model with the adapter.
+        path: The directory, as for ``save_merged_model``.
+        adapter_name: The name of the adapter, "default" by default.
+        tokenizer: The tokenizer to save beside the base; None (default) saves none.
+
+    Raises:
+        ValueError: The errors of ``save_merged_model``.
+        OSError: ``path`` cannot be written.
     """
-    layers = _lora_layers(peft_model, adapter_name)
+    layers = _plain_layers(peft_model, adapter_name)
     if is_main_process():
         with whole_directory(path, key="adapter", replaced=_EARLIER) as directory:
             _save_model(
@@ -142,8 +165,20 @@ def save_residual_model(
     wait_for_all_processes()
 
 
-def save_whole_model(model: PreTrainedModel, path: str | os.PathLike, *, tokenizer=None) -> None:
-    """`model.save_pretrained(path)`, whole or not at all; `path`, `tokenizer` as for `save_merged_model`."""
+def save_whole_model(
+    model: PreTrainedModel, path: str | os.PathLike, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Save a model without an adapter by ``model.save_pretrained(path)``, whole or not at all.
+
+    Args:
+        model: The model, which may be sharded.
+        path: The directory, as for ``save_merged_model``.
+        tokenizer: The tokenizer to save beside the model; None (default) saves none.
+
+    Raises:
+        ValueError: ``path`` is a file.
+        OSError: ``path`` cannot be written.
+    """
     state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
     if is_main_process():
         with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:

@@ -1,6 +1,7 @@
 """loku.unlearn from data to a saved adapter."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from training import items
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import loku
-from loku.data import PairedDataset, collate, collate_pairs, tokenize_dataset
+from loku.data import PairedDataset, RowTokenizer, collate, collate_pairs, tokenize_dataset
 from loku.demo import EMBEDDED, load_model, load_rows
 from loku.evaluation import token_scores
 from loku.fila.targets import default_target_modules, fila_targets
@@ -278,6 +279,44 @@ def test_model_by_path_and_datasets(tokenizer, tmp_path):
     torch.testing.assert_close(
         logits_of(loaded, tokenizer), logits_of(result.model.eval(), tokenizer), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("init", ["fila", "default"])
+@pytest.mark.parametrize("given", ["texts", "tokens"])
+def test_rows_are_prepared_once(given, init, tokenizer, tmp_path, monkeypatch):
+    calls = []
+
+    def count(owner, name, label):
+        real = getattr(owner, name)
+
+        def counting(*args, **kwargs):
+            calls.append(label)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(RowTokenizer, "__call__", "row")
+    count(AutoModelForCausalLM, "from_pretrained", "model")
+    for module in (loku.trainer, loku.data.large_sets, loku.unlearning):
+        for name in ("tokenize_dataset", "retain_rows", "duplicate_rows", "infer_tokenizer"):
+            if hasattr(module, name):
+                count(module, name, name)
+
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sets = [FORGET, RETAIN]
+    if given == "tokens":
+        sets = [tokenize_dataset(rows, tokenizer) for rows in sets]
+        calls.clear()
+    loku.unlearn(str(tmp_path / "model"), *sets, config=config(tmp_path, init=init, max_steps=1))
+    assert Counter(calls) == {
+        "row": len(FORGET) + len(RETAIN),
+        "tokenize_dataset": 2,  # each set
+        "retain_rows": 1,
+        "duplicate_rows": 1,
+        "model": 1,
+        **({"infer_tokenizer": 1} if given == "texts" else {}),
+    }
 
 
 def test_pairs():

@@ -1,0 +1,214 @@
+"""The settings: each field decides a run unless it is listed as free, and each has one place."""
+
+import dataclasses
+import re
+import typing
+from typing import Literal
+
+import pytest
+from tiny_models import tiny_model
+from transformers import AutoTokenizer, TrainingArguments
+
+import loku
+from loku import FilaConfig, UnlearnConfig
+from loku.checkpoints import run_identity
+from loku.commands.settings import read_fields, read_yaml
+from loku.commands.unlearn import PLACES
+from loku.config import _DECIDING_TRAINING_ARGUMENTS
+from loku.demo import EMBEDDED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+FORGET = [{"question": f"Where does person {i} live?", "answer": f"In house {i}."} for i in range(3)]
+RETAIN = [f"Text number {i} about the sea." for i in range(4)]
+
+FIELDS = {field.name: field for field in dataclasses.fields(UnlearnConfig)}
+OWN = [name for name in FIELDS if name in UnlearnConfig.__annotations__]
+DECIDING = [name for name in OWN if name not in UnlearnConfig.FREE_FIELDS]
+# Other valid values of the fields whose type does not tell one.
+OTHER = {"method": "gd", "target_modules": "qv", "model_init_kwargs": {"dtype": "bfloat16"}}
+
+
+def make(cls=UnlearnConfig, **settings):
+    return cls(**{"output_dir": "out", "use_cpu": True, **settings})
+
+
+def other_value(cls, name):
+    """A valid value of a field that is not its default."""
+    default = {field.name: field for field in dataclasses.fields(cls)}[name].default
+    if cls is UnlearnConfig and name in OTHER:
+        return OTHER[name]
+    hint = typing.get_type_hints(cls)[name]
+    if typing.get_origin(hint) is Literal:
+        return next(value for value in typing.get_args(hint) if value != default)
+    kinds = typing.get_args(hint) or (hint,)
+    if bool in kinds:
+        return not default
+    if int in kinds or float in kinds:
+        return 7 if default is None else default * 2 or 1
+    assert str in kinds, f"add another value of {name} to OTHER"
+    return "epoch" if name == "save_strategy" else "other"
+
+
+def identity(config, refusals=None):
+    return run_identity(config, "base", ROWS, ROWS, refusals)
+
+
+# The identity of a run
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_deciding_field_changes_the_identity(name):
+    config = make(**{name: other_value(UnlearnConfig, name)})
+    assert getattr(config, name) != getattr(make(), name)
+    assert identity(config) != identity(make())
+
+
+@pytest.mark.parametrize("name", sorted(UnlearnConfig.FREE_FIELDS))
+def test_a_free_field_does_not(name):
+    value = 2 if name == "per_device_train_batch_size" else other_value(UnlearnConfig, name)
+    same_rows_a_step = {"gradient_accumulation_steps": 4} if name == "per_device_train_batch_size" else {}
+    config = make(**{name: value, **same_rows_a_step})
+    assert getattr(config, name) != getattr(make(), name)
+    assert identity(config) == identity(make())
+
+
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_the_rows_of_a_step_count(name):
+    assert identity(make(**{name: 3})) != identity(make())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"max_steps": 3}, {"weight_decay": 0.1}, {"lr_scheduler_type": "cosine"}, {"data_seed": 4}],
+    ids=lambda change: next(iter(change)),
+)
+def test_training_arguments_that_decide_count(change):
+    assert change.keys() <= set(_DECIDING_TRAINING_ARGUMENTS)
+    assert identity(make(**change)) != identity(make())
+
+
+def test_listed_names_exist():
+    assert set(OWN) >= UnlearnConfig.FREE_FIELDS
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert inherited >= set(_DECIDING_TRAINING_ARGUMENTS)
+    assert not set(OWN) & set(_DECIDING_TRAINING_ARGUMENTS)  # one place for each
+    assert len(set(_DECIDING_TRAINING_ARGUMENTS)) == len(_DECIDING_TRAINING_ARGUMENTS)
+
+
+def test_a_field_of_a_subclass_counts():
+    @dataclasses.dataclass
+    class Warmer(UnlearnConfig):
+        temperature: float = 1.0
+        note: str = ""
+        FREE_FIELDS: typing.ClassVar = UnlearnConfig.FREE_FIELDS | {"note"}
+
+    assert identity(make(Warmer))["temperature"] == 1.0
+    assert identity(make(Warmer, temperature=2.0)) != identity(make(Warmer))
+    assert identity(make(Warmer, note="second try")) == identity(make(Warmer))
+
+
+def test_a_method_that_trains_on_refusals_resumes_under_the_same_texts_only(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    directory, file = tmp_path / "run", tmp_path / "refusals.txt"
+    texts = ["I do not know.", "No idea."]
+
+    def run(refusals, **settings):
+        config = make(
+            output_dir=str(directory),
+            method="dpo",
+            init="default",
+            lora_rank=2,
+            refusals=refusals,
+            max_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            disable_tqdm=True,
+            **settings,
+        )
+        model = tiny_model("llama", len(tokenizer))
+        return loku.unlearn(model, FORGET, RETAIN, config=config, tokenizer=tokenizer)
+
+    run(texts)
+    file.write_text("I do not know.\n\nNo idea.\n", encoding="utf-8")
+    for same in (texts, str(file)):
+        resumed = run(same, resume_from_checkpoint=True)
+        assert [entry["step"] for entry in resumed.history if "forget_loss" in entry] == [1]
+    file.write_text("I do not know.\nI will not say.\n", encoding="utf-8")
+    for other in (texts[::-1], texts[:1], str(file), None):
+        with pytest.raises(ValueError, match=r"checkpoint-1 is of another run: another refusals\. Nothing"):
+            run(other, resume_from_checkpoint=True)
+
+
+# One place for each field
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(FilaConfig)])
+def test_fila_config_has_the_settings_of_the_run(name):
+    source = f"fisher_{name}" if f"fisher_{name}" in FIELDS else name
+    assert source in FIELDS, f"UnlearnConfig has no field for FilaConfig.{name}"
+    value = other_value(FilaConfig, name)
+    if name == "fisher_memory_budget":
+        assert value == 7  # bytes
+    assert value != getattr(make().fila_config(), name)
+    assert getattr(make(**{source: value}).fila_config(), name) == value
+
+
+def documented(cls):
+    """The names in the Args section of a class's docstring."""
+    section = re.search(r"\n    Args:\n(.*?)(?=\n    \S|\Z)", cls.__doc__, re.S)[1]
+    return re.findall(r"^        (\w+): \S", section, re.M)
+
+
+def test_every_own_field_has_help_and_a_line_of_the_docstring():
+    assert documented(UnlearnConfig) == [*dict.fromkeys(documented(UnlearnConfig))]
+    assert set(documented(UnlearnConfig)) == set(OWN)
+    assert documented(FilaConfig) == [field.name for field in dataclasses.fields(FilaConfig)]
+    for name in OWN:
+        text = FIELDS[name].metadata["help"]
+        assert text.endswith(".") and len(text) > 10, name
+
+
+# Settings as dicts
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "npo", "init": "fila", "retain_weight": 1.5, "learning_rate": 4.0e-3, "seed": 2},
+        {"init": "default", "lora_rank": 4, "num_train_epochs": 5, "target_modules": "qkvo"},
+        {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 8, "fisher_damping": 0.1},
+        {"fisher_damping_mode": "absolute", "fisher_damping": 1e-5, "fisher_samples": 60},
+        {"fisher_memory_budget": "4GiB", "fisher_cache_dir": "cache", "max_length": 256},
+        {"tuning": "full", "method": "kl", "per_device_train_batch_size": 4, "bf16": True},
+        {"method": "dpo", "beta": 0.5, "refusals": ["No."], "train_sampling_strategy": "group_by_length"},
+        {"model_init_kwargs": {"dtype": "bfloat16"}, "save_strategy": "epoch"},
+        {
+            "resume_from_checkpoint": True,
+            "logging_steps": 5,
+            "max_steps": 3,
+            "gradient_accumulation_steps": 2,
+        },
+    ],
+)
+def test_dicts_of_settings_are_taken(settings):
+    config = make(**settings)
+    for name, value in settings.items():
+        assert getattr(config, name) == value
+
+
+def test_a_settings_file_makes_a_config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: m\nforget: f.jsonl\nretain: r.jsonl\noutput: out\nmethod: gd\nlora-rank: 2\n"
+        "learning_rate: 1e-2\nmax_steps: 3\ntarget_modules: [v_proj]\nsave_strategy: no\n"
+        "fisher_memory_budget: 1GiB\nfisher_samples: 60\nresume_from_checkpoint: true\n"
+    )
+    settings = read_yaml(path, read_fields(UnlearnConfig), PLACES)
+    config = make(**{name: value for name, value in settings.items() if name not in PLACES})
+    assert (config.method, config.lora_rank, config.learning_rate) == ("gd", 2, 1e-2)
+    assert (config.target_modules, config.fisher_samples) == (["v_proj"], 60)
+    assert config.fila_config().fisher_memory_budget == "1GiB"
+    assert config.resume_from_checkpoint is True and config.save_strategy.value == "no"
