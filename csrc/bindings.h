@@ -1,4 +1,4 @@
-// How addresses and tuples of Python become what the kernels take, on any device.
+// Conversions of Python's addresses and tuples to the kernels' arguments, for any device.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// The CUDA kernels as functions of a Python module: the compiled core's, or the emulation's in tests/cuda.
+// The CUDA kernels as functions of a Python module: the compiled core, or the emulation in
+// tests/loku_kernels/cuda.
 #pragma once
 
 #include <pybind11/pybind11.h>
