@@ -1,13 +1,13 @@
-"""Builds the compiled core, ``loku_kernels._core``, with ninja.
+"""Build the compiled core, ``loku_kernels._core``, with ninja.
 
-The core includes no torch header, so building needs no torch and the result serves every torch
-release. It uses CPython's limited API alone, so the result serves every CPython from 3.11 on; a free-threaded
-one has no limited API and gets a core of its own. Without a C++ compiler the package installs all the same
-and computes with its plain-torch reference implementation; a compiler that fails stops the installation.
+The core includes no torch header. So the build needs no torch, and the result serves every torch release. The
+core uses CPython's limited API alone. So one binary serves every CPython from 3.11 on. A free-threaded CPython
+has no limited API and gets a core of its own. Without a C++ compiler the package is installed without the core
+and computes with its plain-torch reference. A compiler that fails stops the installation.
 
-CUDA kernels are built where nvcc is found, on PATH or in CUDA_HOME (default /usr/local/cuda).
-LOKU_CUDA=0 leaves them out, LOKU_CUDA=1 fails without nvcc. LOKU_CUDA_ARCHS="90" (default "80 90 100")
-restricts the GPUs they are for. What was decided is printed.
+CUDA kernels are built if nvcc is on PATH or in CUDA_HOME (default /usr/local/cuda). ``LOKU_CUDA=0`` leaves
+them out. ``LOKU_CUDA=1`` fails without nvcc. ``LOKU_CUDA_ARCHS="90"`` (default "80 90 100") restricts the
+GPUs. The build prints its decision.
 """
 
 import os
@@ -27,7 +27,7 @@ STABLE_ABI = None if sysconfig.get_config_var("Py_GIL_DISABLED") else ("cp311", 
 CUDA_ARCHS = "80 90 100"  # compute capabilities x 10; newer GPUs translate the last one's PTX
 CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
-    # sums may be regrouped only where a loop says so, but nothing here reads errno or FP traps
+    # Sums may be regrouped only if a loop says so. Nothing here reads errno or floating-point traps.
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast"
 )
 
@@ -40,7 +40,7 @@ def find_compiler():
 
 
 def find_nvcc():
-    """nvcc, if CUDA kernels are to be built; else None. Says which."""
+    """Find nvcc if CUDA kernels are to be built, else return None. Print the decision."""
     choice = os.environ.get("LOKU_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"loku-kernels: LOKU_CUDA must be auto, 0 or 1, not {choice!r}")
@@ -67,7 +67,7 @@ def cuda_flags():
 
 
 def platform_flags(compiler):
-    """OpenMP where the compiler comes with it, and the widest vectors where GCC clones functions."""
+    """Return compiler and linker flags: OpenMP except on macOS, and the widest vectors for GCC on x86-64."""
     if sys.platform == "darwin":
         return "", "-undefined dynamic_lookup"
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
@@ -107,8 +107,8 @@ class NinjaBuild(build_ext):
             "  command = $cxx $in -o $out $ldflags",
         ]
         if nvcc:
-            # The runtime is linked in, so that the core loads where there is no CUDA; its symbols are kept
-            # inside, or the loader might take those of torch's runtime.
+            # The runtime is linked in, so that the core loads without CUDA. Its symbols stay inside, or the
+            # loader might take those of torch's runtime.
             host = compiler.split()[0]
             lines += [
                 f"nvccflags = -ccbin {host} {cuda_flags()}",

@@ -1,5 +1,5 @@
-// The compiled core as a Python module: addresses, sizes and dtype tags in, nothing of torch.
-// loku_kernels/native.py is its only caller and does the checking.
+// The compiled core as a Python module. It takes addresses, sizes and dtype tags, and nothing of torch.
+// loku_kernels/backends/native.py is its only caller and checks the arguments.
 #include "bindings.h"
 
 #include "simd.h"
@@ -11,7 +11,7 @@
 namespace loku {
 namespace {
 
-// What LOKU_TARGET_CLONES chooses on this machine.
+// The instruction set that LOKU_TARGET_CLONES chooses on this machine.
 const char* instruction_set() {
 #ifdef LOKU_HAS_TARGET_CLONES
   __builtin_cpu_init();

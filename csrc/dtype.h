@@ -5,7 +5,7 @@ namespace loku {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// body(T{}) for the T, one of three types, that stands for `dtype`.
+// Call body(T{}) for the one of three types that stands for `dtype`.
 template <typename ForFloat32, typename ForBFloat16, typename ForFloat16, typename Body>
 void for_type_of(DType dtype, const Body& body) {
   switch (dtype) {

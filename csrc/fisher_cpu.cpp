@@ -1,9 +1,9 @@
-// Squared per-sample gradients of a linear layer's weight, CPU: the products G_n = grad_outputs_n^T inputs_n
+// Squared per-sample gradients of a linear layer's weight, CPU. The products G_n = grad_outputs_n^T inputs_n
 // are squared and added while a tile of them is in registers.
 //
-// A block of the Fisher stays in the L2 cache while all samples go over it. For each sample the inputs of its
-// columns are brought together as float, then, for a few rows at a time, the gradients; the tiles between
-// them take one multiply-add for each entry and token, and one more for the square.
+// A block of the Fisher stays in the L2 cache during all samples. For each sample the inputs of its columns
+// are packed as float. Then the gradients are packed for a few rows at a time. A tile takes one multiply-add
+// for each entry and token, and one more for the square.
 #include "fisher_cpu.h"
 
 #include <algorithm>
@@ -15,9 +15,9 @@
 namespace loku {
 namespace {
 
-constexpr int64_t kTileRows = 8, kTileColumns = 32;  // sums in registers, where there are 32 of 16 floats
-constexpr int64_t kBlockRows = 128, kBlockColumns = 256;  // of the Fisher, in the L2 cache
-constexpr int64_t kPanel = 1 << 18;  // floats of a sample's inputs, as many as there is room for
+constexpr int64_t kTileRows = 8, kTileColumns = 32;       // 256 sums, in 16 of AVX-512's 32 registers
+constexpr int64_t kBlockRows = 128, kBlockColumns = 256;  // a block of the Fisher that fits into the L2 cache
+constexpr int64_t kPanel = 1 << 18;                       // most floats of a sample's packed inputs
 
 struct Scratch {
   std::vector<float> inputs;        // (tokens, columns of the block, padded)
@@ -35,7 +35,7 @@ LOKU_INLINE const T* first_token(const Features& features, int64_t sample, int64
   return static_cast<const T*>(features.data) + sample * features.sample_stride + feature;
 }
 
-// (tokens, width) -> (tokens, width_out), as float, with zeros behind.
+// Convert (tokens, width) to float (tokens, width_out), with zeros behind.
 template <typename T>
 LOKU_INLINE void pack(const T* from, int64_t stride, int64_t tokens, int64_t width, float* to,
                       int64_t width_out) {
@@ -46,7 +46,7 @@ LOKU_INLINE void pack(const T* from, int64_t stride, int64_t tokens, int64_t wid
   }
 }
 
-// `fisher` (without a divisor) or `row_sums` += what all samples add to one block.
+// Add the squares of all samples in one block to `fisher`, or with a divisor to `row_sums`.
 template <typename T>
 LOKU_INLINE void accumulate_block(int64_t samples, int64_t tokens, const Features& inputs,
                                   const Features& grad_outputs, const Block& block, const Matrix& fisher,
@@ -107,7 +107,7 @@ LOKU_TARGET_CLONES void add_squares_kernel(const BFloat16* g, int64_t columns, f
 
 }  // namespace
 
-// fisher += product^2, for a product (rows, columns) in bfloat16, contiguous.
+// Add the squares of a contiguous bfloat16 product (rows, columns) to `fisher`.
 void add_squares_(const void* product, int64_t rows, int64_t columns, const Matrix& fisher, int threads) {
   struct Nothing {};
   parallel_for<Nothing>(rows, threads, [&](int64_t i, Nothing&) {
@@ -116,8 +116,8 @@ void add_squares_(const void* product, int64_t rows, int64_t columns, const Matr
   });
 }
 
-// Without a divisor: fisher (d, k) += sum over samples of G_n^2. With one (d, k): fisher (d, 1) += the sums
-// over samples and columns of G_n^2 / divisor.
+// Add the sum over samples of G_n^2 to fisher (d, k). With a divisor (d, k), add the sums over samples and
+// columns of G_n^2 / divisor to fisher (d, 1).
 void accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype, const Features& inputs,
                               const Features& grad_outputs, const Matrix& fisher, const Matrix& divisor,
                               int threads) {
@@ -126,7 +126,8 @@ void accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype, cons
   const int64_t block_columns = std::min(kBlockColumns, most);
   const int64_t down = (d + kBlockRows - 1) / kBlockRows;
   const int64_t across = (k + block_columns - 1) / block_columns;
-  // Row sums of each column of blocks, added up in order: the result does not depend on the threads.
+  // The row sums of each column of blocks are added up in order, so the result does not depend on the
+  // threads.
   std::vector<double> row_sums(divisor.data ? across * d : 0);
 
   const auto run = [&](int64_t index, Scratch& scratch) {

@@ -1,4 +1,4 @@
-// Squared per-sample gradients on the CPU. See fisher_cpu.cpp.
+// Squared per-sample gradients on the CPU. The functions are described in fisher_cpu.cpp.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace loku {
 
-// Features (samples, tokens, width) of one type; those of a token are contiguous. Strides in elements.
+// Features (samples, tokens, width) of one type. Those of a token are contiguous. Strides are in elements.
 struct Features {
   const void* data;
   int64_t width;
@@ -15,7 +15,7 @@ struct Features {
   int64_t token_stride;
 };
 
-// A matrix of floats whose rows are contiguous; no data where there is none.
+// A matrix of floats with contiguous rows. `data` is null without a matrix.
 struct Matrix {
   float* data;
   int64_t row_stride;

@@ -1,10 +1,10 @@
 // Squared per-sample gradients of a linear layer's weight, CUDA kernel.
 //
-// With G_n = sum over tokens t of delta[n, t]^T x[n, t], a (outputs, inputs) matrix, the Fisher gains
-// sum over n of G_n^2. A block owns a tile of the Fisher and walks the samples' tokens: the tile of G_n and
-// the sum of squares stay in registers, and the Fisher is read and written once a call. Both operands come
-// from memory token by token, so shared memory holds (token, feature) tiles as they are; the matrix
-// instructions' operands, which want the token as the inner index, are transposed by ldmatrix.
+// G_n = sum over tokens t of delta[n, t]^T x[n, t] is an (outputs, inputs) matrix. The Fisher gains the sum
+// over n of G_n^2. A block owns a tile of the Fisher and walks the samples' tokens. The tile of G_n and the
+// sum of squares stay in registers. The Fisher is read and written once a call. Shared memory holds (token,
+// feature) tiles as they lie in memory. The matrix instructions need the token as the inner index, so
+// ldmatrix transposes their operands.
 #include "fisher_cuda.h"
 
 #include "gpu.h"
@@ -14,22 +14,23 @@ namespace {
 
 constexpr int kTile = kFisherTile;
 constexpr int kThreads = 256;
-constexpr int kStages = 4;  // steps whose tiles are in shared memory or on their way
+constexpr int kStages = 4;  // steps whose tiles are in shared memory or under way
 constexpr int kSide = 8;    // a thread holds kSide x kSide entries of the tile
 constexpr int kSlots = 16;  // threads that hold entries of one row
 
-// Where entry (r, q) of a thread lies among its kSide * kSide numbers: as the matrix instruction has them.
+// The index of entry (r, q) of a thread among its kSide * kSide numbers, in the order of the matrix
+// instruction.
 __device__ __forceinline__ constexpr int index_of(int r, int q) {
   return (r / 2 * (kSide / 2) + q / 2) * 4 + r % 2 * 2 + q % 2;
 }
 
-// The tile's product of one step, and which rows and columns of the tile a thread holds. 16-bit types: eight
-// warps of 64 x 32 entries each, with tensor cores.
+// The tile's product of one step, and the rows and columns of the tile that a thread holds. 16-bit types use
+// tensor cores, and eight warps have 64 x 32 entries each.
 template <typename Word>
 struct Tile {
-  static constexpr int kTokens = 32;              // of a step
-  static constexpr int kWidth = 8;                // entries of 16 bytes
-  static constexpr int kStride = kTile + kWidth;  // 4 banks more than a multiple of 32: no conflicts
+  static constexpr int kTokens = 32;              // tokens of a step
+  static constexpr int kWidth = 8;                // entries in 16 bytes
+  static constexpr int kStride = kTile + kWidth;  // 4 banks beyond a multiple of 32, so no conflicts
   using Storage = typename Word::Storage;
 
   int lane, row_begin, column_begin, slot;
@@ -50,13 +51,13 @@ struct Tile {
 #pragma unroll
     for (int token = 0; token < kTokens; token += 16) {
       uint32_t a[4][4], b[2][4];
-      // Rows of 16: matrices in the order (outputs 0-7, tokens 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+      // 16 rows: matrices in the order (outputs 0-7, tokens 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         load_matrices_transposed(a[i], delta + (token + lane % 8 + lane / 16 * 8) * kStride + row_begin +
                                            i * 16 + lane / 8 % 2 * 8);
       }
-      // Columns of 2 x 8: matrices in the order (tokens 0-7, inputs 0-7), (8-15, 0-7), (0-7, 8-15), (8-15,
+      // 2 x 8 columns: matrices in the order (tokens 0-7, inputs 0-7), (8-15, 0-7), (0-7, 8-15), (8-15,
       // 8-15).
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -74,8 +75,9 @@ struct Tile {
   }
 };
 
-// float32: ordinary multiply-adds, because nothing less keeps float32's digits. 16 x 16 threads, each with
-// two groups of four rows and of four columns, so that a warp reads shared memory without conflicts.
+// float32 uses ordinary multiply-adds, because tensor cores would not keep its digits. There are 16 x 16
+// threads. Each has two groups of four rows and of four columns, so that a warp reads shared memory without
+// conflicts.
 template <>
 struct Tile<Float32Word> {
   static constexpr int kTokens = 16;
@@ -112,7 +114,8 @@ struct Tile<Float32Word> {
   }
 };
 
-// The steps through the tokens of one operand: of each sample kTokens at a time, zeros after its last.
+// The steps through the tokens of one operand. A step loads kTokens tokens of a sample, with zeros after its
+// last.
 template <typename Word>
 struct Loader {
   using Storage = typename Word::Storage;
@@ -121,7 +124,7 @@ struct Loader {
   int tokens, features, first_feature;
 
   __device__ __forceinline__ void start(Storage* stage, int sample, int first_token, int thread) const {
-    constexpr int kVectors = kTile / Tile<Word>::kWidth;  // of a token's part of the tile
+    constexpr int kVectors = kTile / Tile<Word>::kWidth;  // in a token's part of the tile
 #pragma unroll
     for (int i = 0; i < Tile<Word>::kTokens * kVectors / kThreads; ++i) {
       const int vector = thread + i * kThreads;
@@ -135,20 +138,18 @@ struct Loader {
 };
 
 template <typename Word>
-constexpr int kStageEntries = Tile<Word>::kTokens * Tile<Word>::kStride;  // of one operand
+constexpr int kStageEntries = Tile<Word>::kTokens * Tile<Word>::kStride;  // entries of one operand's tile
 
 template <typename Word>
 constexpr size_t kSharedBytes = 2 * kStages * kStageEntries<Word> * sizeof(typename Word::Storage);
 static_assert(kSharedBytes<Float32Word> >= kTile * kSlots * sizeof(float), "room for the sums of rows");
 static_assert(kSharedBytes<BFloat16Word> >= kTile * kSlots * sizeof(float), "room for the sums of rows");
 
-// Floors: 2 * samples * tokens * outputs * inputs operations; operands once, the Fisher read and written.
-// With 16 x 128 tokens, 4096 x 4096, on an H100 (3.35 TB/s; bfloat16 989 TFLOP/s, of which mma.sync reaches
-// some 62%): 69 GFLOP, 0.07 ms, with mma.sync 0.11 ms; 0.17 GB, 0.05 ms. But tiles of 128 x 128 read 1.07 GB
-// of operands from the L2 cache, at 5.5 TB/s 0.20 ms, and no other block of a multiprocessor computes while
-// one adds to the Fisher, 0.05 ms. Predicted, not measured: 0.25 ms. Larger tiles, or clusters that share
-// their loads, would be the next step. float32 (67 TFLOP/s): 1.03 ms; 0.20 GB, 0.06 ms. Predicted, not
-// measured: 1.3 ms.
+// Floors: 2 * samples * tokens * outputs * inputs operations, one read of the operands, and one read and
+// write of the Fisher. For 16 x 128 tokens and 4096 x 4096 in bfloat16 these are 69 GFLOP and 0.17 GB. But
+// tiles of 128 x 128 read 1.07 GB of operands from the L2 cache, and no other block of a multiprocessor
+// computes while one adds to the Fisher. Measured on one H200: 0.48 ms, where the weight-gradient GEMM alone
+// takes 0.096 ms (benchmarks/results/gpu_h200.json).
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, 1)
     squared_grad_kernel(Loader<Word> grad_outputs, Loader<Word> inputs, int samples, Matrix fisher,
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int outputs = grad_outputs.features, columns = inputs.features;
   grad_outputs.first_feature = static_cast<int>(blockIdx.y) * kTile;
   inputs.first_feature = static_cast<int>(blockIdx.x) * kTile;
-  Storage* stages = reinterpret_cast<Storage*>(dynamic_shared());  // kStages times delta, x
+  Storage* stages = reinterpret_cast<Storage*>(dynamic_shared());  // kStages pairs of delta and x
   const Tile<Word> tile(thread);
 
   // The loads run kStages - 1 steps ahead of the products, across samples.
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
     }
-    copy_async_commit();  // maybe of nothing: so that waiting can count
+    copy_async_commit();  // an empty group too, so that the wait counts steps
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) load_next();
@@ -187,9 +188,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   int stage = 0;
   for (int sample = 0; sample < samples; ++sample) {
     for (int token = 0; token < inputs.tokens; token += kTokens) {
-      copy_async_wait<kStages - 2>();  // this step's tiles: this thread's part of them,
-      __syncthreads();                 // and all others'. The step before is done with its stage,
-      load_next();                     // which is the one that this fills.
+      copy_async_wait<kStages - 2>();  // this thread's part of the step's tiles has arrived
+      __syncthreads();                 // all parts have arrived, and the last step's stage is free
+      load_next();                     // fills that stage
       tile.multiply(product, stages + stage * 2 * kEntries, stages + stage * 2 * kEntries + kEntries);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
@@ -214,8 +215,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  // Row sums of total / divisor: a thread's part of each row to shared memory, added in a fixed order.
-  __syncthreads();  // the last step's tiles are done with
+  // Row sums of total / divisor. Each thread stores its part of each row in shared memory. The parts are
+  // added in a fixed order.
+  __syncthreads();  // no thread still reads the last step's tiles
   float* sums = reinterpret_cast<float*>(stages);
 #pragma unroll
   for (int r = 0; r < kSide; ++r) {
@@ -240,13 +242,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-// Without a divisor: fisher (outputs, inputs) += sum over samples of G_n^2. With one, (outputs, inputs):
-// partials (ceil(inputs / kFisherTile), outputs) = the sums over a tile's columns of that over the divisor;
-// the caller adds them up, so that the result does not depend on the order in which blocks run.
+// Add the sum over samples of G_n^2 to fisher (outputs, inputs). With a divisor (outputs, inputs), compute
+// the sums over each tile's columns of that sum over the divisor instead, in partials (ceil(inputs /
+// kFisherTile), outputs). The caller adds them up, so that the result does not depend on the order in which
+// blocks run.
 void cuda_accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype, const Features& inputs,
                                    const Features& grad_outputs, const Matrix& fisher, const Matrix& divisor,
                                    float* partials, Stream stream) {
-  constexpr int64_t kMax = 65535 * int64_t{kTile};  // the grid's y, and far from where int ends
+  constexpr int64_t kMax = 65535 * int64_t{kTile};  // limit of the grid's y; int would hold more
   if (samples > kMax || tokens > kMax || grad_outputs.width > kMax || inputs.width > kMax) {
     throw std::invalid_argument("loku_kernels: accumulate_squared_grad_ takes sizes up to 8388480 on CUDA");
   }

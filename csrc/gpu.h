@@ -1,8 +1,8 @@
-// What the CUDA kernels use of the machine: a few instructions, barriers, and the launch of a kernel.
+// The CUDA kernels' interface to the machine: a few instructions, barriers, and the launch of a kernel.
 //
-// Kernels name nothing of CUDA but what is here and threadIdx, blockIdx, blockDim, __syncthreads. So
-// tests/loku_kernels/cuda/emulated_gpu.h, which gives the same names a meaning on the CPU and is included
-// ahead of this file, can run them where there is no GPU.
+// Kernels use only the names in this file and threadIdx, blockIdx, blockDim and __syncthreads.
+// tests/loku_kernels/cuda/emulated_gpu.h defines the same names for the CPU. It is included ahead of this
+// file, and so the kernels run without a GPU.
 #ifndef LOKU_GPU_H
 #define LOKU_GPU_H
 
@@ -14,18 +14,18 @@
 
 namespace loku {
 
-// 16 bytes of a tensor: what a thread loads and stores at once.
+// 16 bytes of a tensor, which a thread loads and stores at once.
 struct alignas(16) Vector {
   uint32_t word[4];
 };
 
-// load: of any memory; store: to global memory.
+// Loads are from any memory. Stores are to global memory.
 __device__ __forceinline__ Vector load_16_bytes(const void* address) {
   const uint4 x = *static_cast<const uint4*>(address);
   return {{x.x, x.y, x.z, x.w}};
 }
 
-// In assembly, because nvcc merges it with the scalar stores of the other branch where there are some.
+// The store is in assembly, because nvcc would merge it with scalar stores in another branch.
 __device__ __forceinline__ void store_16_bytes(void* address, const Vector& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
                "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
@@ -35,18 +35,18 @@ __device__ __forceinline__ void store_16_bytes(void* address, const Vector& v) {
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }
 
-// 2^x within 2 ulp, subnormal results flushed to 0.
+// Compute 2^x within 2 ulp. Subnormal results become 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// The types of a tensor's entries, as they lie in a 32-bit word: two of 16 bits, or one of 32.
-// max and min are those of IEEE 754's maxNum, lane by lane: of a number and a NaN they give the number.
-// min_or_nan gives NaN.
+// The types of a tensor's entries, as they lie in a 32-bit word: two of 16 bits, or one of 32 bits. max and
+// min are IEEE 754's maxNum and minNum, lane by lane. They return the number for a number and a NaN.
+// min_or_nan returns NaN.
 template <typename Word>
-struct Word16 {  // what the two 16-bit types share; Word::kType is their name in PTX
+struct Word16 {  // shared by the two 16-bit types; Word::kType is a type's name in PTX
   using Storage = uint16_t;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t w;
@@ -92,7 +92,7 @@ struct Float16Word : Word16<Float16Word> {
   }
 };
 
-struct Float32Word {  // its one entry is both the low and the high one
+struct Float32Word {  // the only entry is both the low and the high one
   using Storage = uint32_t;
   static constexpr uint32_t kMinusInfinity = 0xff800000u;
   static __device__ __forceinline__ float low(uint32_t w) { return as_float(w); }
@@ -124,13 +124,13 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return buffer;
 }
 
-// A cluster is `size` consecutive blocks, whose shared memory each of them can reach. One of a single
-// block is an ordinary block, and all there is before sm_90.
+// A cluster is `size` consecutive blocks. Each of them can reach the shared memory of all. A cluster of one
+// block is an ordinary block. Devices before sm_90 have no others.
 __device__ __forceinline__ void cluster_barrier(int size) {
 #if __CUDA_ARCH__ >= 900
   if (size > 1) {
-    __cluster_barrier_arrive();  // releases what this thread has written,
-    __cluster_barrier_wait();    // acquires what the others have
+    __cluster_barrier_arrive();  // releases this thread's writes
+    __cluster_barrier_wait();    // acquires the others' writes
     return;
   }
 #endif
@@ -147,7 +147,7 @@ __device__ __forceinline__ T* shared_of_block(T* shared, int size, int rank) {
 
 // --- copies to shared memory, and tensor cores ----------------------------------------------------
 
-// 16 bytes from global to shared memory, without waiting; zeros where not `valid`.
+// Copy 16 bytes from global to shared memory, without waiting. Copy zeros if not `valid`.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
@@ -160,8 +160,8 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit entries, transposed: lanes 8 i to 8 i + 7 give the addresses of the rows of
-// matrix i; lane l gets, of each, the entries (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
+// Load four 8 x 8 matrices of 16-bit entries, transposed. Lanes 8 i to 8 i + 7 pass the addresses of the rows
+// of matrix i. Lane l gets the entries (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of each matrix.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4], const void* shared) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -170,7 +170,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4]
                : "memory");
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8) of a 16-bit type, float32 accumulation.
+// Compute c (16 x 8) += a (16 x 16) b (16 x 8) of a 16-bit type, with float32 sums.
 template <typename Word>
 __device__ __forceinline__ void multiply_add_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.%10.%10.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -181,9 +181,9 @@ __device__ __forceinline__ void multiply_add_16x8x16(float* c, const uint32_t* a
 
 // --- the host's side ------------------------------------------------------------------------------
 
-inline void check_cuda(cudaError_t status, const char* what) {
+inline void check_cuda(cudaError_t status, const char* name) {
   if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("loku_kernels, ") + what + ": " + cudaGetErrorString(status));
+    throw std::runtime_error(std::string("loku_kernels, ") + name + ": " + cudaGetErrorString(status));
   }
 }
 
@@ -196,13 +196,13 @@ inline std::string device_error() {
          cudaGetErrorString(status);
 }
 
-// The caller, loku_kernels/backends/native.py, has made this device torch's current one, and restores what
-// was. This library has a CUDA runtime of its own, which must be told too.
+// The caller, loku_kernels/backends/native.py, has made this device torch's current one, and restores the
+// former one. This library has a CUDA runtime of its own, which must be told too.
 inline void use_device(int device) { check_cuda(cudaSetDevice(device), "cudaSetDevice"); }
 
 struct DeviceLimits {
   int shared_per_block;           // bytes that a block may ask for
-  int shared_per_multiprocessor;  // bytes, of which each resident block takes 1 KiB more than it asks for
+  int shared_per_multiprocessor;  // bytes; each resident block takes 1 KiB more than it asks for
   bool clusters;
 };
 
@@ -212,8 +212,9 @@ inline int device_attribute(cudaDeviceAttr attribute, int device, const char* na
   return value;
 }
 
-// What the current device, `device`, lets this kernel have. Clusters want both a device that launches them
-// and code that is for such devices: code for older ones, which newer devices translate, knows of none.
+// Return the limits of a kernel on the current device, `device`. Clusters need a device that launches them,
+// and code for such devices. Newer devices can translate code for older ones, but that code knows no
+// clusters.
 template <typename... Parameters>
 DeviceLimits device_limits(const char* name, void (*kernel)(Parameters...), int device) {
   cudaFuncAttributes code = {};
@@ -226,8 +227,8 @@ DeviceLimits device_limits(const char* name, void (*kernel)(Parameters...), int 
 struct LaunchShape {
   dim3 grid;
   int threads;
-  size_t shared_bytes;  // dynamic
-  int cluster;          // blocks along x that form one; the grid is a multiple of it
+  size_t shared_bytes;  // dynamic shared memory
+  int cluster;          // blocks along x that form a cluster; the grid is a multiple of it
 };
 
 // Launch on the stream of the current device. An error names the kernel.
@@ -235,7 +236,8 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, uintptr_t stream,
             const Arguments&... arguments) {
   if (shape.shared_bytes > 48 * 1024) {
-    // All there is, not what this launch takes: another thread may be about to launch the kernel with more.
+    // The limit is set to the device's maximum, because another thread may be about to launch with more
+    // memory.
     int device = 0;
     check_cuda(cudaGetDevice(&device), name);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -5,8 +5,8 @@
 
 namespace loku {
 
-// body(i, scratch) for i in [0, count); each thread has a scratch. A single thread stays out of OpenMP: a
-// forked child must, since its parent's threads are not there.
+// Call body(i, scratch) for i in [0, count). Each thread has a scratch. A single thread does not use OpenMP,
+// because a forked child lacks its parent's threads.
 template <typename Scratch, typename Body>
 void parallel_for(int64_t count, int threads, const Body& body) {
   if (threads <= 1) {

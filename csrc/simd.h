@@ -1,6 +1,6 @@
-// What the row loops are made of: loads and stores of the three logit types as float, and an
-// exponential that the compiler vectorises. Everything here is inlined into functions that are
-// compiled once per instruction set (LOKU_TARGET_CLONES), so it must stay free of calls.
+// The elements of the row loops: loads and stores of the three logit types as float, and an exponential that
+// the compiler vectorises. All functions are inlined into functions that are compiled once per instruction
+// set (LOKU_TARGET_CLONES), so they must contain no calls.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ LOKU_INLINE uint32_t as_bits(float value) {
   return bits;
 }
 
-// `x`, or `maximum` where x is not above it (or is NaN).
+// Return x if it is above `maximum`. Else, and for NaN, return `maximum`.
 LOKU_INLINE float larger(float x, float maximum) { return x > maximum ? x : maximum; }
 
 LOKU_INLINE float to_float(float x) { return x; }
@@ -47,9 +47,9 @@ LOKU_INLINE float to_float(float x) { return x; }
 LOKU_INLINE float to_float(BFloat16 x) { return as_float(uint32_t{x.bits} << 16); }
 
 LOKU_INLINE float to_float(Float16 x) {
-  // Shift exponent and mantissa into place and add what the exponents' biases differ by. A subnormal becomes
-  // 2^-14 + itself, and loses the 2^-14 again: no float operand on the way is subnormal, which would be slow.
-  // Inf and NaN need their exponent filled up by hand.
+  // Shift exponent and mantissa into place and add the difference of the exponents' biases. A subnormal
+  // becomes 2^-14 + itself and loses the 2^-14 again. So no float operand is subnormal, which would be slow.
+  // Inf and NaN need their exponent filled with ones.
   constexpr uint32_t kSmallest = 113u << 23;  // 2^-14, the smallest normal number
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t sign = (x.bits & 0x8000u) << 16;
@@ -60,7 +60,8 @@ LOKU_INLINE float to_float(Float16 x) {
   return as_float(as_bits(value) | special | sign);
 }
 
-// Rounded to the nearest, ties to even. Not for NaN, which would cost a vector loop a third of its time.
+// Round to the nearest, ties to even. x must not be NaN, because the check would cost a vector loop a third
+// of its time.
 template <typename T>
 T from_number(float x);
 
@@ -78,9 +79,9 @@ LOKU_INLINE BFloat16 from_number<BFloat16>(float x) {
 template <>
 LOKU_INLINE Float16 from_number<Float16>(float x) {
   const uint32_t bits = as_bits(x);
-  // The sum with 2^13 times the power of two below |x| has the ten bits of the mantissa at its end, rounded.
-  // From 2^-14 down that power stays the same, and the sum is right for subnormals. Overflow becomes
-  // infinity in the first product.
+  // The sum of |x| and 2^13 times the power of two below |x| ends with the ten bits of the mantissa, rounded.
+  // That power stays the same from 2^-14 down, so the sum is right for subnormals. Overflow becomes infinity
+  // in the first product.
   const float magnitude = as_float(bits & 0x7fffffffu) * as_float((127u + 112u) << 23);
   const uint32_t exponent = bits & 0x7f800000u;
   const uint32_t power = exponent > (113u << 23) ? exponent : 113u << 23;
@@ -100,9 +101,9 @@ LOKU_INLINE float from_float<float>(float x) {
   return x;
 }
 
-// exp(x) for x <= 0 (or a little above) within 2 ulp; 0 below -87, where float has no normal result;
-// NaN for NaN. x = (n + r) ln 2, and 2^r by the polynomial of degree 5 with the least relative error
-// (1e-7) on |r| <= 1/2 among those that begin with 1.
+// Compute exp(x) within 2 ulp, for x <= 0 or a little above. The result is 0 below -87, where float has no
+// normal one, and NaN for NaN. With x = (n + r) ln 2, the polynomial of degree 5 approximates 2^r. It has the
+// least relative error (1e-7) on |r| <= 1/2 among those that begin with 1.
 LOKU_INLINE float exp_nonpositive(float x) {
   constexpr float kLog2E = 1.44269504088896341f;
   constexpr float kRound = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
@@ -118,7 +119,7 @@ LOKU_INLINE float exp_nonpositive(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
-// body(T{}) for the type T of `dtype`.
+// Call body(T{}) for the type T of `dtype`.
 template <typename Body>
 void for_dtype(DType dtype, const Body& body) {
   for_type_of<float, BFloat16, Float16>(dtype, body);

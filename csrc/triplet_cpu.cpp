@@ -1,12 +1,12 @@
-// Softmax triplet, CPU kernels: forward, backward, and two fused kernels that overwrite the logits, by the
-// gradient of IHL, or, some columns at a time, by the softmax of the rest.
+// Softmax triplet, CPU kernels: forward, backward, and two fused kernels that overwrite the logits. One
+// writes the gradient of IHL, the other the softmax of the rest, some columns at a time.
 //
-// A row is processed by one thread, in blocks that stay in the L1 cache: one pass brings the block in as
-// float and finds its maximum, one takes the exponentials. Target and runner-up are replaced by -inf there,
-// so that no loop has to step around them. While the exponentials of a block are taken, the next block is
-// on its way from main memory. The fused kernels keep each exponential, relative to the maximum known at
-// that block, and scale it by one number a block when the whole row has been seen. The row is still in
-// the L2 cache then, so main memory sees one read and one write.
+// One thread processes a row, in blocks that stay in the L1 cache. One pass converts the block to float and
+// finds its maximum. A second pass takes the exponentials. Target and runner-up are replaced by -inf in the
+// block, so that no loop has to skip them. The next block is on its way from main memory during the
+// exponentials of a block. The fused kernels keep each exponential, relative to the maximum known at that
+// block. They scale it by one number a block after the end of the row. The row is still in the L2 cache then,
+// so main memory sees one read and one write.
 #include "triplet_cpu.h"
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "entries_cpu.h"
 #include "online_triplet.h"
 #include "parallel.h"
 #include "simd.h"
@@ -21,137 +22,41 @@
 namespace loku {
 namespace {
 
-// Entries that stay in the L1 cache between two passes, and whose sum is taken in float: in at least 4
-// lanes, so that a term is rounded 256 times at most (equal terms would all be rounded the same way). Where
-// nothing makes vectors of a sum (no OpenMP, or sanitizers) there is one lane.
-#if defined(_OPENMP) && !defined(LOKU_NO_TARGET_CLONES)
-constexpr int64_t kBlock = 1024;
-#else
-constexpr int64_t kBlock = 128;
-#endif
-constexpr int64_t kCacheLine = 64;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// What a stored entry x means. Usually it is the logit y. With a softcap it is u = tanh(z / softcap),
-// y = softcap * u and dy/dz = 1 - u^2: kept so, neither y nor the slope is rounded to the entries' type.
-template <bool kSoftcap>
-struct Entry {
-  float softcap;
-  LOKU_INLINE float logit(float x) const { return kSoftcap ? softcap * x : x; }
-  LOKU_INLINE double exact_logit(float x) const { return kSoftcap ? double{softcap} * double{x} : x; }
-  LOKU_INLINE float slope(float x) const { return kSoftcap ? 1.0f - x * x : 1.0f; }
-};
-
-// A block of entries as float: the entries themselves, or converted into `buffer`.
-struct Block {
-  const float* x;
-  float max;  // the largest logit
-};
-
-template <bool kSoftcap>
-LOKU_INLINE float max_of(const float* x, int64_t n, Entry<kSoftcap> entry) {
-  float maximum = kMinusInfinity;
-#pragma omp simd reduction(max : maximum)
-  for (int64_t i = 0; i < n; ++i) maximum = larger(entry.logit(x[i]), maximum);
-  return maximum;
-}
-
-template <bool kSoftcap, typename T>
-LOKU_INLINE Block converted_block(const T* entries, int64_t n, Entry<kSoftcap> entry, float* buffer) {
-  float maximum = kMinusInfinity;
-#pragma omp simd reduction(max : maximum)
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = to_float(entries[i]);
-    buffer[i] = x;
-    maximum = larger(entry.logit(x), maximum);
-  }
-  return {buffer, maximum};
-}
-
-// Leave entry `index` out of the block, in `buffer`.
-template <bool kSoftcap>
-LOKU_INLINE void leave_out(int64_t index, Block& block, int64_t n, Entry<kSoftcap> entry, float* buffer) {
-  if (block.x != buffer) std::copy_n(block.x, n, buffer);
-  buffer[index] = kMinusInfinity;
-  block = {buffer, max_of(buffer, n, entry)};
-}
-
-template <bool kSoftcap>
-LOKU_INLINE int64_t first_index_of(float logit, const float* x, int64_t n, Entry<kSoftcap> entry) {
-  constexpr int64_t kStep = 128;  // looked at together, in vectors
-  int64_t begin = 0;
-  for (; begin + kStep <= n; begin += kStep) {
-    int found = 0;
-#pragma omp simd reduction(| : found)
-    for (int64_t i = begin; i < begin + kStep; ++i) found |= entry.logit(x[i]) == logit;
-    if (found) break;
-  }
-  while (entry.logit(x[begin]) != logit) ++begin;
-  return begin;
-}
-
-// Sum over x of exp(y - reference). With kStore each term, times the softcap's slope, goes to `terms`.
-// `ahead` becomes the maximum of as many entries further on, which beside the exponentials costs nothing.
-template <bool kStore, bool kSoftcap>
-LOKU_INLINE double sum_exp(const float* x, int64_t n, Entry<kSoftcap> entry, float reference, float* terms,
-                           const float* further, int64_t further_n, float& ahead) {
-  float sum = 0.0f;
-  float maximum = kMinusInfinity;
-  const int64_t both = std::min(n, further_n);
-#pragma omp simd reduction(+ : sum) reduction(max : maximum)
-  for (int64_t i = 0; i < both; ++i) {
-    const float term = exp_nonpositive(entry.logit(x[i]) - reference);
-    if (kStore) terms[i] = term * entry.slope(x[i]);
-    sum += term;
-    maximum = larger(entry.logit(further[i]), maximum);
-  }
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = both; i < n; ++i) {
-    const float term = exp_nonpositive(entry.logit(x[i]) - reference);
-    if (kStore) terms[i] = term * entry.slope(x[i]);
-    sum += term;
-  }
-  ahead = maximum;
-  return sum;
-}
-
-LOKU_INLINE void prefetch(const void* begin, const void* end) {
-  for (const char* p = static_cast<const char*>(begin); p < end; p += kCacheLine) LOKU_PREFETCH(p);
-}
-
-// A row so far: what `states` holds between two calls, and what one call has met.
+// The state of a row: the numbers that `states` holds between two calls, with the slope of the runner-up.
 struct RowState {
   OnlineTriplet online;
-  double target;          // logit; where there is a softcap, a product in double
-  double runner_up;       // the same of online.runner_up
-  float runner_up_slope;  // of the softcap
+  double target;          // logit; with a softcap, a product in double
+  double runner_up;       // online.runner_up, computed in the same way
+  float runner_up_slope;  // slope of the softcap at the runner-up
 };
 
-// What the fused kernels must know of the blocks they have passed, to finish the row.
+// The facts about passed blocks that the fused kernels need to finish the row.
 struct RowScratch {
   struct Demoted {
     int64_t id;
     float logit, slope;
   };
   std::vector<float> block_max;  // the reference of each block's terms
-  std::vector<Demoted> demoted;  // runner-ups that joined the rest after their block: they have no term
-  std::vector<float> terms;      // the terms, where the row's own type cannot hold them
+  std::vector<Demoted> demoted;  // runner-ups that joined the rest after their block and have no term
+  std::vector<float> terms;      // the terms, for rows of a 16-bit type
 };
 
 LOKU_INLINE RowState first_state(int64_t target) {
   RowState state = {{}, kMinusInfinity, kMinusInfinity, 1.0f};
-  state.online.runner_up_id = target == 0 ? 1 : 0;  // unless something is above -inf
+  state.online.runner_up_id = target == 0 ? 1 : 0;  // if all others are -inf
   return state;
 }
 
-// One read of the columns [first_column, first_column + columns) of a row, whose entries begin at `row`.
-// Always inlined into the kernels below, so that they alone are cloned.
+// Read the columns [first_column, first_column + columns) of a row once. Their entries begin at `row`. The
+// function is inlined into the kernels below, so that only they are cloned.
 template <bool kStore, bool kSoftcap, typename T>
 LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first_column, int64_t target,
                                 Entry<kSoftcap> entry, float* terms, RowScratch& scratch, RowState& state) {
   alignas(kCacheLine) float buffer[kBlock];
   OnlineTriplet& online = state.online;
-  constexpr bool kAhead = std::is_same<T, float>::value;  // else conversion makes a pass of its own cheaper
+  constexpr bool kAhead = std::is_same<T, float>::value;  // others need a pass for conversion
   float ahead = kMinusInfinity;
   if constexpr (kAhead) ahead = max_of(row, std::min(kBlock, columns), entry);
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
@@ -164,7 +69,8 @@ LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first_col
     } else {
       block = converted_block(row + begin, n, entry, buffer);
     }
-    // As one unsigned comparison: GCC splits this loop at two, and vectorises only one of the halves.
+    // One unsigned comparison replaces two. GCC splits this loop at two and vectorises only one of the
+    // halves.
     const int64_t target_index = target - first_column - begin;
     if (static_cast<uint64_t>(target_index) < static_cast<uint64_t>(n)) {
       state.target = entry.exact_logit(block.x[target_index]);
@@ -186,7 +92,7 @@ LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first_col
     if (kStore) scratch.block_max.push_back(online.rest_max);
 
     float* block_terms = kStore ? terms + begin : nullptr;
-    if (online.rest_max == kMinusInfinity) {  // masked words, or NaN, and no reference to subtract
+    if (online.rest_max == kMinusInfinity) {  // all masked or NaN: no reference to subtract
       for (int64_t i = 0; i < n; ++i) {
         if (block.x[i] != block.x[i]) online.rest_sum = kNaN;
         if (kStore) block_terms[i] = 0.0f;
@@ -202,12 +108,12 @@ LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first_col
   }
 }
 
-// exp(logit - reference), 0 for a masked word.
+// Compute exp(logit - reference), and 0 for a masked word.
 LOKU_INLINE double share_of(float logit, double reference) {
   return logit == kMinusInfinity ? 0.0 : std::exp(logit - reference);
 }
 
-// row = scale * exp(y - reference) from the terms, demoted runner-ups of these columns included.
+// Compute row = scale * exp(y - reference) from the terms. Demoted runner-ups of these columns are included.
 template <typename T>
 LOKU_INLINE void finish_columns(T* row, int64_t columns, int64_t first_column, const float* terms,
                                 double reference, double scale, const RowScratch& scratch) {
@@ -303,8 +209,8 @@ struct TripletGradient {
   double target, runner_up, rest;
 };
 
-// Gradient of IHL = 1 + p_0 - p_1 with respect to the triplet, p its softmax. Written with sums of
-// probabilities only, so nothing cancels where p_0 is near 1.
+// Compute the gradient of IHL = 1 + p_0 - p_1 in the triplet, with p its softmax. Only sums of probabilities
+// occur, so nothing cancels for p_0 near 1.
 TripletGradient inverted_hinge_gradient(const double* triplet) {
   const double top = std::max(triplet[0], std::max(triplet[1], triplet[2]));
   const double e0 = std::exp(triplet[0] - top), e1 = std::exp(triplet[1] - top),
@@ -334,8 +240,7 @@ LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first_colum
                               float softcap, const double* triplet, int64_t runner_up_id, const double* g,
                               T* out) {
   const Entry<kSoftcap> entry{softcap};
-  // Of the positions that have a gradient of their own, those in these columns, read before they may be
-  // overwritten.
+  // Target and runner-up have gradients of their own. Their entries are read before they may be overwritten.
   const int64_t position[2] = {target - first_column, runner_up_id - first_column};
   bool here[2];
   float own[2];
@@ -344,7 +249,7 @@ LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first_colum
     own[i] = here[i] ? static_cast<float>(g[i] * entry.slope(to_float(row[position[i]]))) : 0.0f;
   }
   const float g_rest = static_cast<float>(g[2]);
-  // `rest` as two floats: rounding it to one would cost exp() the digits of a large offset.
+  // `rest` is split into two floats. One float would lose the digits that exp() needs at a large offset.
   const float rest_high = static_cast<float>(triplet[2]);
   const float rest_low = static_cast<float>(triplet[2] - rest_high);
   if (triplet[2] == kMinusInfinity) {  // no rest, so no gradient
@@ -368,7 +273,7 @@ LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first_colum
   }
 }
 
-// The functions that are compiled once per instruction set: one row each, one for each type.
+// The kernels of one row, for each type. They are compiled once per instruction set.
 #define LOKU_ROW_KERNELS(T)                                                                                \
   LOKU_TARGET_CLONES void forward_kernel(const T* row, int64_t vocab, int64_t target, const Triplets& out, \
                                          int64_t n) {                                                      \
@@ -423,7 +328,7 @@ T* row_of(const Rows& rows, int64_t n) {
 
 }  // namespace
 
-// Index of the first label that is neither in [0, vocab) nor ignored; -1 if there is none.
+// Return the index of the first label that is neither in [0, vocab) nor ignored, or -1.
 int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index) {
   for (int64_t n = 0; n < count; ++n) {
     if (labels[n] != ignore_index && (labels[n] < 0 || labels[n] >= vocab)) return n;
@@ -431,7 +336,7 @@ int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int
   return -1;
 }
 
-// logits, labels -> triplet, runner_up_id. Reads each logit once.
+// Compute triplet and runner_up_id of logits and labels. Each logit is read once.
 void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
                      int threads) {
   for_dtype(logits.dtype, [&](auto type) {
@@ -446,8 +351,9 @@ void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_i
   });
 }
 
-// Gradient of the logits from that of the triplet: g_target at the label, g_runner_up at the runner-up,
-// g_rest * exp(y - rest) elsewhere, each times the softcap's slope. `grad_logits` may be `logits`.
+// Compute the gradient of the logits from that of the triplet. It is g_target at the label, g_runner_up at
+// the runner-up and g_rest * exp(y - rest) elsewhere, each times the softcap's slope. `grad_logits` may be
+// `logits`.
 void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* labels, int64_t ignore_index,
                       const Triplets& saved, const double* grad_triplet, float softcap,
                       const Rows& grad_logits, int threads) {
@@ -465,7 +371,7 @@ void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* l
   });
 }
 
-// IHL forward and backward in one: the logits become `scale` times the gradient of the row's IHL.
+// Compute forward and backward of IHL in one. The logits become `scale` times the gradient of the row's IHL.
 void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
                      const Triplets& out, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
@@ -482,8 +388,8 @@ void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_i
   });
 }
 
-// The next columns of rows whose earlier ones are in `states`. With `store` the logits become
-// exp(y - rest_max), 0 at target and runner-up, times the softcap's slope.
+// Take the next columns of rows into `states`, which hold the earlier ones. With `store` the logits become
+// exp(y - rest_max) times the softcap's slope, and 0 at target and runner-up.
 void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* labels, float softcap,
                       bool store, const OnlineStates& states, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
@@ -495,7 +401,7 @@ void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* l
   });
 }
 
-// Row n times factors[n]. A factor of 1 leaves it alone.
+// Multiply row n by factors[n]. A row whose factor is 1 is left alone.
 void scale_rows_(const Rows& rows, const float* factors, int threads) {
   for_dtype(rows.dtype, [&](auto type) {
     using T = decltype(type);

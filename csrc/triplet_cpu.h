@@ -1,4 +1,4 @@
-// The softmax triplet of rows of logits on the CPU. See triplet_cpu.cpp for what each function does.
+// The softmax triplet of rows of logits on the CPU. The functions are described in triplet_cpu.cpp.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 
 namespace loku {
 
-// Row n starts `offsets[n]` elements after `data`; its `columns` entries are contiguous.
+// Row n starts `offsets[n]` elements after `data`. Its `columns` entries are contiguous.
 //
-// With a softcap > 0 an entry is u, and the logit it stands for y = softcap * u; 0 means none.
+// With a softcap > 0 an entry is u and stands for the logit y = softcap * u. A softcap of 0 means none.
 struct Rows {
   void* data;
   const int64_t* offsets;
@@ -18,16 +18,17 @@ struct Rows {
   DType dtype;
 };
 
-// One row of `triplet` is (target, runner_up, rest), of `runner_up_id` the runner-up's index. A row
+// A row of `triplet` is (target, runner_up, rest). An entry of `runner_up_id` is the runner-up's index. A row
 // whose label is ignored gets zeros and -1.
 struct Triplets {
   double* triplet;
   int64_t* runner_up_id;
 };
 
-// Rows whose columns come in several calls: one row of `state` is (target, runner_up, rest_max, rest_sum),
-// see online_triplet.h. What the terms that earlier calls stored must be multiplied by now is `rescale`;
-// the runner-up of an earlier call that has joined the rest since (-1: none) has `demoted_share` in it.
+// The states of rows whose columns come in several calls. A row of `state` is (target, runner_up, rest_max,
+// rest_sum), as in online_triplet.h. `rescale` is the factor of the terms that earlier calls stored.
+// `demoted_id` is the runner-up of an earlier call that the last call moved into the rest, or -1.
+// `demoted_share` is its term.
 struct OnlineStates {
   static constexpr int64_t kNumbers = 4;
   double* state;

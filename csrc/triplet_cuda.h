@@ -1,6 +1,6 @@
-// The softmax triplet of rows of logits on CUDA devices. See triplet_cuda.cu for what each function does.
+// The softmax triplet of rows of logits on CUDA devices. The functions are described in triplet_cuda.cu.
 //
-// All addresses are of the device; nothing waits for the device, and nothing is allocated.
+// All addresses are addresses of the device. No function waits for the device or allocates memory.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace loku {
 
-// Row n starts (n / inner) * outer_stride + (n % inner) * inner_stride elements after `data`; its `columns`
-// entries are contiguous. With a softcap > 0 an entry is u, and the logit it stands for softcap * u.
+// Row n starts (n / inner) * outer_stride + (n % inner) * inner_stride elements after `data`. Its `columns`
+// entries are contiguous. With a softcap > 0 an entry is u and stands for the logit softcap * u.
 struct DeviceRows {
   void* data;
   int64_t count, inner, outer_stride, inner_stride, columns;
@@ -23,7 +23,8 @@ struct Stream {
   uintptr_t handle;  // a cudaStream_t of that device
 };
 
-// Why the kernels cannot run on this machine: no driver, too old a driver, no device. Empty if they can.
+// Return the reason why the kernels cannot run on this machine: no driver, too old a driver, no device. It is
+// empty if they can.
 std::string cuda_error();
 
 void cuda_triplet_forward(const DeviceRows& logits, const int64_t* labels, int64_t ignore_index,

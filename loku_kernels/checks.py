@@ -10,7 +10,15 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:
-    """Raise ``ValueError`` unless logits (..., V) and labels (...) fit the operators and one another."""
+    """Check that logits and labels fit the operators and one another.
+
+    Args:
+        logits: The logits (..., V).
+        labels: The labels (...).
+
+    Raises:
+        ValueError: A shape, dtype, device or stride is wrong.
+    """
     if logits.dim() < 1 or logits.shape[-1] < 2:
         raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
     if logits.dtype not in LOGIT_DTYPES:
@@ -24,7 +32,16 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
 
 
 def check_label_tensor(labels: Tensor, tensor: Tensor, name: str) -> None:
-    """Raise ``ValueError`` unless labels (...) are int64 and fit a tensor (..., *) on the same device."""
+    """Check the shape, dtype and device of labels. Their values are left to ``check_label_values``.
+
+    Args:
+        labels: The labels (...).
+        tensor: The tensor (..., *) that the labels must fit.
+        name: The name of ``tensor``, for the message.
+
+    Raises:
+        ValueError: The labels are not int64, or have another shape or device.
+    """
     expected = tuple(tensor.shape[:-1])
     if tuple(labels.shape) != expected:
         raise ValueError(
@@ -38,7 +55,16 @@ def check_label_tensor(labels: Tensor, tensor: Tensor, name: str) -> None:
 
 
 def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise ``IndexError`` for a label outside [0, vocab) that is not ``ignore_index``; on CUDA assert."""
+    """Check that every label is in the vocabulary or is ``ignore_index``.
+
+    Args:
+        labels: The labels (...), int64.
+        vocab: The number of words V.
+        ignore_index: The label of rows that do not count.
+
+    Raises:
+        IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
+    """
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if labels.device.type == "cpu":
         if bad.any():
@@ -49,7 +75,17 @@ def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def bad_label_error(labels: Tensor, position: int, vocab: int, ignore_index: int) -> IndexError:
-    """The error that names the first bad label and its position in the flattened labels."""
+    """Make the error that names a bad label.
+
+    Args:
+        labels: The labels (...), int64.
+        position: The position of the bad label in the flattened labels.
+        vocab: The number of words V.
+        ignore_index: The label of rows that do not count.
+
+    Returns:
+        The error, for the caller to raise.
+    """
     return IndexError(
         f"label {labels.reshape(-1)[position].item()} at position {position} is neither in [0, {vocab}) "
         f"nor ignore_index ({ignore_index})"
@@ -59,7 +95,18 @@ def bad_label_error(labels: Tensor, position: int, vocab: int, ignore_index: int
 def check_linear_operands(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None
 ) -> None:
-    """Raise ``ValueError`` unless the operands of a linear operator go together."""
+    """Check that the operands of a linear operator go together.
+
+    Args:
+        hidden: The hidden states (..., D).
+        weight: The output embedding (V, D).
+        labels: The labels (...).
+        bias: The bias (V,), or None.
+        softcap: The softcap of the logits, or None.
+
+    Raises:
+        ValueError: A shape, dtype or device is wrong, V < 2, or the softcap is not positive.
+    """
     if weight.dim() != 2 or weight.shape[0] < 2:
         raise ValueError(f"weight must have shape (V, D) with V >= 2, got {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -71,7 +118,7 @@ def check_linear_operands(
     if weight.dtype not in LOGIT_DTYPES:
         raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
     others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    autocast = torch.is_autocast_enabled(hidden.device.type)  # it makes the dtypes equal, as for linear
+    autocast = torch.is_autocast_enabled(hidden.device.type)  # autocast makes the dtypes equal, as for linear
     for name, tensor in others.items():
         if tensor.dtype != hidden.dtype and not autocast:
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")

@@ -1,58 +1,93 @@
 """KL divergence from a reference model's predictions, from hidden states and the output embedding.
 
-Unlike the other losses, which depend on three numbers a token, it needs both distributions whole. With q of
-the reference and p of the model,
+The other losses depend on three numbers a token. This one needs both distributions whole. With the
+reference's q and the model's p,
 
     KL(q || p) = sum over v of q_v (log q_v - log p_v),      d KL / d y_v = p_v - q_v
 
-so it works on blocks of whole rows: two products make both logits, which become p - q in place, and a third
-one makes the gradient of the hidden states.
+The forward works on blocks of whole rows. Two products make the logits of both models. They become p - q in
+place. A third product makes the gradient of the hidden states.
+
+The operators take plain tensors, because ``torch.library`` has no operands of other types: the ``hidden``,
+``weight`` and ``bias`` of the model, then those of the reference.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from loku_kernels.checks import IGNORE_INDEX, check_linear_operands
-from loku_kernels.logits_blocks import LogitsBlocks, block_slices, weight_gradient, whole_row_slices
-from loku_kernels.losses import reduce_loss
+from loku_kernels.logits_blocks import LogitsBlocks, Slices, block_slices, weight_gradient, whole_row_slices
+from loku_kernels.losses import Reduction, reduce_loss
 from loku_kernels.triplet import register_autocast
 
+# hidden (N, D), weight (V, D), and bias (V,) or None, of one model
+Head = tuple[Tensor, Tensor, Tensor | None]
 
-def _wide_dtype(dtype):
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _entry_bytes(hidden):
-    """Bytes that are held for each entry of a block: both logits and one more, wide, and narrow copies."""
+def _entry_bytes(hidden: Tensor) -> int:
+    """Count the bytes that the forward holds for each entry of a block.
+
+    They are three tensors in the wide dtype (the logits of both models and one more), and two in the dtype of
+    ``hidden`` if that is narrower.
+    """
     wide = _wide_dtype(hidden.dtype).itemsize
     return 3 * wide + (2 * hidden.dtype.itemsize if hidden.dtype.itemsize < wide else 0)
 
 
-def _both_logits(current, original, counted, softcap, logit_scale, slices):
-    """Indices of the counted rows, and the blocks of their logits in both models.
+def _both_logits(
+    model: Head,
+    reference: Head,
+    counted: Tensor,
+    softcap: float,
+    logit_scale: float,
+    cut: Callable[[int, int, int, str], Slices],
+) -> tuple[Tensor, LogitsBlocks, LogitsBlocks]:
+    """Prepare the blocks of the logits of both models, for the counted rows.
 
-    current, original: (hidden, weight, bias). slices: ``whole_row_slices`` or ``block_slices``.
+    Args:
+        model: The operands of the model.
+        reference: The operands of the reference, with as many rows and words.
+        counted: A bool tensor (N,) that is true for each row that counts.
+        softcap: The softcap of both models' logits. 0 means none.
+        logit_scale: The factor of both models' logits, applied before the softcap.
+        cut: ``whole_row_slices`` or ``block_slices``.
+
+    Returns:
+        The indices of the counted rows, the blocks of the model and those of the reference.
     """
     index = counted.nonzero()[:, 0]
-    hidden, weight, _ = current
-    parts = slices(len(index), len(weight), _entry_bytes(hidden), hidden.device.type)
-    return index, *(
-        LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale, parts)
-        for hidden, weight, bias in (current, original)
-    )
+    hidden, weight, bias = model
+    parts = cut(len(index), len(weight), _entry_bytes(hidden), hidden.device.type)
+    current = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale, parts)
+    hidden, weight, bias = reference
+    return index, current, LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale, parts)
 
 
-def _wide_logits(block, softcap):
-    """What ``LogitsBlocks.compute`` gave, as logits in float32 or wider: in the same memory if it is wide."""
+def _wide_logits(block: Tensor, softcap: float) -> Tensor:
+    """Turn a block of ``LogitsBlocks.compute`` into logits in float32 or wider, in place if it is wide."""
     logits = block.to(_wide_dtype(block.dtype))
     return logits.mul_(softcap) if softcap else logits
 
 
-def _normalize_(logits, spare):
-    """Logits (n, V) become log-probabilities; returns what was subtracted, in turn: (n, 2).
+def _normalize_(logits: Tensor, spare: Tensor) -> Tensor:
+    """Turn logits (n, V) into log-probabilities, in place.
 
-    First the maximum, so that the log-probability of a word that is nearly sure keeps its digits.
+    The maximum is subtracted first. So the log-probability of a word that is nearly sure keeps its digits.
+
+    Args:
+        logits: The logits (n, V), in float32 or wider.
+        spare: A tensor of the same shape and dtype, which is overwritten.
+
+    Returns:
+        The normalizers (n, 2) of the rows: the two numbers that were subtracted, in their order.
     """
     largest = logits.amax(1, keepdim=True)
     log_sum = torch.exp(logits.sub_(largest), out=spare).sum(1, keepdim=True).log_()
@@ -60,8 +95,21 @@ def _normalize_(logits, spare):
     return torch.cat([largest, log_sum], 1)
 
 
-def _logits_gradient_(log_p, q, normalizer, softcap, spare=None):
-    """p - q, times the softcap's slope 1 - (y / softcap)^2, y the logits; overwrites log p."""
+def _logits_gradient_(
+    log_p: Tensor, q: Tensor, normalizer: Tensor, softcap: float, spare: Tensor | None = None
+) -> Tensor:
+    """Compute p - q, times the softcap's slope 1 - (y / softcap)^2 at the logits y.
+
+    Args:
+        log_p: The model's log-probabilities (n, V). The result overwrites them.
+        q: The reference's probabilities (n, V).
+        normalizer: The normalizers (n, 2) of the model's rows.
+        softcap: The softcap. 0 means none.
+        spare: A tensor (n, V) that may be overwritten, or None.
+
+    Returns:
+        ``log_p``.
+    """
     if not softcap:
         return log_p.exp_().sub_(q)
     slope = torch.add(log_p, normalizer.sum(1, keepdim=True), out=spare)
@@ -82,7 +130,23 @@ def _linear_kl_divergence(
     logit_scale: float,
     want_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """KL (N,), what normalises both rows of logits (2, N, 2), and d KL / d hidden of each row (N, D)."""
+    """Compute the divergence of each row.
+
+    Args:
+        hidden: The model's hidden states (N, D).
+        weight: The model's output embedding (V, D).
+        bias: The model's bias (V,), or None.
+        reference_hidden: The reference's hidden states (N, D').
+        reference_weight: The reference's output embedding (V, D').
+        reference_bias: The reference's bias (V,), or None.
+        counted: A bool tensor (N,) that is true for each row that counts.
+        softcap: The softcap of both models' logits. 0 means none.
+        logit_scale: The factor of both models' logits, applied before the softcap.
+        want_direction: If false, the third result is empty.
+
+    Returns:
+        The divergences (N,), the normalizers (2, N, 2) of both models' logits, and d KL / d hidden (N, D).
+    """
     dtype = _wide_dtype(hidden.dtype)
     divergence = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
     normalizers = torch.zeros(2, len(hidden), 2, dtype=dtype, device=hidden.device)
@@ -106,7 +170,7 @@ def _linear_kl_divergence(
         normalizers[0, chosen] = normalizer = _normalize_(log_p, spare)
         normalizers[1, chosen] = _normalize_(log_q, spare)
         q = torch.exp(log_q, out=spare)
-        terms = log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0)  # a masked word is -inf in both
+        terms = log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0)  # a word that both models mask
         divergence[chosen] = terms.sum(1)
         if want_direction:
             gradient = _logits_gradient_(log_p, q, normalizer, softcap, spare=terms)
@@ -116,14 +180,14 @@ def _linear_kl_divergence(
 
 
 @_linear_kl_divergence.register_fake
-def _(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, counted, *rest):
-    count, dtype = len(hidden), _wide_dtype(hidden.dtype)
-    direction = hidden.new_empty((count if rest[-1] else 0, hidden.shape[1]))
+def _(hidden: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    count, dtype, want_direction = len(hidden), _wide_dtype(hidden.dtype), operands[-1]
+    direction = hidden.new_empty((count if want_direction else 0, hidden.shape[1]))
     return hidden.new_empty(count, dtype=dtype), hidden.new_empty((2, count, 2), dtype=dtype), direction
 
 
 @custom_op("loku_kernels::linear_kl_divergence_backward_weight", mutates_args=())
-def _backward_weight(
+def _kl_backward_weight(
     grad_divergence: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -136,7 +200,21 @@ def _backward_weight(
     softcap: float,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """d weight (V, D) and d bias (V,): each block of both logits is computed again."""
+    """Compute d weight (V, D) and d bias (V,). Each block of both models' logits is computed again.
+
+    Args:
+        grad_divergence: The gradients (N,) of the divergences.
+        hidden: The model's hidden states (N, D).
+        weight: The model's output embedding (V, D).
+        bias: The model's bias (V,), or None.
+        reference_hidden: The reference's hidden states (N, D').
+        reference_weight: The reference's output embedding (V, D').
+        reference_bias: The reference's bias (V,), or None.
+        counted: A bool tensor (N,) that is true for each row that counts.
+        normalizers: The normalizers (2, N, 2) that ``_linear_kl_divergence`` returned.
+        softcap: The softcap of both models' logits. 0 means none.
+        logit_scale: The factor of both models' logits, applied before the softcap.
+    """
     index, current, original = _both_logits(
         (hidden, weight, bias),
         (reference_hidden, reference_weight, reference_bias),
@@ -148,7 +226,7 @@ def _backward_weight(
     normalizer, reference_normalizer = normalizers[:, index]
     scale = grad_divergence[index, None] * logit_scale
 
-    def gradient(rows, columns):
+    def gradient(rows: slice, columns: slice) -> Tensor:
         block = current.compute(rows, columns)
         log_p = _wide_logits(block, softcap)
         log_q = _wide_logits(original.compute(rows, columns), softcap).to(log_p.dtype)
@@ -161,25 +239,25 @@ def _backward_weight(
     return weight_gradient(current, gradient)
 
 
-@_backward_weight.register_fake
-def _(grad_divergence, hidden, weight, *rest):
+@_kl_backward_weight.register_fake
+def _(grad_divergence: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(weight.shape[0])
 
 
-def _save(ctx, inputs, output):
+def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *operands, ctx.softcap, ctx.logit_scale, _ = inputs
     _, normalizers, direction = output
     ctx.save_for_backward(*operands, normalizers, direction)
     ctx.mark_non_differentiable(normalizers, direction)
 
 
-def _backward(ctx, grad_divergence, *_):
+def _kl_backward(ctx: Any, grad_divergence: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *operands, normalizers, direction = ctx.saved_tensors
     grad_hidden = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_hidden = (direction * grad_divergence[:, None]).to(direction.dtype)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_bias = _backward_weight(
+        grad_weight, grad_bias = _kl_backward_weight(
             grad_divergence, *operands, normalizers, ctx.softcap, ctx.logit_scale
         )
         grad_weight = grad_weight if ctx.needs_input_grad[1] else None
@@ -187,27 +265,27 @@ def _backward(ctx, grad_divergence, *_):
     return grad_hidden, grad_weight, grad_bias, *[None] * 7
 
 
-_linear_kl_divergence.register_autograd(_backward, setup_context=_save)
+_linear_kl_divergence.register_autograd(_kl_backward, setup_context=_save_kl)
 register_autocast("linear_kl_divergence", _linear_kl_divergence, operands=6)
 
 
 def linear_kl_divergence_loss(
-    hidden,
-    weight,
-    reference_hidden,
-    labels=None,
-    bias=None,
+    hidden: Tensor,
+    weight: Tensor,
+    reference_hidden: Tensor,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
-    reference_weight=None,
-    reference_bias=None,
-    ignore_index=IGNORE_INDEX,
-    reduction="mean",
-    softcap=None,
-    logit_scale=1.0,
-):
-    """KL(reference || model), in nats, of the logits of output embeddings, which are never held whole.
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: Reduction = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Compute KL(reference || model), in nats, from hidden states. The logits never exist whole.
 
-    The same as, in plain torch, for rows (N, D)::
+    The loss equals, in plain torch, for rows (N, D)::
 
         def log_probabilities(hidden, weight, bias):
             logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
@@ -219,30 +297,38 @@ def linear_kl_divergence_loss(
         log_q = log_probabilities(reference_hidden, reference_weight, reference_bias)
         loss = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean()
 
-    except that a word which both mask (a bias of -inf) adds 0 instead of NaN. Differentiable in ``hidden``,
-    ``weight`` and ``bias``; the reference gets no gradient. Both logits exist for a few rows at a time (with
-    what is made of them, at most 16 MiB, on CUDA 256, or one row). With a frozen ``weight`` forward and
-    backward together cost three matrix products, of those few rows each, which is slower than whole ones;
-    where ``weight`` or ``bias`` trains, the backward computes both logits again. Under autocast the operands
-    are cast as ``linear`` casts them.
+    with one exception: a word that both models mask (a bias of -inf) adds 0 instead of NaN. The loss is
+    differentiable in ``hidden``, ``weight`` and ``bias``. The reference gets no gradient.
+
+    The logits of both models exist for a few rows at a time. With all temporary tensors of their shape they
+    take at most 16 MiB on the CPU and 256 MiB on CUDA, or one row. Forward and backward together cost three
+    matrix products if ``weight`` is frozen. Each product has a few rows, so it is slower than one of all
+    rows. The backward computes both models' logits again if ``weight`` or ``bias`` trains. Under autocast the
+    operands are cast as ``linear`` casts them.
 
     Args:
-        hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), same dtype. bias: (V,), same dtype, or None.
-        reference_hidden: (..., D'), as many rows as ``hidden``; what the reference model puts into its output
-            embedding.
-        reference_weight: (V, D'), reference_bias: (V,) or None, the reference's output embedding, if it is
-            another one; otherwise ``weight`` and ``bias`` serve both.
-        labels: (...), int64, or None. They only say which rows count: those that are not ``ignore_index``.
-        reduction: "mean" over the counted rows, "sum" or "none".
-        softcap, logit_scale: what both models do to their logits (Gemma, Cohere).
+        hidden: The model's hidden states (..., D), float32, bfloat16, float16 or float64.
+        weight: The model's output embedding (V, D), in the dtype of ``hidden``.
+        reference_hidden: The reference's hidden states (..., D'), the inputs of its output embedding. They
+            have as many rows as ``hidden``.
+        labels: The labels (...), int64, or None (default). A row counts if its label is not ``ignore_index``.
+            All rows count without labels.
+        bias: The model's bias (V,), in the dtype of ``hidden``, or None (default).
+        reference_weight: The reference's output embedding (V, D'). Default: ``weight`` and ``bias`` serve
+            both models.
+        reference_bias: The reference's bias (V,), or None (default). It is used with ``reference_weight``.
+        ignore_index: The label of rows that do not count. Default -100.
+        reduction: ``"mean"`` over the counted rows (default), ``"sum"`` or ``"none"``.
+        softcap: The softcap of both models' logits (as in Gemma), or None (default).
+        logit_scale: The factor of both models' logits (as in Cohere's), applied before the softcap. Default
+            1.0.
 
     Returns:
-        The loss, float32 (float64 for float64 operands): a scalar, or (...) with zeros where ignored. Where
-        no row counts, the mean is 0 and so are the gradients.
+        The loss, float32, or float64 for float64 operands. It is a scalar, or has shape (...) with zeros at
+        ignored rows for ``"none"``. The mean and its gradients are 0 if no row counts.
 
     Raises:
-        ValueError: V < 2, or shapes, dtypes or devices that do not go together.
+        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive.
     """
     if reference_weight is None:
         reference_weight, reference_bias = weight, bias

@@ -18,7 +18,7 @@ def _accumulate_squared_grad_(
 
 
 @_accumulate_squared_grad_.register_fake
-def _(fisher, inputs, grad_outputs, divisor):
+def _(fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None) -> None:
     return None
 
 
@@ -27,7 +27,8 @@ def accumulate_squared_grad_(
 ) -> Tensor:
     """Add the squared per-sample gradients of a linear layer's weight to ``fisher``, in place (LoKU, Eq. 2).
 
-    With G_n = grad_outputs[n].T @ inputs[n], the gradient of sample n summed over its tokens, the same as::
+    G_n = grad_outputs[n].T @ inputs[n] is the gradient of sample n, summed over its tokens. The result
+    equals::
 
         grads = torch.einsum("ntd,ntk->ndk", grad_outputs.float(), inputs.float())
         if divisor is None:
@@ -35,24 +36,28 @@ def accumulate_squared_grad_(
         else:
             fisher += (grads.square() / divisor).sum((0, 2))
 
-    without the (n, d, k) tensor: extra memory is a few MiB. Tokens whose grad_outputs are zero (padding) add
-    nothing, and how samples are grouped into calls changes nothing beyond rounding.
+    The tensor (n, d, k) never exists: the function needs a few MiB of extra memory. Tokens with zero
+    ``grad_outputs`` (padding) add nothing. The grouping of samples into calls changes the result by rounding
+    only.
+
+    bfloat16 operands are multiplied in bfloat16 if the hardware has instructions for it. This halves the
+    work. The sum over tokens is then in float32. G_n may then be rounded once to bfloat16, without bias and
+    by at most 2^-8 of an entry.
 
     Args:
-        fisher: (d, k), or (d,) with ``divisor``; float32 (float64 to be exact). For a mean, divide by the
-            number of samples at the end.
-        inputs: (n, T, k), what the layer got. float32, bfloat16, float16 or float64. Products and sums are in
-            the dtype of ``fisher``; but bfloat16 is multiplied as it is where the hardware can, which is half
-            the work: the sum over tokens is in float32, and G_n is then rounded once (without bias, by 2^-8
-            of an entry at most).
-        grad_outputs: (n, T, d), gradient of each sample's own loss in the layer's output, same dtype.
-        divisor: (d, k), dtype of ``fisher``.
+        fisher: The sums (d, k), or (d,) with a ``divisor``. float32, or float64 for exact sums. The caller
+            divides by the number of samples to get a mean.
+        inputs: The layer's inputs (n, T, k), float32, bfloat16, float16 or float64. Products and sums are in
+            the dtype of ``fisher``, apart from bfloat16 as above.
+        grad_outputs: The gradients (n, T, d) of each sample's own loss in the layer's output, in the dtype of
+            ``inputs``.
+        divisor: The divisor (d, k) of the squares, in the dtype of ``fisher``, or None (default).
 
     Returns:
         ``fisher``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together.
+        ValueError: Shapes, dtypes or devices do not go together, or ``fisher`` is an expanded tensor.
     """
     if inputs.dim() != 3 or grad_outputs.dim() != 3 or inputs.shape[:2] != grad_outputs.shape[:2]:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Blocks of the logits of an output embedding: their sizes, their products, and the loop over them.
 
 A linear operator never holds the logits (N, V) whole. ``LogitsBlocks`` computes one block of rows and columns
-at a time, each in the memory of the one before.
+at a time. All blocks use the same memory.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 16 << 20  # bytes of logits that a linear operator holds at a time
-# On CUDA there is one block of all columns, or there are few. Between two blocks the sums of each row are
-# rescaled and added to: 20 bytes for each of the N D entries, which is much beside a product of that speed.
+# The limit is larger on CUDA, so that a row has one block of columns, or few. Each block rescales the sums of
+# the rows, N x D entries, and adds to them. This moves 20 bytes an entry, a large part of the time beside a
+# GPU's fast products.
 CUDA_BLOCK_BYTES = 256 << 20
-BLOCK_ROWS = 1024  # with fewer rows, reading the weight would take longer than the products
+BLOCK_ROWS = 1024  # with fewer rows, reading the weight takes longer than the products
 
 Slices = tuple[list[slice], list[slice]]
 
 
 def _even_slices(size: int, limit: int) -> list[slice]:
-    """Slices of range(size), nearly equal, of at most ``limit`` each."""
+    """Cut range(size) into the fewest slices of at most ``limit``, all nearly equal."""
     parts = -(-size // max(1, limit))
     bounds = [size * i // max(1, parts) for i in range(parts + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
@@ -35,20 +36,30 @@ def _block_bytes(device_type: str) -> int:
 
 
 def block_slices(count: int, vocab: int, itemsize: int, device_type: str = "cpu") -> Slices:
-    """Slices of the rows and of the columns of (count, vocab) logits of ``itemsize`` bytes each."""
+    """Cut logits into blocks of at most ``BLOCK_ROWS`` rows and ``BLOCK_BYTES`` bytes.
+
+    Args:
+        count: The number of rows.
+        vocab: The number of columns.
+        itemsize: The size of an entry, in bytes.
+        device_type: The type of the device. ``"cuda"`` has the limit ``CUDA_BLOCK_BYTES``.
+
+    Returns:
+        The slices of the rows and the slices of the columns.
+    """
     rows = _even_slices(count, BLOCK_ROWS)
     most = max((part.stop - part.start for part in rows), default=1)
     return rows, _even_slices(vocab, _block_bytes(device_type) // (most * itemsize))
 
 
 def whole_row_slices(count: int, vocab: int, itemsize: int, device_type: str = "cpu") -> Slices:
-    """The slices of blocks that have all columns."""
+    """Cut logits into blocks of whole rows. Arguments and result are those of ``block_slices``."""
     return _even_slices(count, _block_bytes(device_type) // (vocab * itemsize)), [slice(0, vocab)]
 
 
 @functools.cache
 def _multiplies_into_float32(device: torch.device) -> bool:
-    """Whether the library multiplies 16-bit operands into float32 without rounding the sum: cuBLAS does."""
+    """Say whether the library multiplies 16-bit operands into an unrounded float32 sum. cuBLAS does."""
     if device.type != "cuda":
         return False
     operand = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
@@ -60,7 +71,14 @@ def _multiplies_into_float32(device: torch.device) -> bool:
 
 
 def product_dtype(operand: Tensor) -> torch.dtype:
-    """The dtype of a linear operator's products: float32 of 16-bit operands where the library can."""
+    """Choose the dtype of a linear operator's products.
+
+    Args:
+        operand: An operand of the products.
+
+    Returns:
+        float32 for 16-bit operands if the library can multiply into it, else the dtype of ``operand``.
+    """
     if operand.dtype.itemsize == 2 and _multiplies_into_float32(operand.device):
         return torch.float32
     return operand.dtype
@@ -73,15 +91,15 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
 
 
 class LogitsBlocks:
-    """Computes blocks of the logits of some hidden states (N, D), each in the memory of the one before.
+    """Computes blocks of the logits of hidden states (N, D). All blocks use the same memory.
 
     Args:
-        hidden: The hidden states (N, D).
+        hidden: The hidden states (N, D), float32, bfloat16, float16 or float64.
         weight: The output embedding (V, D), in the dtype of ``hidden``.
-        bias: Its bias (V,), in the same dtype, or None.
-        softcap: The softcap of the logits, 0 for none.
-        logit_scale: The factor of the logits before the softcap.
-        slices: Slices of the rows and of the columns, by default those of ``block_slices``.
+        bias: The bias (V,) of the output embedding, in the dtype of ``hidden``, or None.
+        softcap: The softcap of the logits. 0 means none.
+        logit_scale: The factor of the logits, applied before the softcap.
+        slices: The slices of the rows and the slices of the columns. Default: those of ``block_slices``.
     """
 
     def __init__(
@@ -92,7 +110,7 @@ class LogitsBlocks:
         softcap: float,
         logit_scale: float,
         slices: Slices | None = None,
-    ):
+    ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.softcap, self.logit_scale = softcap, logit_scale
         self.dtype = product_dtype(hidden)
@@ -110,7 +128,15 @@ class LogitsBlocks:
         return rows.stop - rows.start, columns.stop - columns.start
 
     def compute(self, rows: slice, columns: slice) -> Tensor:
-        """The logits of a block, or their tanh where there is a softcap."""
+        """Compute the logits of a block. With a softcap, compute their tanh, which is logits / softcap.
+
+        Args:
+            rows: A slice of the rows.
+            columns: A slice of the columns.
+
+        Returns:
+            The block (rows, columns), in ``product_dtype``. The next call overwrites it.
+        """
         shape = self._shape(rows, columns)
         block = self.memory[: math.prod(shape)].view(shape)
         weight = self.weight[columns].t()
@@ -127,17 +153,30 @@ class LogitsBlocks:
         return block
 
     def terms_of(self, block: Tensor) -> Tensor:
-        """Memory for the terms of a block, in the dtype of the operands; the block itself if it has that."""
+        """Return memory for the terms of a block, the operand of the next product.
+
+        Args:
+            block: A block that ``compute`` has returned.
+
+        Returns:
+            A tensor of the shape of the block, in the dtype of the operands. It is the block itself if the
+            dtypes are the same.
+        """
         if block.dtype == self.hidden.dtype:
             return block
         return self._terms_memory[: block.numel()].view(block.shape)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where the total may have a wider dtype than the operands.
+    """Add a @ b to ``total``, in place.
 
-    Each product is then rounded once to the dtype of the operands, unless the library multiplies into the
-    total's.
+    A product for a total of a wider dtype is rounded once to the dtype of the operands, unless the library
+    multiplies into float32.
+
+    Args:
+        total: The sums (M, N), in the dtype of the operands or a wider one.
+        a: The left operand (M, K).
+        b: The right operand (K, N), in the dtype of ``a``.
     """
     if total.dtype == a.dtype:
         total.addmm_(a, b)
@@ -148,17 +187,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def weight_gradient(
     logits: LogitsBlocks, gradient: Callable[[slice, slice], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight (V, D) and of the bias (V,), in the dtype of the weight.
+    """Compute the gradients of the weight and of the bias from those of the logits.
 
     Args:
-        logits: The blocks.
-        gradient: A function (rows, columns) that returns the gradient of h W^T + b in that block.
+        logits: The blocks of the logits.
+        gradient: A function of a slice of the rows and a slice of the columns. It returns the gradient of
+            h W^T + b in that block.
+
+    Returns:
+        The gradient (V, D) of the weight and the gradient (V,) of the bias, in the dtype of the weight.
     """
     weight = logits.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     grad_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
-    one_product = len(logits.rows) == 1  # a block of columns has one; the sum of several is rounded once
+    # The products of several blocks of rows are summed in the wide dtype and rounded once.
+    one_product = len(logits.rows) == 1
     for columns in logits.columns if logits.rows else ():
         target = grad_weight[columns]
         total = target if one_product else target.to(dtype)

@@ -1,9 +1,10 @@
 """The softmax triplet of logits and of hidden states: operators, gradients and public functions.
 
     softmax_triplet(logits, labels)                      -> triplet, runner_up_id
-    linear_softmax_triplet(hidden, weight, labels, bias) -> the same, and the (N, V) logits never exist
+    linear_softmax_triplet(hidden, weight, labels, bias) -> triplet, runner_up_id
 
-The public functions check their arguments; the operators behind them do not check again.
+The second one never holds the logits (N, V) whole. The public functions check their arguments. The operators
+behind them do not check again.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_o
 from loku_kernels.logits_blocks import LogitsBlocks, add_product, weight_gradient
 
 
-def _fake_triplets(labels):
+def _fake_triplets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Make a triplet and runner_up_id of the right shapes for torch.compile."""
     return labels.new_empty((*labels.shape, 3), dtype=torch.float64), torch.empty_like(
         labels, memory_format=torch.contiguous_format
     )
@@ -34,7 +36,7 @@ def _softmax_triplet(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple
 
 
 @_softmax_triplet.register_fake
-def _(logits, labels, ignore_index):
+def _(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     return _fake_triplets(labels)
 
 
@@ -52,17 +54,24 @@ def _softmax_triplet_backward(
 
 
 @_softmax_triplet_backward.register_fake
-def _(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id):
+def _(
+    grad_triplet: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save_logits(ctx, inputs, output):
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, labels, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, labels, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _logits_backward(ctx, grad_triplet, _):
+def _logits_backward(ctx: Any, grad_triplet: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
     logits, labels, triplet, runner_up_id = ctx.saved_tensors
     grad = _softmax_triplet_backward(grad_triplet, logits, labels, ctx.ignore_index, triplet, runner_up_id)
     return grad, None, None
@@ -74,9 +83,9 @@ _softmax_triplet.register_autograd(_logits_backward, setup_context=_save_logits)
 def softmax_triplet(
     logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """The three numbers on which the unlearning losses of a token depend, and the runner-up's index.
+    """Compute the three numbers on which the unlearning losses of a token depend, and the runner-up's index.
 
-    The same as, in plain torch, for logits (N, V)::
+    They equal, in plain torch, for logits (N, V)::
 
         target = logits.gather(1, labels[:, None])
         others = logits.scatter(1, labels[:, None], -torch.inf)
@@ -84,24 +93,28 @@ def softmax_triplet(
         rest = others.scatter(1, runner_up_id[:, None], -torch.inf).logsumexp(1)
         triplet = torch.stack([target[:, 0], runner_up, rest], 1).double()
 
-    ``triplet.softmax(-1)`` holds the probabilities of the target, of the runner-up and of all the rest
-    together. Differentiable in ``logits``; a row whose rest is -inf gets no gradient through it.
+    ``triplet.softmax(-1)`` holds three probabilities: of the target, of the runner-up, and of all the rest
+    together. The triplet is differentiable in ``logits``. A row whose rest is -inf gets no gradient through
+    its rest.
 
     Args:
-        logits: (..., V), float32, bfloat16, float16 or float64, last dimension contiguous. -inf masks a word.
-        labels: (...), int64, aligned with the logits (nothing is shifted here).
-        ignore_index: rows with this label get zeros in ``triplet``, -1 in ``runner_up_id``, no gradient.
+        logits: The logits (..., V), float32, bfloat16, float16 or float64. The last dimension is contiguous.
+            -inf masks a word.
+        labels: The labels (...), int64, aligned with the logits. The function shifts nothing.
+        ignore_index: The label of rows that do not count. Such a row gets zeros in the triplet, -1 as the
+            runner-up's index, and no gradient. Default -100.
 
     Returns:
-        triplet (..., 3), float64: logits of target and runner-up, log-sum-exp of the rest.
-        runner_up_id (...), int64: on ties the lowest index. Not differentiable.
+        The triplet (..., 3), float64: the logits of target and runner-up, and the log-sum-exp of the rest.
+        The runner-up's index (...), int64, is the lowest on ties and is not differentiable.
 
     Raises:
-        ValueError: V < 2, or shapes, dtypes or devices that do not go together.
-        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``; on CUDA an assert.
+        ValueError: V < 2, or shapes, dtypes or devices do not go together.
+        IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
     check_logits(logits, labels)
-    return _softmax_triplet(logits, labels, ignore_index)
+    result: tuple[Tensor, Tensor] = _softmax_triplet(logits, labels, ignore_index)
+    return result
 
 
 # --- logits, forward and backward at once, in place -----------------------------------------------
@@ -111,22 +124,33 @@ def softmax_triplet(
 def ihl_forward_backward_(
     logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Overwrite the logits with ``scale``, float64 (), times the gradient of the sum of the rows' IHL."""
+    """Overwrite the logits with a multiple of the gradient of the sum of the rows' IHL.
+
+    Args:
+        logits: The logits (..., V), as for ``softmax_triplet``.
+        labels: The labels (...), int64.
+        ignore_index: The label of rows that do not count. Their gradient is 0.
+        scale: The factor of the gradient, a float64 tensor () on the device of the logits.
+
+    Returns:
+        The triplet (..., 3), float64, and the runner-up's index (...), int64.
+    """
     return choose("inverted_hinge_", logits).inverted_hinge_(logits, labels, ignore_index, scale)
 
 
 @ihl_forward_backward_.register_fake
-def _(logits, labels, ignore_index, scale):
+def _(logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor) -> tuple[Tensor, Tensor]:
     return _fake_triplets(labels)
 
 
 # --- hidden states and the output embedding -------------------------------------------------------
 #
-# y = softcap * tanh(logit_scale * (h W^T + b) / softcap), one block of rows and columns at a time.
+# The logits are y = softcap * tanh(logit_scale * (h W^T + b) / softcap). One block of rows and columns exists
+# at a time.
 
 
-def _slope(logit, softcap, logit_scale):
-    """dy/dz at the logit y, for z = h W^T + b."""
+def _slope(logit: Tensor, softcap: float, logit_scale: float) -> Tensor:
+    """Compute dy/dz at the logits y, for z = h W^T + b."""
     return logit_scale * (1 - (logit / softcap) ** 2) if softcap else torch.full_like(logit, logit_scale)
 
 
@@ -141,9 +165,10 @@ def _linear_softmax_triplet(
     logit_scale: float,
     want_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """triplet, runner_up_id, and O = sum over v not in {t, r} of exp(y_v - rest) dy_v/dz_v W[v].
+    """Compute triplet, runner_up_id, and O = sum over v not in {t, r} of exp(y_v - rest) dy_v/dz_v W[v].
 
-    O (N, D) is all that the gradient of ``hidden`` needs beside two rows of W, for any loss.
+    The gradient of ``hidden`` needs O (N, D) and two rows of W, for any loss. O is empty without
+    ``want_direction``.
     """
     check_label_values(labels, weight.shape[0], ignore_index)
     triplet = torch.zeros(labels.numel(), 3, dtype=torch.float64, device=hidden.device)
@@ -164,7 +189,7 @@ def _linear_softmax_triplet(
             choose("triplet_columns_", block).triplet_columns_(
                 block, targets, state, first_column=columns.start, softcap=softcap, out=terms
             )
-            if want_direction:
+            if terms is not None:
                 if columns.start:
                     total *= state.rescale[:, None]
                     _add_demoted(total, weight, state)
@@ -177,14 +202,23 @@ def _linear_softmax_triplet(
     return triplet, runner_up_id, direction
 
 
-def _add_demoted(total, weight, state):
-    """The rows of ``weight`` at runner-ups of earlier blocks that have joined the rest."""
+def _add_demoted(total: Tensor, weight: Tensor, state: OnlineState) -> None:
+    """Add the terms of earlier runner-ups that the last block moved into the rest to ``total`` (N, D)."""
     rows = weight.index_select(0, state.demoted_id.clamp(0)).to(total.dtype)
-    total.addcmul_(rows, state.demoted_share[:, None].to(total.dtype))  # a share of 0 where there is none
+    total.addcmul_(rows, state.demoted_share[:, None].to(total.dtype))  # the share is 0 without one
 
 
 @_linear_softmax_triplet.register_fake
-def _(hidden, weight, bias, labels, ignore_index, softcap, logit_scale, want_direction):
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    want_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     direction = hidden.new_empty((labels.shape[0] if want_direction else 0, hidden.shape[1]))
     return *_fake_triplets(labels), direction
 
@@ -200,10 +234,10 @@ def _linear_backward_hidden(
     softcap: float,
     logit_scale: float,
 ) -> Tensor:
-    """d hidden = g_t y'_t W[t] + g_r y'_r W[r] + g_rest O: elementwise, no logits."""
+    """Compute d hidden = g_t y'_t W[t] + g_r y'_r W[r] + g_rest O. It needs no logits."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     own = grad_triplet[:, :2] * _slope(triplet[:, :2], softcap, logit_scale)
-    # A rest of -inf (V = 2, or all other words masked) has no gradient, whatever the loss says.
+    # A rest of -inf (V = 2, or all other words masked) has no gradient, for any loss.
     rest = grad_triplet[:, 2:].where(triplet[:, 2:] != -torch.inf, 0.0)
     grad = torch.cat([own, rest], 1)
     grad = grad.where(runner_up_id[:, None] >= 0, 0.0).to(dtype)  # an ignored row has no runner-up
@@ -214,7 +248,16 @@ def _linear_backward_hidden(
 
 
 @_linear_backward_hidden.register_fake
-def _(grad_triplet, weight, labels, triplet, runner_up_id, direction, softcap, logit_scale):
+def _(
+    grad_triplet: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    direction: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> Tensor:
     return torch.empty_like(direction)
 
 
@@ -231,15 +274,15 @@ def _linear_backward_weight(
     softcap: float,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """d weight (V, D) and d bias (V,): each block of logits is computed again, and becomes its gradient."""
+    """Compute d weight (V, D) and d bias (V,). Each block of logits is computed again."""
     index = (labels != ignore_index).nonzero()[:, 0]
     labels, triplet, runner_up_id = labels[index], triplet[index], runner_up_id[index]
     grad = grad_triplet[index] * logit_scale
     logits = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
 
-    def gradient(rows, columns):
+    def gradient(rows: slice, columns: slice) -> Tensor:
         block = logits.compute(rows, columns)
-        terms = logits.terms_of(block)
+        out = logits.terms_of(block)
         choose("triplet_backward", block).triplet_backward(
             grad[rows],
             block,
@@ -249,25 +292,25 @@ def _linear_backward_weight(
             runner_up_id[rows],
             first_column=columns.start,
             softcap=softcap,
-            out=terms,
+            out=out,
         )
-        return terms
+        return out
 
     return weight_gradient(logits, gradient)
 
 
 @_linear_backward_weight.register_fake
-def _(grad_triplet, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap, logit_scale):
+def _(grad_triplet: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(weight.shape[0])
 
 
-def _save_linear(ctx, inputs, output):
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, ctx.ignore_index, ctx.softcap, ctx.logit_scale, _ = inputs
     ctx.save_for_backward(hidden, weight, bias, labels, *output)
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _linear_backward(ctx, grad_triplet, *_):
+def _linear_backward(ctx: Any, grad_triplet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, triplet, runner_up_id, direction = ctx.saved_tensors
     grad_hidden = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -295,20 +338,27 @@ def _linear_backward(ctx, grad_triplet, *_):
 _linear_softmax_triplet.register_autograd(_linear_backward, setup_context=_save_linear)
 
 
-_library = torch.library.Library("loku_kernels", "FRAGMENT")
+# torch does not annotate the library.
+_library = torch.library.Library("loku_kernels", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def register_autocast(name: str, operator: Callable[..., Any], operands: int) -> None:
-    """Under autocast cast the first ``operands`` arguments as torch.nn.functional.linear has them cast."""
+    """Make an operator cast its first arguments under autocast, as ``torch.nn.functional.linear`` does.
 
-    def register(device_type, key):
-        def cast(*args):
+    Args:
+        name: The operator's name in the library ``loku_kernels``.
+        operator: The operator.
+        operands: The number of leading arguments to cast. Each is a tensor or None.
+    """
+
+    def register(device_type: str, key: str) -> None:
+        def cast(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
             with torch.autocast(device_type, enabled=False):
                 low = (None if x is None else x.to(dtype) for x in args[:operands])
                 return operator(*low, *args[operands:])
 
-        _library.impl(name, cast, key)
+        _library.impl(name, cast, key)  # type: ignore[no-untyped-call, unused-ignore]
 
     register("cpu", "AutocastCPU")
     register("cuda", "AutocastCUDA")
@@ -327,29 +377,38 @@ def linear_softmax_triplet(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """``softmax_triplet`` of the logits of an output embedding, which are never held whole.
+    """Compute ``softmax_triplet`` of the logits of an output embedding. The logits never exist whole.
 
-    The same as, in plain torch::
+    The result equals, in plain torch::
 
         logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         triplet, runner_up_id = softmax_triplet(logits, labels)
 
-    The logits exist for one block of rows and columns at a time (at most 16 MiB, on CUDA 256; there logits of
-    16-bit operands are float32, and what multiplies W takes half as much again). With a frozen ``weight``
-    forward and backward together cost two matrix products of that size; where ``weight`` or ``bias``
-    trains, the backward computes each block again. Under autocast the operands are cast as ``linear``
-    casts them.
+    One block of rows and columns of the logits exists at a time: at most 16 MiB on the CPU and 256 MiB on
+    CUDA. On CUDA the logits are float32 if the operands have 16 bits. Their terms, the operand of the second
+    product, then take half as much memory again. Forward and backward together cost two matrix products if
+    ``weight`` is frozen. The backward computes each block again if ``weight`` or ``bias`` trains. Under
+    autocast the operands are cast as ``linear`` casts them.
 
     Args:
-        hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), same dtype. bias: (V,), same dtype, or None.
-        labels: (...), int64, aligned with ``hidden``.
-        ignore_index: rows with this label are dropped before any product; they get zeros, -1, no gradient.
-        softcap, logit_scale: what the model does to its logits (Gemma, Cohere).
+        hidden: The hidden states (..., D), float32, bfloat16, float16 or float64.
+        weight: The output embedding (V, D), in the dtype of ``hidden``.
+        labels: The labels (...), int64, aligned with ``hidden``.
+        bias: The bias (V,) of the output embedding, in the dtype of ``hidden``, or None (default).
+        ignore_index: The label of rows that are dropped before any product. Such a row gets zeros, -1 and no
+            gradient. Default -100.
+        softcap: The softcap of the logits (as in Gemma), or None (default).
+        logit_scale: The factor of the logits (as in Cohere's models), applied before the softcap. Default
+            1.0.
 
-    Returns, Raises: as ``softmax_triplet``.
+    Returns:
+        The triplet (..., 3) and the runner-up's index (...), as ``softmax_triplet`` returns them.
+
+    Raises:
+        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive.
+        IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
     check_linear_operands(hidden, weight, labels, bias, softcap)
     want_direction = torch.is_grad_enabled() and hidden.requires_grad

@@ -1,21 +1,12 @@
 """The backends, and the one decision which of them computes an operation on a tensor.
 
-A backend is a module with the functions of ``OPERATIONS``, with one signature in all of them:
+A backend is a module with the functions of the protocol ``Backend``. ``reference`` has their full docstrings,
+because its functions serve every device and dtype.
 
-- ``triplet_forward(logits, labels, ignore_index)`` returns triplet and runner_up_id.
-- ``triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id, *, first_column,
-  softcap, out)`` returns the gradient of the logits.
-- ``inverted_hinge_(logits, labels, ignore_index, scale)`` overwrites the logits with a multiple of the
-  gradient of IHL and returns triplet and runner_up_id.
-- ``triplet_columns_(logits, labels, state, *, first_column, softcap, out)`` takes a block of columns into an
-  ``OnlineState``.
-- ``scale_rows_(logits, factor)`` multiplies the rows of the logits.
-- ``accumulate_squared_grad_(fisher, inputs, grad_outputs, divisor)`` adds squared per-sample gradients.
-
-``reference`` has the docstrings of all of them: its functions serve every device and dtype. Logits (..., V)
-have a contiguous last dimension, or are the columns [first_column, first_column + C) of it. With a softcap,
-an entry is u = tanh(z / softcap) and stands for the logit y = softcap * u. So neither y nor the slope dy/dz =
-1 - u^2 is rounded to the dtype of the logits. A softcap of 0 means none: an entry is a logit.
+Logits (..., V) have a contiguous last dimension. A block of logits (..., C) holds the columns
+[first_column, first_column + C). With a softcap, an entry is u = tanh(z / softcap) and stands for the logit
+y = softcap * u. So neither y nor the slope dy/dz = 1 - u^2 is rounded to the dtype of the logits. A softcap
+of 0 means none, and an entry is a logit.
 """
 
 from __future__ import annotations
@@ -24,11 +15,61 @@ import functools
 import importlib.util
 import os
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loku_kernels.backends import native, reference
+from loku_kernels.backends.online_state import OnlineState
+
+
+class Backend(Protocol):
+    """The functions of every backend, with one signature in all of them."""
+
+    def triplet_forward(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """Compute the triplet and the runner-up's index of logits."""
+
+    def triplet_backward(
+        self,
+        grad_triplet: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        triplet: Tensor,
+        runner_up_id: Tensor,
+        *,
+        first_column: int = 0,
+        softcap: float = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the gradient of the logits from that of the triplet."""
+
+    def inverted_hinge_(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Overwrite the logits with a multiple of the gradient of IHL, and return triplet and index."""
+
+    def triplet_columns_(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        state: OnlineState,
+        *,
+        first_column: int,
+        softcap: float,
+        out: Tensor | None = None,
+    ) -> None:
+        """Take a block of columns into the state."""
+
+    def scale_rows_(self, logits: Tensor, factor: Tensor) -> None:
+        """Multiply the rows of the logits, in place."""
+
+    def accumulate_squared_grad_(
+        self, fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None
+    ) -> None:
+        """Add squared per-sample gradients to ``fisher``, in place."""
+
 
 OPERATIONS = (
     "triplet_forward",
@@ -40,28 +81,30 @@ OPERATIONS = (
 )
 
 # (operation, dtype, V, compute capability) -> (backend, the committed result that shows it to be the faster
-# one). The entry with the nearest V counts for another V. Nothing has been entered yet.
+# one). The entry with the nearest V counts for another V. The table is empty, although one H200 has been
+# measured: there the compiled core takes 0.50 ms for triplet_forward of 8192 x 128256 bfloat16 logits, and
+# Triton 0.88 ms (benchmarks/results/gpu_h200.json).
 MEASURED_ON_CUDA: dict[tuple[str, torch.dtype, int, tuple[int, int]], tuple[str, str]] = {}
 
 
-def choose(operation: str, *tensors: Tensor) -> ModuleType:
+def choose(operation: str, *tensors: Tensor) -> Backend:
     """Choose the backend of an operation on some tensors.
 
-    On the CPU it is the compiled core. On CUDA it is Triton, or the compiled core where a measurement says
-    so. For every other device or dtype it is plain torch. ``LOKU_BACKEND=reference|native|triton`` forces
-    one, and plain torch still computes what that one cannot.
+    The compiled core serves the CPU. Triton serves CUDA, unless ``MEASURED_ON_CUDA`` names the compiled core.
+    Plain torch serves every other device or dtype. ``LOKU_BACKEND=reference|native|triton`` forces a backend.
+    Plain torch then still serves the tensors that the forced backend cannot.
 
     Args:
         operation: One of ``OPERATIONS``.
-        tensors: The tensors whose device and dtypes decide; the first is the logits (..., V), or the inputs
-            (n, T, k) of ``accumulate_squared_grad_``.
+        tensors: The tensors whose device and dtypes decide. The first one holds the logits (..., V), or the
+            inputs (n, T, k) of ``accumulate_squared_grad_``.
 
     Returns:
         The module ``reference``, ``native`` or ``triton``.
 
     Raises:
         ValueError: ``LOKU_BACKEND`` names no backend.
-        RuntimeError: ``LOKU_BACKEND`` names a backend that is not there.
+        RuntimeError: ``LOKU_BACKEND`` names a backend that is not installed.
     """
     forced = os.environ.get("LOKU_BACKEND", "")
     if forced not in ("", "reference", "native", "triton"):
@@ -80,7 +123,7 @@ def choose(operation: str, *tensors: Tensor) -> ModuleType:
 
 @functools.cache
 def _triton() -> ModuleType | None:
-    """The Triton kernels, imported where they are first needed; None without the package triton."""
+    """Import the Triton kernels at their first use. Return None without the package triton."""
     if importlib.util.find_spec("triton") is None:
         return None
     from loku_kernels.backends import triton
@@ -89,6 +132,7 @@ def _triton() -> ModuleType | None:
 
 
 def _check_triton(tensor: Tensor) -> None:
+    """Raise ``RuntimeError`` if Triton is forced and cannot run on the tensor's device."""
     triton = _triton()
     if triton is None:
         raise RuntimeError("LOKU_BACKEND=triton, but triton is not installed")
@@ -100,6 +144,7 @@ def _check_triton(tensor: Tensor) -> None:
 
 
 def _by_preference(operation: str, tensor: Tensor) -> list[str]:
+    """List the backends to try before ``reference``, the best one first."""
     if tensor.device.type != "cuda":
         return ["native"]
     if MEASURED_ON_CUDA:

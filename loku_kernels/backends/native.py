@@ -1,12 +1,12 @@
-"""The compiled core as a backend: the only module that hands out addresses.
+"""The compiled core as a backend: the only module that passes addresses of tensors.
 
-The public functions have checked their arguments. Every size and dtype that goes with an address is checked
-here again (``ValueError``), because ``torch.ops.loku_kernels`` can be called without those functions. The
+The public functions have checked their arguments. This module checks every size and dtype that goes with an
+address again (``ValueError``), because ``torch.ops.loku_kernels`` can be called without those functions. The
 core also needs contiguous small tensors, 64-bit row offsets and labels inside the vocabulary.
 
-Two facts of the core stay in here. Its kernels write the dtype that they read, so a result in another dtype
-is made in place and copied. On a CPU with instructions for bfloat16 the library's products are faster than
-the core's, so they serve the Fisher there.
+Two facts of the core are private to this module. Its kernels write the dtype that they read, so a result in
+another dtype is computed in place and copied. The library's bfloat16 products are faster than the core's on a
+CPU with instructions for them, so the Fisher uses them there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ from loku_kernels.backends import reference
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import bad_label_error
 
+_core: Any
 try:
-    from loku_kernels import _core  # after torch, whose OpenMP runtime it then shares
+    # Imported after torch, so that the core shares torch's OpenMP runtime.
+    from loku_kernels import _core  # type: ignore[attr-defined, no-redef]
 except ImportError:
     _core = None
 
@@ -39,12 +41,13 @@ def _note_fork() -> None:
     _forked = True
 
 
-# A forked child has none of its parent's OpenMP threads and would wait for them for ever.
+# A forked child has none of its parent's OpenMP threads. With more than one thread it would wait for them for
+# ever.
 os.register_at_fork(after_in_child=_note_fork)
 
 
 def warn_if_missing() -> None:
-    """Warn, once an import, if the package was installed without its compiled core."""
+    """Warn if the package was installed without its compiled core."""
     if _core is None:
         warnings.warn(
             "loku_kernels has no compiled core here, so the slower plain-torch reference implementation is "
@@ -56,7 +59,13 @@ def warn_if_missing() -> None:
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether the core computes on tensors of this device and dtype.
+    """Say whether the core computes on tensors of a device and dtype.
+
+    Args:
+        tensor: A tensor of that device and dtype.
+
+    Returns:
+        True for float32, bfloat16 and float16 on the CPU, and on CUDA if its kernels were built and run here.
 
     Raises:
         RuntimeError: ``LOKU_BACKEND=native`` asks for CUDA kernels that were not built.
@@ -70,7 +79,7 @@ def serves(tensor: Tensor) -> bool:
             "LOKU_BACKEND=native, but loku_kernels was installed without its CUDA kernels: "
             "install it again where nvcc is found, with LOKU_CUDA=1"
         )
-    return _core.has_cuda and _cuda_works()
+    return bool(_core.has_cuda) and _cuda_works()
 
 
 def _on_cuda(tensor: Tensor) -> bool:
@@ -79,7 +88,8 @@ def _on_cuda(tensor: Tensor) -> bool:
 
 @functools.cache
 def _cuda_works() -> bool:
-    error = _core.cuda_error()
+    """Ask the core once whether its CUDA kernels run here. Warn if they do not."""
+    error: str = _core.cuda_error()
     if error:
         warnings.warn(f"loku_kernels: its CUDA kernels are not used: {error}", RuntimeWarning, stacklevel=5)
     return not error
@@ -90,7 +100,7 @@ def _threads() -> int:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Call a function of the core, with the address of each tensor in its place."""
+    """Call a function of the core. Each tensor is passed as its address."""
     getattr(_core, name)(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))
 
 
@@ -104,6 +114,7 @@ def _require(name: str, tensor: Tensor, shape: Any, dtype: torch.dtype, like: Te
 
 
 def _require_rows(logits: Tensor) -> None:
+    """Raise ``ValueError`` unless the logits have a dtype of the core and contiguous rows."""
     if logits.dim() < 1 or (logits.stride(-1) != 1 and logits.numel() > 0):
         raise ValueError(f"the last dimension of logits must be contiguous, got strides {logits.stride()}")
     if logits.dtype not in _DTYPE_TAGS:
@@ -111,20 +122,24 @@ def _require_rows(logits: Tensor) -> None:
 
 
 def _row_offsets(tensor: Tensor) -> Tensor:
-    """The offset of each row of (..., V) from the first, in elements, for any strides in front of V."""
+    """Compute the offset of each row of (..., V) from the first row, in elements, for any strides."""
     offsets = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
     return offsets.reshape(-1)
 
 
-def _rows(tensor: Tensor, offsets: Tensor) -> tuple[int, int, int, int, int]:
+def _host_rows(tensor: Tensor, offsets: Tensor) -> tuple[int, int, int, int, int]:
+    """Describe the rows of (..., V) to the core's CPU functions, by their offsets."""
     columns = tensor.shape[-1]
     return tensor.data_ptr(), offsets.data_ptr(), offsets.numel(), columns, _DTYPE_TAGS[tensor.dtype]
 
 
 def _check_label_memory(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise ``IndexError`` for a contiguous label that would make the core write outside its row."""
+    """Raise ``IndexError`` for a label that would make the core write outside its row.
+
+    The labels must be contiguous.
+    """
     bad = _core.first_bad_label(labels.data_ptr(), labels.numel(), vocab, ignore_index)
     if bad >= 0:
         raise bad_label_error(labels, bad, vocab, ignore_index)
@@ -132,19 +147,23 @@ def _check_label_memory(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 def triplet_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """See ``reference.triplet_forward``."""
-    return _triplets("triplet_forward", logits, labels, ignore_index)
+    return _call_for_triplets("triplet_forward", logits, labels, ignore_index)
 
 
 def inverted_hinge_(
     logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.inverted_hinge_``."""
-    return _triplets("inverted_hinge_", logits, labels, ignore_index, scale)
+    return _call_for_triplets("inverted_hinge_", logits, labels, ignore_index, scale)
 
 
-def _triplets(
+def _call_for_triplets(
     name: str, logits: Tensor, labels: Tensor, ignore_index: int, *scale: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Check the arguments of a function that returns triplets, and call it.
+
+    ``scale`` holds the factor of ``inverted_hinge_``, and nothing for ``triplet_forward``.
+    """
     _require_rows(logits)
     _require("labels", labels, logits.shape[:-1], torch.int64, logits)
     if logits.shape[-1] < 2:
@@ -155,12 +174,21 @@ def _triplets(
     runner_up_id = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
     labels = labels.contiguous()
     if _on_cuda(logits):
-        for (rows,), (t, out, out_id) in _row_pieces((logits,), (labels, triplet, runner_up_id)):
+        for (rows,), (t, out, out_id) in _two_stride_pieces((logits,), (labels, triplet, runner_up_id)):
             _launch(name, logits, rows, t, ignore_index, *scale, out, out_id)
     else:
         _check_label_memory(labels, logits.shape[-1], ignore_index)
         offsets, scales = _row_offsets(logits), [x.item() for x in scale]
-        _call(name, _rows(logits, offsets), labels, ignore_index, *scales, triplet, runner_up_id, _threads())
+        _call(
+            name,
+            _host_rows(logits, offsets),
+            labels,
+            ignore_index,
+            *scales,
+            triplet,
+            runner_up_id,
+            _threads(),
+        )
     return triplet, runner_up_id
 
 
@@ -192,12 +220,12 @@ def triplet_backward(
         _require(name, numbers, (*shape, 3), torch.float64, logits)
     per_row = [x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)]
     if _on_cuda(logits):
-        for (rows, out_rows), (t, *saved) in _row_pieces((logits, out), per_row):
+        for (rows, out_rows), (t, *saved) in _two_stride_pieces((logits, out), per_row):
             rows_and_labels = (rows, first_column, t, ignore_index)
             _launch("triplet_backward", logits, *rows_and_labels, *saved, softcap, out_rows)
     else:
         offsets, out_offsets = _row_offsets(logits), _row_offsets(out)
-        rows, out_rows = _rows(logits, offsets), _rows(out, out_offsets)
+        rows, out_rows = _host_rows(logits, offsets), _host_rows(out, out_offsets)
         t, *saved = per_row
         _call("triplet_backward", rows, first_column, t, ignore_index, *saved, softcap, out_rows, _threads())
     return out
@@ -229,7 +257,7 @@ def triplet_columns_(
         _launch("triplet_columns_", logits, device_rows, first_column, labels, softcap, store, *state)
     else:
         offsets = _row_offsets(logits)
-        arguments = (_rows(logits, offsets), first_column, labels, softcap, store)
+        arguments = (_host_rows(logits, offsets), first_column, labels, softcap, store)
         _call("triplet_columns_", *arguments, *state, _threads())
     if out is not None and out is not logits:
         out.copy_(logits)
@@ -241,19 +269,20 @@ def scale_rows_(logits: Tensor, factor: Tensor) -> None:
     factors = factor.expand(logits.shape[:-1]).float().contiguous()
     _require("factor", factors, logits.shape[:-1], torch.float32, logits)
     if _on_cuda(logits):
-        for (rows,), (part,) in _row_pieces((logits,), (factors,)):
+        for (rows,), (part,) in _two_stride_pieces((logits,), (factors,)):
             _launch("scale_rows_", logits, rows, part)
     else:
         offsets = _row_offsets(logits)
-        _call("scale_rows_", _rows(logits, offsets), factors, _threads())
+        _call("scale_rows_", _host_rows(logits, offsets), factors, _threads())
 
 
 def _features(tensor: Tensor, width: int) -> tuple[int, int, int, int]:
-    """Address, number of features and strides of a tensor (n, T, features)."""
+    """Describe a tensor (n, T, features) to the core: its address, the number of features, the strides."""
     return tensor.data_ptr(), width, tensor.stride(0), tensor.stride(1)
 
 
 def _matrix(tensor: Tensor | None) -> tuple[int, int]:
+    """Describe a matrix to the core: its address and row stride, or zeros for None."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
@@ -297,7 +326,7 @@ def accumulate_squared_grad_(
 
 
 def _add_squares(fisher: Tensor, product: Tensor, scratch: Tensor) -> None:
-    """fisher += product^2, for a product (rows, columns) in bfloat16 and rows of the Fisher in float32."""
+    """Add the squares of a bfloat16 product (rows, columns) to a tile of the Fisher in float32."""
     _require("fisher", fisher, product.shape, torch.float32, product)
     if product.dtype != torch.bfloat16 or not product.is_contiguous() or fisher.stride(1) != 1:
         raise ValueError("product must be contiguous and bfloat16, and the rows of fisher contiguous")
@@ -306,7 +335,7 @@ def _add_squares(fisher: Tensor, product: Tensor, scratch: Tensor) -> None:
 
 # --- CUDA -----------------------------------------------------------------------------------------
 #
-# Labels are checked by the kernels, which assert; nothing here waits for the device.
+# The kernels check the labels by asserts. So nothing here waits for the device.
 
 
 def _launch(name: str, tensor: Tensor, *arguments: Any) -> None:
@@ -317,10 +346,13 @@ def _launch(name: str, tensor: Tensor, *arguments: Any) -> None:
 
 
 def _device_rows(tensor: Tensor) -> tuple[int, ...] | None:
-    """The begin of each row of (..., V), by two strides; None if the dimensions before V need three."""
-    levels: list[
-        tuple[int, int]
-    ] = []  # (size, stride) of the dimensions before V; neighbours that are one are merged
+    """Describe the rows of (..., V) to the core's CUDA functions, by two strides.
+
+    Returns:
+        The fields of ``DeviceRows`` in csrc/triplet_cuda.h, or None if the rows need three strides.
+    """
+    # (size, stride) of the dimensions before V. Neighbours that one stride serves are merged.
+    levels: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:
             continue
@@ -342,23 +374,32 @@ def _device_rows(tensor: Tensor) -> tuple[int, ...] | None:
     )
 
 
-def _row_pieces(wide: Any, per_row: Any) -> Iterator[tuple[Any, Any]]:
-    """Pieces of the rows of tensors (..., V) that two strides describe; nothing where there are no rows.
+def _two_stride_pieces(
+    wide: Sequence[Tensor], per_row: Sequence[Tensor]
+) -> Iterator[tuple[list[tuple[int, ...]], Sequence[Tensor]]]:
+    """Cut tensors into pieces whose rows lie on two strides.
 
-    Each piece comes with its part of the contiguous tensors ``per_row``, (...) or (..., 3).
+    Args:
+        wide: Tensors (..., V) with any strides.
+        per_row: Contiguous tensors (...) or (..., 3) with entries for each row.
+
+    Yields:
+        The ``_device_rows`` of each wide tensor's piece, and the pieces of ``per_row``. Nothing if there is
+        no row.
     """
-    rows = [_device_rows(tensor) for tensor in wide]
-    if None in rows:
+    described = [_device_rows(tensor) for tensor in wide]
+    rows = [one for one in described if one is not None]
+    if len(rows) < len(described):
         for parts in zip(*wide, *per_row, strict=True):
-            yield from _row_pieces(parts[: len(wide)], parts[len(wide) :])
+            yield from _two_stride_pieces(parts[: len(wide)], parts[len(wide) :])
     elif rows[0][1]:
         yield rows, per_row
 
 
 def _aligned_features(tensor: Tensor) -> Tensor:
-    """A tensor (n, T, features) like this, where the features of each token begin on a multiple of 16 bytes.
+    """Align the features of each token of (n, T, features) to 16 bytes, by a copy if necessary.
 
-    Their last vector of 16 bytes is whole too: it may run into padding.
+    The last vector of 16 bytes of each token is whole too. It may run into padding.
     """
     width = 16 // tensor.element_size()
     if tensor.shape[-1] % width:

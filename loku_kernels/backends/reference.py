@@ -4,8 +4,8 @@ With target t and runner-up r = argmax over v != t of y_v, a row of logits y bec
 
     target = y_t        runner_up = y_r        rest = log sum over v not in {t, r} of exp(y_v)
 
-``softmax_triplet`` is differentiable. The gradients of the kernels are tested against autograd through it, in
-float64. ``inverted_hinge_loss`` is the formula of the paper, with no triplet in it.
+``softmax_triplet`` is differentiable. The tests compare the gradients of the kernels with autograd through
+it, in float64. ``inverted_hinge_loss`` is the formula of the paper and uses no triplet.
 
 The functions of the backend come after the formulas. They apply the formulas to a few rows at a time, so that
 the float64 copies stay small.
@@ -14,6 +14,7 @@ the float64 copies stay small.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,26 +22,32 @@ from torch import Tensor
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import check_label_values
 
-PIECE_ENTRIES = 1 << 22  # entries of logits that are in float64 at a time: 32 MiB
-TILE_BYTES = 6 << 20  # bytes of a tile of one sample's gradient, and of the scratch that its squaring needs
-TILE_COLUMNS = 1024
-TOKEN_BYTES = 1 << 20  # bytes of inputs that are converted to the dtype of the product at a time
+PIECE_ENTRIES = 1 << 22  # entries of the float64 copy of logits (32 MiB), at a time
+TILE_BYTES = 6 << 20  # bytes of a tile of one sample's gradient and of the scratch memory for its square
+TILE_COLUMNS = 1024  # columns of a tile, at most
+TOKEN_BYTES = 1 << 20  # bytes of inputs converted to the dtype of the product, at a time
 
 
 # --- formulas -------------------------------------------------------------------------------------
 
 
 def softmax_triplet(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """Triplet (N, 3), float64, and runner_up_id (N,), int64, of logits (N, V) and labels (N,).
+    """Compute the triplet and the runner-up's index of each row.
 
-    Rows whose label is ``ignore_index`` get zeros and -1.
+    Args:
+        logits: The logits (N, V), of any floating dtype.
+        labels: The labels (N,), int64.
+        ignore_index: The label of rows that do not count. They get zeros and -1. Default -100.
+
+    Returns:
+        The triplet (N, 3), float64, and the runner-up's index (N,), int64.
     """
     counted = labels != ignore_index
     target_id = labels.where(counted, 0).unsqueeze(1)
     logits = logits.double()
     others = logits.scatter(1, target_id, -torch.inf)
     runner_up_id = others.detach().argmax(1, keepdim=True)
-    # All other words masked: argmax saw only -inf and may have met the target first.
+    # If all other words are masked, argmax saw only -inf and may have returned the target.
     runner_up_id = runner_up_id.where(runner_up_id != target_id, (target_id == 0).long())
     rest = others.scatter(1, runner_up_id, -torch.inf).logsumexp(1)
     triplet = torch.stack([logits.gather(1, target_id)[:, 0], logits.gather(1, runner_up_id)[:, 0], rest], 1)
@@ -57,10 +64,24 @@ def softmax_triplet_backward(
     first_column: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Gradient (N, C), float64, of the logits of the columns [first_column, first_column + C).
+    """Compute the gradient of a block of logits from that of the triplet.
 
     It is g_target at the label, g_runner_up at the runner-up and g_rest * exp(y - rest) elsewhere. With a
-    softcap it is the gradient of the argument of tanh, and ``logits`` are the tanh.
+    softcap it is the gradient of the argument of tanh.
+
+    Args:
+        grad_triplet: The gradient (N, 3) of the triplet, float64.
+        logits: The logits (N, C) of the columns [first_column, first_column + C), or their tanh with a
+            softcap.
+        labels: The labels (N,), int64.
+        ignore_index: The label of rows that do not count. Their gradient is 0.
+        triplet: The triplet (N, 3), float64.
+        runner_up_id: The runner-up's index (N,), int64.
+        first_column: The column of the vocabulary at which the block begins. Default 0.
+        softcap: The softcap. 0 (default) means none.
+
+    Returns:
+        The gradient (N, C), float64.
     """
     counted = (labels != ignore_index)[:, None]
     rest = triplet[:, 2:]
@@ -84,20 +105,20 @@ def triplet_columns(
     runner_up_id: Tensor,
     softcap: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """Take the logits (N, C) of the next columns, from ``first_column`` on, into the numbers of the rows.
+    """Take a block of columns into the numbers of the rows.
 
     Args:
-        logits: The logits (N, C), or their tanh where there is a softcap.
+        logits: The logits (N, C) of the block, or their tanh with a softcap.
         first_column: The column of the vocabulary at which the block begins.
         labels: The labels (N,), int64.
-        numbers: Target, runner_up, rest_max and the sum over the rest of exp(y - rest_max), (N, 4), float64.
-        runner_up_id: The runner-up (N,), int64, of the columns so far.
-        softcap: The softcap, 0 for none.
+        numbers: The numbers (N, 4) of the rows so far, float64, as in ``OnlineState``.
+        runner_up_id: The column (N,) of the runner-up so far, int64.
+        softcap: The softcap. 0 (default) means none.
 
     Returns:
-        The terms exp(y - rest_max) (N, C), which are 0 at target and runner-up and multiplied by the slope of
-        the softcap; the new numbers and runner_up_id; and rescale, demoted_id and demoted_share (N,), see
-        ``OnlineState``.
+        Six tensors. The first holds the terms (N, C): exp(y - rest_max) times the softcap's slope, and 0 at
+        target and runner-up. The others are numbers, runner_up_id, rescale, demoted_id and demoted_share of
+        the next ``OnlineState``.
     """
     target, runner_up, rest_max, rest_sum = numbers.unbind(1)
     entries = logits.double()
@@ -116,7 +137,7 @@ def triplet_columns(
     runner_up_id = (first_column + best_index).where(better, runner_up_id)
     others = others.masked_fill(column == runner_up_id[:, None], -torch.inf)
     new_max = torch.stack([rest_max, others.amax(1), demoted_logit]).amax(0)
-    reference = new_max.where(new_max != -torch.inf, 0.0)  # with nothing but masked words, exp(-inf) = 0
+    reference = new_max.where(new_max != -torch.inf, 0.0)  # if all words are masked, exp(-inf) = 0
     terms = (others - reference[:, None]).exp()
     share = (demoted_logit - reference).exp()
     rescale = (rest_max - reference).exp()
@@ -129,9 +150,16 @@ def triplet_columns(
 
 
 def inverted_hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """IHL (N,) of logits (N, V) and labels (N,): 1 + p_target - max over other tokens of p (Eq. 3).
+    """Compute IHL by the paper's formula: 1 + p_target - max over other tokens of p (LoKU, Eq. 3).
 
-    On ties the maximum, and with it the gradient, is the lowest index's.
+    On ties the lowest index has the maximum and its gradient.
+
+    Args:
+        logits: The logits (N, V), of any floating dtype.
+        labels: The labels (N,), int64. None is ignored.
+
+    Returns:
+        The losses (N,), in the dtype of the logits.
     """
     p = logits.softmax(-1)
     is_target = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
@@ -142,21 +170,38 @@ def inverted_hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
 # --- the backend: triplet -------------------------------------------------------------------------
 
 
-def _row_pieces(logits: Tensor, *per_row: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of a few rows each, of the logits and of tensors with one entry, or a few, for each row."""
+def _slices_of_rows(logits: Tensor, *per_row: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut logits and their tensors per row into views of a few rows.
+
+    Args:
+        logits: The logits (..., V).
+        per_row: Tensors (...) or (..., *) with entries for each row.
+
+    Yields:
+        Views of all the tensors, in their order, with (n, V) logits of at most ``PIECE_ENTRIES`` entries or
+        one row.
+    """
     tensors = (logits, *per_row)
     if logits.dim() == 1:
         yield tuple(x.unsqueeze(0) for x in tensors)
     elif logits.dim() == 2:
         rows = max(1, PIECE_ENTRIES // logits.shape[-1])
-        yield from zip(*(x.split(rows) for x in tensors), strict=True)
+        yield from zip(*(torch.split(x, rows) for x in tensors), strict=True)
     else:
         for parts in zip(*(x.unbind(0) for x in tensors), strict=True):
-            yield from _row_pieces(*parts)
+            yield from _slices_of_rows(*parts)
 
 
 def triplet_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Compute triplet (..., 3), float64, and runner_up_id (...), int64, of logits (..., V) and labels (...).
+    """Compute the triplet and the runner-up's index of logits.
+
+    Args:
+        logits: The logits (..., V).
+        labels: The labels (...), int64.
+        ignore_index: The label of rows that do not count. They get zeros and -1.
+
+    Returns:
+        The triplet (..., 3), float64, and the runner-up's index (...), int64.
 
     Raises:
         IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
@@ -164,7 +209,7 @@ def triplet_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[
     check_label_values(labels, logits.shape[-1], ignore_index)
     triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=logits.device)
     runner_up_id = torch.empty_like(labels, memory_format=torch.contiguous_format)
-    for y, t, out, out_id in _row_pieces(logits, labels, triplet, runner_up_id):
+    for y, t, out, out_id in _slices_of_rows(logits, labels, triplet, runner_up_id):
         piece, piece_id = softmax_triplet(y, t, ignore_index)
         out.copy_(piece)
         out_id.copy_(piece_id)
@@ -183,14 +228,29 @@ def triplet_backward(
     softcap: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of the logits (..., C) from that of the triplet (..., 3).
+    """Compute the gradient of the logits from that of the triplet.
 
-    ``out`` receives it: the logits themselves, or a tensor of another dtype, and then the logits may be
-    overwritten too. Without ``out`` it is a new contiguous tensor in the dtype of the logits.
+    Args:
+        grad_triplet: The gradient (..., 3) of the triplet, float64.
+        logits: The logits (..., C) of the columns [first_column, first_column + C), or their tanh with a
+            softcap.
+        labels: The labels (...), int64.
+        ignore_index: The label of rows that do not count. Their gradient is 0.
+        triplet: The triplet (..., 3), float64.
+        runner_up_id: The runner-up's index (...), int64.
+        first_column: The column of the vocabulary at which the block begins. Default 0.
+        softcap: The softcap. 0 (default) means none.
+        out: The tensor (..., C) for the result. It may be the logits. It may have another dtype, and the
+            logits may then be overwritten too. Default: a new contiguous tensor in the dtype of the logits.
+
+    Returns:
+        The gradient (..., C), which is ``out`` if that is given.
     """
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    for y, t, saved, r, g, target in _row_pieces(logits, labels, triplet, runner_up_id, grad_triplet, out):
+    for y, t, saved, r, g, target in _slices_of_rows(
+        logits, labels, triplet, runner_up_id, grad_triplet, out
+    ):
         target.copy_(softmax_triplet_backward(g, y, t, ignore_index, saved, r, first_column, softcap))
     return out
 
@@ -198,13 +258,23 @@ def triplet_backward(
 def inverted_hinge_(
     logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Overwrite the logits (..., V) with ``scale`` times the gradient of the sum of the rows' IHL.
+    """Overwrite the logits with a multiple of the gradient of the sum of the rows' IHL.
 
-    ``scale`` is a float64 tensor (). Returns triplet and runner_up_id, and raises, as ``triplet_forward``.
+    Args:
+        logits: The logits (..., V).
+        labels: The labels (...), int64.
+        ignore_index: The label of rows that do not count. Their gradient is 0.
+        scale: The factor of the gradient, a float64 tensor ().
+
+    Returns:
+        The triplet (..., 3), float64, and the runner-up's index (...), int64.
+
+    Raises:
+        IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
     triplet, runner_up_id = triplet_forward(logits, labels, ignore_index)
     p0, p1, p2 = triplet.softmax(-1).unbind(-1)
-    # d IHL = p_j (g_j - sum_i g_i p_i) with g = (1, -1, 0), written as sums of probabilities: nothing
+    # d IHL = p_j (g_j - sum_i g_i p_i) with g = (1, -1, 0). Written as sums of probabilities, so that nothing
     # cancels.
     grad = torch.stack([p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)], -1) * scale
     triplet_backward(grad, logits, labels, ignore_index, triplet, runner_up_id, out=logits)
@@ -220,22 +290,35 @@ def triplet_columns_(
     softcap: float,
     out: Tensor | None = None,
 ) -> None:
-    """Take the logits (N, C) of the columns from ``first_column`` on into ``state``, in place.
+    """Take a block of columns into ``state``, in place.
 
-    ``out`` (N, C) receives exp(y - rest_max), 0 at target and runner-up, times the slope of the softcap. It
-    may be the logits, or a tensor of another dtype, and then the logits may be overwritten too. No label (N,)
-    is ignored here: the loop over blocks has dropped those.
+    Args:
+        logits: The logits (N, C) of the block, or their tanh with a softcap.
+        labels: The labels (N,), int64. None is ignored, because the caller has dropped the ignored rows.
+        state: The state of the rows, which is overwritten.
+        first_column: The column of the vocabulary at which the block begins.
+        softcap: The softcap. 0 means none.
+        out: The tensor (N, C) for the terms: exp(y - rest_max) times the softcap's slope, and 0 at target and
+            runner-up. It may be the logits. It may have another dtype, and the logits may then be overwritten
+            too. Default: the terms are not stored.
     """
-    for y, t, target, *piece in _row_pieces(logits, labels, logits if out is None else out, *state):
-        terms, *new = triplet_columns(y, first_column, t, *piece[:2], softcap)
-        for old, value in zip(piece, new, strict=True):
+    for y, t, target, numbers, runner_up_id, *changes in _slices_of_rows(
+        logits, labels, logits if out is None else out, *state
+    ):
+        terms, *new = triplet_columns(y, first_column, t, numbers, runner_up_id, softcap)
+        for old, value in zip([numbers, runner_up_id, *changes], new, strict=True):
             old.copy_(value)
         if out is not None:
             target.copy_(terms)
 
 
 def scale_rows_(logits: Tensor, factor: Tensor) -> None:
-    """Multiply the rows of logits (..., V) by ``factor``, () or (...), in place."""
+    """Multiply the rows of logits, in place.
+
+    Args:
+        logits: The logits (..., V).
+        factor: The factors (...) of the rows, or one factor ().
+    """
     logits.mul_(factor.unsqueeze(-1))
 
 
@@ -243,9 +326,16 @@ def scale_rows_(logits: Tensor, factor: Tensor) -> None:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products in bfloat16; elsewhere such a product is slow."""
+    """Say whether a device has instructions for bfloat16 products. They are slow without.
+
+    Args:
+        device: The device.
+
+    Returns:
+        True for CUDA, and for a CPU with AVX512-BF16 or AMX-BF16.
+    """
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return device.type == "cuda"
 
@@ -256,8 +346,9 @@ def accumulate_squared_grad_(
     """Add the squared per-sample gradients of a linear layer's weight to ``fisher``, in place.
 
     Args:
-        fisher: The sums (d, k), or (d,) with a divisor; float32 or float64.
-        inputs: The layer's inputs (n, T, k). bfloat16 is multiplied as it is where the device can.
+        fisher: The sums (d, k), or (d,) with a divisor. float32 or float64.
+        inputs: The layer's inputs (n, T, k). bfloat16 stays bfloat16 in the products if
+            ``multiplies_bfloat16`` holds for the device.
         grad_outputs: The gradients (n, T, d) of the layer's output, in the dtype of the inputs.
         divisor: The divisor (d, k) of the squares, in the dtype of ``fisher``, or None.
     """
@@ -267,12 +358,12 @@ def accumulate_squared_grad_(
 
 
 def _add_squares(total: Tensor, product: Tensor, scratch: Tensor) -> None:
-    """total += product^2, where the product is rounded to fewer bits than the total has."""
+    """Add the squares of a product in a narrower dtype to ``total``, in place."""
     total.addcmul_(scratch.copy_(product), scratch)
 
 
-def _even(size: int, limit: int) -> int:
-    """The largest of the fewest nearly equal parts of ``size`` that are at most ``limit``."""
+def _even_part(size: int, limit: int) -> int:
+    """Divide ``size`` into the fewest nearly equal parts of at most ``limit``. Return the largest part."""
     parts = -(-size // max(1, limit))
     return -(-size // parts)
 
@@ -285,13 +376,17 @@ def accumulate_by_products_(
     product_dtype: torch.dtype,
     add_squares: Callable[[Tensor, Tensor, Tensor], None],
 ) -> None:
-    """``accumulate_squared_grad_`` by the library's matrix products, one tile of the Fisher at a time.
+    """Add squared per-sample gradients by the library's matrix products, one tile of the Fisher at a time.
 
     Args:
-        product_dtype: The dtype of the products: that of ``fisher``, or bfloat16. Then the sum over the
-            tokens is in float32, and its result is rounded once.
-        add_squares: A function (total, product, scratch) for products in bfloat16: it adds their squares to
-            ``total`` and may overwrite ``scratch``, which is like the total.
+        fisher: The sums (d, k), or (d,) with a divisor. float32 or float64.
+        inputs: The layer's inputs (n, T, k).
+        grad_outputs: The gradients (n, T, d) of the layer's output, in the dtype of the inputs.
+        divisor: The divisor (d, k) of the squares, in the dtype of ``fisher``, or None.
+        product_dtype: The dtype of the products, which is that of ``fisher`` or bfloat16. A bfloat16 product
+            is a float32 sum over the tokens that is rounded once.
+        add_squares: A function (total, product, scratch) for products in bfloat16. It adds their squares to
+            ``total``. It may overwrite ``scratch``, which has the shape and dtype of ``total``.
     """
     n, tokens, k = inputs.shape
     d, dtype = grad_outputs.shape[2], fisher.dtype
@@ -299,8 +394,8 @@ def accumulate_by_products_(
         return
     rounded = product_dtype != dtype
     entry_bytes = dtype.itemsize * (1 if divisor is None else 2) + (product_dtype.itemsize if rounded else 0)
-    columns = _even(k, min(TILE_COLUMNS, TILE_BYTES // entry_bytes))
-    rows = _even(d, TILE_BYTES // (entry_bytes * columns))
+    columns = _even_part(k, min(TILE_COLUMNS, TILE_BYTES // entry_bytes))
+    rows = _even_part(d, TILE_BYTES // (entry_bytes * columns))
     span = tokens
     if inputs.dtype != product_dtype:
         span = max(1, TOKEN_BYTES // (product_dtype.itemsize * (rows + columns)))
@@ -311,7 +406,8 @@ def accumulate_by_products_(
     square_scratch = scratch_of(dtype)
     product_scratch = scratch_of(product_dtype) if rounded else square_scratch
     sum_scratch = None if divisor is None else scratch_of(dtype)
-    # Tiles outside, samples inside: a tile of the Fisher, and of the divisor, is read once a call.
+    # The loop over samples is inside the loop over tiles, so that a call reads each tile of the Fisher, and
+    # of the divisor, once.
     for top in range(0, d, rows):
         height = slice(top, top + rows)
         for left in range(0, k, columns):

@@ -312,7 +312,7 @@ def test_the_emulation_shows_what_is_missing(tmp_path, monkeypatch):
     csrc = tmp_path / "broken" / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     for name, statement, change in (
-        ("triplet_cuda.cu", "  cluster_barrier(cluster);  // the last access", "  // the last access"),
+        ("reduction_cuda.h", "  cluster_barrier(cluster);  // the last access", "  // the last access"),
         ("fisher_cuda.cu", "copy_async_wait<kStages - 2>();", "copy_async_wait<kStages - 1>();"),
     ):
         text = (csrc / name).read_text()

@@ -1,4 +1,7 @@
-"""Triton kernels as a backend: CUDA tensors get them without a compiler. Imported when first needed."""
+"""Triton kernels as a backend. They serve CUDA tensors without nvcc or a C++ compiler at installation.
+
+This package is imported at its first use.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,19 @@ __all__ = [
     "triplet_forward",
 ]
 
-# Kernels are made for Triton's interpreter, which runs them on CPU tensors, if TRITON_INTERPRET=1 was set
-# when this was imported.
+# True if TRITON_INTERPRET=1 was set at the import. Triton's interpreter then runs the kernels, on CPU
+# tensors.
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether the kernels compute on tensors of this device and dtype."""
+    """Say whether the kernels compute on tensors of a device and dtype.
+
+    Args:
+        tensor: A tensor of that device and dtype.
+
+    Returns:
+        True for float32, bfloat16 and float16 on CUDA and, in the interpreter, on the CPU.
+    """
     known = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return known and tensor.device.type in ("cuda", "cpu")

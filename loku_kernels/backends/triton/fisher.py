@@ -1,12 +1,12 @@
 """Squared per-sample gradients of a linear layer's weight, Triton kernel: one fused GEMM a call.
 
-A program owns a tile of the Fisher. It goes through all tokens of all samples with the product of the
-current sample in one set of accumulators, and at a sample's last tokens adds the squares to another. So no
-sample's gradient leaves the chip, and the tile is read and written once. The loop over samples and the loop
-over tokens are one: loads for the next sample start while the last one's product is under way.
+A program owns a tile of the Fisher and walks all tokens of all samples. One set of accumulators holds the
+product of the current sample. At a sample's last tokens its squares are added to a second set. So no sample's
+gradient leaves the chip, and the tile is read and written once. The loop over samples and the loop over
+tokens are one loop. So the loads for the next sample can start during the last product of a sample.
 
-float16 and bfloat16 are multiplied as they are, exactly, and summed in float32. float32 is multiplied in
-float32, or in TF32 where torch may (``torch.backends.cuda.matmul.fp32_precision``, or ``allow_tf32``).
+float16 and bfloat16 products are exact and summed in float32. float32 is multiplied in float32, or in TF32 if
+torch may use it (``torch.backends.cuda.matmul.fp32_precision``, or ``allow_tf32``).
 """
 
 import torch
@@ -16,14 +16,21 @@ from torch import Tensor
 
 from loku_kernels.backends.triton.triplet import on_device
 
-GROUP = 8  # rows of tiles that are done together, so that the L2 cache serves their operands
+GROUP = 8  # rows of tiles that run together, so that the L2 cache serves their operands
 
 
-def tile_of(dtype, tf32):
-    """Tile of the Fisher, tokens at a time, warps and pipeline stages of a launch.
+def tile_of(dtype: torch.dtype, tf32: bool) -> dict[str, int]:
+    """Choose the tile of the Fisher, the tokens at a time, the warps and the pipeline stages.
 
-    Two sets of accumulators are in registers, so the tile is half of what a plain GEMM would take. Without
-    tensor cores (float32) the operands of every thread's product are in registers as well.
+    Two sets of accumulators are in registers, so the tile is half as large as that of a plain GEMM. float32
+    products without tensor cores also hold their operands in registers.
+
+    Args:
+        dtype: The dtype of the operands.
+        tf32: Whether float32 operands are multiplied in TF32.
+
+    Returns:
+        The constants and options of the launch.
     """
     if dtype != torch.float32:
         return {"BLOCK_D": 128, "BLOCK_K": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 3}
@@ -32,13 +39,13 @@ def tile_of(dtype, tf32):
     return {"BLOCK_D": 64, "BLOCK_K": 64, "BLOCK_T": 16, "num_warps": 4, "num_stages": 3}
 
 
-# Floors, d = k = 4096, 16 samples of 128 tokens, bfloat16, on an H100: 6.9e10 operations, 0.10 ms at the
-# 700 TFLOP/s that GEMMs reach there; 0.13 GB of Fisher and 0.03 GB of operands, 0.06 ms at 3.0 TB/s. With
-# tiles of 128 x 128 each operand is read 32 times, 1.1 GB, mostly from the L2 cache, 0.16 ms at 6.5 TB/s.
-# Predicted: 0.18 ms. (A prediction, not measured.)
+# Floors for d = k = 4096 and 16 samples of 128 tokens in bfloat16: 6.9e10 operations, 0.13 GB of Fisher and
+# 0.03 GB of operands. Tiles of 128 x 128 read each operand 32 times, in all 1.1 GB, mostly from the L2 cache.
+# Measured on one H200: 0.40 ms, where the weight-gradient GEMM alone takes 0.096 ms
+# (benchmarks/results/gpu_h200.json).
 
 
-# How many samples and tokens there are varies from batch to batch: they are no reason to compile anew.
+# The numbers of samples and tokens vary from batch to batch, so the kernel does not specialise on them.
 @triton.jit(do_not_specialize=["samples", "tokens"])
 def squared_grad_kernel(
     inputs,
@@ -63,11 +70,10 @@ def squared_grad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """inputs (n, T, k), grad_outputs (n, T, d): fisher (d, k) += sum over n of G_n^2, G_n the product of
-    grad_outputs[n]^T and inputs[n].
+    """Add the sum over n of G_n^2 to fisher (d, k), with G_n = grad_outputs[n]^T inputs[n].
 
-    DIVIDE: instead, that sum divided by divisor (d, k) and summed over each tile's columns goes to partial
-    (tiles of k, d).
+    The operands are inputs (n, T, k) and grad_outputs (n, T, d). With DIVIDE the sum is divided by divisor
+    (d, k) and summed over each tile's columns. It then goes to partial (tiles of k, d) instead.
     """
     row_tiles, column_tiles = tl.cdiv(d, BLOCK_D), tl.cdiv(k, BLOCK_K)
     group_of = tl.program_id(0) // (GROUP * column_tiles)
@@ -87,19 +93,19 @@ def squared_grad_kernel(
     product = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     total = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     sample = tl.full((), 0, tl.int32)
-    first = tl.full((), 0, tl.int32)
+    first_token = tl.full((), 0, tl.int32)
     for _ in range(samples * steps):
-        x_offset = sample.to(tl.int64) * inputs_sample_stride + first.to(tl.int64) * inputs_token_stride
-        delta_offset = sample.to(tl.int64) * grad_sample_stride + first.to(tl.int64) * grad_token_stride
-        real = (first + t < tokens)[:, None]
+        x_offset = sample.to(tl.int64) * inputs_sample_stride + first_token.to(tl.int64) * inputs_token_stride
+        delta_offset = sample.to(tl.int64) * grad_sample_stride + first_token.to(tl.int64) * grad_token_stride
+        real = (first_token + t < tokens)[:, None]
         x = tl.load(x_tile + x_offset, mask=real & (column < k)[None, :], other=0.0)
         delta = tl.load(delta_tile + delta_offset, mask=real & (row < d)[None, :], other=0.0)
         product = tl.dot(tl.trans(delta), x, product, input_precision=PRECISION)
-        first += BLOCK_T
-        if first >= tokens:
+        first_token += BLOCK_T
+        if first_token >= tokens:
             total += product * product
             product = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
-            first = tl.full((), 0, tl.int32)
+            first_token = tl.full((), 0, tl.int32)
             sample += 1
 
     inside = (row < d)[:, None] & (column < k)[None, :]
@@ -113,8 +119,9 @@ def squared_grad_kernel(
         tl.store(tile, tl.load(tile, mask=inside) + total, mask=inside)
 
 
-def _precision(dtype):
-    # Asked for in the newer way: the older one, allow_tf32, raises where somebody has used the newer.
+def _precision(dtype: torch.dtype) -> str:
+    """Return "tf32" for float32 operands if torch may use TF32, else "ieee"."""
+    # Reading the older attribute, allow_tf32, raises if somebody has set the newer one.
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
     tf32 = dtype == torch.float32 and allowed
     return "tf32" if tf32 else "ieee"
@@ -125,8 +132,8 @@ def accumulate_squared_grad_(
 ) -> None:
     """See ``reference.accumulate_squared_grad_``. The sums are float32.
 
-    With a divisor, tiles leave their row sums in a scratch tensor, and torch adds those up. The order is the
-    same every time, unlike that of atomic additions.
+    With a divisor, tiles leave their row sums in a scratch tensor, and torch adds those up. Unlike atomic
+    additions this has the same order every time.
     """
     if 0 in (*inputs.shape, *grad_outputs.shape):
         return

@@ -1,5 +1,6 @@
 // The CUDA kernels, compiled for the CPU, as a Python module with the compiled core's CUDA functions.
-// tests/test_cuda.py builds it from this file and the CUDA sources, with emulated_gpu.h ahead of each.
+// tests/loku_kernels/test_cuda.py builds it from this file and the CUDA sources, with emulated_gpu.h ahead of
+// each.
 #include "../../../csrc/bindings_cuda.h"
 #include "emulated_gpu.h"
 

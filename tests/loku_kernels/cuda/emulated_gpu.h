@@ -1,10 +1,11 @@
-// Runs the CUDA kernels on the CPU: the names of csrc/gpu.h, in plain C++.
+// Runs the CUDA kernels on the CPU. It defines the names of csrc/gpu.h in plain C++.
 //
-// Every thread of a cluster is a fiber; fibers change at barriers and shuffles only, in an order drawn anew
-// each round. So a missing barrier shows as a wrong result in some order, an absent thread as a deadlock
-// that is noticed. Shared memory starts poisoned, and an asynchronous copy arrives when it is waited for,
-// not before. What this cannot show: races between barriers that a cooperative order hides, and speed.
-#ifndef LOKU_GPU_H  // the same guard: csrc/gpu.h is left out
+// Every thread of a cluster is a fiber. Fibers change at barriers and shuffles only, in an order drawn anew
+// each round. So a missing barrier shows as a wrong result in some order. An absent thread shows as a
+// deadlock, which is reported. Shared memory starts with poison. An asynchronous copy arrives when it is
+// waited for, and not before. The emulation cannot show speed, or races between barriers that a cooperative
+// order hides.
+#ifndef LOKU_GPU_H  // the guard of csrc/gpu.h, which is then left out
 #define LOKU_GPU_H
 
 #include <ucontext.h>
@@ -22,7 +23,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/simd.h"  // the 16-bit types' conversions
+#include "../../../csrc/simd.h"  // conversions of the 16-bit types
 
 #define __device__
 #define __global__
@@ -72,13 +73,13 @@ struct Fiber {
   const Barrier* waiting = nullptr;
   int64_t generation = 0;
   bool finished = false;
-  std::vector<Copy> copies;              // issued and not committed
-  std::deque<std::vector<Copy>> groups;  // committed and not waited for
+  std::vector<Copy> copies;              // issued and not yet committed
+  std::deque<std::vector<Copy>> groups;  // committed and not yet waited for
 };
 
 struct Machine {
   std::vector<std::unique_ptr<unsigned char[]>> stacks;
-  std::vector<Block> blocks;  // of the cluster that runs
+  std::vector<Block> blocks;  // blocks of the running cluster
   std::vector<Warp> warps;
   std::vector<Fiber> fibers;
   Barrier cluster;
@@ -268,9 +269,10 @@ inline void load_matrices_transposed(uint32_t (&fragment)[4], const void* shared
   wait_at(warp.barrier);
 }
 
-// The layouts of the instruction's operands, from the PTX manual: with g = lane / 4 and t = lane % 4,
-// a[0..3] hold (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) and the entries right of them, b[0..1]
-// (2t, g), (2t + 8, g) and those below, c[0..3] (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// The layouts of the instruction's operands are from the PTX manual, with g = lane / 4 and t = lane % 4:
+// - a[0..3] hold (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) and the entries right of them.
+// - b[0..1] hold (2t, g), (2t + 8, g) and the entries below them.
+// - c[0..3] hold (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 template <typename Word>
 void multiply_add_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
   Warp& warp = *machine.current->warp;
