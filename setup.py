@@ -1,9 +1,9 @@
 """Build the compiled core, ``loku_kernels._core``, with ninja.
 
-The core includes no torch header. So the build needs no torch, and the result serves every torch release. The
-core uses CPython's limited API alone. So one binary serves every CPython from 3.11 on. A free-threaded CPython
-has no limited API and gets a core of its own. Without a C++ compiler the package is installed without the core
-and computes with its plain-torch reference. A compiler that fails stops the installation.
+The core includes no torch header. So the build needs no torch, and the result serves every torch release.
+The core uses CPython's limited API alone. So one binary serves every CPython from 3.11 on. A free-threaded
+CPython has no limited API and gets a core of its own. Without a C++ compiler the package is installed without
+the core and computes with its plain-torch reference. A compiler that fails stops the installation.
 
 CUDA kernels are built if nvcc is on PATH or in CUDA_HOME (default /usr/local/cuda). ``LOKU_CUDA=0`` leaves
 them out. ``LOKU_CUDA=1`` fails without nvcc. ``LOKU_CUDA_ARCHS="90"`` (default "80 90 100") restricts the
