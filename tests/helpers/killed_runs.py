@@ -1,4 +1,4 @@
-"""Runs that are killed at each of their stages and started again; ``test_resume.py`` runs this file.
+"""Runs that are killed at each of their stages and started again; ``test_checkpoints.py`` runs this file.
 
 Each run is a fork of this process, which pays for the imports once and has started no thread.
 """

@@ -1,8 +1,7 @@
-"""Tiny random models of the classes that are tested, and what a step of training them takes."""
+"""Tiny random models of the classes that are tested."""
 
 import torch
-from tensors import PeakMemory
-from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PhiConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PhiConfig
 
 KINDS = ["gpt_neo", "llama", "phi"]
 
@@ -25,13 +24,3 @@ def tiny_model(kind, vocab=97, seed=0):
         if parameter.dim() == 2:
             parameter.data.mul_(8)
     return model
-
-
-class PeakOfAStep(TrainerCallback):
-    """``extra``: peak memory of the last step of training above what was held before it, in bytes."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.memory = PeakMemory()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.extra = self.memory.extra()

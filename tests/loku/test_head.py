@@ -3,13 +3,7 @@
 import pytest
 import torch
 from tiny_models import KINDS, tiny_config, tiny_model
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
 
 from loku.head import check_head, negative_log_likelihood, next_token_labels, output_embedding, token_triplets
 from loku_kernels import softmax_triplet

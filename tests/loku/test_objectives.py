@@ -1,30 +1,29 @@
 """Each method's loss against plain torch on whole logits, its gradient's sign, and the registry."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
-from tensors import needs_proc
-from tiny_models import PeakOfAStep, tiny_model
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from training import (
+from peak_memory import needs_proc
+from small_trainers import (
     BETA,
     FORGET,
     METHODS,
     RETAIN,
     RETAIN_WEIGHT,
     VOCAB,
+    PeakOfAStep,
     Refusals,
     items,
     trainer_of,
     with_lora,
 )
+from tiny_models import tiny_model
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from loku import UnlearnConfig, UnlearnTrainer
-from loku.data import PairedDataset, collate_pairs
-from loku.data.pairs import Draw
+from loku.data import collate_pairs
 from loku.head import next_token_labels
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, lm_loss, retain_loss
 from loku_kernels import softmax_triplet
@@ -275,32 +274,6 @@ def test_errors(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             Objective(retain_loss, **options)
-
-
-def test_pairs_with_refusals():
-    kinds = ("forget", "refusal", "retain")
-    make = partial(PairedDataset, FORGET, RETAIN, refusals=Refusals(), kinds=kinds)
-
-    def drawn(dataset, epoch, order=range(4)):
-        dataset.set_epoch(epoch)
-        return {i: dataset.key("refusal", Draw(i, i))[1] for i in order}
-
-    dataset = make(seed=0)
-    epochs = [drawn(dataset, epoch) for epoch in range(8)]
-    assert len({tuple(epoch.values()) for epoch in epochs}) > 3  # anew each epoch
-    assert {refusal for epoch in epochs for refusal in epoch.values()} == {0, 1, 2}
-    assert drawn(make(seed=0), 5, [3, 0, 2, 1]) == epochs[5]  # of seed, epoch and row alone
-    assert [drawn(make(seed=1), epoch) for epoch in range(8)] != epochs
-
-    (item,) = items(dataset, [2])
-    assert list(item) == list(kinds)
-    assert item["refusal"]["input_ids"][:3] == FORGET[2]["input_ids"][:3]
-    batch = collate_pairs(items(dataset, [0, 1]), pad_token_id=0)
-    for number, kind in enumerate(kinds):
-        assert batch[f"is_{kind}"].tolist() == [i // 2 == number for i in range(6)]
-    assert "reference" not in batch
-    dataset.references["forget", 1] = torch.tensor([-3.0])
-    assert collate_pairs(items(dataset, [0, 1]), 0)["reference"].tolist() == [-3.0]
 
 
 @pytest.mark.parametrize(("method", "tuning"), [("kl", "lora"), ("kl", "full"), ("dpo", "lora")])

@@ -6,13 +6,12 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
+from small_trainers import FORGET, METHODS, RETAIN, VOCAB, arguments, items, lora, trainer_of, with_lora
 from tiny_models import tiny_model
-from training import FORGET, METHODS, RETAIN, VOCAB, arguments, items, lora, trainer_of, with_lora
 from transformers import AutoTokenizer, HfArgumentParser, TrainerCallback
 
 from loku import UnlearnConfig, UnlearnTrainer
-from loku.data import PairedDataset, PairSampler, collate_pairs
-from loku.data.pairs import Draw
+from loku.data import PairSampler, collate_pairs
 from loku.demo import EMBEDDED
 from loku.objectives import OBJECTIVES
 
@@ -90,36 +89,11 @@ def test_a_full_model_has_references_for_rows_without_labels(method, tmp_path, m
     torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_order_is_of_the_seed_and_the_epoch():
-    dataset = PairedDataset(FORGET, RETAIN, seed=0)
-    orders = [list(PairSampler(dataset, seed)) for seed in (0, 0, 1)]
-    assert orders[0] == orders[1] and sorted(draw.row for draw in orders[0]) == [0, 1, 2, 3]
-    dataset.set_epoch(1)
-    assert list(PairSampler(dataset, 0)) != orders[0] == orders[1]
-    dataset.set_epoch(0)
-    whole = PairSampler(dataset, 0, multiple=3)
-    assert list(whole) == [*orders[0], Draw(4, None), Draw(5, None)] and len(whole) == 6
-
-
 def test_float16_weights_are_not_trained(tmp_path):
     model = tiny_model("llama", VOCAB).half()
     with pytest.raises(ValueError, match=r"embed_tokens.weight would train in float16"):
         UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN)
     UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora())  # adapters are in float32
-
-
-def test_workers_that_outlive_an_epoch_follow_it():
-    rows = [{"input_ids": [i], "labels": [i]} for i in range(6)]
-    dataset = PairedDataset(rows, rows, 3)
-    sampler = PairSampler(dataset, 3, "sequential")
-    options = {"batch_size": 2, "collate_fn": list, "sampler": sampler}
-    kept = torch.utils.data.DataLoader(dataset, num_workers=1, persistent_workers=True, **options)
-    epochs = []
-    for epoch in range(3):
-        dataset.set_epoch(epoch)
-        epochs.append(list(kept))
-        assert epochs[-1] == list(torch.utils.data.DataLoader(dataset, **options))
-    assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_counts():

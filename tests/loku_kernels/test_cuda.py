@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_python
 from kernel_checks import (
+    assert_as_good_as_eager,
     check_against_reference,
     check_linear,
     exact_fisher,
-    fisher_operands,
     gradients,
+    lean_eager_ihl,
     per_row,
-    planted_operands,
-    run_python,
 )
-from tensors import DTYPES, IGNORE, assert_as_good_as_eager, lean_eager_ihl, planted_logits
+from kernel_inputs import DTYPES, IGNORE, fisher_operands, planted_logits, planted_operands
 
 import loku_kernels
 from loku_kernels import accumulate_squared_grad_, ihl_loss, logits_blocks, softmax_triplet

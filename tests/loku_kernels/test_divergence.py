@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import DTYPES, IGNORE, PeakMemory, needs_proc
+from kernel_inputs import DTYPES, IGNORE
+from peak_memory import PeakMemory, needs_proc
 from torch.nn.functional import kl_div, linear
 
 from loku_kernels import linear_kl_divergence_loss, logits_blocks

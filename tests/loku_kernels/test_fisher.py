@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import exact_fisher, fisher_operands
-from tensors import DTYPES, PeakMemory, needs_proc
+from kernel_checks import exact_fisher
+from kernel_inputs import DTYPES, fisher_operands
+from peak_memory import PeakMemory, needs_proc
 
 from loku_kernels import accumulate_squared_grad_
 from loku_kernels.backends import native, reference

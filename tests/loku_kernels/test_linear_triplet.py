@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import check_linear, eager_logits, eager_triplet, planted_operands
-from tensors import DTYPES, IGNORE, PeakMemory, needs_proc, planted_logits
+from kernel_checks import check_linear, eager_logits, eager_triplet
+from kernel_inputs import DTYPES, IGNORE, planted_logits, planted_operands
+from peak_memory import PeakMemory, needs_proc
 
 from loku_kernels import (
     linear_cross_entropy_loss,

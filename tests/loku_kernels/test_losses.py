@@ -6,16 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import gradients, per_row
-from tensors import (
-    DTYPES,
-    IGNORE,
-    PeakMemory,
-    assert_as_good_as_eager,
-    lean_eager_ihl,
-    needs_proc,
-    planted_logits,
-)
+from kernel_checks import assert_as_good_as_eager, gradients, lean_eager_ihl, per_row
+from kernel_inputs import DTYPES, IGNORE, planted_logits
+from peak_memory import PeakMemory, needs_proc
 
 from loku_kernels import cross_entropy_loss, ihl_loss, inverted_hinge, losses, softmax_triplet
 from loku_kernels.backends import native, reference

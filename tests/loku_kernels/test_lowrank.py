@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import DTYPES
+from kernel_inputs import DTYPES
 
 from loku_kernels import lowrank, row_scaled_svd
 

@@ -7,10 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
+from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import check_against_reference, run_python
-from tensors import DTYPES, IGNORE, planted_logits
+from kernel_checks import check_against_reference
+from kernel_inputs import DTYPES, IGNORE, planted_logits
 
 import loku_kernels
 from loku_kernels import softmax_triplet, triplet

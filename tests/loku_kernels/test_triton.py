@@ -15,9 +15,11 @@ from unittest import mock
 
 import pytest
 import torch
+from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import IGNORE, assert_as_good_as_eager, lean_eager_ihl, planted_logits, ulp
+from kernel_checks import assert_as_good_as_eager, lean_eager_ihl, ulp
+from kernel_inputs import IGNORE, planted_logits
 
 from loku_kernels import (
     accumulate_squared_grad_,
@@ -554,14 +556,6 @@ def test_a_bad_label_is_a_device_assert():
 # --- this process, any machine --------------------------------------------------------------------
 
 outside = pytest.mark.skipif(INTERPRETED, reason="outside of the interpreter")
-
-
-def run_python(code, **environment):
-    here = Path(__file__).parent
-    environment = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=here, env=environment
-    )
 
 
 @outside

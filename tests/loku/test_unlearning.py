@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from peak_memory import needs_proc
 from peft import LoraConfig, PeftModel, get_peft_model
-from tensors import needs_proc
-from tiny_models import KINDS, PeakOfAStep, tiny_config, tiny_model
-from training import items
+from small_trainers import PeakOfAStep
+from tiny_models import KINDS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import loku
-from loku.data import PairedDataset, collate, collate_pairs, tokenize_dataset
+from loku.data import collate, tokenize_dataset
 from loku.demo import EMBEDDED, load_model, load_rows
 from loku.evaluation import token_scores
 from loku.fila.targets import default_target_modules, fila_targets
@@ -278,29 +278,6 @@ def test_model_by_path_and_datasets(tokenizer, tmp_path):
     torch.testing.assert_close(
         logits_of(loaded, tokenizer), logits_of(result.model.eval(), tokenizer), rtol=1e-4, atol=1e-4
     )
-
-
-def test_pairs():
-    forget = [{"input_ids": [i, i], "labels": [i, i]} for i in range(5)]
-    retain = [{"input_ids": [10 + i] * 3, "labels": [10 + i] * 3} for i in range(3)]
-    dataset = PairedDataset(forget, retain, seed=0)
-
-    def draw(epoch, order=range(5)):
-        dataset.set_epoch(epoch)
-        order = list(order)
-        return {
-            i: item["retain"]["input_ids"][0] for i, item in zip(order, items(dataset, order), strict=True)
-        }
-
-    first, second = draw(0), draw(1)
-    assert first != second and draw(0, [4, 1, 0, 3, 2]) == first  # not a matter of order
-    drawn = [*first.values(), *second.values()]
-    assert all(sorted(drawn[i : i + 3]) == [10, 11, 12] for i in (0, 3, 6))  # none twice before all once
-    assert PairedDataset(forget, retain, seed=1)._retain_index(0) is not None
-
-    batch = collate_pairs(items(dataset, [0, 1]), pad_token_id=7)
-    assert batch["is_forget"].tolist() == [True, True, False, False]
-    assert batch["input_ids"][0].tolist() == [0, 0, 7] and batch["attention_mask"][0].tolist() == [1, 1, 0]
 
 
 def test_errors(tokenizer, tmp_path):

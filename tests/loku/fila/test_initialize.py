@@ -1,23 +1,24 @@
 """FILA's invariants: the model is unchanged by initialisation, can be put back, and saves portably."""
 
-import copy
-
 import pytest
 import torch
+from fila_models import (
+    MODELS,
+    VOCAB,
+    assert_close,
+    factors,
+    initialized,
+    logits,
+    lora_layers,
+    make_base,
+    make_peft,
+    random_scales,
+    train,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
-    PhiConfig,
-)
 
 import loku.fila.initialize
 from loku.fila.initialize import (
@@ -30,110 +31,8 @@ from loku.fila.initialize import (
     restore_base_,
 )
 from loku.fila.targets import default_target_modules, fila_targets
-from loku.saving.adapter import save_portable_adapter
 
-VOCAB = 61
-SMALL = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
-LLAMA_SIZES = {
-    **SMALL,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-CONFIGS = {
-    "gpt_neo": GPTNeoConfig(
-        **SMALL,
-        hidden_size=48,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=64,
-        attention_types=[[["global", "local"], 1]],
-        max_position_embeddings=64,
-        attention_dropout=0.0,
-        embed_dropout=0.0,
-        resid_dropout=0.0,
-    ),
-    "llama": LlamaConfig(**LLAMA_SIZES, num_key_value_heads=2),
-    "phi": PhiConfig(**LLAMA_SIZES),
-}
-MODELS = sorted(CONFIGS)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
-def make_base(kind, dtype=torch.float32):
-    """The same model each time: a fresh copy of the untouched base."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))
-        for parameter in model.parameters():  # transformers' 0.02 would make every layer a small perturbation
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return model.to(dtype).eval()
-
-
-def make_peft(kind, dtype=torch.float32, **options):
-    base = make_base(kind, dtype)
-    options = {"r": 4, "lora_alpha": 8, "target_modules": default_target_modules(base), **options}
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
-
-
-def random_scales(model, adapter_name="default"):
-    generator = torch.Generator().manual_seed(3)
-    return {
-        name: torch.rand(layer.out_features, generator=generator).pow(4) + 1e-3
-        for name, layer in fila_targets(model, adapter_name).items()
-    }
-
-
-def initialized(kind, dtype=torch.float32, **options):
-    model = make_peft(kind, dtype, **options)
-    initialize_from_row_scales(model, random_scales(model))
-    return model
-
-
-def token_ids(rows=2, length=9):
-    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(11))
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=token_ids()).logits.double()
-
-
-def lora_layers(model, adapter_name="default"):
-    return {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if hasattr(module, "lora_A") and adapter_name in module.lora_A
-    }
-
-
-def factors(layer, adapter_name="default"):
-    A, B = (f[adapter_name].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
-    return A, B, layer.scaling[adapter_name]
-
-
-def train(model, steps=4):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    ids = token_ids()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-
-
-def assert_close(actual, expected, relative):
-    error = (actual - expected).abs().max() / expected.abs().max()
-    assert error <= relative, f"relative error {error:.2e}"
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 # Initialisation
@@ -429,211 +328,6 @@ def test_a_weight_that_is_not_finite_is_named():
         initialize_from_row_scales(model, scales)
 
 
-# The portable save
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_rslora": True, "lora_alpha": 5},
-        {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 12, "q_proj": 3}},
-    ],
-    ids=["lora", "rslora", "patterns"],
-)
-def test_portable_adapter_on_the_untouched_base(kind, options, tmp_path):
-    model = initialized(kind, **options)
-    train(model)
-    unlearned = logits(model)
-    save_portable_adapter(model, tmp_path / "adapter")
-    assert torch.equal(logits(model), unlearned)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
-
-    loaded = PeftModel.from_pretrained(make_base(kind), tmp_path / "adapter")
-    assert_close(logits(loaded), unlearned, 1e-4)
-    assert (logits(loaded) - unlearned).abs().max() <= 1e-4
-    assert all(scaling == 1 for layer in lora_layers(loaded).values() for scaling in layer.scaling.values())
-    with loaded.disable_adapter():
-        assert torch.equal(logits(loaded), logits(make_base(kind)))
-    assert (logits(loaded.merge_and_unload()) - unlearned).abs().max() <= 1e-4
-    assert (logits(model.merge_and_unload()) - unlearned).abs().max() <= 1e-4
-
-
-def test_portable_adapter_keeps_small_updates_of_a_bfloat16_model(tmp_path):
-    model = make_peft("llama", torch.bfloat16)
-    initialize_from_row_scales(model, random_scales(model))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and ".default." in name:
-            parameter.data += 1e-4 * parameter.data.abs().max() * torch.randn_like(parameter)
-    expected = {}
-    for name, layer in lora_layers(model).items():
-        (A, B, scaling), (A0, B0, _) = factors(layer), factors(layer, "reference")
-        expected[name] = scaling * (B @ A - B0 @ A0)
-    save_portable_adapter(model, tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path / "adapter")
-    for name, layer in lora_layers(loaded).items():
-        A, B, scaling = factors(layer)
-        assert_close(scaling * B @ A, expected[name], 1e-4)
-
-
-def test_default_initialisation_and_other_names_are_saved_as_they_are(tmp_path):
-    base = make_base("llama")
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=default_target_modules(base))
-    model = get_peft_model(base, config, adapter_name="forget")
-    train(model)
-    save_portable_adapter(model, tmp_path / "a" / "b", adapter_name="forget")
-    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path / "a" / "b")
-    assert (logits(loaded) - logits(model)).abs().max() <= 1e-6
-    assert loaded.peft_config["default"].r == 4
-
-
-def test_saving_over_an_earlier_adapter_keeps_other_files(tmp_path):
-    path = tmp_path / "run"
-    (path / "checkpoint-5").mkdir(parents=True)
-    model = initialized("llama")
-    save_portable_adapter(model, path)
-    train(model)
-    save_portable_adapter(model, path)
-    assert sorted(p.name for p in path.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "checkpoint-5",
-    ]
-    assert (logits(PeftModel.from_pretrained(make_base("llama"), path)) - logits(model)).abs().max() <= 1e-4
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_failed_save_leaves_nothing_and_keeps_the_earlier_adapter(exists, tmp_path, monkeypatch):
-    path = tmp_path / "adapter"
-    model = initialized("llama")
-    if exists:
-        save_portable_adapter(model, path)
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(LoraConfig, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space"):
-        save_portable_adapter(model, path)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    assert path.exists() == exists
-
-
-def test_save_refusals(tmp_path):
-    model = initialized("llama")
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(ValueError, match="is a file"):
-        save_portable_adapter(model, tmp_path / "file")
-    with pytest.raises(ValueError, match="no LoRA adapter 'other'"):
-        save_portable_adapter(model, tmp_path / "new", adapter_name="other")
-    with pytest.raises(ValueError, match="residual base"):
-        save_portable_adapter(model, tmp_path / "new", adapter_name="reference")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
-
-
-# Refusals: each names the module or the option, and says what to do instead
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lora_dropout": 0.1}, "lora_dropout=0.1 .* set it to 0"),
-        ({"use_dora": True}, "use_dora=True .* set it to False"),
-        ({"lora_bias": True}, "lora_bias=True .* set it to False"),
-        ({"bias": "lora_only"}, "bias='lora_only' .* bias=\"none\""),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* without FILA"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices=.* without FILA"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.* leave it unset"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .* use init_lora_weights=True"),
-        ({"lora_alpha": 0}, r"model.layers.0.self_attn.q_proj: scaling is 0.0.* set lora_alpha"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "model.embed_tokens: FILA needs a plain nn.Linear"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-@pytest.mark.filterwarnings("ignore")
-def test_options_are_refused(options, message):
-    base = make_base("phi" if "lora_bias" in options else "llama")
-    targets = {"target_modules": default_target_modules(base)}
-    model = get_peft_model(base, LoraConfig(**{"r": 4, **targets, **options}))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=message):
-        initialize_from_row_scales(model, {})
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-class Linear4bit(nn.Linear):
-    """Stands in for bitsandbytes': a subclass of nn.Linear that holds packed bytes."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features, bias=False)
-        self.weight = nn.Parameter(torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), False)
-
-
-def replaced(model, name, module):
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def test_quantised_and_meta_weights_are_refused():
-    name = "model.layers.1.mlp.up_proj"
-    base = make_base("llama")
-    targets = default_target_modules(base)
-    replaced(base, name, Linear4bit(base.get_submodule(name)))
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
-    with pytest.raises(ValueError, match=rf"{name}: .*Linear4bit.*uint8; .* quantise the residual"):
-        fila_targets(model)
-
-    base = make_base("llama")
-    replaced(base, name, base.get_submodule(name).to("meta"))
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
-    with pytest.raises(ValueError, match=rf"{name}: .*meta device.* without offloading"):
-        fila_targets(model)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_conv1d_fused_and_tied_targets_are_refused():
-    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(**SMALL, n_embd=32, n_layer=1, n_head=2))
-    model = get_peft_model(gpt2, LoraConfig(r=4, target_modules=["c_fc"], fan_in_fan_out=True))
-    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc: .*Conv1D.* use default LoRA"):
-        fila_targets(model)
-    with pytest.raises(ValueError, match=r"Conv1D.*pass target_modules"):
-        default_target_modules(gpt2.base_model)
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL, **sizes))
-    with pytest.raises(ValueError, match=r"query_key_value .*fuses query.*pass target_modules"):
-        default_target_modules(neox)
-    model = get_peft_model(neox, LoraConfig(r=4, target_modules=["query_key_value"]))
-    with pytest.raises(ValueError, match=r"query_key_value: .*fused .* use default LoRA"):
-        fila_targets(model)
-
-    tied = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, **sizes, tie_word_embeddings=True))
-    model = get_peft_model(tied, LoraConfig(r=4, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match=r"lm_head: .*also that of model\.embed_tokens.* untie"):
-        fila_targets(model)
-
-
-def test_models_and_adapters_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="needs a PeftModel"):
-        fila_targets(make_base("llama"))
-    model = make_peft("llama")
-    with pytest.raises(ValueError, match="no adapter 'other'"):
-        fila_targets(model, "other")
-    model.merge_adapter()
-    with pytest.raises(ValueError, match=r"q_proj: .*merged.* call unmerge_adapter"):
-        fila_targets(model)
-    model.unmerge_adapter()
-    initialize_from_row_scales(model, random_scales(model))
-    with pytest.raises(ValueError, match=r"already initialised.* restore_base_"):
-        fila_targets(model)
-    model = make_peft("llama")
-    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
-    with pytest.raises(ValueError, match=r"other adapters \['second'\].* delete them"):
-        fila_targets(model)
-
-
 def test_row_scales_that_do_not_fit_are_refused():
     model = make_peft("llama")
     scales = random_scales(model)
@@ -650,72 +344,6 @@ def test_row_scales_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=f"{name}: .*{message}"):
             initialize_from_row_scales(model, {**scales, name: wrong})
     assert torch.equal(logits(model), logits(make_base("llama")))
-
-
-def test_config_is_checked():
-    for options, message in [
-        ({"damping": -1.0}, "damping"),
-        ({"damping": float("nan")}, "damping"),
-        ({"damping_mode": "other"}, "damping_mode"),
-        ({"fisher_samples": 0}, "fisher_samples"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            FilaConfig(**options)
-
-
-# Default targets
-
-
-def test_default_target_modules():
-    neo, llama, phi = (make_base(kind) for kind in ("gpt_neo", "llama", "phi"))
-    assert default_target_modules(neo) == ["c_fc", "c_proj", "q_proj", "v_proj"]
-    assert default_target_modules(llama) == ["down_proj", "gate_proj", "q_proj", "up_proj", "v_proj"]
-    assert default_target_modules(phi) == ["fc1", "fc2", "q_proj", "v_proj"]
-    opt = AutoModelForCausalLM.from_config(
-        OPTConfig(
-            **SMALL,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    )
-    assert default_target_modules(opt) == ["fc1", "fc2", "q_proj", "v_proj"]
-
-
-def test_target_sweeps():
-    neo, llama, phi = (make_base(kind) for kind in ("gpt_neo", "llama", "phi"))
-    for model, keys_and_outputs, mlp in [
-        (neo, ["k_proj", "out_proj"], ["c_fc", "c_proj"]),
-        (llama, ["k_proj", "o_proj"], ["down_proj", "gate_proj", "up_proj"]),
-        (phi, ["dense", "k_proj"], ["fc1", "fc2"]),
-    ]:
-        assert default_target_modules(model, "qv") == ["q_proj", "v_proj"]
-        assert default_target_modules(model, "qkvo") == sorted(["q_proj", "v_proj", *keys_and_outputs])
-        assert default_target_modules(model, "ffn") == mlp
-        assert default_target_modules(model, "qv+ffn") == default_target_modules(model)
-
-
-def test_default_target_modules_takes_longer_suffixes_where_names_collide():
-    block = nn.ModuleDict(
-        {
-            "attn": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q_proj", "v_proj", "c_proj")}),
-            "mlp": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("c_fc", "c_proj")}),
-        }
-    )
-    model = nn.ModuleDict({"h": nn.ModuleList([block])})
-    assert default_target_modules(model) == ["attn.q_proj", "attn.v_proj", "mlp.c_fc", "mlp.c_proj"]
-
-
-def test_default_target_modules_refuses_what_it_cannot_tell():
-    moe = AutoModelForCausalLM.from_config(
-        MixtralConfig(**LLAMA_SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
-    )
-    with pytest.raises(ValueError, match=r"mixture of experts.* pass target_modules"):
-        default_target_modules(moe)
-    with pytest.raises(ValueError, match=r"no query projection .* pass target_modules"):
-        default_target_modules(nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(4, 4)})])}))
 
 
 # After peft's EVA convention

@@ -8,14 +8,13 @@ import datasets
 import pytest
 import torch
 from peft import get_peft_model
+from small_trainers import FORGET, RETAIN, VOCAB, arguments, lora
 from tiny_models import tiny_config, tiny_model
-from training import FORGET, RETAIN, VOCAB, arguments, items, lora
-from training import row as a_row
 from transformers import AutoModelForCausalLM
 
 import loku.data.large_sets
 from loku import UnlearnTrainer, unlearn
-from loku.data import PairedDataset, PairSampler, collate, tokenize_dataset
+from loku.data import PairSampler, collate, tokenize_dataset
 from loku.data.large_sets import LazyRows, StreamedRows, retain_rows
 from loku.fingerprints import ordered_rows_fingerprint
 from loku.head import check_packing, token_triplets
@@ -174,33 +173,6 @@ def test_a_stream_reports_the_first_of_a_kind():
     assert len(messages) == 2
     assert re.match("row 3 of the retain set was cut to max_length=11", messages[0])
     assert re.match(r"row 5 of the retain set is also in the forget set \(row 2\)", messages[1])
-
-
-# Lengths
-
-
-def test_rows_of_like_length_run_together():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(4, 60, (64,), generator=generator).tolist()
-    forget = [a_row(i, 1, n) for i, n in enumerate(lengths)]
-    dataset = PairedDataset(forget, RETAIN[:1], seed=0)  # 7 tokens
-    pairs = items(dataset, range(64))
-
-    def padding(order):
-        batches = [[max(lengths[i], 7) for i in order[k : k + 4]] for k in range(0, 64, 4)]
-        return sum(4 * max(batch) - sum(batch) for batch in batches)
-
-    orders = {
-        s: [draw.row for draw in PairSampler(dataset, 0, s, step=4)]
-        for s in ("random", "group_by_length", "sequential")
-    }
-    assert all(sorted(order) == list(range(64)) for order in orders.values())
-    assert orders["sequential"] == list(range(64))
-    assert padding(orders["group_by_length"]) < 0.5 * padding(orders["random"])
-    assert items(dataset, range(64)) == pairs
-    dataset.set_epoch(1)
-    again = [draw.row for draw in PairSampler(dataset, 0, "group_by_length", step=4)]
-    assert again != orders["group_by_length"]
 
 
 # Packed rows

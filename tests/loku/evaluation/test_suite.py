@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -269,73 +268,3 @@ def test_max_length_cuts_texts_but_not_answers(parts):
     with pytest.warns(UserWarning, match="rows of the text set were cut"):
         cut = evaluation.evaluate(model, tokenizer, chosen, max_length=3, progress=False).sets
     assert cut["retain"] == whole["retain"] and cut["text"] != whole["text"]
-
-
-# Sources
-
-
-def test_sources(tmp_path, monkeypatch):
-    lines = tmp_path / "rows.json"  # as TOFU's files
-    lines.write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
-    assert read_rows(lines) == [{"text": "a\u2028b"}, {"text": "c"}]
-    lines.write_text('[{"text": "a"},\n {"text": "b"}]', encoding="utf-8")
-    assert read_rows(str(lines)) == [{"text": "a"}, {"text": "b"}]
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is not JSON"):
-        read_rows(tmp_path / "rows.jsonl")
-    (tmp_path / "rows.txt").write_text("one\n \ntwo\n")
-    assert read_rows(tmp_path / "rows.txt") == ["one", "two"]
-    with pytest.raises(FileNotFoundError):
-        read_rows(tmp_path / "none.txt")
-
-    hub = ModuleType("datasets")
-    hub.load_dataset = lambda name, config, split: (name, config, split)
-    monkeypatch.setitem(sys.modules, "datasets", hub)
-    assert read_rows("locuslab/TOFU:forget10_perturbed") == ("locuslab/TOFU", "forget10_perturbed", "train")
-    assert read_rows("wikitext:wikitext-2-v1:test") == ("wikitext", "wikitext-2-v1", "test")
-    assert read_rows("some/set") == ("some/set", None, "train")
-    with pytest.raises(ValueError, match="CONFIG"):
-        read_rows("a:b:c:d")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
-        read_rows("some/set")
-
-
-# lm-evaluation-harness, which is not installed: what it is asked and how its answer is read
-
-
-def test_reasoning_accuracies(parts, monkeypatch):
-    model, tokenizer, _ = parts
-    asked = {}
-
-    class HFLM:
-        def __init__(self, **options):
-            asked["lm"] = options
-            asked["training"] = options["pretrained"].training
-
-    def simple_evaluate(**options):
-        asked["evaluate"] = options
-        tasks = {task: {"acc,none": 0.1 * i, "acc_norm,none": 0.9} for i, task in enumerate(options["tasks"])}
-        return {"results": {**tasks, "no_accuracy": {"perplexity,none": 3.0}}}
-
-    harness, models, huggingface = (
-        ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")
-    )
-    harness.simple_evaluate, huggingface.HFLM = simple_evaluate, HFLM
-    for module in (harness, models, huggingface):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    model.train()
-    accuracies = evaluation.reasoning_accuracies(model, tokenizer, batch_size=4, limit=10)
-    assert asked["lm"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
-    assert not asked["training"] and model.training
-    model.eval()
-    assert asked["evaluate"]["limit"] == 10 and asked["evaluate"]["num_fewshot"] == 0
-    assert asked["evaluate"]["tasks"] == list(evaluation.REASONING_TASKS) and len(accuracies) == 9
-    assert accuracies["copa"] == pytest.approx(0.2) and accuracies["winogrande"] == pytest.approx(0.8)
-
-    harness.simple_evaluate = lambda **options: {"results": {"odd": {"perplexity,none": 3.0}}}
-    with pytest.raises(ValueError, match="odd"):
-        evaluation.reasoning_accuracies(model, tokenizer, ["odd"])
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install 'loku-kernels\[lm-eval\]'"):
-        evaluation.reasoning_accuracies(model, tokenizer)

@@ -1,7 +1,9 @@
 """Small data sets and trainers that several test files share."""
 
 import torch
+from peak_memory import PeakMemory
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.data.pairs import Draw
@@ -83,3 +85,13 @@ def arguments(tmp_path, **options):
 
 def lora(**options):
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+class PeakOfAStep(TrainerCallback):
+    """``extra``: peak memory of the last step of training above what was held before it, in bytes."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.memory = PeakMemory()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.extra = self.memory.extra()

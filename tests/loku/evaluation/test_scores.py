@@ -1,19 +1,80 @@
-"""Measures on cases small enough to be worked out by hand."""
+"""Measures against their definitions, brute force and the TOFU authors' own logs."""
 
 import math
 
 import pytest
 import torch
+from naive_measures import naive_scores
 
 from loku.evaluation import (
     TokenScores,
-    dialogue_f1,
     extraction_strength,
     mean_answer_probability,
     membership_auc,
+    memorization_accuracy,
     min_k,
+    perplexity,
     token_measures,
+    token_scores,
 )
+
+
+def test_token_scores_match_their_definition(model, rows):
+    model.train()
+    scores = token_scores(model, rows, batch_size=4, progress=False)
+    assert model.training  # left as it was
+    model.eval()
+    for row, score in zip(rows, scores, strict=True):
+        losses, memorized = naive_scores(model, row)
+        torch.testing.assert_close(score.losses, torch.tensor(losses, dtype=torch.float64))
+        assert score.memorized.tolist() == memorized
+        assert torch.equal(
+            score.memorized, score.predicted == torch.tensor(row["input_ids"])[score.positions]
+        )
+
+
+def test_memorization_accuracy_and_perplexity(model, rows):
+    naive = [naive_scores(model, row) for row in rows]
+    accuracy = sum(sum(memorized) / len(memorized) for _, memorized in naive) / len(rows)
+    assert 0.3 < accuracy < 0.95  # the rows are a case that can fail
+    assert memorization_accuracy(model, rows, 4, progress=False) == pytest.approx(accuracy, rel=1e-12)
+    losses = [loss for row_losses, _ in naive for loss in row_losses]
+    expected = math.exp(sum(losses) / len(losses))
+    assert perplexity(model, rows, 4, progress=False) == pytest.approx(expected, rel=1e-6)
+
+
+def test_extraction_strength_is_that_of_greedy_decoding(model, rows):
+    @torch.no_grad()
+    def shortest_prefix(ids, start):
+        for known in range(start, len(ids) + 1):
+            new = ids[:known]
+            while len(new) < len(ids):
+                new = new + [model(torch.tensor([new])).logits[0, -1].argmax().item()]
+            if new == ids:
+                return known - start
+
+    rows = rows[1:]  # the first has a hole, which greedy decoding knows nothing of
+    expected = []
+    for row in rows:
+        start = next(i for i in range(1, len(row["labels"])) if row["labels"][i] != -100)
+        expected.append(1 - shortest_prefix(row["input_ids"], start) / (len(row["input_ids"]) - start))
+    assert extraction_strength(token_scores(model, rows, 4, progress=False)) == expected
+    assert len(set(expected)) > 2
+
+
+def test_memorization_ties_go_to_the_lowest_id():
+    class Flat(torch.nn.Module):
+        config = None
+
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, input_ids, **kwargs):
+            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 5)})
+
+    rows = [{"input_ids": [4, 0, 1, 3], "labels": [4, 0, 1, 3]}]
+    assert memorization_accuracy(Flat(), rows, progress=False) == pytest.approx(1 / 3)
 
 
 def scores_of(losses, memorized=None):
@@ -80,19 +141,3 @@ def test_membership_auc_counts_pairs():
     assert membership_auc([-3.0], [-1.0, -2.0]) == 0.0
     assert math.isnan(membership_auc([], [1.0]))
     assert math.isnan(membership_auc([math.nan, 1.0], [0.0]))
-
-
-@pytest.mark.parametrize(
-    ("generated", "reference", "f1"),
-    [
-        ("The cat sat, on a mat!", "a cat sat on the red mat", 8 / 9),  # 4 of 4 and 4 of 5 words
-        ("no no no", "No way.", 2 / 5),  # one in common: 1 of 3 and 1 of 2
-        ("It's here", "it s there", 4 / 6),
-        ("an aunt", "aunt", 1.0),
-        ("theatre", "atre", 0.0),  # an article is a word
-        ("", "yes", 0.0),
-        ("the", "a", 0.0),
-    ],
-)
-def test_dialogue_f1(generated, reference, f1):
-    assert dialogue_f1([generated], [reference]) == [pytest.approx(f1)]

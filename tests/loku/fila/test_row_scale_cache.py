@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 from loku import FilaConfig, get_fila_state_dict
 from loku.data import collate
 from loku.fila import row_scales
-from loku.fingerprints import batches_fingerprint, weights_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,17 +145,3 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(run, monkeypatch):
     monkeypatch.setattr("loku.fila.row_scale_cache.save_file", full)
     with pytest.warns(UserWarning, match="could not be kept .*No space left"):
         assert len(run()[0]) == 4
-
-
-def test_the_adapter_does_not_count():
-    model = tiny_model("llama")
-    plain = weights_fingerprint(model)
-    assert weights_fingerprint(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == plain
-
-
-def test_where_packed_documents_begin_counts():
-    def fingerprint(row):
-        return batches_fingerprint([collate([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], **row}], 0)])
-
-    whole, packed = fingerprint({}), fingerprint({"position_ids": [0, 1, 0, 1]})
-    assert len({whole, packed, fingerprint({"position_ids": [0, 1, 2, 0]})}) == 3

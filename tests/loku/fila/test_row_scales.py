@@ -4,13 +4,13 @@ import ctypes
 
 import pytest
 import torch
-from tensors import PeakMemory, needs_proc
+from peak_memory import PeakMemory, needs_proc
 from tiny_models import KINDS, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loku.data import collate
-from loku.fila.row_scales import fisher_row_scales, gradients_for_activations_alone, memory_bytes
+from loku.fila.row_scales import FilaConfig, fisher_row_scales, gradients_for_activations_alone, memory_bytes
 from loku.head import negative_log_likelihood
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -268,3 +268,14 @@ def test_errors():
     twice = {"gate_proj": model.model.layers[1].mlp.gate_proj}
     with pytest.raises(RuntimeError, match="gate_proj is called more than once"):
         fisher_row_scales(model, twice, data, data, progress=False)
+
+
+def test_config_is_checked():
+    for options, message in [
+        ({"damping": -1.0}, "damping"),
+        ({"damping": float("nan")}, "damping"),
+        ({"damping_mode": "other"}, "damping_mode"),
+        ({"fisher_samples": 0}, "fisher_samples"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FilaConfig(**options)
