@@ -23,7 +23,7 @@ CHAT = [
 
 
 def character_tokenizer(bos=True, eos=True, **special):
-    """One token a character; adds a BOS by default, as Llama's does."""
+    """Make a tokenizer with one token a character, which adds a BOS by default, as Llama's does."""
     characters = [chr(c) for c in range(32, 127)] + ["\n"]
     vocab = {token: i for i, token in enumerate(SPECIAL + characters)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

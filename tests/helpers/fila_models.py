@@ -39,11 +39,13 @@ MODELS = sorted(CONFIGS)
 
 
 def make_base(kind, dtype=torch.float32):
-    """The same model each time: a fresh copy of the untouched base."""
+    """Make a fresh copy of the untouched base: the same model each time."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))
-        for parameter in model.parameters():  # transformers' 0.02 would make every layer a small perturbation
+        for (
+            parameter
+        ) in model.parameters():  # with transformers' 0.02 every layer would be a small perturbation
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return model.to(dtype).eval()

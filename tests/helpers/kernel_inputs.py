@@ -7,7 +7,7 @@ IGNORE = -100
 
 
 def planted_logits(n, v, dtype, seed=0):
-    """logits (n, v) and labels (n,): each row is one of the cases below, in turn.
+    """Make logits (n, v) and labels (n,) whose rows go through the cases below in turn.
 
     Random logits make every probability about 1/V, and then any answer passes.
     """
@@ -48,7 +48,10 @@ def planted_logits(n, v, dtype, seed=0):
 
 
 def planted_operands(n, d, v, dtype, seed=0, bias=True, memorised=True):
-    """hidden, weight, bias, labels: every second row points at its label's embedding, so p_t is near 1."""
+    """Make hidden (n, d), weight (v, d), bias (v,) or None, and labels (n,).
+
+    Every second row of ``hidden`` points at its label's embedding, so that p_t is near 1 there.
+    """
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=generator)
     weight = torch.randn(v, d, generator=generator) / d**0.5

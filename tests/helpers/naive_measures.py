@@ -1,4 +1,4 @@
-"""Measures by their definition: one sequence at a time, no cache, no library."""
+"""The measures by their definitions, with one sequence at a time, no cache and no library."""
 
 import torch
 
@@ -7,7 +7,7 @@ VOCAB, EOS = 23, 1
 
 @torch.no_grad()
 def naive_greedy(model, ids, length):
-    """One sequence, no cache, no library."""
+    """Return up to ``length`` new tokens of greedy decoding, which ends after an EOS."""
     new = []
     while len(new) < length and EOS not in new:
         new.append(model(torch.tensor([ids + new])).logits[0, -1].argmax().item())
@@ -16,7 +16,7 @@ def naive_greedy(model, ids, length):
 
 @torch.no_grad()
 def naive_scores(model, row):
-    """(losses, argmax is the label) of a row's labelled tokens, from the definition."""
+    """Return the losses of a row's labelled tokens, and whether each is the argmax."""
     log_p = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
     at = [i for i in range(1, len(row["labels"])) if row["labels"][i] != -100]
     losses = [-log_p[i - 1, row["labels"][i]].item() for i in at]
@@ -24,7 +24,7 @@ def naive_scores(model, row):
 
 
 def naive_extraction(model, row, n, stride):
-    """Eqs. 4 and 5 as they are written: one generation for every prefix."""
+    """Compute Eqs. 4 and 5 as they are written, with one generation for every prefix."""
     ids = row["input_ids"]
     start = next(i for i in range(1, len(ids)) if row["labels"][i] != -100)
     overlaps = []

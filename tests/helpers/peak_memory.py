@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""The peak memory of this process, from /proc."""
 
 import ctypes
 import gc
@@ -10,13 +10,13 @@ needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 
 
 class PeakMemory:
-    """Peak memory of this process above what it holds now, in bytes; read from /proc."""
+    """The peak of the resident memory, in bytes, above the memory at the start of the measurement."""
 
     def __init__(self):
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or what is used next may come from a pool that is counted already
+        ctypes.CDLL(None).malloc_trim(0)  # a pool that is counted already would hide the next allocation
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak begins anew
+            file.write("5")  # resets the peak
         self.before = self._status("VmRSS")
 
     def extra(self):

@@ -1,4 +1,4 @@
-"""Tiny random models of the classes that are tested."""
+"""Tiny random models of the tested classes."""
 
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PhiConfig
@@ -20,7 +20,7 @@ def tiny_config(kind, vocab=97):
 def tiny_model(kind, vocab=97, seed=0):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, vocab)).eval()
-    for parameter in model.parameters():  # as far from uniform predictions as a trained model
+    for parameter in model.parameters():  # predictions as far from uniform as a trained model's
         if parameter.dim() == 2:
             parameter.data.mul_(8)
     return model

@@ -1,4 +1,4 @@
-"""Runs that are killed, disks that are full, files that were altered."""
+"""Checkpoints survive killed runs and full disks, and damaged ones are refused."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_refused(damage, name, message, copied):
         resume(copied)
     assert contents(copied) == before
     shutil.rmtree(copied / "saved")
-    resume(copied, str(copied / "checkpoint-2"))  # the earlier one is good
+    resume(copied, str(copied / "checkpoint-2"))  # the earlier checkpoint is whole
     assert (copied / "saved" / "adapter_model.safetensors").exists()
 
 
@@ -128,7 +128,7 @@ def test_the_oldest_checkpoints_are_deleted(tmp_path):
 
 
 def test_the_initial_factors_must_fit(copied):
-    """Without unlearn: another residual base than the checkpoint's would go unnoticed."""
+    """A trainer without ``unlearn`` would go on with another residual base unnoticed."""
     from killed_runs import FORGET, RETAIN
     from peft import LoraConfig, get_peft_model
 

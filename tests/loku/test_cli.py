@@ -1,4 +1,4 @@
-"""``loku``: options and settings files, what it prints, exit codes, errors for people."""
+"""The commands of ``loku``: settings, printed summaries, exit codes, and errors for people."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def unlearn(folder, output, *more, **replaced):
     return cli.main(["unlearn", *arguments, "--use_cpu", *more])
 
 
-# What it does
+# Runs
 
 
 def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
@@ -61,7 +61,7 @@ def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
     arguments = ["unlearn", "--config", str(settings), "--output", str(tmp_path / "out"), "--quiet"]
     assert cli.main([*arguments, "--method=ihl", "--per-device-train-batch-size", "2", "--use_cpu"]) == 0
     printed, noise = capfd.readouterr()
-    assert noise == "" and "{" not in printed  # no bars, no dicts
+    assert noise == "" and "{" not in printed  # neither bars nor dicts
     assert len(printed.splitlines()) < 24
     for text in ("6 rows", "8 rows", "method ihl", "lora_rank 2", "learning_rate 0.01", "per_device_train"):
         assert text in printed
@@ -73,9 +73,11 @@ def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     names = {}
-    exec(textwrap.dedent(printed.partition("To load it:\n")[2]), names)  # as the summary says
+    exec(textwrap.dedent(printed.partition("To load it:\n")[2]), names)  # the summary's own lines
     model = names["model"]
-    assert isinstance(model, PeftModel) and model.peft_config["default"].r == 4  # twice the rank: portable
+    assert (
+        isinstance(model, PeftModel) and model.peft_config["default"].r == 4
+    )  # the portable adapter has twice the rank
     merged = model.merge_and_unload()
     changed = {
         name for name, parameter in merged.named_parameters() if not torch.equal(parameter, before[name])
@@ -101,7 +103,7 @@ def test_saves_and_resuming(kind, folder, tmp_path, capsys):
     assert unlearn(folder, tmp_path / "out", *more) == 0
     logits = []
     for again in (False, True):
-        if again:  # there is nothing left to do, and the same is saved
+        if again:  # no step is left, and the same is saved
             assert unlearn(folder, tmp_path / "out", *more, "--resume_from_checkpoint") == 0
         names = {}
         exec(textwrap.dedent(capsys.readouterr().out.partition("To load it:\n")[2]), names)
@@ -145,7 +147,7 @@ def test_every_field_is_an_option_and_help_shows_the_chosen(capsys):
 
 @pytest.fixture
 def bad(tmp_path):
-    """Files that each have something wrong with them."""
+    """Files with one fault each."""
     (tmp_path / "broken.jsonl").write_text('{"text": "a b c"}\n\n{"text": \n')
     (tmp_path / "odd.jsonl").write_text('{"text": "a b c"}\n\n{"txt": "d e f"}\n')
     (tmp_path / "empty.jsonl").write_text("")

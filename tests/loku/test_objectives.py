@@ -1,4 +1,4 @@
-"""Each method's loss against plain torch on whole logits, its gradient's sign, and the registry."""
+"""The loss of each method against plain torch on whole logits, and the registry of methods."""
 
 import copy
 
@@ -32,11 +32,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sequence_log_probability(logits, labels):
-    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # 0 where ignored
+    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # an ignored token adds 0
 
 
 def plain_losses(method, logits, reference, labels):
-    """(forget loss, retain loss or None) of whole logits (B, T, V), by kind, as the papers write them."""
+    """Return the forget loss, and the retain loss or None, by the papers' formulas.
+
+    ``logits``, ``reference`` (B, T, V) and ``labels`` (B, T) are dicts by kind of row.
+    """
 
     def ratio(kind):
         now, before = (sequence_log_probability(x[kind], labels[kind]) for x in (logits, reference))
@@ -67,7 +70,7 @@ def plain_losses(method, logits, reference, labels):
 
 
 def a_batch(seed=0, masked=True, b=4, t=6, v=23):
-    """(logits, reference logits, labels) by kind, float64."""
+    """Make logits, reference logits, both float64, and labels, by kind of row."""
     generator = torch.Generator().manual_seed(seed)
     logits, reference, labels = {}, {}, {}
     for kind in ("forget", "refusal", "retain"):
@@ -92,7 +95,7 @@ def batch_of(method, logits, reference, labels):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_are_the_papers(method):
+def test_losses_are_those_of_the_papers(method):
     logits, reference, labels = a_batch()
     losses = OBJECTIVES[method].losses(batch_of(method, logits, reference, labels))
     forget, retain = plain_losses(method, logits, reference, labels)
@@ -161,9 +164,9 @@ def test_the_trainers_loss_is_that_of_whole_logits(kind, method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["kl", "dpo", "npo"])
-def test_a_full_model_keeps_what_it_needs_of_the_original(method, tmp_path):
-    """The whole training is the same as with a second model for the reference."""
-    original = tiny_model("gpt_neo", VOCAB).double()  # with one weight for both embeddings, which trains
+def test_a_full_model_keeps_the_references_of_the_original(method, tmp_path):
+    """The whole training is as with a second model for the reference."""
+    original = tiny_model("gpt_neo", VOCAB).double()  # one trained weight for both embeddings
     model = copy.deepcopy(original)
     options = {"per_device_train_batch_size": 3, "optim": "sgd", "learning_rate": 0.1}
     trainer = trainer_of(model, method, tmp_path, **options)
@@ -198,7 +201,7 @@ def test_a_full_model_keeps_what_it_needs_of_the_original(method, tmp_path):
 
 
 def one_step(method, tmp_path, rate=1e-3):
-    """Trainer and batch losses before and after one step of gradient descent on that batch."""
+    """Return the metrics of a batch before and after one step of gradient descent on it."""
     model = with_lora(tiny_model("llama", VOCAB).double())
     trainer = trainer_of(model, method, tmp_path)
     dataset = trainer.train_dataset
@@ -218,7 +221,7 @@ def one_step(method, tmp_path, rate=1e-3):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_step_lowers_what_it_should(method, tmp_path):
+def test_one_step_lowers_the_losses(method, tmp_path):
     before, after = one_step(method, tmp_path)
 
     def total(values):
@@ -226,7 +229,7 @@ def test_one_step_lowers_what_it_should(method, tmp_path):
 
     assert total(after) < total(before)
     assert after["forget_loss"] < before["forget_loss"]
-    if method in ("ga", "gd", "kl", "npo"):  # IHL and DPO lower it beside others
+    if method in ("ga", "gd", "kl", "npo"):  # the others change further probabilities too
         assert after["forget_probability"] < before["forget_probability"]
     assert ("forget_probability" in before) == (method != "idk")
     if method in ("dpo", "idk"):
@@ -310,4 +313,4 @@ def test_no_logits_in_training(method, tuning, tmp_path):
     UnlearnTrainer(model, args, data, data, refusals=SameRows(), callbacks=[peak]).train()
     logits = len(OBJECTIVES[method].kinds) * rows * tokens * vocab * 4
     weights = 0 if tuning == "lora" else 3 * sum(p.numel() * 4 for p in model.parameters())
-    assert peak.extra < logits / 2 + weights  # gradients, and what the optimizer takes beside them
+    assert peak.extra < logits / 2 + weights  # the gradients and the optimizer's copies are allowed

@@ -1,4 +1,4 @@
-"""loku.unlearn from data to a saved adapter."""
+"""``loku.unlearn``, from data to a saved adapter."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_unlearn_save_and_load(kind, init, tokenizer, tmp_path):
     assert [entry["step"] for entry in result.history if "forget_loss" in entry] == [1, 2, 3, 4]
 
     unlearned = logits_of(result.model.eval(), tokenizer)
-    assert (unlearned - original).norm() / original.norm() > 1e-3  # it did something
+    assert (unlearned - original).norm() / original.norm() > 1e-3  # the model has changed
     with loku.reference_model(result.model):
         torch.testing.assert_close(logits_of(result.model, tokenizer), original, rtol=1e-3, atol=1e-3)
 
@@ -149,11 +149,11 @@ def test_training_lowers_the_forget_loss(tokenizer, tmp_path):
     history = loku.unlearn(model, FORGET, RETAIN, config=options, tokenizer=tokenizer).history
     assert history[0]["forget_probability"] > 0.9
     losses = [entry["forget_loss"] for entry in history if "loss" in entry]
-    assert losses[0] > 1.9 and losses[-1] < 1.2  # from 1 + p_target to 1 - p_runner_up and what it lacks
+    assert losses[0] > 1.9 and losses[-1] < 1.2  # from 1 + p_target towards 1 - p_runner_up
 
 
 def test_embedded_model_forgets_and_retains(tmp_path):
-    """The main job on real text, small: 10 steps."""
+    """The embedded model forgets real text in 10 steps."""
     torch.set_num_threads(2)
     model, tokenizer = load_model()
     forget, retain = load_rows()
@@ -173,7 +173,7 @@ def test_embedded_model_forgets_and_retains(tmp_path):
         lora_alpha=32,
         fisher_samples=60,
     )
-    loku.unlearn(model, forget, retain, config=options)  # the tokenizer is found beside the model
+    loku.unlearn(model, forget, retain, config=options)  # the tokenizer lies beside the model
     assert probability(forget) < 0.4
     assert probability(retain[::4]) > 0.8
 
@@ -200,7 +200,9 @@ def test_no_logits_in_training(bf16, tmp_path):
     options = config(tmp_path, per_device_train_batch_size=8, num_train_epochs=2, bf16=bf16, lora_rank=2)
     loku.unlearn(model, rows, rows, config=options, callbacks=[peak])
     logits = 2 * 8 * tokens * vocab * (2 if bf16 else 4)
-    assert peak.extra < logits / 2  # one block of 64 MiB and its product, of 586 MiB (293 in bfloat16)
+    assert (
+        peak.extra < logits / 2
+    )  # a block of 64 MiB and its product; the logits are 586 MiB, in bfloat16 293
 
 
 def test_bf16_autocast_trains(tokenizer, tmp_path):

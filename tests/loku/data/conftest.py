@@ -1,4 +1,4 @@
-"""A tokenizer."""
+"""The tokenizer of the tests of data."""
 
 import pytest
 from character_tokenizer import character_tokenizer

@@ -1,4 +1,4 @@
-"""Batches: padding, and their use by ``transformers.Trainer``."""
+"""Batches are padded on the right, and ``transformers.Trainer`` takes them."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Data sets by name: JSON, lines of JSON, texts, and the hub."""
+"""Rows are read from JSON, from lines of JSON, from texts and from the hub."""
 
 import sys
 from types import ModuleType
@@ -9,7 +9,7 @@ from loku.data.files import read_rows
 
 
 def test_sources(tmp_path, monkeypatch):
-    lines = tmp_path / "rows.json"  # as TOFU's files
+    lines = tmp_path / "rows.json"  # TOFU's files have this form
     lines.write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
     assert read_rows(lines) == [{"text": "a\u2028b"}, {"text": "c"}]
     lines.write_text('[{"text": "a"},\n {"text": "b"}]', encoding="utf-8")

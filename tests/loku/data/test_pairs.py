@@ -13,7 +13,7 @@ from loku.data.pairs import Draw
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_pairs():
+def test_each_retain_row_is_drawn_once_before_any_is_drawn_twice():
     forget = [{"input_ids": [i, i], "labels": [i, i]} for i in range(5)]
     retain = [{"input_ids": [10 + i] * 3, "labels": [10 + i] * 3} for i in range(3)]
     dataset = PairedDataset(forget, retain, seed=0)
@@ -26,9 +26,9 @@ def test_pairs():
         }
 
     first, second = draw(0), draw(1)
-    assert first != second and draw(0, [4, 1, 0, 3, 2]) == first  # not a matter of order
+    assert first != second and draw(0, [4, 1, 0, 3, 2]) == first  # independent of the order
     drawn = [*first.values(), *second.values()]
-    assert all(sorted(drawn[i : i + 3]) == [10, 11, 12] for i in (0, 3, 6))  # none twice before all once
+    assert all(sorted(drawn[i : i + 3]) == [10, 11, 12] for i in (0, 3, 6))  # each once before any twice
     assert PairedDataset(forget, retain, seed=1)._retain_index(0) is not None
 
     batch = collate_pairs(items(dataset, [0, 1]), pad_token_id=7)
@@ -48,7 +48,7 @@ def test_pairs_with_refusals():
     epochs = [drawn(dataset, epoch) for epoch in range(8)]
     assert len({tuple(epoch.values()) for epoch in epochs}) > 3  # anew each epoch
     assert {refusal for epoch in epochs for refusal in epoch.values()} == {0, 1, 2}
-    assert drawn(make(seed=0), 5, [3, 0, 2, 1]) == epochs[5]  # of seed, epoch and row alone
+    assert drawn(make(seed=0), 5, [3, 0, 2, 1]) == epochs[5]  # a function of seed, epoch and row
     assert [drawn(make(seed=1), epoch) for epoch in range(8)] != epochs
 
     (item,) = items(dataset, [2])
@@ -91,7 +91,7 @@ def test_rows_of_like_length_run_together():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(4, 60, (64,), generator=generator).tolist()
     forget = [a_row(i, 1, n) for i, n in enumerate(lengths)]
-    dataset = PairedDataset(forget, RETAIN[:1], seed=0)  # 7 tokens
+    dataset = PairedDataset(forget, RETAIN[:1], seed=0)  # a row of 7 tokens
     pairs = items(dataset, range(64))
 
     def padding(order):

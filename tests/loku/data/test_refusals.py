@@ -1,4 +1,4 @@
-"""Refusals: their texts, and the rows in which they replace an answer."""
+"""Refusals are read, and replace the answers of rows."""
 
 import pytest
 from character_tokenizer import CHAT, MARKED_CHAT, PLAIN_CHAT, character_tokenizer

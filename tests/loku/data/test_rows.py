@@ -12,7 +12,7 @@ from loku.data import collate, documents, infer_tokenizer, tokenize_dataset
 
 
 def labelled(row):
-    """The ids with a label; a label must be its own token."""
+    """Return the ids that have a label, each of which must equal its label."""
     assert len(row["input_ids"]) == len(row["labels"])
     pairs = zip(row["input_ids"], row["labels"], strict=True)
     kept = [(token, label) for token, label in pairs if label != -100]
@@ -153,7 +153,7 @@ def test_truncation_keeps_the_start_and_is_reported_once(tokenizer):
         ([{"prompt": "abcdefghij", "completion": "k"}], "max_length=8; raise max_length"),
     ],
 )
-def test_errors_say_what_is_wrong_and_where(tokenizer, rows, message):
+def test_errors_name_the_row_and_the_reason(tokenizer, rows, message):
     with pytest.raises(ValueError, match=message):
         tokenize_dataset(rows, tokenizer, max_length=8, name="retain")
 

@@ -1,4 +1,4 @@
-"""A small model, and rows that it partly knows."""
+"""A small model and rows that it partly knows, for the tests of measures."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def rows(model):
-    """Rows that the model partly knows: its own continuations with every seventh token replaced."""
+    """Rows that the model partly knows: its continuations, in which every seventh token is replaced."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for index, length in enumerate([24, 9, 17, 30, 12, 4]):
@@ -36,11 +36,11 @@ def rows(model):
             ids += naive_greedy(model, ids, 1)
             if len(ids) % 7 == 0 or ids[-1] == EOS:
                 ids[-1] = int(torch.randint(2, VOCAB, (), generator=generator))
-        labels = ids if index == 3 else [-100] * start + ids[start:]  # row 3: a text without a prompt
+        labels = ids if index == 3 else [-100] * start + ids[start:]  # row 3 is a text without a prompt
         made.append({"input_ids": ids, "labels": labels})
-    made[0]["labels"][12:14] = [-100, -100]  # a hole, as between the turns of a dialogue
+    made[0]["labels"][12:14] = [-100, -100]  # a hole, as between two turns of a dialogue
     made[1]["input_ids"][-1] = made[1]["labels"][-1] = EOS
-    # One that holds an EOS which the model predicts, as packed texts do: generation ends there.
+    # The last row holds an EOS that the model predicts, as packed texts do. Generation ends there.
     starts = ([a, b] for a in range(2, VOCAB) for b in range(2, VOCAB))
     ids = next(s + new for s in starts if EOS in (new := naive_greedy(model, s, 8)) and len(new) > 4)
     for _ in range(8):

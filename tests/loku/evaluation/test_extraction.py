@@ -15,7 +15,7 @@ def test_greedy_generation_does_not_depend_on_the_batch_or_the_generation_config
     prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [3], [20, 4, 19]]
     lengths = [9, 5, 12, 0]
     expected = [naive_greedy(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
-    model.generation_config.repetition_penalty = 5.0  # as some chat models have
+    model.generation_config.repetition_penalty = 5.0  # some chat models have one
     try:
         for batch_size in (1, 4):
             assert generate_greedy(model, prompts, lengths, batch_size, progress=False) == expected
@@ -25,7 +25,7 @@ def test_greedy_generation_does_not_depend_on_the_batch_or_the_generation_config
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neo"])  # gpt_neo has a table of positions
 def test_greedy_generation_ends_with_the_context(kind):
-    """Each prompt by its own width, whatever is beside it."""
+    """The room for new tokens depends on the prompt's own width, not on its neighbours in the batch."""
     model = tiny_model(kind).double()
     context = model.config.max_position_embeddings
     prompts = [
@@ -68,7 +68,7 @@ def test_extraction_likelihood_is_the_brute_force_one(model, rows, n, stride):
     assert result.mean == pytest.approx(sum(known) / len(known))
     assert (result.n, result.stride) == (n, stride)
     if n < 10:
-        assert 0.02 < result.mean < 0.98  # the rows are a case that can fail
+        assert 0.02 < result.mean < 0.98  # neither nothing nor everything is extracted, so the test can fail
 
 
 def test_extraction_likelihood_of_a_memorized_text_is_one(model):

@@ -1,4 +1,4 @@
-"""The calls of lm-evaluation-harness, which is replaced, and the answers that are read from it."""
+"""Reasoning accuracies: the calls of lm-evaluation-harness, which is replaced here, and its answers."""
 
 import sys
 from types import ModuleType

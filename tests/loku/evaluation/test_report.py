@@ -36,7 +36,7 @@ def test_report_is_strict_json(tmp_path):
     }
 
 
-def test_table_has_a_column_a_model_and_a_dash_for_what_is_missing():
+def test_table_has_a_column_a_model_and_a_dash_for_a_missing_value():
     table = format_table(
         {
             "before": {"probability": 0.99951, "p": 2.2e-16},

@@ -1,4 +1,4 @@
-"""Measures against their definitions, brute force and the TOFU authors' own logs."""
+"""Measures of token scores against their definitions, and on cases that can be worked out by hand."""
 
 import math
 
@@ -22,7 +22,7 @@ from loku.evaluation import (
 def test_token_scores_match_their_definition(model, rows):
     model.train()
     scores = token_scores(model, rows, batch_size=4, progress=False)
-    assert model.training  # left as it was
+    assert model.training  # the mode is restored
     model.eval()
     for row, score in zip(rows, scores, strict=True):
         losses, memorized = naive_scores(model, row)
@@ -36,7 +36,7 @@ def test_token_scores_match_their_definition(model, rows):
 def test_memorization_accuracy_and_perplexity(model, rows):
     naive = [naive_scores(model, row) for row in rows]
     accuracy = sum(sum(memorized) / len(memorized) for _, memorized in naive) / len(rows)
-    assert 0.3 < accuracy < 0.95  # the rows are a case that can fail
+    assert 0.3 < accuracy < 0.95  # neither nothing nor everything is memorised, so the test can fail
     assert memorization_accuracy(model, rows, 4, progress=False) == pytest.approx(accuracy, rel=1e-12)
     losses = [loss for row_losses, _ in naive for loss in row_losses]
     expected = math.exp(sum(losses) / len(losses))
@@ -53,7 +53,7 @@ def test_extraction_strength_is_that_of_greedy_decoding(model, rows):
             if new == ids:
                 return known - start
 
-    rows = rows[1:]  # the first has a hole, which greedy decoding knows nothing of
+    rows = rows[1:]  # the first row has a hole, which greedy decoding cannot know
     expected = []
     for row in rows:
         start = next(i for i in range(1, len(row["labels"])) if row["labels"][i] != -100)
@@ -94,7 +94,7 @@ def test_token_measures():
     assert token_measures(scores) == pytest.approx(
         {
             "probability": (1 / 2 + 1 / 4) / 2,
-            "perplexity": 2 ** (4 / 3),  # of tokens, not of rows
+            "perplexity": 2 ** (4 / 3),  # a mean over tokens, not over rows
             "memorization_accuracy": (1 / 2 + 1) / 2,
             "extraction_strength": (0 + 1) / 2,
             "min_k": -(ln2 + 2 * ln2) / 2,
@@ -114,7 +114,7 @@ def test_mean_answer_probability_is_of_rows():
         ([True, True, True, True], 1.0),
         ([False, True, True, True], 3 / 4),
         ([True, False, True, True], 1 / 2),
-        ([True, True, True, False], 0.0),  # nothing brings back the last token
+        ([True, True, True, False], 0.0),  # no prefix makes the model say the last token
         ([False, False, False, False], 0.0),
     ],
 )
@@ -124,7 +124,7 @@ def test_extraction_strength(memorized, strength):
 
 def test_min_k_is_the_mean_of_the_least_likely_tokens():
     ten = scores_of([3.0, 10.0, 1.0, 2.0, 4.0, 9.0, 5.0, 8.0, 6.0, 7.0])
-    assert min_k([ten, scores_of([2.5])]) == [-9.5, -2.5]  # a fifth; at least one token
+    assert min_k([ten, scores_of([2.5])]) == [-9.5, -2.5]  # a fifth of the tokens, at least one
     assert min_k([ten], share=0.39) == [-9.0]
     assert min_k([ten], share=1) == [-5.5]
     # 0.29 * 100 is 28.999... in floating point: the 29 greatest of 1 to 100 have the mean 86.

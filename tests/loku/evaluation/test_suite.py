@@ -1,4 +1,4 @@
-"""``loku evaluate``: all measures in one call, by one process and by two."""
+"""All measures in one call of ``loku evaluate``, by one process and by two."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
-    # What the model partly knows: its own continuations, one of them with another second half.
+    # Texts that the model partly knows: its continuations, one of them with another second half.
     known = evaluation.generate_greedy(model, [[40, 50], [60, 70], [80, 90]], [24] * 3, progress=False)
     texts = [prompt + rest for prompt, rest in zip([[40, 50], [60, 70], [80, 90]], known, strict=True)]
     texts[1] = [*texts[1][:14], *range(200, 212)]
@@ -80,7 +80,7 @@ def arguments(folder, out):
 
 @pytest.fixture(scope="module")
 def parts(folder):
-    """(model, tokenizer, rows by set), for the measures one by one."""
+    """The model, the tokenizer and the rows by set, for the measures one by one."""
     _, tokenizer = demo.load_model()
     model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
     files = [*folder.glob("*.jsonl"), folder / "text.txt"]
@@ -122,7 +122,7 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
     every = evaluation.extraction_likelihood(
         model, tokenize_dataset(rows["holdout"], tokenizer), 3, 1, progress=False
     )
-    assert 0.1 < sets["holdout"]["extraction_likelihood_3"] < 1  # a case that can fail, also of the stride
+    assert 0.1 < sets["holdout"]["extraction_likelihood_3"] < 1  # the test can fail, and the stride counts
     assert sets["holdout"]["extraction_likelihood_3"] != pytest.approx(every.mean)
     assert "extraction_likelihood_3" not in sets["text"]
 
@@ -141,7 +141,7 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
     true = [row["completion"] for row in rows["chat"]]
     assert sets["chat"]["dialogue_f1"] == pytest.approx(sum(evaluation.dialogue_f1(generated, true)) / 2)
     assert sets["chat"]["rouge"] == pytest.approx(sum(evaluation.rouge_recalls(generated, true)[1]) / 2)
-    assert 0.1 < sets["chat"]["dialogue_f1"] < 1 and 0.1 < sets["chat"]["rouge"] < 1  # it can fail
+    assert 0.1 < sets["chat"]["dialogue_f1"] < 1 and 0.1 < sets["chat"]["rouge"] < 1  # so the test can fail
 
     expected = evaluation.forget_quality(log, reference)
     assert report["whole"]["forget_quality"] == pytest.approx(expected)
@@ -156,11 +156,11 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
     assert report["whole"]["membership_auc"] == evaluation.membership_auc(*min_k.values())
 
 
-def test_two_processes_give_what_one_gives(report, folder):
+def test_two_processes_give_the_report_of_one(report, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(evaluation.__file__).parents[2]),  # the package that is tested
+        "PYTHONPATH": str(Path(evaluation.__file__).parents[2]),  # the tested package
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -173,8 +173,8 @@ def test_two_processes_give_what_one_gives(report, folder):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("forget_quality") == 1  # printed once
-    assert "forget: scoring" in run.stderr and "100%" in run.stderr  # progress
+    assert run.stdout.count("forget_quality") == 1  # by the main process alone
+    assert "forget: scoring" in run.stderr and "100%" in run.stderr  # a progress bar
     for expected, name in zip(report, ("two.json", "two_log.json"), strict=True):
         expected, found = flat(expected), flat(json.loads((folder / name).read_text()))
         numbers = {key for key, value in expected.items() if isinstance(value, float)}
@@ -192,7 +192,7 @@ def flat(value, path=""):
     return {path: value}
 
 
-def test_what_is_printed_and_drawn(report, folder, capsys, tmp_path):
+def test_table_and_figure(report, folder, capsys, tmp_path):
     assert (folder / "one.png").read_bytes().startswith(b"\x89PNG")
     out = tmp_path / "text.json"
     adapter = tmp_path / "adapter"

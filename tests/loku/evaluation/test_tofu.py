@@ -1,4 +1,4 @@
-"""TOFU's measures against the authors' own logs, and against their definitions."""
+"""TOFU's measures against the authors' published logs, and against their definitions."""
 
 import gzip
 import json
@@ -64,7 +64,7 @@ def test_golden_rouge_from_the_generated_texts(phi_full, section):
 
 
 def test_metrics_survive_a_collapsed_model(phi_full):
-    """Gradient ascent drives losses to thousands of nats: nothing may overflow into a plausible number."""
+    """Losses of thousands of nats, as after gradient ascent, never overflow into a plausible number."""
     section = {
         "avg_gt_loss": {"0": 5000.0, "1": 4000.0},
         "rougeL_recall": {"0": 0.0, "1": 0.5},
@@ -97,7 +97,7 @@ def test_missing_sections_are_named(phi_full):
 
 @pytest.fixture(scope="module")
 def embedded():
-    """The tokenizer that ships, the questions of one author, and a small random model for them."""
+    """The embedded tokenizer, the questions of one author, and a small random model for them."""
     folder = Path(loku.__file__).parent / "embedded"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     with open(folder / "tofu.jsonl", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""FILA's invariants: the model is unchanged by initialisation, can be put back, and saves portably."""
+"""FILA leaves the model's outputs unchanged, and its base can be restored."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_outputs_are_unchanged_by_initialisation(kind, options):
     before = logits(make_base(kind))
     model = initialized(kind, **options)
     assert_close(logits(model), before, 1e-5)
-    with model.disable_adapter():  # the residual alone is another model, or nothing was tested
+    with model.disable_adapter():  # the residual alone must be another model, or this tests nothing
         assert (logits(model) - before).abs().max() > 0.1 * before.abs().max()
 
 
@@ -67,7 +67,7 @@ def test_bfloat16_base_is_off_by_one_rounding_of_its_weights(kind, autocast_adap
         residual = layer.get_base_layer().weight.double()
         error = (residual + scaling * B @ A - original[f"{name}.weight"].double()).abs()
         assert (error <= 2**-8 * residual.abs() + 1e-30).all()
-    # The weights' rounding alone, without that of bfloat16 activations.
+    # In float32 the weights are rounded, and the activations are not.
     assert_close(logits(model.float()), logits(make_base(kind, torch.bfloat16).float()), 2**-5)
 
 
@@ -90,14 +90,14 @@ def test_all_ones_are_pissa():
         A, B, _ = factors(ours)
         their_A, their_B, _ = factors(their)
         assert (B @ A - their_B @ their_A).norm() <= 1e-3 * (their_B @ their_A).norm(), name
-        signs = (A * their_A).sum(1).sign()  # of singular vectors
+        signs = (A * their_A).sum(1).sign()  # singular vectors have no sign
         assert (A - signs[:, None] * their_A).norm() <= 1e-2 * their_A.norm(), name
         residual, their_residual = (x.get_base_layer().weight.double() for x in (ours, their))
         assert (residual - their_residual).norm() <= 3e-3 * (their_B @ their_A).norm(), name
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_factors_are_the_papers(kind):
+def test_factors_are_those_of_the_paper(kind):
     base = make_base(kind)
     model = make_peft(kind, r=5, lora_alpha=20)
     scales = random_scales(model)
@@ -110,7 +110,7 @@ def test_factors_are_the_papers(kind):
         A, B, scaling = factors(layer)
         assert scaling == 4
         assert_close(scaling * B @ A, paper_B @ paper_A, 1e-4)
-        # Up to the sign of each direction, and peft's scaling shared out evenly.
+        # Equal up to the sign of each direction, with peft's scaling shared evenly by A and B.
         sign = (A * paper_A).sum(1).sign()
         assert_close(sign[:, None] * A * scaling**0.5, paper_A, 1e-3)
         assert_close(sign * B * scaling**0.5, paper_B, 1e-3)
@@ -166,11 +166,11 @@ def test_any_shape_rank_and_row_scale(d, k, rank, weight_rank, zero_rows, alpha,
     unit = torch.finfo(dtype).eps / 2
     error = (residual + scaling * B @ A - W.double()).abs()
     assert (error <= 1.01 * unit * residual.abs() + 1e-7 * (dtype == torch.float16) + 1e-14).all()
-    # What is left of diag(s) W is what the best projection of that rank leaves.
+    # The rest of diag(s) W is as small as the best projection of that rank leaves it.
     S = torch.linalg.svdvals(s.double()[:, None] * W.double())
     left = s.double()[:, None] * (W.double() - scaling * B @ A)
     assert (left.norm() ** 2 <= 1.001 * (S[rank:] ** 2).sum() + 1e-3 * (S**2).sum()).item()
-    # Directions that diag(s) W does not have are zero in both factors.
+    # Both factors are 0 in directions that diag(s) W does not have.
     used = A.norm(dim=1) > 0
     assert torch.equal(used, B.norm(dim=0) > 0)
     assert (S[:rank] > 2e-6 * S[0]).sum() <= used.sum() <= (S > 5e-7 * S[0]).sum()
@@ -257,7 +257,7 @@ def test_reference_model_after_default_initialisation_and_merged():
         pass
 
 
-# Putting the base back
+# Restoring the base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -283,7 +283,7 @@ def test_restore_without_the_copy_adds_back():
     model.merge_adapter()
     untouched = make_base("llama")
     assert_close(logits(restore_base_(model)), logits(untouched), 1e-5)
-    # Only unloaded, where FILA was not used.
+    # A model without FILA is only unloaded.
     assert torch.equal(logits(restore_base_(make_peft("llama"))), logits(untouched))
 
 
@@ -316,7 +316,7 @@ def test_a_failure_midway_puts_everything_back(where, dtype, monkeypatch):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     monkeypatch.undo()
-    initialize_from_row_scales(model, scales)  # and it can be tried again
+    initialize_from_row_scales(model, scales)  # a second try succeeds
 
 
 def test_a_weight_that_is_not_finite_is_named():
@@ -346,7 +346,7 @@ def test_row_scales_that_do_not_fit_are_refused():
     assert torch.equal(logits(model), logits(make_base("llama")))
 
 
-# After peft's EVA convention
+# From data, by the convention of peft's EVA
 
 
 def batches(seed, rows=6):
@@ -382,7 +382,7 @@ def test_fisher_samples_cap_the_rows():
     name = "model.layers.0.mlp.up_proj"
     assert torch.equal(first[name], again[name])
     assert not torch.allclose(first[name], every[name])
-    # Other iterables: the first rows.
+    # The first rows of an iterable that is no DataLoader count.
     listed = get_fila_state_dict(model, list(forget), list(retain), config=capped, progress=False)
     short = [
         {k: v[:3] for k, v in next(iter(torch.utils.data.DataLoader(loader.dataset, 3))).items()}

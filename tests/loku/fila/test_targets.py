@@ -64,7 +64,7 @@ def test_default_target_modules_takes_longer_suffixes_where_names_collide():
     assert default_target_modules(model) == ["attn.q_proj", "attn.v_proj", "mlp.c_fc", "mlp.c_proj"]
 
 
-def test_default_target_modules_refuses_what_it_cannot_tell():
+def test_default_target_modules_refuses_unknown_layouts():
     moe = AutoModelForCausalLM.from_config(
         MixtralConfig(**LLAMA_SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
     )
@@ -102,7 +102,7 @@ def test_options_are_refused(options, message):
 
 
 class Linear4bit(nn.Linear):
-    """Stands in for bitsandbytes': a subclass of nn.Linear that holds packed bytes."""
+    """A stand-in for bitsandbytes' class of this name: a subclass of nn.Linear that holds packed bytes."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, bias=False)
