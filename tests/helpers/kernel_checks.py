@@ -106,7 +106,7 @@ def run_linear(function, operands, labels, upstream, **options):
 def check_linear(operands, labels, **options):
     hidden = operands[0]
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(len(labels), 3, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(len(labels), 3, generator=generator, dtype=torch.float64).to(hidden.device)
     wide = [None if x is None else x.double() for x in operands]
     exact, exact_id, exact_grads = run_linear(eager_triplet, wide, labels, upstream, **options)
     eager, eager_id, eager_grads = run_linear(eager_triplet, operands, labels, upstream, **options)
