@@ -197,7 +197,7 @@ def test_linear_ihl_loss(operands, softcap, trainable):
     hidden, weight, labels, bias, lie = operands
     if hidden.is_floating_point():
         hidden = hidden.detach().requires_grad_()
-        weight = weight.detach().requires_grad_(trainable)
+        weight = weight.detach().requires_grad_(trainable and weight.is_floating_point())
 
     def both():
         loss = loku_kernels.linear_ihl_loss(hidden, weight, labels, bias, softcap=softcap)
