@@ -23,7 +23,7 @@ from loku_kernels import cross_entropy, inverted_hinge, reduce_loss
 class Rows(NamedTuple):
     """The rows of one kind in a batch, as the model predicts them.
 
-    Args:
+    Attributes:
         triplet: The softmax triplets (B, T, 3), float64, of ``loku.head.token_triplets``.
         counted: The mask (B, T), bool, of the positions that predict a label.
         reference_log_probability: The log-probability (B,), float64, in nats, of each row's counted tokens

@@ -70,7 +70,7 @@ def launches_of_trained_head(dtype, out_dtype):
 def launches_of_fisher(dtype):
     inputs, grad_outputs = meta(16, 128, 4096, dtype=dtype), meta(16, 128, 4096, dtype=dtype)
     weight = meta(4096, 4096, dtype=torch.float32)
-    fisher.accumulate_squared_grad_(weight, inputs, grad_outputs)
+    fisher.accumulate_squared_grad_(weight, inputs, grad_outputs, None)
     fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
 
 

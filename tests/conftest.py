@@ -15,8 +15,17 @@ def backend(request, monkeypatch):
 
 
 @pytest.fixture
+def seeded():
+    """Seed torch's global generator."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def one_thread():
-    """For tiny models and for LAPACK: on a busy machine their threads only wait for each other."""
+    """Let torch use one thread.
+
+    Several threads for a tiny model or for LAPACK only wait for each other on a busy machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +34,7 @@ def one_thread():
 
 @pytest.fixture
 def wide_products(monkeypatch):
-    """The way of CUDA, where products of 16-bit operands come in float32, with a product that the CPU has."""
+    """Let the CPU multiply 16-bit operands into float32, as CUDA does, with a product that the CPU has."""
 
     def product(a, b, dtype, out=None):
         return torch.mm(a.to(dtype), b.to(dtype), out=out)

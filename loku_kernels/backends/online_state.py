@@ -13,7 +13,7 @@ class OnlineState(NamedTuple):
 
     ``triplet_columns_`` of a backend takes the next block in and overwrites every tensor.
 
-    Args:
+    Attributes:
         numbers: The numbers (N, 4) of the rows, float64: target, runner_up, rest_max, and the sum over the
             rest of exp(y - rest_max).
         runner_up_id: The column (N,) of the runner-up, int64.

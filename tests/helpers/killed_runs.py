@@ -1,6 +1,6 @@
-"""Runs that are killed at each of their stages and started again; ``test_resume.py`` runs this file.
+"""Runs that are killed at each of their stages and started again; ``test_checkpoints.py`` runs this file.
 
-Each run is a fork of this process, which pays for the imports once and has started no thread.
+Each run is a fork of this process, which has imported everything once and has started no thread.
 """
 
 import json
@@ -43,11 +43,11 @@ def stop(control):
 
 
 def run(directory, callbacks=(), **options):
-    """5 steps, 3 an epoch, with checkpoints 2, 4 and 5: in the middle of an epoch."""
+    """Run 5 steps, 3 an epoch, so that checkpoints 2, 4 and 5 all lie inside an epoch."""
     model = tiny_model("gpt_neo")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.1  # the random state must be resumed, too
+            module.p = 0.1  # so that the random state must be resumed too
     defaults = {
         "output_dir": str(directory),
         "per_device_train_batch_size": 2,
@@ -67,7 +67,7 @@ def run(directory, callbacks=(), **options):
 
 
 def at_call(target, number, act=kill):
-    """Patch a function: its ``number``-th call acts instead."""
+    """Patch a function so that ``act`` replaces its ``number``-th call."""
     module, name = target.rsplit(".", 1)
     real = getattr(sys.modules[module], name)
     calls = []
@@ -84,18 +84,18 @@ def write_half(tensors, path, **kwargs):
     kill()
 
 
-# What kills the first run of each stage, and whether the second one has a checkpoint to go on from.
+# By stage: the patch that kills the first run, its callbacks, and whether it leaves a checkpoint.
 STAGES = {
     "fisher": (lambda: at_call("loku.fila.row_scales.accumulate_squared_grad_", 5), {}, False),
     "initialisation": (lambda: at_call("loku.fila.initialize.row_scaled_svd", 2), {}, False),
     "training": (None, {"callbacks": [AtStep(3, kill)]}, True),
-    "checkpoint": (lambda: at_call("torch.save", 6), {}, True),  # the optimizer's of the second one
+    "checkpoint": (lambda: at_call("torch.save", 6), {}, True),  # the optimizer of the second checkpoint
     "manifest": (lambda: at_call("loku.checkpoints._write_manifest", 2), {}, True),
     "save": (lambda: at_call("loku.saving.adapter.save_file", 1, write_half), {}, True),
 }
 VARIANTS = {
     "fila": {},
-    "stopped": {"callbacks": [AtStep(4, stop)]},  # in the middle of an epoch, where there is a checkpoint
+    "stopped": {"callbacks": [AtStep(4, stop)]},  # inside an epoch, at a checkpoint
     "npo": {
         "method": "npo",
         "init": "default",
@@ -108,7 +108,7 @@ VARIANTS = {
 
 
 def forked(function):
-    """Exit status, negative for a signal, of ``function`` in a child process."""
+    """Call ``function`` in a child process and return its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -139,7 +139,7 @@ def check(name, directory, patched, killed, options, has_checkpoint, expected):
 
     def second():
         warnings.simplefilter("ignore")
-        if has_checkpoint:  # then nothing is measured or decomposed again
+        if has_checkpoint:  # nothing may be measured or decomposed again
             for target in (
                 "loku.fila.row_scales.accumulate_squared_grad_",
                 "loku.fila.initialize.row_scaled_svd",
@@ -155,7 +155,7 @@ def check(name, directory, patched, killed, options, has_checkpoint, expected):
 
 
 def disk_full(directory):
-    """A limit on the size of files lets the first checkpoint through and not the second."""
+    """Limit the size of files so that the second checkpoint cannot be written."""
 
     def limited():
         def limit(control):

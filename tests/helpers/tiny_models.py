@@ -1,8 +1,7 @@
-"""Tiny random models of the classes that are tested, and what a step of training them takes."""
+"""Tiny random models of the tested classes."""
 
 import torch
-from tensors import PeakMemory
-from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PhiConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PhiConfig
 
 KINDS = ["gpt_neo", "llama", "phi"]
 
@@ -21,17 +20,7 @@ def tiny_config(kind, vocab=97):
 def tiny_model(kind, vocab=97, seed=0):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, vocab)).eval()
-    for parameter in model.parameters():  # as far from uniform predictions as a trained model
+    for parameter in model.parameters():  # predictions as far from uniform as a trained model's
         if parameter.dim() == 2:
             parameter.data.mul_(8)
     return model
-
-
-class PeakOfAStep(TrainerCallback):
-    """``extra``: peak memory of the last step of training above what was held before it, in bytes."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.memory = PeakMemory()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.extra = self.memory.extra()

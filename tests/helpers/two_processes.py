@@ -1,4 +1,7 @@
-"""What ``test_distributed.py`` compares: functions for one process; as a script, for those of torchrun."""
+"""Runs that ``test_distributed.py`` compares.
+
+It calls the functions in one process, and torchrun starts this file in two.
+"""
 
 import json
 import sys
@@ -24,7 +27,7 @@ from loku.fila import row_scales as row_scales_module
 
 
 def rows(count, seed):
-    """Of different lengths, so that means of means are not means."""
+    """Make rows of different lengths, so that a mean of means is not the mean."""
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(3, 97, (4 + 3 * (i % 4),), generator=generator).tolist() for i in range(count)]
     return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids]
@@ -38,7 +41,7 @@ def config(folder, **options):
         "output_dir": str(folder / "trainer"),
         "max_steps": 4,
         "learning_rate": 0.5,
-        "optim": "sgd",  # whose steps are as close as the gradients; Adam's are of one size, even for noise
+        "optim": "sgd",  # its steps are as close as the gradients; Adam's have one size, even for noise
         "lora_rank": 4,
         "disable_tqdm": True,
         "use_cpu": True,
@@ -48,7 +51,7 @@ def config(folder, **options):
 
 
 def row_scales(cache_dir=None):
-    """Of batches of 2: an odd number, and the last of one row."""
+    """Measure row scales on 4 and on 5 batches of 2 rows, of which the last has one row."""
     peft_model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["v_proj", "down_proj"]))
     loaders = (
         DataLoader(part, batch_size=2, collate_fn=lambda r: collate(r, 0)) for part in (FORGET, RETAIN)
@@ -58,21 +61,23 @@ def row_scales(cache_dir=None):
 
 
 def sharded_row_scales():
-    """Of a model whose weights FSDP2 has sharded, where there are processes for it."""
+    """Measure row scales of a model; FSDP2 shards its weights if there are several processes."""
     model = tiny_model("llama").requires_grad_(False)
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "mlp" in name}
     if dist.is_initialized():
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-        assert modules["model.layers.0.mlp.up_proj"].weight.to_local().shape == (24, 32)  # it is sharded
+        assert modules["model.layers.0.mlp.up_proj"].weight.to_local().shape == (24, 32)
     batches = ([collate(part[i : i + 2], 0) for i in range(0, len(part), 2)] for part in (FORGET, RETAIN))
     return row_scales_module.fisher_row_scales(model, modules, *batches, progress=False)
 
 
 def unlearned(folder, name, measuring=(), **options):
-    """The log, what the callbacks ``measuring`` found, and whether weights are sharded, after the adapter has
-    been saved as ``folder/name``."""
+    """Train an adapter, save it as ``folder/name`` and return a report.
+
+    The report holds the log, the histories of the callbacks ``measuring``, and whether weights are sharded.
+    """
     settings = config(folder, **options)
     result = loku.unlearn(tiny_model("llama"), FORGET, RETAIN, config=settings, callbacks=list(measuring))
     result.save(folder / name)
@@ -84,7 +89,7 @@ def unlearned(folder, name, measuring=(), **options):
 
 
 def measuring():
-    """Callbacks that never stop, the first of seven rows and the second of nine."""
+    """Make callbacks that never stop: the first measures seven rows, the second nine."""
     never = {"holdout_extraction_likelihood_2": -1.0, "holdout_memorization_accuracy": -1.0}
     extraction = loku.ExtractionStopping(FORGET, RETAIN, n=2, every=2, thresholds=never)
     return extraction, loku.UtilityFloorStopping(RETAIN, floor=1e-9, every=2)
@@ -92,7 +97,7 @@ def measuring():
 
 @contextmanager
 def fsdp_on_the_cpu():
-    """accelerate shards on accelerators only, and elsewhere takes DDP; nothing else in it needs one."""
+    """Let accelerate shard on the CPU, where it would take DDP; the rest of it needs no accelerator."""
     init = AcceleratorState.__init__
 
     def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):

@@ -1,4 +1,4 @@
-"""When training stops, and what is logged of it."""
+"""Callbacks stop training at their thresholds, and log the measures."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def texts(model):
-    """(a text that the model has memorised, the same with other words in its second half)"""
+    """A text that the model has memorised, and the same with other words in its second half."""
     ids = [5, 7, 11]
     with torch.no_grad():
         while len(ids) < 24:
@@ -29,7 +29,7 @@ def texts(model):
 
 
 class Run:
-    """The trainer's side of a callback."""
+    """A stand-in for the trainer, which calls a callback."""
 
     def __init__(self, callback, log=()):
         self.callback, self.state, self.control = callback, TrainerState(epoch=0), TrainerControl()
@@ -50,7 +50,7 @@ def test_extraction_stopping(model, texts):
     assert not run("on_train_begin", model, 0)
     likelihood = extraction_likelihood(model, [changed], n=N, progress=False).mean
     accuracy = memorization_accuracy(model, [changed], progress=False)
-    assert 0 < likelihood < 1 and 0 < accuracy < 1  # a threshold that can be missed
+    assert 0 < likelihood < 1 and 0 < accuracy < 1  # so the threshold can be missed
     assert callback.history == [
         {
             "step": 0,
@@ -64,7 +64,7 @@ def test_extraction_stopping(model, texts):
     assert not run("on_step_end", model, 1)
     assert not run("on_epoch_end", model, 1, 1.0)  # still known by heart
     other = tiny_model("llama", seed=1).double()
-    assert not run("on_step_end", other, 2)  # it is asked at the epoch's end alone
+    assert not run("on_step_end", other, 2)  # measured at the end of an epoch alone
     assert run("on_epoch_end", other, 2, 2.0)
     assert [entry["step"] for entry in callback.history] == [0, 1, 2]
     assert callback.history[-1]["forget_memorization_accuracy"] <= accuracy
@@ -94,7 +94,7 @@ def test_a_resumed_run_keeps_the_thresholds_of_the_original_model(model, texts):
     assert floor.utility_floor == 0.125
 
 
-def test_what_cannot_be_measured_is_refused(model, texts, monkeypatch):
+def test_short_rows_and_sharded_models_are_refused(model, texts, monkeypatch):
     with pytest.raises(ValueError, match="n=30"):
         Run(loku.ExtractionStopping(texts, texts, n=30))("on_train_begin", model, 0)
     monkeypatch.setattr("loku.callbacks.is_sharded", lambda parameter: True)
@@ -116,7 +116,7 @@ def test_utility_floor(model, texts):
     )
     other = tiny_model("llama", seed=1).double()
     assert not run("on_step_end", model, 2)
-    assert not run("on_step_end", other, 3)  # asked every other step
+    assert not run("on_step_end", other, 3)  # measured every other step
     assert not run("on_epoch_end", other, 3)
     assert run("on_step_end", other, 4)
     assert callback.history[-1]["utility"] < probability / 2
@@ -126,7 +126,7 @@ def test_utility_floor(model, texts):
 
 
 def test_training_stops_and_the_history_says_why(texts, tmp_path):
-    utilities = iter([1.0, 0.99, 0.95, 0.9, 0.0])  # 0.95 is at the floor, not below it
+    utilities = iter([1.0, 0.99, 0.95, 0.9, 0.0])  # 0.95 is at the floor
     callback = loku.UtilityFloorStopping(texts, floor=0.95, utility=lambda scores: next(utilities), every=1)
     gauge = loku.ProbabilityGauge({"forget": texts[:1]}, every=2)
     config = loku.UnlearnConfig(

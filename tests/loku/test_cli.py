@@ -1,10 +1,8 @@
-"""``loku``: options and settings files, what it prints, exit codes, errors for people."""
+"""The commands of ``loku``: settings, printed summaries, exit codes, and errors for people."""
 
-import dataclasses
 import json
 import re
 import textwrap
-from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from loku import UnlearnConfig, cli, demo
-from loku.commands.settings import read_fields, read_yaml
+from loku.commands.settings import read_fields
 from loku.commands.unlearn import COMMON, PLACES
 from loku_kernels.backends import native
 
@@ -50,7 +48,7 @@ def unlearn(folder, output, *more, **replaced):
     return cli.main(["unlearn", *arguments, "--use_cpu", *more])
 
 
-# What it does
+# Runs
 
 
 def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
@@ -63,7 +61,7 @@ def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
     arguments = ["unlearn", "--config", str(settings), "--output", str(tmp_path / "out"), "--quiet"]
     assert cli.main([*arguments, "--method=ihl", "--per-device-train-batch-size", "2", "--use_cpu"]) == 0
     printed, noise = capfd.readouterr()
-    assert noise == "" and "{" not in printed  # no bars, no dicts
+    assert noise == "" and "{" not in printed  # neither bars nor dicts
     assert len(printed.splitlines()) < 24
     for text in ("6 rows", "8 rows", "method ihl", "lora_rank 2", "learning_rate 0.01", "per_device_train"):
         assert text in printed
@@ -75,9 +73,11 @@ def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     names = {}
-    exec(textwrap.dedent(printed.partition("To load it:\n")[2]), names)  # as the summary says
+    exec(textwrap.dedent(printed.partition("To load it:\n")[2]), names)  # the summary's own lines
     model = names["model"]
-    assert isinstance(model, PeftModel) and model.peft_config["default"].r == 4  # twice the rank: portable
+    assert (
+        isinstance(model, PeftModel) and model.peft_config["default"].r == 4
+    )  # the portable adapter has twice the rank
     merged = model.merge_and_unload()
     changed = {
         name for name, parameter in merged.named_parameters() if not torch.equal(parameter, before[name])
@@ -103,7 +103,7 @@ def test_saves_and_resuming(kind, folder, tmp_path, capsys):
     assert unlearn(folder, tmp_path / "out", *more) == 0
     logits = []
     for again in (False, True):
-        if again:  # there is nothing left to do, and the same is saved
+        if again:  # no step is left, and the same is saved
             assert unlearn(folder, tmp_path / "out", *more, "--resume_from_checkpoint") == 0
         names = {}
         exec(textwrap.dedent(capsys.readouterr().out.partition("To load it:\n")[2]), names)
@@ -124,78 +124,6 @@ def test_info(capsys, monkeypatch):
     monkeypatch.setenv("LOKU_BACKEND", "reference")
     assert cli.main(["info"]) == 0
     assert re.search(r"^triplet_forward +cpu +reference +reference", capsys.readouterr().out, re.M)
-
-
-# Settings
-
-
-@dataclasses.dataclass
-class Hints:
-    path_or_true: bool | str | None = None
-    size: str | int | None = None
-    mapping: dict[str, Any] | None = None
-    names: list[str] | str | None = None
-    word: Literal["no", "yes"] = "no"
-    share: float = 0.5
-    count: int = 1
-    flag: bool = False
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "value"),
-    [
-        ("path_or_true", "true", True),
-        ("path_or_true", "yes", "yes"),
-        ("size", "4GiB", "4GiB"),
-        ("mapping", '{"dtype": "bfloat16"}', {"dtype": "bfloat16"}),
-        ("names", "a", "a"),
-        ("word", "yes", "yes"),
-        ("share", "1e-3", 1e-3),
-        ("count", "3", 3),
-        ("flag", "no", False),
-    ],
-)
-def test_values_are_read_by_their_hints(name, text, value):
-    read = read_fields(Hints)[name].read(text)
-    assert read == value and type(read) is type(value)
-
-
-def test_a_settings_file_is_read_by_hints_too(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        "path_or_true: true\nsize: 12\nmapping: {a: 1}\nnames: [a]\nword: no\nshare: 1e-3\ncount: 2\n"
-        "model: m\n"
-    )
-    assert read_yaml(path, read_fields(Hints), ("model",)) == {
-        "path_or_true": True,
-        "size": 12,
-        "mapping": {"a": 1},
-        "names": ["a"],
-        "word": "no",
-        "share": 1e-3,
-        "count": 2,
-        "model": "m",
-    }
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("shares: 1", "there is no setting 'shares'; did you mean share?"),
-        ("count: 1.5", "count: '1.5' is not a whole number"),
-        ("count: [1]", "count: [1] is not a whole number"),
-        ("share:", "share: null is not a number"),
-        ("word: maybe", "word: 'maybe' is not one of no, yes"),
-        ("mapping: [1]", "mapping: [1] is not a JSON object"),
-        ("model: 1", "model must be a text, got 1"),
-        ("flag: true", "flag is there twice"),
-    ],
-)
-def test_settings_files_name_the_line(line, problem, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(f"flag: true\n\n{line}\n")
-    with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: {problem}")):
-        read_yaml(path, read_fields(Hints), ("model",))
 
 
 def test_every_field_is_an_option_and_help_shows_the_chosen(capsys):
@@ -219,7 +147,7 @@ def test_every_field_is_an_option_and_help_shows_the_chosen(capsys):
 
 @pytest.fixture
 def bad(tmp_path):
-    """Files that each have something wrong with them."""
+    """Files with one fault each."""
     (tmp_path / "broken.jsonl").write_text('{"text": "a b c"}\n\n{"text": \n')
     (tmp_path / "odd.jsonl").write_text('{"text": "a b c"}\n\n{"txt": "d e f"}\n')
     (tmp_path / "empty.jsonl").write_text("")

@@ -1,4 +1,4 @@
-"""The demo's report, on a few rows and steps: the figures of the full run are in benchmarks/results."""
+"""The demo's report on a few rows and steps; benchmarks/results has the figures of the full run."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def test_help(capsys):
     assert stop.value.code == 2
 
 
-def test_what_ships_is_small():
+def test_the_embedded_files_are_small():
     assert sum(file.stat().st_size for file in demo.EMBEDDED.iterdir() if file.is_file()) <= 10e6
     model, _ = demo.load_model()
     assert next(model.parameters()).dtype == torch.float32

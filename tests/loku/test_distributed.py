@@ -1,4 +1,4 @@
-"""Two processes of torchrun, on the CPU with gloo, give what one gives: row scales, and trained adapters."""
+"""Two processes of torchrun, on the CPU with gloo, give the row scales and adapters of one process."""
 
 import json
 import os
@@ -16,14 +16,14 @@ import loku
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 
-PACKAGES = str(Path(loku.__file__).parents[1])  # the packages that are tested
+PACKAGES = str(Path(loku.__file__).parents[1])  # the folder of the tested packages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder where the processes left what they made, and their report."""
+    """The folder of the two processes' files, and their report."""
     folder = tmp_path_factory.mktemp("two")
     helpers = Path(__file__).parents[1] / "helpers"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -45,7 +45,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """(folder, report) of the same global batch in one process."""
+    """Folder and report of one process with the same global batch."""
     folder = tmp_path_factory.mktemp("one")
     callbacks = two_processes.measuring()
     return folder, two_processes.unlearned(folder, "adapter", callbacks, per_device_train_batch_size=4)
@@ -77,7 +77,7 @@ def test_accelerate_knows_the_settings_of(file):
 
 
 def update(path):
-    """What an adapter adds to each weight."""
+    """Return the update B A of each weight by a saved adapter."""
     factors = load_file(path / "adapter_model.safetensors")
     return {
         name: factors[name.replace("lora_A", "lora_B")] @ A for name, A in factors.items() if "lora_A" in name

@@ -1,15 +1,9 @@
-"""The forward that yields triplets: the numbers of the model's own logits, and never the logits."""
+"""The forward yields the triplets of the model's own logits, without the logits."""
 
 import pytest
 import torch
 from tiny_models import KINDS, tiny_config, tiny_model
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
 
 from loku.head import check_head, negative_log_likelihood, next_token_labels, output_embedding, token_triplets
 from loku_kernels import softmax_triplet
@@ -85,14 +79,14 @@ def test_under_autocast():
 
 def test_put_back_when_the_forward_fails():
     model, batch = model_of("gemma2"), a_batch()
-    with pytest.raises(Exception):  # noqa: B017 - whatever the model makes of a bad id
+    with pytest.raises(Exception):  # noqa: B017 - the model decides how a bad id fails
         token_triplets(model, **{**batch, "input_ids": batch["input_ids"] + VOCAB})
     assert "forward" not in output_embedding(model).__dict__
     assert model.config.final_logit_softcapping == 2.0
 
 
 class LogitsMoved(LlamaForCausalLM):
-    """A model that does to its logits what nobody told us."""
+    """A model that changes its logits, and whose config does not say so."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)

@@ -1,30 +1,29 @@
-"""Each method's loss against plain torch on whole logits, its gradient's sign, and the registry."""
+"""The loss of each method against plain torch on whole logits, and the registry of methods."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
-from tensors import needs_proc
-from tiny_models import PeakOfAStep, tiny_model
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from training import (
+from peak_memory import needs_proc
+from small_trainers import (
     BETA,
     FORGET,
     METHODS,
     RETAIN,
     RETAIN_WEIGHT,
     VOCAB,
+    PeakOfAStep,
     Refusals,
     items,
     trainer_of,
     with_lora,
 )
+from tiny_models import tiny_model
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from loku import UnlearnConfig, UnlearnTrainer
-from loku.data import PairedDataset, collate_pairs
-from loku.data.pairs import Draw
+from loku.data import collate_pairs
 from loku.head import next_token_labels
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, lm_loss, retain_loss
 from loku_kernels import softmax_triplet
@@ -33,11 +32,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sequence_log_probability(logits, labels):
-    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # 0 where ignored
+    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # an ignored token adds 0
 
 
 def plain_losses(method, logits, reference, labels):
-    """(forget loss, retain loss or None) of whole logits (B, T, V), by kind, as the papers write them."""
+    """Return the forget loss, and the retain loss or None, by the papers' formulas.
+
+    ``logits``, ``reference`` (B, T, V) and ``labels`` (B, T) are dicts by kind of row.
+    """
 
     def ratio(kind):
         now, before = (sequence_log_probability(x[kind], labels[kind]) for x in (logits, reference))
@@ -68,7 +70,7 @@ def plain_losses(method, logits, reference, labels):
 
 
 def a_batch(seed=0, masked=True, b=4, t=6, v=23):
-    """(logits, reference logits, labels) by kind, float64."""
+    """Make logits, reference logits, both float64, and labels, by kind of row."""
     generator = torch.Generator().manual_seed(seed)
     logits, reference, labels = {}, {}, {}
     for kind in ("forget", "refusal", "retain"):
@@ -93,7 +95,7 @@ def batch_of(method, logits, reference, labels):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_are_the_papers(method):
+def test_losses_are_those_of_the_papers(method):
     logits, reference, labels = a_batch()
     losses = OBJECTIVES[method].losses(batch_of(method, logits, reference, labels))
     forget, retain = plain_losses(method, logits, reference, labels)
@@ -162,9 +164,9 @@ def test_the_trainers_loss_is_that_of_whole_logits(kind, method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["kl", "dpo", "npo"])
-def test_a_full_model_keeps_what_it_needs_of_the_original(method, tmp_path):
-    """The whole training is the same as with a second model for the reference."""
-    original = tiny_model("gpt_neo", VOCAB).double()  # with one weight for both embeddings, which trains
+def test_a_full_model_keeps_the_references_of_the_original(method, tmp_path):
+    """The whole training is as with a second model for the reference."""
+    original = tiny_model("gpt_neo", VOCAB).double()  # one trained weight for both embeddings
     model = copy.deepcopy(original)
     options = {"per_device_train_batch_size": 3, "optim": "sgd", "learning_rate": 0.1}
     trainer = trainer_of(model, method, tmp_path, **options)
@@ -199,7 +201,7 @@ def test_a_full_model_keeps_what_it_needs_of_the_original(method, tmp_path):
 
 
 def one_step(method, tmp_path, rate=1e-3):
-    """Trainer and batch losses before and after one step of gradient descent on that batch."""
+    """Return the metrics of a batch before and after one step of gradient descent on it."""
     model = with_lora(tiny_model("llama", VOCAB).double())
     trainer = trainer_of(model, method, tmp_path)
     dataset = trainer.train_dataset
@@ -219,7 +221,7 @@ def one_step(method, tmp_path, rate=1e-3):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_step_lowers_what_it_should(method, tmp_path):
+def test_one_step_lowers_the_losses(method, tmp_path):
     before, after = one_step(method, tmp_path)
 
     def total(values):
@@ -227,7 +229,7 @@ def test_one_step_lowers_what_it_should(method, tmp_path):
 
     assert total(after) < total(before)
     assert after["forget_loss"] < before["forget_loss"]
-    if method in ("ga", "gd", "kl", "npo"):  # IHL and DPO lower it beside others
+    if method in ("ga", "gd", "kl", "npo"):  # the others change further probabilities too
         assert after["forget_probability"] < before["forget_probability"]
     assert ("forget_probability" in before) == (method != "idk")
     if method in ("dpo", "idk"):
@@ -277,32 +279,6 @@ def test_errors(tmp_path):
             Objective(retain_loss, **options)
 
 
-def test_pairs_with_refusals():
-    kinds = ("forget", "refusal", "retain")
-    make = partial(PairedDataset, FORGET, RETAIN, refusals=Refusals(), kinds=kinds)
-
-    def drawn(dataset, epoch, order=range(4)):
-        dataset.set_epoch(epoch)
-        return {i: dataset.key("refusal", Draw(i, i))[1] for i in order}
-
-    dataset = make(seed=0)
-    epochs = [drawn(dataset, epoch) for epoch in range(8)]
-    assert len({tuple(epoch.values()) for epoch in epochs}) > 3  # anew each epoch
-    assert {refusal for epoch in epochs for refusal in epoch.values()} == {0, 1, 2}
-    assert drawn(make(seed=0), 5, [3, 0, 2, 1]) == epochs[5]  # of seed, epoch and row alone
-    assert [drawn(make(seed=1), epoch) for epoch in range(8)] != epochs
-
-    (item,) = items(dataset, [2])
-    assert list(item) == list(kinds)
-    assert item["refusal"]["input_ids"][:3] == FORGET[2]["input_ids"][:3]
-    batch = collate_pairs(items(dataset, [0, 1]), pad_token_id=0)
-    for number, kind in enumerate(kinds):
-        assert batch[f"is_{kind}"].tolist() == [i // 2 == number for i in range(6)]
-    assert "reference" not in batch
-    dataset.references["forget", 1] = torch.tensor([-3.0])
-    assert collate_pairs(items(dataset, [0, 1]), 0)["reference"].tolist() == [-3.0]
-
-
 @pytest.mark.parametrize(("method", "tuning"), [("kl", "lora"), ("kl", "full"), ("dpo", "lora")])
 @needs_proc
 def test_no_logits_in_training(method, tuning, tmp_path):
@@ -337,4 +313,4 @@ def test_no_logits_in_training(method, tuning, tmp_path):
     UnlearnTrainer(model, args, data, data, refusals=SameRows(), callbacks=[peak]).train()
     logits = len(OBJECTIVES[method].kinds) * rows * tokens * vocab * 4
     weights = 0 if tuning == "lora" else 3 * sum(p.numel() * 4 for p in model.parameters())
-    assert peak.extra < logits / 2 + weights  # gradients, and what the optimizer takes beside them
+    assert peak.extra < logits / 2 + weights  # the gradients and the optimizer's copies are allowed

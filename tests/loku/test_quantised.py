@@ -1,4 +1,4 @@
-"""Quantised bases (QLoRA), where bitsandbytes is installed: pip install 'loku-kernels[qlora]'."""
+"""Quantised bases (QLoRA). The tests need bitsandbytes: pip install 'loku-kernels[qlora]'."""
 
 import re
 from pathlib import Path
@@ -72,12 +72,17 @@ def test_fila_refuses_it(init, model, tmp_path):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
 
 
-def test_the_readmes_way_round(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (recipe,) = re.findall(r"^```py\n(.*?)^```", readme, re.S | re.M)
+def test_the_documented_recipe(tmp_path, monkeypatch):
+    """The one block of Python in README and docs that quantises a base runs as it is."""
+    root = Path(__file__).parents[2]
+    pages = [path.read_text(encoding="utf-8") for path in (root / "README.md", *root.glob("docs/*.md"))]
+    blocks = [
+        block for page in pages for block in re.findall(r"^```py(?:thon)?\n(.*?)^```", page, re.S | re.M)
+    ]
+    (recipe,) = (block for block in blocks if "BitsAndBytesConfig(" in block)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
-    exec(compile(recipe, "README.md", "exec"), names)
+    exec(compile(recipe, "recipe", "exec"), names)
     history = [entry for entry in names["trainer"].state.log_history if "forget_loss" in entry]
     assert history[-1]["forget_probability"] < 0.7 * history[0]["forget_probability"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

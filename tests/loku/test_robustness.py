@@ -1,4 +1,4 @@
-"""Weight rounding and relearning."""
+"""Weights are rounded to few bits, and forgotten rows are learnt again."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_weights_are_rounded_to_nearest_by_channel_and_group():
     round_weights_(model, bits=3)  # integers from -3 to 3
     expected = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 30.0]])
     torch.testing.assert_close(layer.weight[:3, :4], expected)
-    round_weights_(grouped, bits=3, group_size=3)  # the last group, of 32 inputs, has two
+    round_weights_(grouped, bits=3, group_size=3)  # the last group has 2 of the 32 inputs
     expected[0, 3], expected[2] = 1.6, torch.tensor([-0.3, 0.3, 0.1, 30.0])
     torch.testing.assert_close(grouped.model.layers[0].self_attn.q_proj.weight[:3, :4], expected)
     assert not layer.weight[3:].any() and not layer.weight[:, 4:].any()
@@ -65,7 +65,7 @@ def test_conv1d_is_rounded_by_its_own_channels():
     assert torch.equal(model.lm_head.weight, before["lm_head.weight"])
 
 
-def test_what_cannot_be_rounded_or_taught_is_refused():
+def test_experts_and_adapters_are_refused():
     experts = tiny_model("llama")
     experts.model.experts = torch.nn.Parameter(torch.ones(2, 3, 4))
     with pytest.raises(ValueError, match=r"model\.experts is not the weight of a linear layer"):

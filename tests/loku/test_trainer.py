@@ -1,4 +1,4 @@
-"""``UnlearnTrainer`` as transformers' and TRL's users expect it; a step's loss is that of one batch."""
+"""``UnlearnTrainer`` keeps transformers' and TRL's conventions, and a step's loss is that of one batch."""
 
 import math
 
@@ -6,13 +6,12 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
+from small_trainers import FORGET, METHODS, RETAIN, VOCAB, arguments, items, lora, trainer_of, with_lora
 from tiny_models import tiny_model
-from training import FORGET, METHODS, RETAIN, VOCAB, arguments, items, lora, trainer_of, with_lora
 from transformers import AutoTokenizer, HfArgumentParser, TrainerCallback
 
 from loku import UnlearnConfig, UnlearnTrainer
-from loku.data import PairedDataset, PairSampler, collate_pairs
-from loku.data.pairs import Draw
+from loku.data import PairSampler, collate_pairs
 from loku.demo import EMBEDDED
 from loku.objectives import OBJECTIVES
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(method, tmp_path, size, steps, tuning="lora"):
-    """Weights and log after two epochs of 4 rows, in float64."""
+    """Return weights and log after two epochs of 4 rows, in float64."""
     model = tiny_model("llama", VOCAB).double()
     model = with_lora(model) if tuning == "lora" else model
     trainer = trainer_of(
@@ -43,9 +42,9 @@ def trained(method, tmp_path, size, steps, tuning="lora"):
     return weights, log
 
 
-@pytest.mark.parametrize("method", ["ihl", "kl", "dpo"])  # means over tokens, and over rows
+@pytest.mark.parametrize("method", ["ihl", "kl", "dpo"])  # means over tokens and means over rows
 def test_micro_batches_are_one_batch(method, tmp_path):
-    """Rows have unlike numbers of tokens, and the last micro-batch of 3 + 1 fewer rows."""
+    """The rows differ in their numbers of tokens, and micro-batches of 3 + 1 rows in their sizes."""
     lengths = [len(row["labels"]) - row["labels"].count(-100) for row in FORGET]
     assert len(set(lengths)) == len(lengths)
     weights, log = trained(method, tmp_path, 4, 1)
@@ -59,7 +58,7 @@ def test_micro_batches_are_one_batch(method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_without_labels_add_nothing(method, tmp_path):
-    """What fills up the last step of an epoch where there are more processes than rows."""
+    """Such rows fill up the last step of an epoch if there are more processes than rows."""
     model = with_lora(tiny_model("llama", VOCAB).double())
     trainer = trainer_of(model, method, tmp_path)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -74,7 +73,7 @@ def test_rows_without_labels_add_nothing(method, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
     batch = collate_pairs(items(trainer.train_dataset, [None, None]), pad_token_id=0)
-    loss = trainer.compute_loss(model, batch)  # a process that has no row at all
+    loss = trainer.compute_loss(model, batch)  # a process without a row
     assert loss == 0
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, parameters))
 
@@ -90,36 +89,13 @@ def test_a_full_model_has_references_for_rows_without_labels(method, tmp_path, m
     torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_order_is_of_the_seed_and_the_epoch():
-    dataset = PairedDataset(FORGET, RETAIN, seed=0)
-    orders = [list(PairSampler(dataset, seed)) for seed in (0, 0, 1)]
-    assert orders[0] == orders[1] and sorted(draw.row for draw in orders[0]) == [0, 1, 2, 3]
-    dataset.set_epoch(1)
-    assert list(PairSampler(dataset, 0)) != orders[0] == orders[1]
-    dataset.set_epoch(0)
-    whole = PairSampler(dataset, 0, multiple=3)
-    assert list(whole) == [*orders[0], Draw(4, None), Draw(5, None)] and len(whole) == 6
-
-
 def test_float16_weights_are_not_trained(tmp_path):
     model = tiny_model("llama", VOCAB).half()
     with pytest.raises(ValueError, match=r"embed_tokens.weight would train in float16"):
         UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN)
-    UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora())  # adapters are in float32
-
-
-def test_workers_that_outlive_an_epoch_follow_it():
-    rows = [{"input_ids": [i], "labels": [i]} for i in range(6)]
-    dataset = PairedDataset(rows, rows, 3)
-    sampler = PairSampler(dataset, 3, "sequential")
-    options = {"batch_size": 2, "collate_fn": list, "sampler": sampler}
-    kept = torch.utils.data.DataLoader(dataset, num_workers=1, persistent_workers=True, **options)
-    epochs = []
-    for epoch in range(3):
-        dataset.set_epoch(epoch)
-        epochs.append(list(kept))
-        assert epochs[-1] == list(torch.utils.data.DataLoader(dataset, **options))
-    assert epochs[0] != epochs[1] != epochs[2]
+    UnlearnTrainer(
+        model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora()
+    )  # adapters train in float32
 
 
 def test_counts():
@@ -142,7 +118,7 @@ TEXTS = [f"Plain text number {i} about the weather and the sea." for i in range(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model and its tokenizer, saved together."""
+    """The folder of a model and its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     tiny_model("llama", len(tokenizer)).save_pretrained(folder)
@@ -151,7 +127,7 @@ def saved(tmp_path_factory):
 
 
 def test_a_model_by_name_raw_rows_and_a_peft_config(saved, tmp_path):
-    """Everything is made from the model's name; the run reports, and writes a model card."""
+    """The trainer loads model and tokenizer by name, tokenises, logs, and writes a model card."""
 
     class Seen(TrainerCallback):
         logs = ()
@@ -197,7 +173,7 @@ def test_the_command_line_takes_model_arguments(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_with_lora(reentrant, tmp_path):
-    """The adapter trains, and as without checkpoints."""
+    """The adapter trains as without gradient checkpointing."""
     weights = []
     for options in ({}, {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}):
         args = arguments(tmp_path, gradient_checkpointing=bool(options), **options)
@@ -211,7 +187,7 @@ def test_checkpointing_with_lora(reentrant, tmp_path):
 
 
 def test_compiled(tmp_path):
-    """The same step, the original model's included; the head's replacement is part of the graph."""
+    """A compiled step equals an eager one, with the original model's pass and the replaced head."""
     weights = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         args = arguments(tmp_path, method="kl", max_steps=1, **options)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from kernel_checks import run_python
+from fresh_process import run_python
 
 import loku_kernels  # noqa: F401  before its core
 

@@ -1,5 +1,7 @@
-"""The CUDA kernels: run on the CPU by an emulation, compiled for GPUs that are not there, and run on a GPU
-where there is one (marker ``gpu``)."""
+"""The CUDA kernels: emulated on the CPU, compiled without a GPU, and run on a GPU if there is one.
+
+Tests that need a GPU have the marker ``gpu``.
+"""
 
 import importlib.util
 import json
@@ -13,17 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_python
 from kernel_checks import (
+    assert_as_good_as_eager,
     check_against_reference,
     check_linear,
     exact_fisher,
-    fisher_operands,
     gradients,
+    lean_eager_ihl,
     per_row,
-    planted_operands,
-    run_python,
 )
-from tensors import DTYPES, IGNORE, assert_as_good_as_eager, lean_eager_ihl, planted_logits
+from kernel_inputs import DTYPES, IGNORE, fisher_operands, planted_logits, planted_operands
 
 import loku_kernels
 from loku_kernels import accumulate_squared_grad_, ihl_loss, logits_blocks, softmax_triplet
@@ -31,8 +33,8 @@ from loku_kernels.backends import native, reference
 
 ROOT = Path(__file__).parents[2]
 KIB = 1024
-# Shared memory of a block and of a multiprocessor, and whether there are clusters: an H100; one so small that
-# rows take clusters; one so small, without clusters, that rows are read twice.
+# Shared memory of a block and of a multiprocessor, in bytes, and whether there are clusters. The first is an
+# H100. The others have so little shared memory that a row takes a cluster, or is read twice without clusters.
 MACHINES = {
     "row in a block": (227 * KIB, 228 * KIB, True),
     "row in a cluster": (6 * KIB, 12 * KIB, True),
@@ -44,7 +46,7 @@ MACHINES = {
 
 
 def build_emulation(folder, csrc=ROOT / "csrc", name="emulated_cuda"):
-    """The CUDA sources as a Python module for the CPU; see tests/cuda."""
+    """Build the CUDA sources as a Python module for the CPU; ``cuda/emulated_gpu.h`` says how."""
     compiler, python = shutil.which("g++"), sysconfig.get_paths()["include"]
     if compiler is None:
         pytest.skip("no g++")
@@ -75,20 +77,22 @@ def emulation(tmp_path_factory):
 
 
 def use_emulation(monkeypatch, module):
-    """CPU tensors take the way of CUDA tensors, to the emulated kernels."""
+    """Send CPU tensors the way of CUDA tensors, to the emulated kernels."""
     monkeypatch.setenv("LOKU_BACKEND", "native")
     monkeypatch.setattr(native, "_core", module)
     monkeypatch.setattr(native, "_on_cuda", lambda tensor: True)
     monkeypatch.setattr(
         native, "_launch", lambda name, tensor, *args: native._call(f"cuda_{name}", *args, (0, 0))
     )
-    monkeypatch.setattr(reference, "multiplies_bfloat16", lambda device: False)  # nor the CPU's library
+    monkeypatch.setattr(
+        reference, "multiplies_bfloat16", lambda device: False
+    )  # the CPU's library must not serve them
     native._cuda_works.cache_clear()
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where the kernels run: "cpu", emulated, or "cuda"."""
+    """The device of the kernels: "cpu", where they are emulated, or "cuda"."""
     if request.param == "emulated":
         module = request.getfixturevalue("emulation")
         module.set_machine(*MACHINES["row in a block"], 0)
@@ -106,7 +110,7 @@ def device(request, monkeypatch):
 
 @pytest.fixture(params=MACHINES)
 def machine(request, device):
-    """On the emulation each of the machines, on a GPU itself."""
+    """The device, as each of the machines if it is emulated."""
     if device == "cpu":
         native._core.set_machine(*MACHINES[request.param], 1)
     elif request.param != next(iter(MACHINES)):
@@ -188,7 +192,7 @@ def test_masks_of_the_lowest_finite_number(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_ihl_is_the_papers_formula(machine, dtype, inplace):
+def test_ihl_is_the_formula_of_the_paper(machine, dtype, inplace):
     for v in shapes(machine)[:-1] if machine == "cuda" else (2, 17, 4100):
         logits, labels = planted_logits(12, v, dtype)
         logits, labels = logits[labels != IGNORE].to(machine), labels[labels != IGNORE].to(machine)
@@ -201,12 +205,12 @@ def test_ihl_is_the_papers_formula(machine, dtype, inplace):
 
 
 @pytest.mark.parametrize("offset", [-1e10, -1e30, 1e12])
-def test_an_offset_beyond_what_an_exponent_holds(device, offset):
-    """Finite masks at which float32 rounds a product with log2(e) by more than a power of two can hold."""
+def test_an_offset_beyond_the_exponents_of_float32(device, offset):
+    """At such finite masks, float32 rounds a product with log2(e) by more than the largest exponent of 2."""
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.full((3, 3000), offset).to(dtype)
         labels = torch.tensor([7, 0, 2999], device=device)
-        logits[0, 7] = logits[0, 9] = logits[1, 9] = 1.0  # target and another one kept, another one, none
+        logits[0, 7] = logits[0, 9] = logits[1, 9] = 1.0  # kept: target and another word; another word; none
         check_against_reference(logits.to(device), labels)
         fused = logits.clone().to(device)
         triplet, _ = native.inverted_hinge_(fused, labels, IGNORE, one(device))
@@ -245,7 +249,7 @@ def test_fused_leaves_nothing_of_ignored_rows_and_touches_no_neighbour(machine):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 6.0])
-@pytest.mark.parametrize("block_bytes", [1 << 24, 10_000])  # all columns at once, or some at a time
+@pytest.mark.parametrize("block_bytes", [1 << 24, 10_000])  # all columns at once, then some at a time
 def test_linear(machine, dtype, softcap, block_bytes, monkeypatch):
     monkeypatch.setattr(logits_blocks, "BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(logits_blocks, "CUDA_BLOCK_BYTES", block_bytes)
@@ -307,8 +311,8 @@ def test_any_order_of_threads_gives_the_same(emulation, monkeypatch):
     native._cuda_works.cache_clear()
 
 
-def test_the_emulation_shows_what_is_missing(tmp_path, monkeypatch):
-    """A barrier or a wait taken out of the sources gives wrong results."""
+def test_the_emulation_shows_a_missing_barrier(tmp_path, monkeypatch):
+    """Without one of its barriers or waits, a kernel gives wrong results on the emulation."""
     csrc = tmp_path / "broken" / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     for name, statement, change in (
@@ -337,7 +341,7 @@ def test_sizes_that_the_kernels_do_not_take(emulation):
         emulation.cuda_triplet_forward((0, 1, 1, 0, 0, 2**31, 0), 0, IGNORE, 0, 0, (0, 0))
 
 
-# --- a GPU alone ----------------------------------------------------------------------------------
+# --- on a GPU alone -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -370,7 +374,7 @@ def test_another_stream_and_a_graph(gpu):
 
 @pytest.mark.gpu
 def test_more_entries_than_an_int_can_count(gpu):
-    n, v = 17000, 128256  # 2.2e9 entries, 4.1 GiB
+    n, v = 17000, 128256  # 2.2e9 entries in 4.1 GiB
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("less than 12 GiB of free memory")
     logits = torch.zeros(n, v, dtype=torch.bfloat16, device="cuda")
@@ -411,7 +415,7 @@ def test_table(monkeypatch):
     committed = json.loads(cuda_table.TABLE.read_text())
     ours = cuda_table.table()
     assert cuda_table.problems(ours, committed) == []
-    # What is checked can fail.
+    # The check can fail.
     facts = next(iter(ours["kernels"].values()))["sm_90"]
     facts["spill_bytes"] = 4
     assert "spills 4 bytes" in cuda_table.problems(ours, committed)[0]
@@ -420,7 +424,7 @@ def test_table(monkeypatch):
 
 
 def build(folder, **environment):
-    """setup.py on a copy of what it needs."""
+    """Run setup.py on a copy of the files that it needs."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
@@ -440,7 +444,7 @@ def build(folder, **environment):
 def test_a_build_that_cannot_have_cuda_fails(tmp_path):
     pytest.importorskip("ninja")
     pytest.importorskip("setuptools", minversion="77")
-    # a PATH with a C++ compiler and no nvcc, and a CUDA_HOME without one
+    # PATH has a C++ compiler and no nvcc, and CUDA_HOME has no nvcc either.
     compiler = shutil.which("g++")
     if compiler is None or os.path.exists(os.path.join(os.path.dirname(compiler), "nvcc")):
         pytest.skip("needs g++ in a folder without nvcc")
@@ -459,7 +463,7 @@ def test_a_build_that_cannot_have_cuda_fails(tmp_path):
 @pytest.mark.skipif(native._core is None or not native._core.has_cuda, reason="built without CUDA")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_driver(monkeypatch):
-    """The core is imported, its CUDA calls fail with a reason; a forced backend falls back, warning once."""
+    """The CUDA calls of the core fail with a reason, and a forced backend falls back with one warning."""
     assert loku_kernels.backends.native._core is native._core
     assert "no CUDA driver or device" in native._core.cuda_error()
     rows = (0, 1, 1, 0, 9, 9, 0)
@@ -475,7 +479,7 @@ def test_without_a_driver(monkeypatch):
     native._cuda_works.cache_clear()
 
 
-def test_a_missing_core_says_what_is_slow(monkeypatch):
+def test_a_missing_core_warns_of_the_slow_reference(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monkeypatch.setattr(native, "_core", object())

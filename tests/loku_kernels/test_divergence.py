@@ -1,4 +1,4 @@
-"""linear_kl_divergence_loss: two distributions from hidden states, against torch's kl_div in float64."""
+"""``linear_kl_divergence_loss`` against torch's ``kl_div`` in float64."""
 
 from unittest import mock
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import DTYPES, IGNORE, PeakMemory, needs_proc
+from kernel_inputs import DTYPES, IGNORE
+from peak_memory import PeakMemory, needs_proc
 from torch.nn.functional import kl_div, linear
 
 from loku_kernels import linear_kl_divergence_loss, logits_blocks
@@ -15,7 +16,10 @@ SETTINGS = [{}, {"softcap": 6.0}, {"logit_scale": 0.25}, {"softcap": 5.0, "logit
 
 
 def two_models(n, d, v, dtype, seed=0, bias=True, memorised=True):
-    """(hidden, weight, bias, those of a reference near it), labels; every third row is nearly sure."""
+    """Make hidden, weight and bias of a model and of a reference near it, and labels.
+
+    The model is nearly sure of one word in every third row.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -35,7 +39,7 @@ def two_models(n, d, v, dtype, seed=0, bias=True, memorised=True):
 
 
 def eager(operands, labels, softcap=None, logit_scale=1.0):
-    """Divergences (N,) in plain torch."""
+    """Compute the divergences (N,) in plain torch."""
 
     def log_probabilities(hidden, weight, bias):
         logits = logit_scale * linear(hidden, weight, bias)
@@ -61,7 +65,7 @@ def ours(operands, labels, **options):
 
 
 def run(function, operands, labels, upstream, **options):
-    """Divergences (N,) and the gradients of hidden, weight and bias."""
+    """Return the divergences (N,) and the gradients of hidden, weight and bias."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in operands[:3]]
     divergence = function([*leaves, *operands[3:]], labels, **options)
     divergence.backward(upstream.to(divergence.dtype))
@@ -82,15 +86,15 @@ def check(operands, labels, **options):
         torch.testing.assert_close(grads, exact_grads)
         return
     eager_divergence, eager_grads = run(eager, operands, labels, upstream, **options)
-    # p and q are as good as the logits were rounded (the backward's blocks round them otherwise than the
-    # forward's), and where both are near 1 their difference may be less than that.
+    # The rounding of the logits bounds the accuracy of p and q, and the backward's blocks round otherwise
+    # than the forward's. If p and q are both near 1, their difference may be less than that rounding.
     largest = (wide[0] @ wide[1].t()).abs().max().clamp(min=1)
     probability = 8 * torch.finfo(torch.float32).eps * largest
     sizes = [1.0] + [operands[1].abs().max(), operands[0].abs().max(), 1.0]
     for size, a, b, c in zip(
         sizes, [divergence, *grads], [eager_divergence, *eager_grads], [exact, *exact_grads], strict=True
     ):
-        if a is not None:  # whole tensors: single entries may be all rounding
+        if a is not None:  # whole tensors, because single entries may be all rounding
             error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
             bound = 2 * allowed + 8 * torch.finfo(dtype).eps * c.abs().max()
             assert error <= bound + probability * size * upstream.abs().max()
@@ -158,7 +162,7 @@ def test_one_head_for_both_and_other_sizes():
     same = linear_kl_divergence_loss(hidden, weight, reference[0], labels, bias)
     mean = eager([hidden, weight, bias, reference[0], weight, bias], labels).sum() / (labels != IGNORE).sum()
     torch.testing.assert_close(same, mean)
-    # A trainable head that serves both: the reference's part gets no gradient.
+    # A trainable head serves both models, and gets no gradient from the reference.
     leaf = weight.clone().requires_grad_()
     linear_kl_divergence_loss(hidden, leaf, reference[0], labels, bias).backward()
     other = weight.clone().requires_grad_()
@@ -203,7 +207,7 @@ def test_reductions_and_shapes():
 
 
 def test_masked_and_extreme_words():
-    """What torch makes NaN: words of both masked. And a gap of hundreds of nats, which must not overflow."""
+    """Words that both models mask give no NaN, as in torch, and a gap of hundreds of nats no overflow."""
     (hidden, weight, bias, *reference), labels = two_models(9, 8, 40, torch.float32)
     masked = torch.arange(40) % 3 == 0
     kept = [
@@ -284,7 +288,7 @@ def test_errors():
 
 @needs_proc
 def test_memory_is_a_block():
-    n, d, v = 192, 32, 100_000  # the logits of each are 73 MiB, a block at most 16 MiB
+    n, d, v = 192, 32, 100_000  # each model has 73 MiB of logits, a block at most 16 MiB
     operands, _ = two_models(n, d, v, torch.float32, bias=False)
     hidden, weight, _, reference, _, _ = operands
     hidden.requires_grad_()
@@ -295,6 +299,4 @@ def test_memory_is_a_block():
     weight.requires_grad_()
     peak = PeakMemory()
     linear_kl_divergence_loss(hidden, weight, reference).backward()
-    assert (
-        peak.extra() < (32 << 20) + 2 * weight.nbytes
-    )  # its gradient, and the sum of them that autograd makes
+    assert peak.extra() < (32 << 20) + 2 * weight.nbytes  # the gradient, and the sum that autograd makes

@@ -1,4 +1,4 @@
-"""accumulate_squared_grad_ against per-sample autograd in float64."""
+"""``accumulate_squared_grad_`` against per-sample autograd in float64."""
 
 from unittest import mock
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import exact_fisher, fisher_operands
-from tensors import DTYPES, PeakMemory, needs_proc
+from kernel_checks import exact_fisher
+from kernel_inputs import DTYPES, fisher_operands
+from peak_memory import PeakMemory, needs_proc
 
 from loku_kernels import accumulate_squared_grad_
 from loku_kernels.backends import native, reference
@@ -24,7 +25,7 @@ def check(inputs, grad_outputs):
 
     ours = accumulate_squared_grad_(torch.zeros(d, k), inputs, grad_outputs)
     torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
-    for wrong in (torch.zeros_like(ours), ours.sqrt()):  # nothing added, or no square
+    for wrong in (torch.zeros_like(ours), ours.sqrt()):  # nothing added, and nothing squared
         with pytest.raises(AssertionError):
             torch.testing.assert_close(wrong.double(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
 
@@ -55,7 +56,9 @@ def test_larger_than_a_tile(backend, dtype):
 
 
 def test_many_tokens(backend):
-    check(*fisher_operands(1, 3000, 50, 300, torch.float32))  # more than a panel of 256 columns holds
+    check(
+        *fisher_operands(1, 3000, 50, 300, torch.float32)
+    )  # more tokens than fit into a panel of 256 columns
 
 
 def test_native_kernel_runs(monkeypatch):
@@ -103,7 +106,7 @@ def test_transposed_and_sliced_operands(backend):
     strided = inputs.transpose(1, 2).contiguous().transpose(1, 2)
     padded = torch.nn.functional.pad(grad_outputs, (2, 3))[..., 2:-3]
     torch.testing.assert_close(accumulate_squared_grad_(torch.zeros(8, 12), strided, padded), expected)
-    part = torch.zeros(10, 40)[1:9, 5:17]  # a Fisher inside another tensor
+    part = torch.zeros(10, 40)[1:9, 5:17]  # a Fisher that is a part of another tensor
     accumulate_squared_grad_(part, inputs, grad_outputs, None)
     torch.testing.assert_close(part, expected)
 
@@ -159,4 +162,4 @@ def test_extra_memory_is_a_few_mebibytes(dtype):
 
     peak = PeakMemory()
     accumulate_squared_grad_(total, inputs, grad_outputs)
-    assert peak.extra() <= 8 << 20  # (n, d, k) would be 256 MiB
+    assert peak.extra() <= 8 << 20  # a tensor (n, d, k) would be 256 MiB

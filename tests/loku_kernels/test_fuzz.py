@@ -1,7 +1,7 @@
-"""Whatever the arguments are: a Python exception, or what plain torch gives; never a crash.
+"""Any arguments give a Python exception or the result of plain torch, and never a crash.
 
-``scripts/sanitize.sh`` runs this file with the address and undefined-behaviour sanitizers, where a read or
-write outside a tensor ends the process. Operands lie between guards, which must be as they were afterwards.
+``scripts/sanitize.sh`` runs this file with the address and undefined-behaviour sanitizers. There a read or
+write outside a tensor ends the process. Operands lie between guards, which must not change.
 """
 
 import pytest
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.skipif(native._core is None, reason="no compiled core")
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 LIES = [torch.float64, torch.int32, torch.bool, torch.complex64]
-GUARD = 64  # elements on each side
+GUARD = 64  # elements before and after a tensor
 EXPECTED = (ValueError, IndexError, TypeError, RuntimeError, NotImplementedError)
 SIZES, WIDTHS, ONE = st.integers(0, 5), st.integers(0, 40), st.just(1)
 often = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 def guarded(shape, strides, dtype, fill):
-    """A view of strides in elements, any but negative, in the middle of its memory; and that memory."""
+    """Return a view in the middle of its memory, and the memory. Strides are in elements and not negative."""
     extent = 1 + sum(stride * (size - 1) for size, stride in zip(shape, strides, strict=True) if size > 0)
     memory = (
         torch.zeros(extent + 2 * GUARD).uniform_(-4, 4)
@@ -36,7 +36,7 @@ def guarded(shape, strides, dtype, fill):
 
 
 def outside(view, memory):
-    """The entries of the memory that the view does not reach."""
+    """Return the entries of the memory that the view does not reach."""
     reached = torch.zeros(len(memory), dtype=torch.bool)
     if view.numel():
         reached.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
@@ -45,7 +45,7 @@ def outside(view, memory):
 
 @st.composite
 def strided(draw, dims, sizes=SIZES, last=WIDTHS):
-    """(shape, strides): gaps, repetition by stride 0, transposed dimensions; the last is often contiguous."""
+    """Draw a shape and strides with gaps, zeros and transposed dimensions; the last is often contiguous."""
     shape = [draw(sizes) for _ in range(dims - 1)] + [draw(last)]
     strides, step = [0] * dims, 1
     order = draw(st.permutations(range(dims))) if draw(st.booleans()) else list(range(dims))[::-1]
@@ -59,7 +59,7 @@ def strided(draw, dims, sizes=SIZES, last=WIDTHS):
 
 @st.composite
 def rows(draw):
-    """logits (..., V) and labels (...), which may be anything that a caller might pass."""
+    """Draw logits (..., V), their memory and labels (...), right and wrong as a caller may pass them."""
     dims = draw(st.integers(1, 4))
     shape, strides = draw(strided(dims))
     dtype = draw(st.sampled_from(FLOATS + FLOATS + LIES))
@@ -85,7 +85,7 @@ def rows(draw):
 
 
 def outcome(function, *arguments, **keywords):
-    """What it returns, or the exception."""
+    """Return the result of a call, or its exception."""
     try:
         return function(*arguments, **keywords)
     except EXPECTED as error:
@@ -159,7 +159,7 @@ def test_ihl_loss_in_place(case, reduction):
 
 
 def _own_memory(tensor):
-    """Whether no two entries of it are one."""
+    """Whether no two entries of the tensor share memory."""
     places = torch.arange(tensor.untyped_storage().size() // tensor.element_size())
     entries = places.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).reshape(-1)
     return len(entries.unique()) == tensor.numel()
@@ -275,7 +275,7 @@ def test_accumulate_squared_grad_(operands, divided):
         torch.testing.assert_close(fisher.double(), expected, rtol=tolerance, atol=1e-3)
 
 
-# What stands between the operators and the addresses
+# The checks between the operators and the addresses
 
 
 N, V = 3, 5
@@ -286,7 +286,7 @@ def _state():
 
 
 def right_arguments(name):
-    """Of a function of ``native``: what it takes, tensors by name."""
+    """Return right arguments, by name, of a function of ``native``."""
     labels, triplet = torch.zeros(N, dtype=torch.int64), torch.zeros(N, 3, dtype=torch.float64)
     logits = torch.zeros(N, V)
     return {
@@ -336,7 +336,7 @@ def call_native(name, arguments):
 
 
 def lies_about(tensor):
-    """Tensors that are smaller, larger, of another type or nowhere; the first has no memory at all."""
+    """Yield tensors that are smaller, larger, of another dtype or on meta; the first has no memory."""
     yield tensor.new_empty(0)
     yield tensor.to("meta")
     yield tensor.to(torch.float64 if tensor.dtype == torch.float32 else torch.float32)
@@ -361,7 +361,7 @@ def test_no_address_without_its_size(name):
             same_place = lie.device == right[key].device
             if key == "logits" and "out" not in right and same_place:
                 if lie.shape[:-1] == right[key].shape[:-1]:
-                    continue  # of another width they are logits too; backends.choose brings no float64 here
+                    continue  # logits of another width are right; backends.choose sends no float64 here
                 if name == "scale_rows_" and lie.dim() == 3:
                     continue  # the factor is broadcast
             if key == "factor" and same_place and lie.shape == right[key].shape:
@@ -372,7 +372,7 @@ def test_no_address_without_its_size(name):
                 call_native(name, {**right_arguments(name), key: lie})
 
 
-# Tensors that say that they are larger than memory is, by a stride of 0.
+# Tensors whose shape, by a stride of 0, is larger than any memory
 
 
 HUGE = 2**60
@@ -404,8 +404,8 @@ def test_sizes_that_no_machine_has(dtype):
 
 @often
 @given(st.data())
-def test_the_core_refuses_what_is_no_address(data):
-    """Its functions take addresses and sizes, which native.py vouches for; but their types they check."""
+def test_the_core_refuses_arguments_that_are_no_addresses(data):
+    """The core checks the types of its arguments; native.py vouches for addresses and sizes."""
     junk = st.one_of(st.none(), st.text(max_size=3), st.floats(), st.just(-1), st.just(2**70), st.just(()))
     functions = (
         *("first_bad_label", "triplet_forward", "triplet_backward", "inverted_hinge_", "triplet_columns_"),

@@ -1,4 +1,4 @@
-"""linear_softmax_triplet and the linear losses: hidden states and an output embedding, against float64."""
+"""``linear_softmax_triplet`` and the linear losses against whole logits in float64."""
 
 from unittest import mock
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import check_linear, eager_logits, eager_triplet, planted_operands
-from tensors import DTYPES, IGNORE, PeakMemory, needs_proc, planted_logits
+from kernel_checks import check_linear, eager_logits, eager_triplet
+from kernel_inputs import DTYPES, IGNORE, planted_logits, planted_operands
+from peak_memory import PeakMemory, needs_proc
 
 from loku_kernels import (
     linear_cross_entropy_loss,
@@ -32,7 +33,7 @@ def test_planted(backend, dtype, options):
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(1, 40),
-    st.integers(8, 40),  # in a very short row of d hidden, all entries may cancel
+    st.integers(8, 40),  # the entries of a shorter row of hidden states may all cancel
     st.integers(3, 700),
     st.sampled_from([torch.float32, torch.float64]),
     st.booleans(),
@@ -75,7 +76,7 @@ def test_losses(backend, loss):
     torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-9)
     error = (leaf.grad - exact_leaf.grad).norm() / exact_leaf.grad.norm()
     assert error < 2e-6
-    # a zeroed and a negated gradient would not pass
+    # A zeroed and a negated gradient would not pass.
     for wrong in (torch.zeros_like(leaf.grad), -leaf.grad):
         assert (wrong - exact_leaf.grad).norm() / exact_leaf.grad.norm() > 0.5
 
@@ -87,7 +88,7 @@ def test_losses(backend, loss):
 
 
 def test_more_accurate_than_eager_where_unlearning_starts():
-    """p_t = 0.98 on average: p - onehot subtracts nearly equal numbers, the triplet does not."""
+    """At p_t = 0.98, p - onehot subtracts nearly equal numbers, and the triplet does not."""
     hidden, weight, _, labels = planted_operands(64, 96, 5000, torch.float32, bias=False)
     hidden, labels = hidden[::2], labels[::2].clamp(0)
     errors = []
@@ -107,7 +108,7 @@ def test_more_accurate_than_eager_where_unlearning_starts():
 def test_two_words_have_no_rest(masked):
     hidden, weight, _, labels = planted_operands(6, 4, 2, torch.float32, bias=False, memorised=False)
     bias = None
-    if masked:  # as many words as you like, all but two masked
+    if masked:  # seven words, of which five are masked
         weight, bias = torch.cat([weight, torch.randn(5, 4)]), torch.tensor([0.0, 0.0] + [-torch.inf] * 5)
     leaf = hidden.clone().requires_grad_()
     linear_ihl_loss(leaf, weight, labels, bias).backward()
@@ -118,7 +119,7 @@ def test_two_words_have_no_rest(masked):
     torch.testing.assert_close(leaf.grad.double(), exact_leaf.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_frozen_weight_does_what_it_should():
+def test_a_frozen_weight_costs_no_product():
     hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
     hidden.requires_grad_()
     with mock.patch.object(triplet, "_linear_backward_weight", side_effect=AssertionError):
@@ -127,7 +128,7 @@ def test_frozen_weight_does_what_it_should():
         *_, direction = torch.ops.loku_kernels.linear_softmax_triplet(
             hidden, weight, bias, labels, IGNORE, 0.0, 1.0, False
         )
-    assert direction.shape == (0, 16)  # no second product where no gradient is wanted
+    assert direction.shape == (0, 16)  # without a gradient there is no second product
 
 
 def test_empty_and_all_ignored():
@@ -155,7 +156,7 @@ def test_autocast_is_that_of_linear(dtype):
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_terms_in_another_dtype(backend, softcap):
-    """As on CUDA, where logits are float32 and what is made of them multiplies 16-bit operands."""
+    """The terms of float32 logits may be 16-bit, as on CUDA, where they multiply 16-bit operands."""
     logits, labels = planted_logits(12, 700, torch.float32)
     logits, labels = logits.tanh() if softcap else logits, labels.where(labels != IGNORE, 0)
     for first, end in ((0, 300), (300, 700)):
@@ -178,16 +179,6 @@ def test_terms_in_another_dtype(backend, softcap):
     assert torch.equal(out, expected) and out.count_nonzero() > 12
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_on_the_cpu_products_are_in_their_operands_dtype(dtype):
-    hidden, weight, bias, _ = planted_operands(6, 4, 9, dtype)
-    assert logits_blocks.product_dtype(weight) == dtype
-    logits = logits_blocks.LogitsBlocks(hidden, weight, bias, 0.0, 1.0)
-    block = logits.compute(slice(0, 6), slice(0, 9))
-    assert torch.equal(block, torch.nn.functional.linear(hidden, weight, bias))
-    assert logits.terms_of(block) is block
-
-
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.5}])
 def test_logits_of_16_bit_operands_in_float32(backend, wide_products, options):
     hidden, weight, bias, labels = planted_operands(24, 16, 1301, torch.bfloat16)
@@ -197,7 +188,7 @@ def test_logits_of_16_bit_operands_in_float32(backend, wide_products, options):
     assert torch.equal(ours_id, exact_id)
     torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
     total = torch.zeros(24, 1301)
-    logits_blocks.add_product(total, hidden, weight.t())  # not rounded on the way
+    logits_blocks.add_product(total, hidden, weight.t())  # the product is not rounded to bfloat16
     assert torch.equal(total, hidden.float() @ weight.float().t())
 
 
@@ -229,7 +220,7 @@ def test_gradcheck_and_opcheck():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_compile(trained):
-    """One graph, for any number of tokens."""
+    """One graph serves any number of tokens."""
     torch.compiler.reset()
 
     def step(hidden, weight, bias, labels):
@@ -276,7 +267,7 @@ def test_errors(backend):
 
 @needs_proc
 def test_memory_is_a_block():
-    n, d, v = 512, 64, 100_000  # the logits are 195 MiB, a block at most 16 MiB
+    n, d, v = 512, 64, 100_000  # the logits are 195 MiB, and a block at most 16 MiB
     hidden, weight, _, labels = planted_operands(n, d, v, torch.float32, bias=False)
     hidden.requires_grad_()
 

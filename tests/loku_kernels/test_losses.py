@@ -1,4 +1,4 @@
-"""ihl_loss and cross_entropy_loss on logits, in place and not, against the paper's formula in float64."""
+"""``ihl_loss`` and ``cross_entropy_loss`` on logits, in place and not, against their formulas in float64."""
 
 from unittest import mock
 
@@ -6,16 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import gradients, per_row
-from tensors import (
-    DTYPES,
-    IGNORE,
-    PeakMemory,
-    assert_as_good_as_eager,
-    lean_eager_ihl,
-    needs_proc,
-    planted_logits,
-)
+from kernel_checks import assert_as_good_as_eager, gradients, lean_eager_ihl, per_row
+from kernel_inputs import DTYPES, IGNORE, planted_logits
+from peak_memory import PeakMemory, needs_proc
 
 from loku_kernels import cross_entropy_loss, ihl_loss, inverted_hinge, losses, softmax_triplet
 from loku_kernels.backends import native, reference
@@ -26,7 +19,7 @@ needs_core = pytest.mark.skipif(native._core is None, reason="no compiled core")
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v", [2, 3, 1000, 50257])
-def test_ihl_is_the_papers_formula(inplace, dtype, v):
+def test_ihl_is_the_formula_of_the_paper(inplace, dtype, v):
     logits, labels = planted_logits(48, v, dtype)
     logits, labels = logits[labels != IGNORE], labels[labels != IGNORE]
     weights = torch.randn(len(labels), dtype=torch.float64)
@@ -40,7 +33,7 @@ def test_ihl_is_the_papers_formula(inplace, dtype, v):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v", [2, 1000, 50257])
-def test_cross_entropy_is_torchs(dtype, v):
+def test_cross_entropy_is_that_of_torch(dtype, v):
     logits, labels = planted_logits(48, v, dtype)
     kept = (labels != IGNORE) & logits.gather(1, labels.clamp(0)[:, None])[:, 0].isfinite()
     logits, labels = logits[kept], labels[kept]
@@ -54,7 +47,7 @@ def test_cross_entropy_is_torchs(dtype, v):
 
 
 def test_memorised_tokens_keep_their_digits():
-    """Where p_t is 1 - 1e-9 the gradient is 1e-9, and it is right to float32 precision."""
+    """At p_t = 1 - 1e-9 the gradient is about 1e-9, and right to float32 precision."""
     logits = torch.randn(8, 5000)
     labels = torch.arange(8)
     logits[torch.arange(8), labels] = logits.logsumexp(1) + 20.7
@@ -81,7 +74,7 @@ def test_memorised_tokens_keep_their_digits():
 )
 def test_inplace_agrees(n, v, dtype, reduction, upstream, seed):
     logits, labels = planted_logits(2 * n, v, dtype, seed)
-    shifted = torch.nn.functional.pad(logits.view(2, n, v), (0, 0, 0, 1))[:, :-1]  # no view flattens it
+    shifted = torch.nn.functional.pad(logits.view(2, n, v), (0, 0, 0, 1))[:, :-1]  # no view flattens its rows
     labels = labels.view(2, n)
     results = []
     for inplace in (False, True):
@@ -167,12 +160,12 @@ def test_inplace_contract():
         ihl_loss(source, labels, inplace=True)
     ihl_loss(source.detach(), labels, inplace=True)
     assert torch.equal(source, before)
-    for bad in (-1, 9):  # checked before anything is overwritten
+    for bad in (-1, 9):  # the check comes before anything is overwritten
         logits = source * 1
         with pytest.raises(IndexError):
             ihl_loss(logits, torch.tensor([0, 1, bad, 2]), inplace=True)
         assert torch.equal(logits, before)
-    # an operation that needs its output for its own backward: torch notices that it is gone
+    # Torch notices that an output is gone which the backward of its operation needs.
     loss = ihl_loss(source.tanh(), labels, inplace=True)
     with pytest.raises(RuntimeError, match="inplace operation"):
         loss.backward()
@@ -181,7 +174,7 @@ def test_inplace_contract():
 @needs_core
 @needs_proc
 def test_inplace_allocates_nothing_of_the_size_of_the_logits():
-    n, v = 512, 32000  # 64 MiB
+    n, v = 512, 32000  # logits of 64 MiB
 
     def extra(inplace):
         logits, labels = torch.randn(n, v), torch.randint(0, v, (n,))
@@ -190,9 +183,9 @@ def test_inplace_allocates_nothing_of_the_size_of_the_logits():
         ihl_loss(logits, labels, inplace=inplace).backward()
         return peak.extra()
 
-    extra(True)  # what the first call loads once
+    extra(True)  # the first call loads code and allocates memory that stays
     assert extra(True) < n * v * 4 / 8
-    assert extra(False) > n * v * 4 / 2  # the measurement sees what it should
+    assert extra(False) > n * v * 4 / 2  # the measurement sees such a tensor
 
 
 def test_a_wrong_gradient_fails(monkeypatch):
@@ -206,7 +199,7 @@ def test_a_wrong_gradient_fails(monkeypatch):
 
 @pytest.mark.parametrize("loss_function", [ihl_loss, cross_entropy_loss])
 def test_compile(loss_function):
-    """One graph, for any number of tokens."""
+    """One graph serves any number of tokens."""
     torch.compiler.reset()
 
     def step(logits, labels):

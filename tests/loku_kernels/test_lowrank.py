@@ -1,4 +1,4 @@
-"""row_scaled_svd against a full SVD in float64, on planted spectra."""
+"""``row_scaled_svd`` against a full SVD in float64, on planted spectra."""
 
 from unittest import mock
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import DTYPES
+from kernel_inputs import DTYPES
 
 from loku_kernels import lowrank, row_scaled_svd
 
 SPECTRA = {
     "i^-0.5": lambda i: i**-0.5,
     "i^-0.25": lambda i: i**-0.25,
-    "spikes": lambda i: torch.where(i <= 12, 3.0, 1.0),  # twelve equal ones over a flat bulk
+    "spikes": lambda i: torch.where(i <= 12, 3.0, 1.0),  # twelve equal spikes over a flat bulk
     "0.9^i": lambda i: 0.9**i,
 }
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def planted(d, k, spectrum, generator):
-    """(d, k) with singular values ``spectrum(i)``, i = 1, 2, ..., and random singular vectors."""
+    """Make a matrix (d, k) with singular values ``spectrum(1)``, ``spectrum(2)``, ... and random vectors."""
     rank = min(d, k)
     left, right = (
         torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64))[0] for n in (d, k)
@@ -35,7 +35,7 @@ def log_normal(*shape, generator):
 
 
 def quality(weight, scales, s, v):
-    """Captured-energy deficit, largest relative error of S, ||V^T V - I||, of one matrix in float64."""
+    """Return the captured-energy deficit, the largest relative error of S, and ||V^T V - I||, in float64."""
     scaled = scales.double()[:, None] * weight.double()
     exact = torch.linalg.svdvals(scaled)[: len(s)]
     v = v.double()
@@ -63,7 +63,7 @@ def test_planted_spectra(spectrum, d, k, rank):
     generator = torch.Generator().manual_seed(rank)
     weight = planted(d, k, SPECTRA[spectrum], generator)
     check(weight[None], log_normal(1, d, generator=generator), rank)
-    # With uniform scales the slow decays are flat at the rank.
+    # With uniform scales, slowly decaying spectra are flat at the rank.
     check(weight[None], torch.ones(1, d), rank, *((1e-2, 2e-2) if spectrum == "i^-0.25" else ()))
 
 
@@ -73,17 +73,17 @@ def test_gaussian(d, k, rank):
     generator = torch.Generator().manual_seed(rank)
     weight = torch.randn(1, d, k, generator=generator)
     check(weight, log_normal(1, d, generator=generator), rank)
-    check(weight, torch.ones(1, d), rank, 1e-2, 2e-2)  # flat
+    check(weight, torch.ones(1, d), rank, 1e-2, 2e-2)  # a flat spectrum
 
 
 def test_the_measure_rejects_a_plain_sketch():
-    """What the targets rule out: a wrong V, and torch's own randomised SVD at q = rank."""
+    """The bounds rule out a wrong V, and torch's own randomised SVD at q = rank."""
     generator = torch.Generator().manual_seed(0)
     weight = planted(384, 384, SPECTRA["i^-0.25"], generator)
     scales = log_normal(384, generator=generator)
     _, s, v = torch.svd_lowrank(scales[:, None] * weight, q=16)
     assert quality(weight, scales, s, v)[0] > 3e-3
-    _, s, vh = torch.linalg.svd(weight, full_matrices=False)  # the scales forgotten
+    _, s, vh = torch.linalg.svd(weight, full_matrices=False)  # without the scales
     assert quality(weight, scales, s[:16], vh[:16].T)[0] > 0.1
 
 
@@ -119,11 +119,11 @@ def test_one_result_however_the_weights_come(dtype):
     projector = v @ v.mT
     strided = weights.mT.contiguous().mT
     cases = [
-        (list(weights), scales, {"MIN_DEPTH": 3}),  # the default
+        (list(weights), scales, {"MIN_DEPTH": 3}),  # the default constants
         (weights, list(scales), {"MIN_DEPTH": 3}),
         (strided, scales, {"MIN_DEPTH": 3}),
-        (weights, scales, {"GROUP_BYTES": 1}),  # one at a time
-        (weights, scales, {"FLOAT32_BYTES": 50_000}),  # some rows at a time, where they are converted
+        (weights, scales, {"GROUP_BYTES": 1}),  # one matrix at a time
+        (weights, scales, {"FLOAT32_BYTES": 50_000}),  # some rows are converted at a time
     ]
     for w, x, constants in cases:
         with mock.patch.multiple(lowrank, **constants):
@@ -159,7 +159,7 @@ def test_zero_matrix_and_zero_rows():
     generator = torch.Generator().manual_seed(0)
     weights, scales = torch.randn(3, 200, 150, generator=generator), torch.ones(3, 200)
     weights[0], scales[1] = 0, 0
-    scales[2, 5:] = 0  # five rows are left: rank 5
+    scales[2, 5:] = 0  # five rows are left, so the rank is 5
     s, v = row_scaled_svd(weights, scales, 8)
     identity = torch.eye(8).expand(3, 8, 8)
     torch.testing.assert_close(v.mT @ v, identity, rtol=0, atol=1e-5)
@@ -171,7 +171,7 @@ def test_zero_matrix_and_zero_rows():
 
 @pytest.mark.parametrize("d, k", [(300, 200), (200, 300), (30, 20)])
 def test_low_rank_and_equal_values(d, k):
-    """Krylov spaces that end early: three distinct singular values, and rank 3 below the rank asked for."""
+    """Krylov spaces end early for three distinct singular values, and for rank 3 below the wanted rank."""
     generator = torch.Generator().manual_seed(0)
     steps = planted(d, k, lambda i: torch.where(i <= 6, 5.0, torch.where(i <= 20, 2.0, 1.0)), generator)
     check(steps[None], torch.ones(1, d), 6, deficit=1e-6, error=1e-5)
@@ -201,7 +201,7 @@ def test_not_finite_raises(shape, bad):
         with pytest.raises(ValueError, match=r"finite .* matrix 1"):
             row_scaled_svd(weights, scales, 2)
         tensor[-1] = kept
-    scales[1, 0], weights[1, 0] = 0, bad  # not even where s would hide it
+    scales[1, 0], weights[1, 0] = 0, bad  # even where a scale of 0 would hide it
     with pytest.raises(ValueError, match=r"finite .* matrix 1"):
         row_scaled_svd(weights, scales, 2)
 

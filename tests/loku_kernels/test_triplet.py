@@ -1,4 +1,4 @@
-"""softmax_triplet: the operator on logits, forward and backward, against the float64 reference."""
+"""``softmax_triplet`` on logits, forward and backward, against the float64 reference."""
 
 import os
 import sys
@@ -7,10 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
+from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import check_against_reference, run_python
-from tensors import DTYPES, IGNORE, planted_logits
+from kernel_checks import check_against_reference
+from kernel_inputs import DTYPES, IGNORE, planted_logits
 
 import loku_kernels
 from loku_kernels import softmax_triplet, triplet
@@ -30,7 +31,7 @@ def test_llama3_vocabulary(backend):
 
 
 def untouched(*shape):
-    """A bfloat16 tensor of more than 2^31 entries, of which only what is written takes memory."""
+    """Make a bfloat16 tensor of more than 2^31 entries, of which only written ones take memory."""
     try:
         return torch.empty(shape, dtype=torch.bfloat16)
     except RuntimeError:
@@ -76,7 +77,7 @@ def test_any_shape_and_stride(n, v, dtype, seed, layout):
             logits = torch.nn.functional.pad(logits, (3, 5))[:, 3:-5]
         case "batched":
             logits, labels = logits.view(2, -1, v), labels.view(2, -1)
-        case "sliced":  # the usual shift: rows of a 3-D tensor that no view flattens
+        case "sliced":  # the usual shift by one token, which no view flattens
             padded = torch.nn.functional.pad(logits.view(2, -1, v), (0, 0, 0, 1))
             logits, labels = padded[:, :-1], labels.view(2, -1)
         case "one row":
@@ -103,8 +104,7 @@ def test_nan_and_inf_never_give_a_plausible_number(backend, dtype, fill, positio
     assert softmax_triplet(masked, torch.tensor([0]))[0].softmax(-1).isnan().any()
 
 
-def test_all_backends_give_the_reference_gradient_formula():
-    # The reference's own backward, against autograd through the reference's forward.
+def test_the_backward_of_the_reference_is_the_gradient_of_its_forward():
     logits, labels = planted_logits(24, 50, torch.float64)
     exact = logits.clone().requires_grad_()
     triplet, runner_up_id = reference.softmax_triplet(exact, labels)
@@ -264,17 +264,6 @@ def test_without_the_core_it_says_so_once_and_works():
     """
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-
-
-def test_a_backend_that_is_not_there_is_refused(monkeypatch):
-    logits, labels = planted_logits(12, 9, torch.float32)
-    monkeypatch.setenv("LOKU_BACKEND", "cpp")
-    with pytest.raises(ValueError, match="'cpp'"):
-        softmax_triplet(logits, labels)
-    monkeypatch.setenv("LOKU_BACKEND", "native")
-    monkeypatch.setattr(native, "_core", None)
-    with pytest.raises(RuntimeError, match="without its compiled core"):
-        softmax_triplet(logits, labels)
 
 
 def test_public_names_are_documented():

@@ -1,7 +1,7 @@
-"""Triton kernels against the float64 reference: in Triton's interpreter, and on a GPU where there is one.
+"""Triton kernels against the float64 reference, in Triton's interpreter and on a GPU if there is one.
 
-TRITON_INTERPRET must be set before triton is imported, so the interpreter has a process of its own:
-``test_in_the_interpreter`` runs this file there. In this process the same tests are those of the GPU.
+``TRITON_INTERPRET`` must be set before triton is imported, so the interpreter has a process of its own.
+``test_in_the_interpreter`` runs this file there. In this process the same tests need a GPU.
 """
 
 import importlib
@@ -15,13 +15,14 @@ from unittest import mock
 
 import pytest
 import torch
+from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import IGNORE, assert_as_good_as_eager, lean_eager_ihl, planted_logits, ulp
+from kernel_checks import assert_as_good_as_eager, lean_eager_ihl, ulp
+from kernel_inputs import IGNORE, planted_logits
 
 from loku_kernels import (
     accumulate_squared_grad_,
-    backends,
     ihl_loss,
     linear_ihl_loss,
     linear_softmax_triplet,
@@ -36,7 +37,7 @@ pytest.importorskip("triton", reason="no triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# In the interpreter bfloat16 is not rounded to nearest, and its products are nonsense.
+# The interpreter does not round to the nearest bfloat16, and its products in bfloat16 are wrong.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 EXAMPLES = 8 if INTERPRETED else 60
 TABLE_SCRIPT = Path(__file__).parents[2] / "scripts" / "triton_table.py"
@@ -60,7 +61,7 @@ def forced(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
-    """In the interpreter a block of 128 entries or so, that small shapes have several."""
+    """Let the interpreter use blocks of about 128 entries, so that small shapes have several."""
     if not INTERPRETED:
         yield
         return
@@ -71,7 +72,7 @@ def small_blocks():
 
 
 def launched(parts=None, vectors=None):
-    """Kernels with so many programs a row, if it is said, and so many vectors a thread."""
+    """Patch the number of programs a row and of vectors a thread, if they are given."""
     from loku_kernels.backends.triton import triplet
 
     changes = {}
@@ -87,14 +88,14 @@ def on(device, *tensors):
 
 
 def assert_close_to(exact, ours, dtype):
-    """ours (N, V) is the rounding of exact (N, V), up to a few float32 ulps of the row's largest entry."""
+    """Assert that ours (N, V) is exact (N, V) rounded, up to a few ulps of the row's largest entry."""
     scale = exact.abs().amax(-1, keepdim=True)
     error = (ours.cpu().double() - exact).abs()
     assert error.le(4 * max(ulp(dtype), 5e-7) * scale + torch.finfo(dtype).smallest_normal).all()
 
 
 def check_triplet(logits, labels, seed=0):
-    """Forward and backward on logits (..., V)."""
+    """Check forward and backward on logits (..., V)."""
     from loku_kernels.backends import triton as kernels
 
     vocab, dtype = logits.shape[-1], logits.dtype
@@ -128,8 +129,10 @@ def check_triplet(logits, labels, seed=0):
 
 
 def check_columns(logits, labels, cuts, softcap, out_dtype=None):
-    """Logits (N, V), block by block of columns, as the linear op does it; no label is ignored. What is made
-    of them takes their place or, in another dtype, one of its own."""
+    """Check logits (N, V), block by block of columns, as the linear operator takes them.
+
+    No label is ignored. The terms overwrite the logits, or have a tensor of their own in ``out_dtype``.
+    """
     from loku_kernels.backends import triton as kernels
 
     dtype, scale = out_dtype or logits.dtype, softcap or 1.0
@@ -186,7 +189,7 @@ def check_columns(logits, labels, cuts, softcap, out_dtype=None):
 
 
 def as_laid_out(tensor):
-    """A copy with the same strides, in memory of which the gaps hold a sentinel that must survive."""
+    """Copy a tensor with its strides; the gaps of the memory hold a sentinel."""
     size = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     memory = torch.full((size,), 77.0, dtype=tensor.dtype, device=tensor.device)
     copy = memory.as_strided(tensor.shape, tensor.stride())
@@ -199,7 +202,7 @@ def laid_out(logits, labels, layout):
     match layout:
         case "padded":
             logits = torch.nn.functional.pad(logits, (3, 5))[:, 3:-5]
-        case "sliced":  # the usual shift: rows of a 3-D tensor that no view flattens
+        case "sliced":  # the usual shift by one token, which no view flattens
             logits = torch.nn.functional.pad(logits.view(2, -1, vocab), (0, 0, 0, 1))[:, :-1]
             labels = labels.view(2, -1)
         case "three strides":
@@ -253,7 +256,7 @@ def test_any_shape_and_stride(n, v, dtype, seed, layout, parts, vectors):
     st.booleans(),
 )
 def test_any_columns(v, cuts, dtype, seed, softcap, narrow):
-    """In the logits' dtype, or as on CUDA from float32 logits to 16-bit operands."""
+    """The terms have the dtype of the logits, or are 16-bit for float32 logits, as on CUDA."""
     logits, labels = planted_logits(11, v, torch.float32 if narrow else dtype, seed)
     if softcap:
         logits = torch.tanh(logits / softcap)
@@ -287,7 +290,7 @@ def test_in_place_leaves_the_neighbours_alone(dtype, parts):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_ihl_is_the_papers_formula(dtype, parts, inplace):
+def test_ihl_is_the_formula_of_the_paper(dtype, parts, inplace):
     logits, labels = planted_logits(24, 300, dtype)
     logits, labels = logits[labels != IGNORE], labels[labels != IGNORE]
     weights = torch.randn(len(labels), dtype=torch.float64)
@@ -372,9 +375,9 @@ def test_linear_loss():
     hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(100, 8, generator=generator)
     labels = torch.tensor([3, IGNORE, 99, 0, 50, 7])
     results = []
-    for device, dtype in ((DEVICE, torch.float32), ("cpu", torch.float64)):
-        leaf = hidden.to(device, dtype, copy=True).requires_grad_()
-        loss = linear_ihl_loss(leaf, weight.to(device, dtype), labels.to(device), softcap=5.0)
+    for dtype in (torch.float32, torch.float64):  # plain torch computes in float64, on the GPU too
+        leaf = hidden.to(DEVICE, dtype, copy=True).requires_grad_()
+        loss = linear_ihl_loss(leaf, weight.to(DEVICE, dtype), labels.to(DEVICE), softcap=5.0)
         loss.backward()
         results.append((loss.detach().cpu().double(), leaf.grad.cpu().double()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
@@ -405,7 +408,7 @@ def test_fisher(n, tokens, d, k, dtype, strided, seed):
     expected = start.double() + grads.square().sum(0)
     tolerance = {"rtol": 1e-4, "atol": 1e-5 * expected.max().item()}
     torch.testing.assert_close(ours, expected, **tolerance)
-    for wrong in (start.double(), start.double() - grads.square().sum(0)):  # nothing added, or taken away
+    for wrong in (start.double(), start.double() - grads.square().sum(0)):  # left out, and subtracted
         with pytest.raises(AssertionError):
             torch.testing.assert_close(wrong, expected, **tolerance)
     rows, divisor = torch.ones(d).to(DEVICE), divisor.to(DEVICE)
@@ -418,7 +421,7 @@ def test_fisher(n, tokens, d, k, dtype, strided, seed):
 def test_fisher_of_tokens_more_than_2_to_the_31_entries_apart():
     generator = torch.Generator().manual_seed(0)
     near = torch.randn(1, 3, 40, generator=generator).half().to(DEVICE)
-    stride = 2**30 + 8  # less than 2^31, but twice it is more
+    stride = 2**30 + 8  # less than 2^31, and twice it is more
     try:
         memory = torch.empty(2 * stride + 40, dtype=torch.float16, device=DEVICE)
     except RuntimeError:
@@ -430,7 +433,7 @@ def test_fisher_of_tokens_more_than_2_to_the_31_entries_apart():
         assert torch.equal(ours, expected) and ours.gt(0).all()
 
 
-# --- what only a GPU has --------------------------------------------------------------------------
+# --- on a GPU alone -------------------------------------------------------------------------------
 
 gpu_alone = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -476,7 +479,7 @@ def test_graph_capture(dtype, inplace, rows):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # compiles
+        step()  # compiles the kernels
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -495,7 +498,7 @@ def test_graph_capture(dtype, inplace, rows):
 @gpu_alone
 def test_nothing_waits_for_the_device():
     logits, labels = on("cuda", *planted_logits(64, 5000, torch.bfloat16))
-    for _ in range(2):  # the first compiles
+    for _ in range(2):  # the first pass compiles the kernels
         leaf = logits.clone().requires_grad_()
         torch.cuda.set_sync_debug_mode("error" if _ else "default")
         try:
@@ -517,7 +520,7 @@ def test_logits_of_16_bit_operands_are_float32(dtype):
     triplet, runner_up_id = linear_softmax_triplet(hidden, weight, labels)
     exact, exact_id = reference.softmax_triplet(hidden.detach().double() @ weight.double().t(), labels)
     assert torch.equal(runner_up_id, exact_id)
-    assert (triplet - exact).abs().max() < 1e-3  # rounded to 16 bits, logits near 100 would be off by 0.02
+    assert (triplet - exact).abs().max() < 1e-3  # logits near 100, rounded to 16 bits, would be off by 0.02
     cross_entropy(triplet).sum().backward()
     leaf = hidden.detach().double().requires_grad_()
     torch.nn.functional.cross_entropy(leaf @ weight.double().t(), labels, reduction="sum").backward()
@@ -551,17 +554,9 @@ def test_a_bad_label_is_a_device_assert():
     assert result.returncode != 0 and "device-side assert" in result.stderr
 
 
-# --- this process, any machine --------------------------------------------------------------------
+# --- on any machine, in this process --------------------------------------------------------------
 
 outside = pytest.mark.skipif(INTERPRETED, reason="outside of the interpreter")
-
-
-def run_python(code, **environment):
-    here = Path(__file__).parent
-    environment = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=here, env=environment
-    )
 
 
 @outside
@@ -584,38 +579,6 @@ def test_on_the_cpu_it_needs_the_interpreter():
 
 
 @outside
-def test_the_choice_on_cuda(monkeypatch):
-    """On a pretended CUDA tensor: Triton, unless a measurement near its V says otherwise."""
-    from loku_kernels.backends import native, triton
-
-    tensor = mock.Mock(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(4, 50257))
-    monkeypatch.delenv("LOKU_BACKEND")
-    assert backends.choose("triplet_forward", tensor) is triton
-    tensor.dtype = torch.float64
-    assert backends.choose("triplet_forward", tensor) is reference
-    tensor.dtype = torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(native, "serves", lambda tensor: True)
-    table = {
-        ("triplet_forward", torch.bfloat16, 32000, (9, 0)): ("native", "made up"),
-        ("triplet_forward", torch.bfloat16, 128256, (9, 0)): ("triton", "made up"),
-        ("inverted_hinge_", torch.bfloat16, 32000, (8, 0)): ("native", "made up"),
-    }
-    monkeypatch.setattr(backends, "MEASURED_ON_CUDA", table)
-    assert backends.choose("triplet_forward", tensor) is native
-    with mock.patch.object(native, "serves", lambda tensor: False):  # a core without CUDA, an old driver
-        assert backends.choose("triplet_forward", tensor) is triton
-    assert backends.choose("inverted_hinge_", tensor) is triton
-    tensor.shape = (4, 128256)
-    assert backends.choose("triplet_forward", tensor) is triton
-    monkeypatch.setenv("LOKU_BACKEND", "reference")
-    assert backends.choose("triplet_forward", tensor) is reference
-    monkeypatch.setattr(backends, "_triton", lambda: None)
-    monkeypatch.delenv("LOKU_BACKEND")
-    assert backends.choose("triplet_forward", tensor) is reference  # no triton: plain torch
-
-
-@outside
 def test_tf32_is_as_torch_has_it():
     from loku_kernels.backends.triton import fisher
 
@@ -623,7 +586,7 @@ def test_tf32_is_as_torch_has_it():
     assert fisher._precision(torch.float32) == "ieee"
     before = matmul.fp32_precision
     try:
-        matmul.fp32_precision = "tf32"  # set so, the older attribute allow_tf32 cannot even be read
+        matmul.fp32_precision = "tf32"  # the older attribute allow_tf32 cannot be read afterwards
         assert fisher._precision(torch.float32) == "tf32" and fisher._precision(torch.bfloat16) == "ieee"
     finally:
         matmul.fp32_precision = before
@@ -631,7 +594,7 @@ def test_tf32_is_as_torch_has_it():
 
 @outside
 def test_another_batch_compiles_nothing_anew(monkeypatch):
-    """Kernels are made for dtypes and options, not for how many rows, tokens or columns there are."""
+    """Kernels are compiled for dtypes and options, not for numbers of rows, tokens or columns."""
     if not TABLE_SCRIPT.exists():
         pytest.skip("no checkout")
     monkeypatch.syspath_prepend(TABLE_SCRIPT.parent)
@@ -644,7 +607,8 @@ def test_another_batch_compiles_nothing_anew(monkeypatch):
 
     def fisher(n, tokens):
         operands = [table.meta(n, tokens, 4096, dtype=torch.bfloat16) for _ in range(2)]
-        table.fisher.accumulate_squared_grad_(table.meta(4096, 4096, dtype=torch.float32), *operands)
+        fisher = table.meta(4096, 4096, dtype=torch.float32)
+        table.fisher.accumulate_squared_grad_(fisher, *operands, None)
 
     def columns(first, count):
         block, labels = table.meta(1024, count, dtype=torch.float32), table.meta(1024, dtype=torch.int64)
@@ -662,8 +626,8 @@ def test_another_batch_compiles_nothing_anew(monkeypatch):
 
 
 @outside
-def test_what_the_kernels_compile_to():
-    """Registers, spills and vector widths, as committed, for GPUs that need not be there."""
+def test_the_table_of_compiled_kernels():
+    """Registers, spills and vector widths are as committed, for GPUs that need not be present."""
     if not TABLE_SCRIPT.exists():
         pytest.skip("no checkout")
     environment = {key: value for key, value in os.environ.items() if key != "LOKU_BACKEND"}

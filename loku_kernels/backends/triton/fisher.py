@@ -128,7 +128,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def accumulate_squared_grad_(
-    fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None = None
+    fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None
 ) -> None:
     """See ``reference.accumulate_squared_grad_``. The sums are float32.
 

@@ -1,70 +1,18 @@
 """Rows of every kind become tokens and labels, and bad rows are named."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
+from character_tokenizer import BOS, CHAT, EOS, MARKED_CHAT, PLAIN_CHAT, character_tokenizer
 from datasets import Dataset, DatasetDict
-from tiny_models import tiny_config
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from loku.data import (
-    RefusalRows,
-    collate,
-    documents,
-    infer_tokenizer,
-    load_refusals,
-    padding_id,
-    tokenize_dataset,
-)
-
-SPECIAL = ["<s>", "</s>", "<pad>", "<unk>"]
-BOS, EOS = 0, 1
-PLAIN_CHAT = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-MARKED_CHAT = (
-    "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }};{% endgeneration %}{% else %}{{ m['content'] }};{% endif %}"
-    "{% endfor %}"
-)
-CHAT = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "yo"},
-    {"role": "user", "content": "who"},
-    {"role": "assistant", "content": "me"},
-]
-
-
-def character_tokenizer(bos=True, eos=True, **special):
-    """One token a character; adds a BOS by default, as Llama's does."""
-    characters = [chr(c) for c in range(32, 127)] + ["\n"]
-    vocab = {token: i for i, token in enumerate(SPECIAL + characters)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    special |= {"eos_token": "</s>"} if eos else {}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", **special)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return character_tokenizer()
+from loku.data import collate, documents, infer_tokenizer, tokenize_dataset
 
 
 def labelled(row):
-    """The ids with a label; a label must be its own token."""
+    """Return the ids that have a label, each of which must equal its label."""
     assert len(row["input_ids"]) == len(row["labels"])
     pairs = zip(row["input_ids"], row["labels"], strict=True)
     kept = [(token, label) for token, label in pairs if label != -100]
@@ -205,7 +153,7 @@ def test_truncation_keeps_the_start_and_is_reported_once(tokenizer):
         ([{"prompt": "abcdefghij", "completion": "k"}], "max_length=8; raise max_length"),
     ],
 )
-def test_errors_say_what_is_wrong_and_where(tokenizer, rows, message):
+def test_errors_name_the_row_and_the_reason(tokenizer, rows, message):
     with pytest.raises(ValueError, match=message):
         tokenize_dataset(rows, tokenizer, max_length=8, name="retain")
 
@@ -215,46 +163,8 @@ def test_text_without_a_tokenizer_is_refused():
         tokenize_dataset(["ab"], None)
 
 
-def test_collate_pads_on_the_right():
-    rows = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}, {"input_ids": [6], "labels": [6]}]
-    batch = collate(rows, pad_token_id=9)
-    assert batch["input_ids"].tolist() == [[3, 4, 5], [6, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 4, 5], [6, -100, -100]]
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-
-
-def test_padding_id_never_fails():
-    assert padding_id(character_tokenizer(pad_token="<pad>")) == 2
-    assert padding_id(character_tokenizer()) == EOS
-    assert padding_id(character_tokenizer(eos=False)) == padding_id(None) == 0
-
-
-def tiny_llama(vocab_size):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    )
-
-
-def test_trainer_takes_the_rows(tokenizer, tmp_path):
-    rows = tokenize_dataset(["ab", "abcd", "a b c"], tokenizer)
-    options = TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True
-    )
-    collator = partial(collate, pad_token_id=padding_id(tokenizer))
-    trainer = Trainer(tiny_llama(len(tokenizer)), options, data_collator=collator, train_dataset=rows)
-    assert trainer.train().global_step == 2
-
-
 def test_infer_tokenizer(tokenizer, tmp_path):
-    model = tiny_llama(len(tokenizer))
+    model = tiny_model("llama", len(tokenizer))
     with pytest.raises(ValueError, match="tokenizer="):
         infer_tokenizer(model)
     model.save_pretrained(tmp_path / "model")
@@ -274,52 +184,3 @@ def test_no_tokenizer_is_made_up(kind, tmp_path):
     AutoModelForCausalLM.from_config(tiny_config(kind)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer="):
         infer_tokenizer(AutoModelForCausalLM.from_pretrained(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("row", "refused"),
-    [
-        ({"question": "why?", "answer": "so", "text": None}, {"question": "why?", "answer": "no"}),
-        ({"prompt": "why?", "completion": " so"}, {"prompt": "why?", "completion": " no"}),
-        ({"prompt": "why? ", "completion": "so"}, {"prompt": "why? ", "completion": "no"}),
-        ({"messages": CHAT[:2]}, {"messages": [CHAT[0], {"role": "assistant", "content": "no"}]}),
-    ],
-)
-def test_a_refusal_is_in_the_place_of_the_answer(row, refused):
-    for template in (PLAIN_CHAT, MARKED_CHAT):
-        tokenizer = character_tokenizer(chat_template=template)
-        refusals = RefusalRows(Dataset.from_list([row, row]), ["maybe", "no"], tokenizer)
-        (expected,) = tokenize_dataset([refused], tokenizer)
-        assert refusals[1, 1] == expected and refusals[0, 0] != expected
-        assert RefusalRows([row], ["no"], tokenizer, max_length=9)[0, 0]["labels"] == expected["labels"][:9]
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ("a text", "plain text"),
-        ({"text": "a text"}, "plain text"),
-        ({"input_ids": [1, 2, 3], "question": "a", "answer": "b"}, "where its answer begins"),
-        ({"messages": CHAT}, "the assistant must have one"),
-    ],
-)
-def test_rows_that_cannot_be_refused_are_named(tokenizer, row, reason):
-    good = {"question": "why?", "answer": "so"}
-    with pytest.raises(ValueError, match=rf'row 1 of the forget set: .*{reason}.*"dpo", "idk"'):
-        RefusalRows([good, row], ["no"], tokenizer)
-
-
-def test_refusals(tmp_path):
-    tofu = load_refusals()
-    assert len(tofu) == len(set(tofu)) == 100 and "I'm not sure." in tofu
-    (tmp_path / "refusals.txt").write_text("One.\n\n Two. \n", encoding="utf-8")
-    for path in (tmp_path / "refusals.txt", str(tmp_path / "refusals.txt")):
-        assert load_refusals(path) == ["One.", "Two."]
-    assert load_refusals(["a", "b"]) == ["a", "b"]
-    for bad, message in (
-        ([], "no refusals"),
-        (["a", " "], "non-empty string"),
-        ([1], "non-empty string, got 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_refusals(bad)

@@ -1,4 +1,4 @@
-"""Runs that are killed, disks that are full, files that were altered, losses that are NaN."""
+"""Checkpoints survive killed runs and full disks, and damaged ones are refused."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from killed_runs import AtStep, run
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import tiny_model
-from transformers import TrainerCallback
 
 import loku
 import loku.checkpoints
@@ -93,7 +92,7 @@ def test_a_damaged_checkpoint_is_refused(damage, name, message, copied):
         resume(copied)
     assert contents(copied) == before
     shutil.rmtree(copied / "saved")
-    resume(copied, str(copied / "checkpoint-2"))  # the earlier one is good
+    resume(copied, str(copied / "checkpoint-2"))  # the earlier checkpoint is whole
     assert (copied / "saved" / "adapter_model.safetensors").exists()
 
 
@@ -132,7 +131,7 @@ def test_the_oldest_checkpoints_are_deleted(tmp_path):
 
 
 def test_the_initial_factors_must_fit(copied):
-    """Without unlearn: another residual base than the checkpoint's would go unnoticed."""
+    """A trainer without ``unlearn`` would go on with another residual base unnoticed."""
     from killed_runs import FORGET, RETAIN
     from peft import LoraConfig, get_peft_model
 
@@ -203,42 +202,6 @@ def test_an_output_that_cannot_be_written_is_told_at_once(tmp_path, monkeypatch)
     monkeypatch.setattr("tempfile.NamedTemporaryFile", read_only)
     with pytest.raises(OSError, match=r"Read-only file system.*nothing was started"):
         run(tmp_path / "run")
-
-
-def poison(step, act):
-    class Poison(TrainerCallback):
-        def on_step_begin(self, args, state, control, model, **kwargs):
-            if state.global_step + 1 == step:
-                act(model)
-
-    return Poison()
-
-
-def test_a_loss_that_is_nan_stops_the_run(tmp_path, monkeypatch):
-    name = "transformer.h.1.mlp.c_fc"
-    models = []
-    monkeypatch.setattr("killed_runs.tiny_model", lambda kind: models.append(tiny_model(kind)) or models[0])
-
-    def act(model):
-        model.get_base_model().get_submodule(name).base_layer.weight.data[3, 2] = torch.inf
-
-    message = rf"step 4: forget_loss is nan \(it begins in .*{name}.*\).*before the weights changed"
-    with pytest.raises(FloatingPointError, match=message):
-        run(tmp_path, [poison(4, act)])
-    assert [c.name for c in whole_checkpoints(tmp_path)] == ["checkpoint-2"]
-    expected = tiny_model("gpt_neo").state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in models[0].state_dict().items())
-
-
-def test_a_parameter_that_is_nan_is_not_saved(tmp_path):
-    def act(model):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(lambda grad: grad * torch.nan)
-
-    with pytest.raises(FloatingPointError, match=r"step 4: the trained parameter .*lora_A.* is not finite"):
-        run(tmp_path, [poison(4, act)])
-    assert [c.name for c in whole_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 def test_the_trainer_is_told_to_stop_where_it_was(tmp_path):

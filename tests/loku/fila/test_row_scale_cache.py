@@ -1,4 +1,4 @@
-"""The cache of row scales: a second run measures nothing, another run finds nothing."""
+"""The cache serves a second run of the same settings, and no other run."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 from loku import FilaConfig, get_fila_state_dict
 from loku.data import collate
 from loku.fila import row_scales
-from loku.fingerprints import batches_fingerprint, weights_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +21,7 @@ def rows(count, seed):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many forward and backward passes there were so far."""
+    """A list with one entry for each forward and backward pass so far."""
     counted = []
 
     def counting(*args):
@@ -35,13 +34,13 @@ def passes(monkeypatch):
 
 
 class Run:
-    """A run of a process of its own, as far as that matters: the adapter's random weights differ."""
+    """A run whose adapter has random weights of its own, as in another process."""
 
     def __init__(self, cache, passes):
         self.cache, self.passes, self.number = cache, passes, 0
 
     def __call__(self, change=None, forget=None, retain=None, batch_size=2, shuffle=False, **settings):
-        """(row scales, whether it measured them)"""
+        """Return the row scales, and whether this run measured them."""
         self.number += 1
         model = tiny_model("llama")
         if change is not None:
@@ -70,10 +69,10 @@ def test_a_second_run_measures_nothing(run, tmp_path):
         scales, measured = run(**same)
         assert not measured and scales.keys() == first.keys()
         assert all(torch.equal(scales[name], first[name]) for name in first)
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing unfinished
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # no unfinished file is left
 
 
-def test_whatever_the_scales_depend_on_is_looked_at(run):
+def test_another_model_other_rows_and_other_settings_are_measured_anew(run):
     def one_weight(model):
         weight = model.model.layers[1].input_layernorm.weight.data
         weight[3] = torch.nextafter(weight[3], torch.tensor(2.0))
@@ -104,7 +103,7 @@ def test_whatever_the_scales_depend_on_is_looked_at(run):
         {"fisher_samples": 3, "seed": 1},
     ]
     assert all(run(**other)[1] for other in others)
-    assert not any(run(**other)[1] for other in others)  # each has its own file now
+    assert not any(run(**other)[1] for other in others)  # each has a file of its own now
 
 
 def damaged(file):
@@ -114,7 +113,7 @@ def damaged(file):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "what"),
+    ("spoil", "problem"),
     [
         (damaged, "is damaged"),
         (lambda file: file.write_bytes(file.read_bytes()[:-40]), "cannot be read"),
@@ -125,18 +124,18 @@ def damaged(file):
         ),
     ],
 )
-def test_a_bad_file_is_measured_anew(run, tmp_path, spoil, what):
+def test_a_bad_file_is_measured_anew(run, tmp_path, spoil, problem):
     cache = tmp_path / "cache"
     run(damping=0.5)
     (other,) = cache.iterdir()
     expected, _ = run()
     (file,) = set(cache.iterdir()) - {other}
-    other.rename(other.with_name("a"))  # comes first
+    other.rename(other.with_name("a"))  # sorts first
     spoil(file)
-    with pytest.warns(UserWarning, match=rf"row_scales-\w+\.safetensors {what}.*measured anew"):
+    with pytest.warns(UserWarning, match=rf"row_scales-\w+\.safetensors {problem}.*measured anew"):
         scales, measured = run()
     assert measured and all(torch.equal(scales[name], expected[name]) for name in expected)
-    assert not run()[1]  # it was replaced
+    assert not run()[1]  # the bad file was replaced
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(run, monkeypatch):
@@ -146,17 +145,3 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(run, monkeypatch):
     monkeypatch.setattr("loku.fila.row_scale_cache.save_file", full)
     with pytest.warns(UserWarning, match="could not be kept .*No space left"):
         assert len(run()[0]) == 4
-
-
-def test_the_adapter_does_not_count():
-    model = tiny_model("llama")
-    plain = weights_fingerprint(model)
-    assert weights_fingerprint(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == plain
-
-
-def test_where_packed_documents_begin_counts():
-    def fingerprint(row):
-        return batches_fingerprint([collate([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], **row}], 0)])
-
-    whole, packed = fingerprint({}), fingerprint({"position_ids": [0, 1, 0, 1]})
-    assert len({whole, packed, fingerprint({"position_ids": [0, 1, 2, 0]})}) == 3

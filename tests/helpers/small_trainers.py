@@ -1,7 +1,9 @@
-"""Small data sets and trainers that several test files share."""
+"""Small tokenised data sets, and trainers of tiny models on them."""
 
 import torch
+from peak_memory import PeakMemory
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.data.pairs import Draw
@@ -14,7 +16,7 @@ RETAIN_WEIGHT = 0.7
 
 
 def row(seed, prompt, length):
-    """A tokenised row with a prompt that carries no label."""
+    """Make a tokenised row of random ids, whose first ``prompt`` tokens carry no label."""
     ids = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
     return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
 
@@ -24,7 +26,7 @@ RETAIN = [row(10 + i, 2, 7 + 2 * i) for i in range(5)]
 
 
 class Refusals:
-    """As ``loku.data.RefusalRows``: the prompt of a forget row and a refusal."""
+    """A stand-in for ``loku.data.RefusalRows``: the prompt of a forget row, then a refusal."""
 
     refusals = ("a", "b", "c")
 
@@ -35,12 +37,12 @@ class Refusals:
 
 
 def items(dataset, rows):
-    """The items of a ``PairedDataset`` for these rows, in their order."""
+    """Return the items of a ``PairedDataset`` for these rows, in their order."""
     return [dataset[Draw(position, row)] for position, row in enumerate(rows)]
 
 
 def with_lora(model):
-    """An adapter that does something already, beside which the original is the model without it."""
+    """Add an adapter that changes the outputs; the model without it stays the original."""
     config = LoraConfig(
         r=3, lora_alpha=6, target_modules=default_target_modules(model), task_type="CAUSAL_LM"
     )
@@ -83,3 +85,13 @@ def arguments(tmp_path, **options):
 
 def lora(**options):
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+class PeakOfAStep(TrainerCallback):
+    """``extra`` is the peak memory of the last step, in bytes, above the memory before the step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.memory = PeakMemory()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.extra = self.memory.extra()

@@ -1,4 +1,4 @@
-"""The three saves load with plain transformers and peft, and compute what the unlearned model does."""
+"""All three saves load with plain transformers and peft, and compute the unlearned model's outputs."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_every_kind_loads_in_a_fresh_process(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path)]
     subprocess.run(command, check=True, timeout=120, env=environment)
-    # Of the largest logit. The residual and its adapter are the model in memory, bit for bit.
+    # Relative to the largest logit. The residual and its adapter equal the model in memory, bit for bit.
     tolerance = {"portable": 1e-5, "residual": 0.0, "merged": 1e-5}
     for kind, ours in load_file(tmp_path / "logits.safetensors").items():
         assert (ours - expected).abs().max() <= tolerance[kind] * expected.abs().max(), kind
@@ -121,7 +121,7 @@ SAVES = {
 @pytest.mark.parametrize("kind", ["residual", "merged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_models_with_tied_weights_and_in_bfloat16(dtype, kind, tmp_path):
-    model = initialized("gpt_neo", dtype)  # its output embedding is its input embedding
+    model = initialized("gpt_neo", dtype)  # one weight for input and output embedding
     before = {name: value.clone() for name, value in model.state_dict().items()}
     SAVES[kind](model, tmp_path / kind)
     after = model.state_dict()
@@ -190,7 +190,7 @@ def test_a_save_replaces_an_earlier_one_of_any_kind(kind, tmp_path):
 
 @pytest.mark.parametrize("moment", ["writing", "moving"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_failed_save_leaves_what_was_there(kind, moment, tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_earlier_one(kind, moment, tmp_path, monkeypatch):
     path = tmp_path / "saved"
     model = initialized()
     SAVES[kind](model, path)
@@ -223,7 +223,7 @@ def test_a_failed_save_leaves_what_was_there(kind, moment, tmp_path, monkeypatch
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_what_cannot_be_merged_is_refused(tmp_path):
+def test_quantised_weights_and_other_adapters_are_not_merged(tmp_path):
     model = initialized()
     layer = model.get_base_model().model.layers[1].mlp.up_proj
     layer.get_base_layer().weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)

@@ -4,13 +4,13 @@ import ctypes
 
 import pytest
 import torch
-from tensors import PeakMemory, needs_proc
+from peak_memory import PeakMemory, needs_proc
 from tiny_models import KINDS, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loku.data import collate
-from loku.fila.row_scales import fisher_row_scales, gradients_for_activations_alone, memory_bytes
+from loku.fila.row_scales import FilaConfig, fisher_row_scales, gradients_for_activations_alone, memory_bytes
 from loku.head import negative_log_likelihood
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +39,7 @@ def targets(model):
 
 
 def exact_scales(model, forget, retain, damping, mode):
-    """Batch size 1, a full backward, square, add."""
+    """Compute the row scales in float64, by a full backward of each row, squared and added."""
     model = tiny_model_copy(model)
     modules = targets(model)
 
@@ -89,7 +89,7 @@ def test_against_the_exact_loop(kind, damping, mode):
         assert scale.dtype == torch.float32
         assert abs(scale.square().mean().item() - 1) < 1e-5
         torch.testing.assert_close(scale.double(), expected[name], rtol=1e-3, atol=1e-5)
-        with pytest.raises(AssertionError):  # what forgetting to square, or the retain set, would give
+        with pytest.raises(AssertionError):  # without the square or the retain set all would be 1
             torch.testing.assert_close(torch.ones_like(scale), scale, rtol=1e-3, atol=1e-5)
 
 
@@ -137,16 +137,16 @@ def test_memory_sizes():
 
 @pytest.fixture
 def mapped_blocks():
-    """Matrices are mapped anew each time: none is in pages that malloc kept, which are counted already."""
+    """Let malloc map each matrix anew: pages that it has kept are counted already."""
     mallopt, mmap_threshold = getattr(ctypes.CDLL(None), "mallopt", lambda *args: None), -3
     mallopt(mmap_threshold, 1 << 18)
     yield
-    mallopt(mmap_threshold, 32 << 20)  # the most that glibc raises it to by itself
+    mallopt(mmap_threshold, 32 << 20)  # glibc raises the threshold up to this by itself
 
 
 @needs_proc
 def test_the_peak_is_within_the_budget(mapped_blocks):
-    """Beside what a forward and backward without weight gradients takes."""
+    """The budget comes on top of the memory of a forward and backward without weight gradients."""
     torch.manual_seed(0)
     size = {"vocab_size": 97, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 5}
     model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4))
@@ -158,7 +158,7 @@ def test_the_peak_is_within_the_budget(mapped_blocks):
                 negative_log_likelihood(model, batch).backward()
 
     def peak(function):
-        function()  # what is only allocated once
+        function()  # the first call allocates memory that stays
         memory = PeakMemory()
         function()
         return memory.extra()
@@ -171,12 +171,12 @@ def test_the_peak_is_within_the_budget(mapped_blocks):
     budget, least = 16 << 20, peak(plain)
     assert least < 8 << 20
     extra = peak(measure(budget))
-    assert 8 << 20 < extra <= budget + least  # it uses what it may
+    assert 8 << 20 < extra <= budget + least  # the budget is used
     assert peak(measure(None)) > budget + least + (8 << 20)
 
 
 def test_sums_are_float32_in_a_bfloat16_model():
-    """In bfloat16 a sum stops at 256 times what is added."""
+    """A sum in bfloat16 would stop at 256 times its addends."""
     model = tiny_model("llama").bfloat16()
     forget, retain = rows(3, 0), rows(2, 1)
     one, many = (
@@ -212,7 +212,7 @@ def test_leaves_the_model_as_it_was():
     with pytest.raises(KeyError):
         fisher_row_scales(model, targets(model), broken, batches(rows(2, 1), 2), progress=False)
     check()
-    with torch.no_grad():  # the caller's mode does not matter
+    with torch.no_grad():  # the caller's grad mode does not matter
         fisher_row_scales(
             model, targets(model), batches(rows(2, 0), 2), batches(rows(2, 1), 2), progress=False
         )
@@ -223,7 +223,7 @@ def test_leaves_the_model_as_it_was():
 def test_useless_scales_fall_back_to_ones_by_name(mode):
     model = tiny_model("llama")
     name, module = next((n, m) for n, m in targets(model).items() if n.endswith("0.mlp.up_proj"))
-    model.model.layers[0].mlp.down_proj.weight.data.zero_()  # nothing flows back
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()  # no gradient flows back
     data = batches(rows(2, 0), 2)
     with pytest.warns(UserWarning, match=r"0\.mlp\.up_proj: its Fisher information is zero"):
         scales = fisher_row_scales(model, {name: module}, data, data, damping_mode=mode, progress=False)
@@ -236,11 +236,11 @@ def test_a_fisher_that_is_not_finite_stops_and_names_the_module(value):
     data, poisoned = batches(rows(6, 0, vocab=96), 2), batches(rows(6, 1, vocab=96), 2)
     poisoned[1]["input_ids"][0, 0] = 96
     model.model.embed_tokens.weight.data[96] = value
-    what = (
+    message = (
         r"retain Fisher: .*\(model\.layers\.0\.self_attn\.q_proj is the first module whose is not; "
         "the loss is not finite from batch 1 on"
     )
-    with pytest.raises(FloatingPointError, match=what):
+    with pytest.raises(FloatingPointError, match=message):
         fisher_row_scales(model, targets(model), data, poisoned, progress=False)
     with pytest.raises(FloatingPointError, match=r"forget Fisher: .*batch 1 on"):
         fisher_row_scales(model, targets(model), poisoned, data, progress=False)
@@ -268,3 +268,14 @@ def test_errors():
     twice = {"gate_proj": model.model.layers[1].mlp.gate_proj}
     with pytest.raises(RuntimeError, match="gate_proj is called more than once"):
         fisher_row_scales(model, twice, data, data, progress=False)
+
+
+def test_config_is_checked():
+    for options, message in [
+        ({"damping": -1.0}, "damping"),
+        ({"damping": float("nan")}, "damping"),
+        ({"damping_mode": "other"}, "damping_mode"),
+        ({"fisher_samples": 0}, "fisher_samples"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FilaConfig(**options)

@@ -1,18 +1,18 @@
-"""loku.unlearn from data to a saved adapter."""
+"""``loku.unlearn``, from data to a saved adapter."""
 
 import math
 from collections import Counter
 
 import pytest
 import torch
+from peak_memory import needs_proc
 from peft import LoraConfig, PeftModel, get_peft_model
-from tensors import needs_proc
-from tiny_models import KINDS, PeakOfAStep, tiny_config, tiny_model
-from training import items
+from small_trainers import PeakOfAStep
+from tiny_models import KINDS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import loku
-from loku.data import PairedDataset, RowTokenizer, collate, collate_pairs, tokenize_dataset
+from loku.data import RowTokenizer, collate, tokenize_dataset
 from loku.demo import EMBEDDED, load_model, load_rows
 from loku.evaluation import token_scores
 from loku.fila.targets import default_target_modules, fila_targets
@@ -62,7 +62,7 @@ def test_unlearn_save_and_load(kind, init, tokenizer, tmp_path):
     assert [entry["step"] for entry in result.history if "forget_loss" in entry] == [1, 2, 3, 4]
 
     unlearned = logits_of(result.model.eval(), tokenizer)
-    assert (unlearned - original).norm() / original.norm() > 1e-3  # it did something
+    assert (unlearned - original).norm() / original.norm() > 1e-3  # the model has changed
     with loku.reference_model(result.model):
         torch.testing.assert_close(logits_of(result.model, tokenizer), original, rtol=1e-3, atol=1e-3)
 
@@ -150,11 +150,11 @@ def test_training_lowers_the_forget_loss(tokenizer, tmp_path):
     history = loku.unlearn(model, FORGET, RETAIN, config=options, tokenizer=tokenizer).history
     assert history[0]["forget_probability"] > 0.9
     losses = [entry["forget_loss"] for entry in history if "loss" in entry]
-    assert losses[0] > 1.9 and losses[-1] < 1.2  # from 1 + p_target to 1 - p_runner_up and what it lacks
+    assert losses[0] > 1.9 and losses[-1] < 1.2  # from 1 + p_target towards 1 - p_runner_up
 
 
 def test_embedded_model_forgets_and_retains(tmp_path):
-    """The main job on real text, small: 10 steps."""
+    """The embedded model forgets real text in 10 steps."""
     torch.set_num_threads(2)
     model, tokenizer = load_model()
     forget, retain = load_rows()
@@ -174,7 +174,7 @@ def test_embedded_model_forgets_and_retains(tmp_path):
         lora_alpha=32,
         fisher_samples=60,
     )
-    loku.unlearn(model, forget, retain, config=options)  # the tokenizer is found beside the model
+    loku.unlearn(model, forget, retain, config=options)  # the tokenizer lies beside the model
     assert probability(forget) < 0.4
     assert probability(retain[::4]) > 0.8
 
@@ -201,7 +201,9 @@ def test_no_logits_in_training(bf16, tmp_path):
     options = config(tmp_path, per_device_train_batch_size=8, num_train_epochs=2, bf16=bf16, lora_rank=2)
     loku.unlearn(model, rows, rows, config=options, callbacks=[peak])
     logits = 2 * 8 * tokens * vocab * (2 if bf16 else 4)
-    assert peak.extra < logits / 2  # one block of 64 MiB and its product, of 586 MiB (293 in bfloat16)
+    assert (
+        peak.extra < logits / 2
+    )  # a block of 64 MiB and its product; the logits are 586 MiB, in bfloat16 293
 
 
 def test_bf16_autocast_trains(tokenizer, tmp_path):
@@ -317,29 +319,6 @@ def test_rows_are_prepared_once(given, init, tokenizer, tmp_path, monkeypatch):
         "model": 1,
         **({"infer_tokenizer": 1} if given == "texts" else {}),
     }
-
-
-def test_pairs():
-    forget = [{"input_ids": [i, i], "labels": [i, i]} for i in range(5)]
-    retain = [{"input_ids": [10 + i] * 3, "labels": [10 + i] * 3} for i in range(3)]
-    dataset = PairedDataset(forget, retain, seed=0)
-
-    def draw(epoch, order=range(5)):
-        dataset.set_epoch(epoch)
-        order = list(order)
-        return {
-            i: item["retain"]["input_ids"][0] for i, item in zip(order, items(dataset, order), strict=True)
-        }
-
-    first, second = draw(0), draw(1)
-    assert first != second and draw(0, [4, 1, 0, 3, 2]) == first  # not a matter of order
-    drawn = [*first.values(), *second.values()]
-    assert all(sorted(drawn[i : i + 3]) == [10, 11, 12] for i in (0, 3, 6))  # none twice before all once
-    assert PairedDataset(forget, retain, seed=1)._retain_index(0) is not None
-
-    batch = collate_pairs(items(dataset, [0, 1]), pad_token_id=7)
-    assert batch["is_forget"].tolist() == [True, True, False, False]
-    assert batch["input_ids"][0].tolist() == [0, 0, 7] and batch["attention_mask"][0].tolist() == [1, 1, 0]
 
 
 def test_errors(tokenizer, tmp_path):

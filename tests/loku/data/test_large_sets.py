@@ -1,4 +1,4 @@
-"""Retain sets that are not held, packed rows, duplicates, and batches of like length."""
+"""Retain sets too large to hold, packed rows, and rows of both sets."""
 
 import copy
 import re
@@ -8,14 +8,13 @@ import datasets
 import pytest
 import torch
 from peft import get_peft_model
+from small_trainers import FORGET, RETAIN, VOCAB, arguments, lora
 from tiny_models import tiny_config, tiny_model
-from training import FORGET, RETAIN, VOCAB, arguments, items, lora
-from training import row as a_row
 from transformers import AutoModelForCausalLM
 
 import loku.data.large_sets
 from loku import UnlearnTrainer, unlearn
-from loku.data import PairedDataset, PairSampler, collate, tokenize_dataset
+from loku.data import PairSampler, collate, tokenize_dataset
 from loku.data.large_sets import LazyRows, StreamedRows, retain_rows
 from loku.fingerprints import ordered_rows_fingerprint
 from loku.head import check_packing, token_triplets
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def taught(forget, retain, tmp_path, **options):
-    """A trained adapter, as one vector, and its trainer."""
+    """Return a trained adapter, as one vector, and its trainer."""
     model = get_peft_model(tiny_model("llama", VOCAB), lora())
     trainer = UnlearnTrainer(model, arguments(tmp_path, **options), forget, retain)
     trainer.train()
@@ -36,7 +35,7 @@ def taught(forget, retain, tmp_path, **options):
 
 
 class Row(dict):
-    """It counts how many of its kind are alive, and were at most."""
+    """A row that counts how many rows are alive, and the most that were."""
 
     alive = most = 0
 
@@ -50,7 +49,7 @@ class Row(dict):
 
 
 class Stream:
-    """Rows without a length, made one by one: row i is that token four times."""
+    """A stream of rows, made one by one: row i repeats a token of its own four times."""
 
     def __init__(self, count):
         self.count = count
@@ -62,13 +61,13 @@ class Stream:
 def test_a_stream_is_read_as_it_is_used_and_not_held():
     rows = retain_rows(Stream(10**6), None)
     assert isinstance(rows, StreamedRows) and retain_rows(rows, None) is rows
-    asked = [0, 1, 7, 10**6 - 1, 10**6, 10**6 + 1, 2]  # on, over the end, and back
+    asked = [0, 1, 7, 10**6 - 1, 10**6, 10**6 + 1, 2]  # forward, over the end, and back
     assert [rows[k]["input_ids"] for k in asked] == [[3 + k % 10**6 % 90] * 4 for k in asked]
     assert Row.most <= 2
 
 
 def test_training_on_a_stream(tmp_path):
-    """Each row in its order, whatever the batches; the adapter is the same as of a list in this order."""
+    """Rows come in their order for any batch size, and the order decides the adapter."""
     weights, trainer = taught(FORGET, Stream(10**6), tmp_path, max_steps=4)
     assert trainer.train_dataset.retain._next == 8 and Row.most <= 2
     parts = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
@@ -88,13 +87,15 @@ def test_training_on_a_stream(tmp_path):
 
 
 def test_kl_and_fila_on_a_datasets_stream(tmp_path):
-    """Full tuning keeps what the original model makes of all rows to come; FILA measures the first."""
+    """Full tuning keeps the original model's outputs for all rows to come; FILA measures the first rows."""
     retain = datasets.Dataset.from_list(RETAIN).to_iterable_dataset()
     trainer = UnlearnTrainer(
         tiny_model("llama", VOCAB), arguments(tmp_path, method="kl", max_steps=3), FORGET, retain
     )
     trainer.train()
-    assert sorted(key for _, key in trainer.train_dataset.references) == list(range(8))  # of two epochs
+    assert sorted(key for _, key in trainer.train_dataset.references) == list(
+        range(8)
+    )  # the rows of two epochs
     assert trainer.state.log_history[0]["retain_loss"] == pytest.approx(0, abs=1e-5)
 
     adapters = []
@@ -145,7 +146,7 @@ def test_a_large_set_is_tokenised_as_it_is_drawn(tmp_path, monkeypatch):
     assert torch.equal(weights, expected)
     lazy = trainer.train_dataset.retain
     held = ordered_rows_fingerprint(tokenize_dataset(rows, None))
-    assert ordered_rows_fingerprint(lazy.first()) == held  # all are among its first 100
+    assert ordered_rows_fingerprint(lazy.first()) == held  # a fingerprint reads 100 rows, and there are 60
     assert len(lazy) == 60 and lazy[59] == tokenize_dataset(rows, None)[59] and len(list(lazy)) == 60
 
 
@@ -176,38 +177,11 @@ def test_a_stream_reports_the_first_of_a_kind():
     assert re.match(r"row 5 of the retain set is also in the forget set \(row 2\)", messages[1])
 
 
-# Lengths
-
-
-def test_rows_of_like_length_run_together():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(4, 60, (64,), generator=generator).tolist()
-    forget = [a_row(i, 1, n) for i, n in enumerate(lengths)]
-    dataset = PairedDataset(forget, RETAIN[:1], seed=0)  # 7 tokens
-    pairs = items(dataset, range(64))
-
-    def padding(order):
-        batches = [[max(lengths[i], 7) for i in order[k : k + 4]] for k in range(0, 64, 4)]
-        return sum(4 * max(batch) - sum(batch) for batch in batches)
-
-    orders = {
-        s: [draw.row for draw in PairSampler(dataset, 0, s, step=4)]
-        for s in ("random", "group_by_length", "sequential")
-    }
-    assert all(sorted(order) == list(range(64)) for order in orders.values())
-    assert orders["sequential"] == list(range(64))
-    assert padding(orders["group_by_length"]) < 0.5 * padding(orders["random"])
-    assert items(dataset, range(64)) == pairs
-    dataset.set_epoch(1)
-    again = [draw.row for draw in PairSampler(dataset, 0, "group_by_length", step=4)]
-    assert again != orders["group_by_length"]
-
-
 # Packed rows
 
 
 def packed(*rows):
-    """One row of several, as TRL packs them: prompts stay unlabelled."""
+    """Pack several rows into one, as TRL does; prompts stay unlabelled."""
     return {
         "input_ids": [token for row in rows for token in row["input_ids"]],
         "labels": [label for row in rows for label in row["labels"]],
@@ -231,7 +205,7 @@ def test_documents_of_a_row_do_not_see_each_other(kind):
 
 
 def test_packed_rows_train_as_their_documents(tmp_path):
-    """The losses are means over tokens, so that how documents share rows does not matter."""
+    """The losses are means over tokens, so the documents may share rows in any way."""
     options = {"train_sampling_strategy": "sequential", "max_steps": 1, "per_device_train_batch_size": 4}
     expected, _ = taught(FORGET, RETAIN[:4], tmp_path, **options)
     rows = [packed(*FORGET[:2]), packed(*FORGET[2:])]

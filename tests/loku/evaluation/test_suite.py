@@ -1,11 +1,10 @@
-"""``loku evaluate``: all measures in one call, by one process and by two."""
+"""All measures in one call of ``loku evaluate``, by one process and by two."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
-    # What the model partly knows: its own continuations, one of them with another second half.
+    # Texts that the model partly knows: its continuations, one of them with another second half.
     known = evaluation.generate_greedy(model, [[40, 50], [60, 70], [80, 90]], [24] * 3, progress=False)
     texts = [prompt + rest for prompt, rest in zip([[40, 50], [60, 70], [80, 90]], known, strict=True)]
     texts[1] = [*texts[1][:14], *range(200, 212)]
@@ -81,7 +80,7 @@ def arguments(folder, out):
 
 @pytest.fixture(scope="module")
 def parts(folder):
-    """(model, tokenizer, rows by set), for the measures one by one."""
+    """The model, the tokenizer and the rows by set, for the measures one by one."""
     _, tokenizer = demo.load_model()
     model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
     files = [*folder.glob("*.jsonl"), folder / "text.txt"]
@@ -123,7 +122,7 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
     every = evaluation.extraction_likelihood(
         model, tokenize_dataset(rows["holdout"], tokenizer), 3, 1, progress=False
     )
-    assert 0.1 < sets["holdout"]["extraction_likelihood_3"] < 1  # a case that can fail, also of the stride
+    assert 0.1 < sets["holdout"]["extraction_likelihood_3"] < 1  # the test can fail, and the stride counts
     assert sets["holdout"]["extraction_likelihood_3"] != pytest.approx(every.mean)
     assert "extraction_likelihood_3" not in sets["text"]
 
@@ -142,7 +141,7 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
     true = [row["completion"] for row in rows["chat"]]
     assert sets["chat"]["dialogue_f1"] == pytest.approx(sum(evaluation.dialogue_f1(generated, true)) / 2)
     assert sets["chat"]["rouge"] == pytest.approx(sum(evaluation.rouge_recalls(generated, true)[1]) / 2)
-    assert 0.1 < sets["chat"]["dialogue_f1"] < 1 and 0.1 < sets["chat"]["rouge"] < 1  # it can fail
+    assert 0.1 < sets["chat"]["dialogue_f1"] < 1 and 0.1 < sets["chat"]["rouge"] < 1  # so the test can fail
 
     expected = evaluation.forget_quality(log, reference)
     assert report["whole"]["forget_quality"] == pytest.approx(expected)
@@ -157,11 +156,11 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
     assert report["whole"]["membership_auc"] == evaluation.membership_auc(*min_k.values())
 
 
-def test_two_processes_give_what_one_gives(report, folder):
+def test_two_processes_give_the_report_of_one(report, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(evaluation.__file__).parents[2]),  # the package that is tested
+        "PYTHONPATH": str(Path(evaluation.__file__).parents[2]),  # the tested package
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -174,8 +173,8 @@ def test_two_processes_give_what_one_gives(report, folder):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("forget_quality") == 1  # printed once
-    assert "forget: scoring" in run.stderr and "100%" in run.stderr  # progress
+    assert run.stdout.count("forget_quality") == 1  # by the main process alone
+    assert "forget: scoring" in run.stderr and "100%" in run.stderr  # a progress bar
     for expected, name in zip(report, ("two.json", "two_log.json"), strict=True):
         expected, found = flat(expected), flat(json.loads((folder / name).read_text()))
         numbers = {key for key, value in expected.items() if isinstance(value, float)}
@@ -193,7 +192,7 @@ def flat(value, path=""):
     return {path: value}
 
 
-def test_what_is_printed_and_drawn(report, folder, capsys, tmp_path):
+def test_table_and_figure(report, folder, capsys, tmp_path):
     assert (folder / "one.png").read_bytes().startswith(b"\x89PNG")
     out = tmp_path / "text.json"
     adapter = tmp_path / "adapter"
@@ -269,73 +268,3 @@ def test_max_length_cuts_texts_but_not_answers(parts):
     with pytest.warns(UserWarning, match="rows of the text set were cut"):
         cut = evaluation.evaluate(model, tokenizer, chosen, max_length=3, progress=False).sets
     assert cut["retain"] == whole["retain"] and cut["text"] != whole["text"]
-
-
-# Sources
-
-
-def test_sources(tmp_path, monkeypatch):
-    lines = tmp_path / "rows.json"  # as TOFU's files
-    lines.write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
-    assert read_rows(lines) == [{"text": "a\u2028b"}, {"text": "c"}]
-    lines.write_text('[{"text": "a"},\n {"text": "b"}]', encoding="utf-8")
-    assert read_rows(str(lines)) == [{"text": "a"}, {"text": "b"}]
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is not JSON"):
-        read_rows(tmp_path / "rows.jsonl")
-    (tmp_path / "rows.txt").write_text("one\n \ntwo\n")
-    assert read_rows(tmp_path / "rows.txt") == ["one", "two"]
-    with pytest.raises(FileNotFoundError):
-        read_rows(tmp_path / "none.txt")
-
-    hub = ModuleType("datasets")
-    hub.load_dataset = lambda name, config, split: (name, config, split)
-    monkeypatch.setitem(sys.modules, "datasets", hub)
-    assert read_rows("locuslab/TOFU:forget10_perturbed") == ("locuslab/TOFU", "forget10_perturbed", "train")
-    assert read_rows("wikitext:wikitext-2-v1:test") == ("wikitext", "wikitext-2-v1", "test")
-    assert read_rows("some/set") == ("some/set", None, "train")
-    with pytest.raises(ValueError, match="CONFIG"):
-        read_rows("a:b:c:d")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
-        read_rows("some/set")
-
-
-# lm-evaluation-harness, which is not installed: what it is asked and how its answer is read
-
-
-def test_reasoning_accuracies(parts, monkeypatch):
-    model, tokenizer, _ = parts
-    asked = {}
-
-    class HFLM:
-        def __init__(self, **options):
-            asked["lm"] = options
-            asked["training"] = options["pretrained"].training
-
-    def simple_evaluate(**options):
-        asked["evaluate"] = options
-        tasks = {task: {"acc,none": 0.1 * i, "acc_norm,none": 0.9} for i, task in enumerate(options["tasks"])}
-        return {"results": {**tasks, "no_accuracy": {"perplexity,none": 3.0}}}
-
-    harness, models, huggingface = (
-        ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")
-    )
-    harness.simple_evaluate, huggingface.HFLM = simple_evaluate, HFLM
-    for module in (harness, models, huggingface):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    model.train()
-    accuracies = evaluation.reasoning_accuracies(model, tokenizer, batch_size=4, limit=10)
-    assert asked["lm"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
-    assert not asked["training"] and model.training
-    model.eval()
-    assert asked["evaluate"]["limit"] == 10 and asked["evaluate"]["num_fewshot"] == 0
-    assert asked["evaluate"]["tasks"] == list(evaluation.REASONING_TASKS) and len(accuracies) == 9
-    assert accuracies["copa"] == pytest.approx(0.2) and accuracies["winogrande"] == pytest.approx(0.8)
-
-    harness.simple_evaluate = lambda **options: {"results": {"odd": {"perplexity,none": 3.0}}}
-    with pytest.raises(ValueError, match="odd"):
-        evaluation.reasoning_accuracies(model, tokenizer, ["odd"])
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install 'loku-kernels\[lm-eval\]'"):
-        evaluation.reasoning_accuracies(model, tokenizer)

@@ -1,0 +1,83 @@
+"""Greedy generation and the extraction likelihood against brute force."""
+
+import math
+
+import pytest
+from naive_measures import naive_extraction, naive_greedy
+from tiny_models import tiny_model
+
+import loku.data
+from loku.evaluation import extraction_likelihood, generate_greedy, token_scores
+from loku.evaluation.extraction import greedy_answers
+
+
+def test_greedy_generation_does_not_depend_on_the_batch_or_the_generation_config(model):
+    prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [3], [20, 4, 19]]
+    lengths = [9, 5, 12, 0]
+    expected = [naive_greedy(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    model.generation_config.repetition_penalty = 5.0  # some chat models have one
+    try:
+        for batch_size in (1, 4):
+            assert generate_greedy(model, prompts, lengths, batch_size, progress=False) == expected
+    finally:
+        model.generation_config.repetition_penalty = None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neo"])  # gpt_neo has a table of positions
+def test_greedy_generation_ends_with_the_context(kind):
+    """The room for new tokens depends on the prompt's own width, not on its neighbours in the batch."""
+    model = tiny_model(kind).double()
+    context = model.config.max_position_embeddings
+    prompts = [
+        [3 + i % 90 for i in range(width)] for width in (14, 60, context - 3, context - 40, context, 5)
+    ]
+    alone = [generate_greedy(model, [p], [80], eos_token_id=[], progress=False)[0] for p in prompts]
+    assert [len(new) for new in alone] == [80, context - 60, 3, 40, 0, 80]
+    together = generate_greedy(model, prompts, [80] * 6, batch_size=6, eos_token_id=[], progress=False)
+    assert together == alone
+
+
+def test_greedy_answers_have_at_most_so_many_tokens(model):
+    ids = [5, 6, *naive_greedy(model, [5, 6], 20)]
+    memorized = {"input_ids": ids, "labels": [-100, -100, *ids[2:]]}
+    scores = token_scores(model, [memorized], progress=False)
+    for length in (1, 5, 20):
+        (answer,) = greedy_answers(model, [memorized], scores, length, progress=False)
+        assert answer == ids[2 : 2 + length]
+
+
+def test_packed_rows_have_no_extraction_likelihood(model):
+    packed = {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6], "position_ids": [0, 1, 0, 1]}
+    with pytest.raises(ValueError, match="split_documents"):
+        extraction_likelihood(model, [packed], n=1, progress=False)
+    rows = [{name: ids[part] for name, ids in packed.items()} for part in (slice(2), slice(2, 4))]
+    assert loku.data.split_documents([packed, rows[0]]) == [
+        {name: row[name] for name in ("input_ids", "labels")} if "position_ids" in row else row
+        for row in (*rows, rows[0])
+    ]
+
+
+@pytest.mark.parametrize(("n", "stride"), [(2, 1), (3, 1), (3, 4), (10, 1)])
+def test_extraction_likelihood_is_the_brute_force_one(model, rows, n, stride):
+    expected = [naive_extraction(model, row, n, stride) for row in rows]
+    result = extraction_likelihood(model, rows, n, stride, batch_size=4, progress=False)
+    assert result.per_row == expected
+    scores = token_scores(model, rows, progress=False)
+    assert extraction_likelihood(model, rows, n, stride, progress=False, scores=scores) == result
+    known = [value for value in expected if value is not None]
+    assert result.mean == pytest.approx(sum(known) / len(known))
+    assert (result.n, result.stride) == (n, stride)
+    if n < 10:
+        assert 0.02 < result.mean < 0.98  # neither nothing nor everything is extracted, so the test can fail
+
+
+def test_extraction_likelihood_of_a_memorized_text_is_one(model):
+    ids = [5, 6, *naive_greedy(model, [5, 6], 20)]
+    memorized = {"input_ids": ids, "labels": [-100, -100, *ids[2:]]}
+    result = extraction_likelihood(model, [memorized], n=4, progress=False)
+    assert result.mean == 1.0
+    short = {"input_ids": ids[:5], "labels": ids[:5]}
+    result = extraction_likelihood(model, [memorized, short], n=4, progress=False)
+    assert result.per_row == [1.0, None]
+    assert result.mean == 1.0
+    assert math.isnan(extraction_likelihood(model, [short], n=4, progress=False).mean)

@@ -1,0 +1,172 @@
+"""The default target modules, and the layers that FILA refuses."""
+
+import copy
+
+import pytest
+import torch
+from fila_models import LLAMA_SIZES, SMALL, make_base, make_peft, random_scales
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+)
+
+from loku.fila.initialize import initialize_from_row_scales
+from loku.fila.targets import default_target_modules, fila_targets
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
+
+def test_default_target_modules():
+    neo, llama, phi = (make_base(kind) for kind in ("gpt_neo", "llama", "phi"))
+    assert default_target_modules(neo) == ["c_fc", "c_proj", "q_proj", "v_proj"]
+    assert default_target_modules(llama) == ["down_proj", "gate_proj", "q_proj", "up_proj", "v_proj"]
+    assert default_target_modules(phi) == ["fc1", "fc2", "q_proj", "v_proj"]
+    opt = AutoModelForCausalLM.from_config(
+        OPTConfig(
+            **SMALL,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    assert default_target_modules(opt) == ["fc1", "fc2", "q_proj", "v_proj"]
+
+
+def test_target_sweeps():
+    neo, llama, phi = (make_base(kind) for kind in ("gpt_neo", "llama", "phi"))
+    for model, keys_and_outputs, mlp in [
+        (neo, ["k_proj", "out_proj"], ["c_fc", "c_proj"]),
+        (llama, ["k_proj", "o_proj"], ["down_proj", "gate_proj", "up_proj"]),
+        (phi, ["dense", "k_proj"], ["fc1", "fc2"]),
+    ]:
+        assert default_target_modules(model, "qv") == ["q_proj", "v_proj"]
+        assert default_target_modules(model, "qkvo") == sorted(["q_proj", "v_proj", *keys_and_outputs])
+        assert default_target_modules(model, "ffn") == mlp
+        assert default_target_modules(model, "qv+ffn") == default_target_modules(model)
+
+
+def test_default_target_modules_takes_longer_suffixes_where_names_collide():
+    block = nn.ModuleDict(
+        {
+            "attn": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q_proj", "v_proj", "c_proj")}),
+            "mlp": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("c_fc", "c_proj")}),
+        }
+    )
+    model = nn.ModuleDict({"h": nn.ModuleList([block])})
+    assert default_target_modules(model) == ["attn.q_proj", "attn.v_proj", "mlp.c_fc", "mlp.c_proj"]
+
+
+def test_default_target_modules_refuses_unknown_layouts():
+    moe = AutoModelForCausalLM.from_config(
+        MixtralConfig(**LLAMA_SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
+    )
+    with pytest.raises(ValueError, match=r"mixture of experts.* pass target_modules"):
+        default_target_modules(moe)
+    with pytest.raises(ValueError, match=r"no query projection .* pass target_modules"):
+        default_target_modules(nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(4, 4)})])}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1 .* set it to 0"),
+        ({"use_dora": True}, "use_dora=True .* set it to False"),
+        ({"lora_bias": True}, "lora_bias=True .* set it to False"),
+        ({"bias": "lora_only"}, "bias='lora_only' .* bias=\"none\""),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* without FILA"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices=.* without FILA"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.* leave it unset"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .* use init_lora_weights=True"),
+        ({"lora_alpha": 0}, r"model.layers.0.self_attn.q_proj: scaling is 0.0.* set lora_alpha"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "model.embed_tokens: FILA needs a plain nn.Linear"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_options_are_refused(options, message):
+    base = make_base("phi" if "lora_bias" in options else "llama")
+    targets = {"target_modules": default_target_modules(base)}
+    model = get_peft_model(base, LoraConfig(**{"r": 4, **targets, **options}))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        initialize_from_row_scales(model, {})
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Linear4bit(nn.Linear):
+    """A stand-in for bitsandbytes' class of this name: a subclass of nn.Linear that holds packed bytes."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = nn.Parameter(torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), False)
+
+
+def replaced(model, name, module):
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def test_quantised_and_meta_weights_are_refused():
+    name = "model.layers.1.mlp.up_proj"
+    base = make_base("llama")
+    targets = default_target_modules(base)
+    replaced(base, name, Linear4bit(base.get_submodule(name)))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
+    with pytest.raises(ValueError, match=rf"{name}: .*Linear4bit.*uint8; .* quantise the residual"):
+        fila_targets(model)
+
+    base = make_base("llama")
+    replaced(base, name, base.get_submodule(name).to("meta"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
+    with pytest.raises(ValueError, match=rf"{name}: .*meta device.* without offloading"):
+        fila_targets(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_conv1d_fused_and_tied_targets_are_refused():
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(**SMALL, n_embd=32, n_layer=1, n_head=2))
+    model = get_peft_model(gpt2, LoraConfig(r=4, target_modules=["c_fc"], fan_in_fan_out=True))
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc: .*Conv1D.* use default LoRA"):
+        fila_targets(model)
+    with pytest.raises(ValueError, match=r"Conv1D.*pass target_modules"):
+        default_target_modules(gpt2.base_model)
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL, **sizes))
+    with pytest.raises(ValueError, match=r"query_key_value .*fuses query.*pass target_modules"):
+        default_target_modules(neox)
+    model = get_peft_model(neox, LoraConfig(r=4, target_modules=["query_key_value"]))
+    with pytest.raises(ValueError, match=r"query_key_value: .*fused .* use default LoRA"):
+        fila_targets(model)
+
+    tied = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, **sizes, tie_word_embeddings=True))
+    model = get_peft_model(tied, LoraConfig(r=4, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head: .*also that of model\.embed_tokens.* untie"):
+        fila_targets(model)
+
+
+def test_models_and_adapters_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="needs a PeftModel"):
+        fila_targets(make_base("llama"))
+    model = make_peft("llama")
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        fila_targets(model, "other")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"q_proj: .*merged.* call unmerge_adapter"):
+        fila_targets(model)
+    model.unmerge_adapter()
+    initialize_from_row_scales(model, random_scales(model))
+    with pytest.raises(ValueError, match=r"already initialised.* restore_base_"):
+        fila_targets(model)
+    model = make_peft("llama")
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    with pytest.raises(ValueError, match=r"other adapters \['second'\].* delete them"):
+        fila_targets(model)

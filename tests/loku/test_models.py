@@ -1,0 +1,122 @@
+"""Models are loaded, unwrapped, and evaluated without a trace."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model
+from torch import nn
+
+from loku import UnlearnConfig
+from loku.models import evaluating, keep_differentiable_, load_model, model_device, unwrapped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def mixed():
+    """A model in training mode with one module in evaluation mode."""
+    model = tiny_model("llama").train()
+    model.model.layers[0].mlp.eval()
+    return model
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+def test_evaluating_restores_every_mode(mixed):
+    before = modes(mixed)
+    assert True in before and False in before
+    with evaluating(mixed):
+        assert not any(modes(mixed)) and not torch.is_grad_enabled()
+        assert not mixed(torch.arange(3, 9)[None]).logits.requires_grad
+    assert modes(mixed) == before and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_evaluating_restores_every_mode_after_an_exception(mixed, error):
+    before = modes(mixed)
+    with pytest.raises(error, match="inside"), evaluating(mixed):
+        mixed.model.layers[1].train()
+        raise error("inside")
+    assert modes(mixed) == before and torch.is_grad_enabled()
+
+
+def test_evaluating_inside_evaluating(mixed):
+    before = modes(mixed)
+    with evaluating(mixed):
+        with evaluating(mixed.model):
+            pass
+        assert not any(modes(mixed)) and not torch.is_grad_enabled()
+    assert modes(mixed) == before
+
+
+def test_caches_that_grow_in_evaluation_can_train(mixed):
+    """In inference mode the cache would be an inference tensor, which autograd refuses."""
+
+    class Cached(nn.Module):
+        cache = None
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = torch.ones(3)
+            return (x * self.cache).sum()
+
+    model, x = Cached(), torch.ones(3, requires_grad=True)
+    with evaluating(model):
+        model(x)
+    model(x).backward()
+    assert x.grad.eq(1).all()
+
+
+def test_unwrapped():
+    model = tiny_model("llama")
+    assert unwrapped(model) is model
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert unwrapped(adapted) is model
+    wrapper = nn.Module()
+    wrapper.module = adapted  # the attribute of DistributedDataParallel
+    assert unwrapped(wrapper) is model
+    model.module = "a text is no wrapped model"
+    assert unwrapped(model) is model
+
+
+def test_model_device():
+    assert model_device(tiny_model("llama")) == torch.device("cpu")
+    assert model_device(nn.Linear(2, 3, device="meta")) == torch.device("meta")
+
+
+def test_load_model(tmp_path):
+    model = tiny_model("llama")
+    config = UnlearnConfig(str(tmp_path))
+    assert load_model(model, config) is model
+    model.save_pretrained(tmp_path / "model")
+    with_dtype = UnlearnConfig(str(tmp_path), model_init_kwargs={"dtype": "bfloat16"})
+    for path, expected in ((str(tmp_path / "model"), torch.bfloat16), (tmp_path / "model", torch.bfloat16)):
+        loaded = load_model(path, with_dtype)
+        assert loaded.dtype == expected and torch.equal(
+            loaded.lm_head.weight, model.lm_head.weight.bfloat16()
+        )
+    with pytest.raises(ValueError, match="by its path or name"):
+        load_model(model, with_dtype)
+
+
+def test_keep_differentiable_unpacks_quantised_layers_alone():
+    """A stand-in for bitsandbytes' layer, whose state_dict has the side effect of unpacking."""
+
+    class Packed(nn.Linear):
+        support_avx512bf16_for_cpu, unpacked = True, 0
+
+        def state_dict(self, *args, **kwargs):
+            self.unpacked += 1
+            return super().state_dict(*args, **kwargs)
+
+    class Unpacked(Packed):
+        support_avx512bf16_for_cpu = False
+
+    model = nn.Sequential(Packed(2, 3), nn.Linear(3, 3), Unpacked(3, 2))
+    keep_differentiable_(model)
+    assert model[0].unpacked == 1 and model[0].support_avx512bf16_for_cpu is False
+    assert model[2].unpacked == 0
+    keep_differentiable_(model)
+    assert model[0].unpacked == 1
