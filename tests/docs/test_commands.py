@@ -133,6 +133,7 @@ def read_script(arguments, monkeypatch):
         raise Read
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr("multiprocessing.set_start_method", lambda method: None)  # it can be set once
     monkeypatch.setattr(sys, "argv", [str(script), *arguments[1:]])
     monkeypatch.syspath_prepend(script.parent)
     before = set(sys.modules)

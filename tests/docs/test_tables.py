@@ -36,11 +36,13 @@ def test_places_of_tables(page):
 @pytest.mark.parametrize("path", TABLES)
 def test_tables_are_made_from_the_results(path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import report
-
+    before = set(sys.modules)
     try:
+        import report
+
         text = (ROOT / path).read_text(encoding="utf-8")
         assert text == report.render(text), "run: python benchmarks/report.py"
-    finally:
-        for name in ("report", "harness"):
-            sys.modules.pop(name, None)
+    finally:  # other tests have a module of the same name
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == ROOT / "benchmarks":
+                del sys.modules[name]
