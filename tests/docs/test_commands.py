@@ -27,6 +27,7 @@ NOT_RUN = {
     "mypy": "CI runs it",
     "twine": "needs a registry",
     "auditwheel": "needs the wheels of a release",
+    "cibuildwheel": "needs docker",
 }
 # Commands of ``loku`` whose options are read and no more, by the reason.
 READ_ONLY = {"demo": "tests/loku/test_demo.py runs it"}
