@@ -20,14 +20,10 @@ NOT_RUN = {
     "pip": "needs a registry; its extras and groups are looked up",
     "pytest": "runs this test",
     "mkdocs": "test_site.py runs it",
-    ".ci/run": "runs this test",
     "scripts/sanitize.sh": "builds the core again",
     "ruff": "CI runs it",
     "clang-format": "CI runs it",
     "mypy": "CI runs it",
-    "twine": "needs a registry",
-    "auditwheel": "needs the wheels of a release",
-    "cibuildwheel": "needs docker",
 }
 # Commands of ``loku`` whose options are read and no more, by the reason.
 READ_ONLY = {"demo": "tests/loku/test_demo.py runs it"}
