@@ -1,4 +1,4 @@
-"""The README's recipes for other frameworks, as they stand, against the formulas on whole logits."""
+"""The recipes of docs/integrations.md for other frameworks, against the formulas on whole logits."""
 
 import re
 import sys
@@ -12,8 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 from loku_kernels.backends.reference import inverted_hinge_loss
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-RECIPES = dict(re.findall(r"<!-- recipe: ([\w-]+) -->\n```python\n(.*?)^```", README, re.S | re.M))
+PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
+RECIPES = dict(re.findall(r"<!-- recipe: ([\w-]+) -->\n```python\n(.*?)^```", PAGE, re.S | re.M))
 
 LEARNING_RATE = 1.0  # so that a step is large beside the rounding of the weights
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_recipe(name, names):
-    exec(compile(RECIPES[name], f"README.md, {name}", "exec"), names)
+    exec(compile(RECIPES[name], f"docs/integrations.md, {name}", "exec"), names)
     return names
 
 
@@ -108,7 +108,7 @@ def test_trainer(kind, accumulation, tmp_path):
 
 
 def test_open_unlearning(tmp_path, monkeypatch):
-    # What of the framework a trainer touches: the registry, the class to derive from, how it is made.
+    # The parts of the framework that a trainer touches: the registry, the base class, the constructor.
     registry = {}
 
     class FinetuneTrainer(Trainer):

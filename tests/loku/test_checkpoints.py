@@ -13,6 +13,7 @@ from killed_runs import AtStep, run
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import tiny_model
+from transformers import TrainerCallback
 
 import loku
 import loku.checkpoints
