@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from tables import table
+from result_files import markdown_table
 
 Line = Mapping[str, Any]
 ABLATION_STEPS = 10  # step at which the forget answers' probability shows the speed of a run
@@ -48,7 +48,7 @@ def fila_ablation(lines: Sequence[Line]) -> str:
             f"{fmean(end['model_utility'] / start['model_utility'] for start, end in ends):.3f}",
         ]
 
-    return table(
+    return markdown_table(
         [
             "",
             "rank correlation of row scales with those shipped",

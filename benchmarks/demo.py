@@ -1,6 +1,6 @@
 """Run ``loku demo`` with three seeds, for the table in ``docs/benchmarks.md``.
 
-python benchmarks/demo.py [--seeds N ...] [--json FILE]
+    python benchmarks/demo.py [--seeds N ...] [--json FILE]
 """
 
 import argparse

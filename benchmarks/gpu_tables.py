@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from result_files import Row
-from tables import Result, digits, table
+from result_files import Row, markdown_table
+from tables import Result, digits
 
 
 class Step(NamedTuple):
@@ -133,7 +133,7 @@ def step_table(step: Step, rows: Sequence[Row]) -> str:
         ]
         for shape, case in cases.items()
     ]
-    return table([step.shape, *columns, "over the fastest peer", *step.figures], lines)
+    return markdown_table([step.shape, *columns, "over the fastest peer", *step.figures], lines)
 
 
 def gpu(result: Result) -> str:

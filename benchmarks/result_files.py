@@ -167,7 +167,13 @@ class ResumableFile(ResultFile):
         self.write()
 
 
-# --- tables on the terminal -----------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mebibytes(size: int | None) -> str:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from result_files import Row
-from tables import Group, Result, case, digits, groups, table
+from result_files import Row, markdown_table
+from tables import Group, Result, case, digits, groups
 
 
 def line(name: str, group: Group, ours: str, peers: dict[str, str]) -> list[str]:
@@ -72,7 +72,7 @@ def summary(ihl_kernel: Result, linear: Result, unlearn: Result, fisher: Result,
         ),
         svd_line(fila),
     ]
-    return table(
+    return markdown_table(
         ["kernel or stage", "case", "ours, ms (MiB)", "fastest in plain torch", "speed over it (its MiB)"],
         rows,
     )

@@ -1,9 +1,9 @@
 """Tables of the CPU benchmarks: each function turns the content of a result file into Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from result_files import Row, mebibytes
+from result_files import Row, markdown_table, mebibytes
 
 Result = Mapping[str, Any]
 
@@ -56,12 +56,6 @@ def groups(result: Result, *keys: str, **wanted: Any) -> list[Group]:
     return [Group(part) for part in parts.values()]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def case(group: Group) -> str:
     """Return the shape and the dtype of a comparison."""
     return f"{group.case['what'].replace('x', ' x ')} {group.case['dtype']}"
@@ -88,7 +82,7 @@ def ihl_kernel(result: Result) -> str:
     """Return the table of ``ihl_kernel.py``."""
     ours = "ihl_loss in place"
     forward = {(g.case["what"], g.case["dtype"]): g for g in groups(result, computes="forward")}
-    return table(
+    return markdown_table(
         [
             "N x V",
             "`ihl_loss(inplace=True)`, ms",
@@ -118,7 +112,7 @@ def ihl_kernel(result: Result) -> str:
 def linear(result: Result) -> str:
     """Return the table of ``linear.py``."""
     ours, plain = "linear_ihl_loss", "linear_cross_entropy_loss"
-    return table(
+    return markdown_table(
         [
             "N x D x V",
             "`linear_ihl_loss`, ms",
@@ -151,7 +145,7 @@ def fisher(result: Result) -> str:
 
     layers = [g for g in groups(result) if "einsum" in g]
     models = [g for g in groups(result) if "loop" in g]
-    return table(
+    return markdown_table(
         [
             "samples x tokens x d x k",
             "",
@@ -172,7 +166,7 @@ def fisher_memory(result: Result) -> str:
     def beside(row: Row) -> str:
         return "-" if row is plain else mebibytes(row["peak_extra_bytes"] - plain["peak_extra_bytes"])
 
-    return table(
+    return markdown_table(
         [
             "memory budget",
             "passes over the data",
@@ -225,7 +219,7 @@ def fila(result: Result) -> str:
                     worst("embedded"),
                 ]
             )
-    return table(
+    return markdown_table(
         [
             "rank",
             "",
@@ -246,7 +240,7 @@ def unlearn(result: Result) -> str:
         ours, official = (g[name]["peak_extra_bytes"] for name in ("loku", "official"))
         return f"{ours / official:.2f}" if ours is not None and official else "?"
 
-    return table(
+    return markdown_table(
         [
             "a step on GPT-Neo-125M",
             "`UnlearnTrainer`, ms",
@@ -269,7 +263,7 @@ def unlearn(result: Result) -> str:
 
 def scaling(result: Result) -> str:
     """Return the two tables of ``scaling.py``: of N x V, and of V from hidden states."""
-    large = table(
+    large = markdown_table(
         [
             "N x V, bfloat16",
             "entries",
@@ -288,7 +282,7 @@ def scaling(result: Result) -> str:
             for g in groups(result, part="large")
         ],
     )
-    from_hidden = table(
+    from_hidden = markdown_table(
         ["N x V from hidden states", "`linear_ihl_loss`, ms", "nanoseconds a logit", "over eager IHL"],
         [
             [
@@ -331,5 +325,7 @@ def demo(result: Result) -> str:
     return (
         f"Before, the forget answers' probability is {before['forget_probability']:.2f}, the retain answers' "
         f"{before['retain_probability']:.2f} and the forget quality {before['forget_quality']:.4f}.\n\n"
-        + table(["after", *(f"seed {run['seed']}" for run in runs), "twin that never saw them"], lines)
+        + markdown_table(
+            ["after", *(f"seed {run['seed']}" for run in runs), "twin that never saw them"], lines
+        )
     )
