@@ -1,6 +1,8 @@
 """Run ``loku demo`` with three seeds, for the table in ``docs/benchmarks.md``.
 
     python benchmarks/demo.py [--seeds N ...] [--json FILE]
+
+The result file is written after each seed.
 """
 
 import argparse

@@ -109,6 +109,29 @@ def test_report_reads_the_committed_results(tmp_path):
         assert f"\n| {plan.label_of(shape).replace('x', ' x ')} | " in gpu
 
 
+def test_time_on_a_gpu_is_between_events_behind_a_wait(monkeypatch):
+    harness = importlib.import_module("harness")
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("wait"))
+    assert harness.seconds_of(lambda: calls.append("call"), "cuda") == 2e-3
+    assert calls == ["wait", "record", "call", "record", "synchronize"]
+
+
 # --- benchmarks/gpu.py ----------------------------------------------------------------------------
 
 SMALL = {
