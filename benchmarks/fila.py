@@ -32,8 +32,8 @@ SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 Subspaces = tuple[Tensor, Tensor]  # S and V of one weight, or of all weights, stacked
-Decomposition = Callable[[Tensor, int], Subspaces]  # of (scaled weight, rank)
-Method = Callable[[Sequence[Tensor], Tensor, int], Subspaces]  # of (weights, scales, rank)
+Decomposition = Callable[[Tensor, int], Subspaces]  # arguments: scaled weight, rank
+Method = Callable[[Sequence[Tensor], Tensor, int], Subspaces]  # arguments: weights, scales, rank
 
 
 # --- peers ----------------------------------------------------------------------------------------

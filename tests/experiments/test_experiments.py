@@ -277,9 +277,8 @@ def test_a_tdec_cell(tmp_path, one_thread):
     tdec.memorise(short, tmp_path / "model", tokenizer, rounds=(1, 1), sizes=(2, 32))
     base = tdec.Base(str(tmp_path / "model"), [short[:1], short[1:2]], short[2:3], short[3:5], short[5:])
     line = tdec.run_cell(tdec.Cell(num_train_epochs=2, lora_rank=2, tasks=2, learning_rate=0.1), base)
-    first, second = (
-        step["history"][0] for step in line["steps"]
-    )  # the original model's thresholds hold for all tasks
+    # The thresholds of the original model hold for all tasks.
+    first, second = (step["history"][0] for step in line["steps"])
     assert {k: v for k, v in first.items() if "holdout" in k} == {
         k: v for k, v in second.items() if "holdout" in k
     }
