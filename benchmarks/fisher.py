@@ -3,41 +3,54 @@
     python benchmarks/fisher.py [--shape 8x128x768x3072 ...] [--models ...] [--threads N ...]
 
 A shape is samples x tokens x outputs x inputs. The floor of the kernel is the weight-gradient GEMM over the
-same tokens: the library's sum over all of them, with nothing squared. Its peers hold the gradients of all
-samples: one einsum, as opacus has it, and ``torch.func``, a gradient vmapped over the samples (which computes
-the layer's outputs too).
+same tokens, which sums over all samples and squares nothing. The peers hold the gradients of all samples: one
+einsum, as in opacus, and ``torch.func``, a gradient vmapped over the samples (which computes the layer's
+outputs too).
 
-The floor of a whole model is a batched forward and backward that computes no weight gradient, and those
-GEMMs. ``loop`` is the textbook's way: one sample at a time, full backward, square, add.
+The floor of a whole model is a batched forward and backward without weight gradients, and their GEMMs.
+``loop`` is the textbook's way: one sample at a time, full backward, square, add.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from harness import DTYPES, Benchmark, arguments, gpt_neo_125m, sizes
+from harness import DTYPES, Benchmark, arguments, sizes
+from subjects import gpt_neo_125m, target_linears
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from loku_kernels import accumulate_squared_grad_
 
 SHAPES = ["8x128x768x3072", "16x64x2048x2048", "4x512x768x768"]
-# Samples at a time, of the whole models: short rows need several to be fast, long ones are fast alone, and
-# fewer hold less memory. The result is the same.
+# Samples in one batch of the whole models. Short rows are fast in batches, long rows are fast alone and so
+# need less memory. The result is the same.
 BATCH_SIZES = {"embedded": 4, "GPT-Neo-125M": 1}
 
 
-def einsum_square_sum(fisher, inputs, grad_outputs):
-    """Plain torch with an (n, d, k) tensor, as per-sample gradients are usually taken."""
+def einsum_square_sum(fisher: Tensor, inputs: Tensor, grad_outputs: Tensor) -> Tensor:
+    """Add the squared per-sample gradients to ``fisher``, through one (n, d, k) tensor.
+
+    Args:
+        fisher: The sum (d, k), float32, which is changed and returned.
+        inputs: The inputs of the layer (n, t, k).
+        grad_outputs: The gradients of its outputs (n, t, d).
+    """
     return fisher.add_(torch.einsum("ntd,ntk->ndk", grad_outputs, inputs).float().square_().sum(0))
 
 
-def torch_func(fisher, weight, inputs, grad_outputs):
-    """The same tensor by torch.func: the gradient of one sample, vmapped over the samples."""
+def torch_func(fisher: Tensor, weight: Tensor, inputs: Tensor, grad_outputs: Tensor) -> Tensor:
+    """Add the same by torch.func: the gradient of one sample, vmapped over the samples."""
 
-    def sample_gradient(x, g):
-        _, pull_back = torch.func.vjp(lambda w: torch.nn.functional.linear(x, w), weight)
+    def sample_gradient(x: Tensor, g: Tensor) -> Tensor:
+        pull_back = torch.func.vjp(lambda w: torch.nn.functional.linear(x, w), weight)[1]
         return pull_back(g)[0]
 
     return fisher.add_(torch.func.vmap(sample_gradient)(inputs, grad_outputs).float().square_().sum(0))
 
 
-def check(inputs, grad_outputs, divisor, weight):
+def check(inputs: Tensor, grad_outputs: Tensor, divisor: Tensor, weight: Tensor) -> None:
+    """Compare ours and the peers with an einsum in float64."""
     grads = torch.einsum("ntd,ntk->ndk", grad_outputs.double(), inputs.double()).square()
     tolerance = 1e-5 if inputs.dtype == torch.float32 else 2 * torch.finfo(inputs.dtype).eps
     exact = grads.sum(0)
@@ -55,7 +68,8 @@ def check(inputs, grad_outputs, divisor, weight):
     assert ((ours - exact).abs() <= tolerance * exact).all(), "accumulate_squared_grad_ with divisor is wrong"
 
 
-def measure(bench, shape, dtype_name):
+def measure(bench: Benchmark, shape: str, dtype_name: str) -> None:
+    """Check and measure one layer in one dtype."""
     n, tokens, d, k = sizes(shape)
     dtype, device = DTYPES[dtype_name], bench.device
     torch.manual_seed(0)
@@ -87,9 +101,11 @@ def measure(bench, shape, dtype_name):
 
 # --- a whole model --------------------------------------------------------------------------------
 
+Subject = tuple[PreTrainedModel, list[Any], int]
 
-def embedded_model(count=40):
-    """The embedded model and ``count`` rows of its forget set and as many of its retain set, tokenised."""
+
+def embedded_model(count: int = 40) -> Subject:
+    """Return the embedded model, ``count`` tokenised rows of either set, and the padding token."""
     from loku.data import padding_id, tokenize_dataset
     from loku.demo import load_model, load_rows
 
@@ -98,8 +114,8 @@ def embedded_model(count=40):
     return model, sets, padding_id(tokenizer)
 
 
-def gpt_neo(count=4, tokens=200):
-    """A random GPT-Neo-125M and rows of random tokens."""
+def gpt_neo(count: int = 4, tokens: int = 200) -> Subject:
+    """Return a random GPT-Neo-125M, ``count`` rows of random tokens for either set, and the padding token."""
     model = gpt_neo_125m()
     ids = torch.randint(0, model.config.vocab_size, (2, count, tokens)).tolist()
     return model, [[{"input_ids": row, "labels": row} for row in rows] for rows in ids], 0
@@ -108,32 +124,29 @@ def gpt_neo(count=4, tokens=200):
 MODELS = {"embedded": embedded_model, "GPT-Neo-125M": gpt_neo}
 
 
-def measure_model(bench, name):
+def measure_model(bench: Benchmark, name: str) -> None:
+    """Check and measure the row scales of a whole model of ``MODELS``."""
     from loku.data import collate
     from loku.fila.row_scales import fisher_row_scales
-    from loku.fila.targets import default_target_modules
     from loku.head import negative_log_likelihood
 
     model, sets, padding = MODELS[name]()
     device = bench.device
     model.to(device).eval()
-    targets = tuple(default_target_modules(model))
-    modules = {
-        name: m for name, m in model.named_modules() if name.endswith(targets) and hasattr(m, "weight")
-    }
+    modules = target_linears(model)
 
-    def batches(rows, size):
+    def batches(rows: list[Any], size: int) -> list[dict[str, Tensor]]:
         rows = sorted(rows, key=lambda row: len(row["input_ids"]))
         parts = [collate(rows[i : i + size], padding) for i in range(0, len(rows), size)]
         return [{key: value.to(device) for key, value in part.items()} for part in parts]
 
     together, alone = ([batches(rows, size) for rows in sets] for size in (BATCH_SIZES[name], 1))
 
-    def streamed():
+    def streamed() -> dict[str, Tensor]:
         forget, retain = together
         return fisher_row_scales(model, modules, forget, retain, progress=False)
 
-    def loop():
+    def loop() -> dict[str, Tensor]:
         model.requires_grad_(True)
         fishers = []
         for part in alone:
@@ -141,6 +154,7 @@ def measure_model(bench, name):
             for batch in part:
                 negative_log_likelihood(model, batch).backward()
                 for name, module in modules.items():
+                    assert module.weight.grad is not None
                     fisher[name] += module.weight.grad.square() / len(part)
                 model.zero_grad()
             fishers.append(fisher)
@@ -157,7 +171,7 @@ def measure_model(bench, name):
         for m in modules.values()
     ]
 
-    def floor():
+    def floor() -> None:
         model.requires_grad_(False)
         embedding = model.get_input_embeddings()
         hook = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -181,7 +195,8 @@ def measure_model(bench, name):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = arguments(__doc__, SHAPES, shape_help="samples x tokens x outputs x inputs")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="whole models")
     bench = Benchmark("fisher", parser, argv)

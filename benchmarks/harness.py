@@ -1,79 +1,70 @@
-"""What all benchmarks here share: options, timing, memory, tables and result files.
+"""Options, time and memory, checks and rows of all benchmarks.
 
 Every benchmark takes
 
     --device cpu|cuda  --threads N ...  --dtype D ...  --shape S ...  --runs R  --json FILE
 
-and writes rows of one kind: what was measured (usually a shape), dtype, threads, name, the median
-milliseconds, the peak extra memory, ``over`` (how many times faster than a peer) and ``times`` (how many
-times the time of a floor). The figures of one row and those that it is compared with are of one process and
-were taken in turn.
+and writes rows with ``what`` (usually a shape), ``dtype``, ``threads``, ``name``, the median
+``milliseconds``, the peak extra memory, ``over`` (peer -> how many times faster than it) and ``times`` (floor
+-> how many times its time). All figures that a row is compared with come from the same process and were taken
+in turn. ``gpu.py`` has rows and options of its own, and measures with the same functions.
+
+Time on a CPU is wall-clock time. Time on a GPU is the device's own, by CUDA events: the launches of the timed
+function queue up behind a short wait, so host time does not count unless it is longer than the wait.
 """
 
 import argparse
 import ctypes
 import gc
-import importlib.util
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
+from peers import reason
+from result_files import RESULTS, ResultFile, Row
+from torch import Tensor
 from tqdm import tqdm
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = [
-    "torch", "triton", "transformers", "peft", "cut-cross-entropy", "liger-kernel", "quack-kernels",
-    "torchmetrics", "scikit-learn", "scipy",
-]  # fmt: skip
+LEAD = 2_000_000  # cycles, about 1 ms, for which the device waits while launches queue up
+
+Call = Callable[[], Any]
+Times = Mapping[str, float]  # name -> seconds
 
 
 # --- time and memory ------------------------------------------------------------------------------
 
 
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+def seconds_of(function: Call, device: str = "cpu") -> float:
+    """Return the seconds of one call: wall-clock time on a CPU, device time by events on a GPU."""
+    if device == "cpu":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(LEAD)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
-def interleaved_times(functions, device="cpu", runs=7, prepare=None, progress=lambda name: None):
-    """Median seconds of each function, of ``runs`` rounds in turn: the machine's drift hits all alike.
-
-    functions: name -> callable. prepare: called, untimed, before each call. progress: called with the name.
-    """
-    times = {name: [] for name in functions}
-    for round_ in range(runs + 1):  # the first is warm-up
-        for name, function in functions.items():
-            progress(name)
-            if prepare is not None:
-                prepare()
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in times.items()}
-
-
-def _resident(field):
+def _resident(field: str) -> int:
     with open("/proc/self/status") as file:
         return int(dict(line.split(":", 1) for line in file)[field].split()[0]) << 10
 
 
-def peak_extra_bytes(function, device="cpu"):
-    """Peak memory of one call above what was held before it; None where the system does not tell.
+def peak_extra_bytes(function: Call, device: str = "cpu") -> int | None:
+    """Return the peak memory of one call above the memory before it, in bytes.
 
-    On CUDA what torch's allocator handed out; on Linux what the process had in memory, to 1 MiB or so.
+    On CUDA it is the memory of torch's allocator. On Linux it is the resident memory of the process, to about
+    1 MiB. It is None on other systems.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -82,267 +73,298 @@ def peak_extra_bytes(function, device="cpu"):
         return torch.cuda.max_memory_allocated() - before
     if not os.path.exists("/proc/self/clear_refs"):
         return None
-    # Nothing may be left in the C library's pools that could be had for free.
+    # The C library's pools must be empty: the call would take memory from them unseen.
     gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # begin the peak anew
+        file.write("5")  # resets the peak
     before = _resident("VmRSS")
     function()
     return max(0, _resident("VmHWM") - before)
 
 
-# --- peers ----------------------------------------------------------------------------------------
+def usable(device: str) -> bool:
+    """Whether the device still computes. A GPU refuses everything after an assertion or a bad address."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return True
+    except RuntimeError:
+        return False
 
 
-@cache
-def importable(module):
-    """Whether a peer can be measured; says so, once, where it cannot."""
-    found = importlib.util.find_spec(module) is not None
-    if not found:
-        print(f"skipped: {module} is not installed (pip install '.[bench]')", flush=True)
-    return found
+def release(device: str) -> None:
+    """Free the memory of a finished or failed case."""
+    gc.collect()
+    if device == "cuda" and usable(device):
+        torch.cuda.empty_cache()
 
 
-def official_ihl(logits, labels):
-    """IHL as the authors' code computes it: softmax, a one-hot mask, a boolean gather."""
-    p = torch.softmax(logits, dim=-1)
-    one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
-    p_target = p[one_hot]
-    p_runner_up = p.masked_fill(one_hot, -torch.inf).max(dim=-1).values
-    return (1 + p_target - p_runner_up).mean()
+class Measured(NamedTuple):
+    """The figures of functions that were measured in turn.
+
+    Attributes:
+        seconds: name -> median seconds.
+        peak_bytes: name -> peak extra memory of one call in bytes; empty if memory was not measured.
+        failed: name -> the reason why the function has no figures.
+    """
+
+    seconds: dict[str, float]
+    peak_bytes: dict[str, int | None]
+    failed: dict[str, str]
+
+    def rows(self, over: Iterable[str] = (), rates: Mapping[str, float] | None = None) -> Iterator[Row]:
+        """Yield a row for each measured function.
+
+        Args:
+            over: The names of the peers that the functions are compared with, if they were measured.
+            rates: label -> the amount of work of one call, which is recorded as amount per second.
+        """
+        over = [peer for peer in over if peer in self.seconds]
+        for name, seconds in self.seconds.items():
+            yield {
+                "name": name,
+                "milliseconds": seconds * 1e3,
+                **({"peak_extra_bytes": self.peak_bytes[name]} if name in self.peak_bytes else {}),
+                **{label: amount / seconds for label, amount in (rates or {}).items()},
+                "over": {peer: self.seconds[peer] / seconds for peer in over},
+            }
 
 
-def lean_ihl(logits, labels):
-    """IHL in plain torch with as few (N, V) tensors as it takes."""
-    p = torch.softmax(logits, dim=-1)
-    index = labels[:, None]
-    p_target = p.gather(1, index)[:, 0]
-    p_runner_up = p.scatter(1, index, -torch.inf).amax(-1)
-    return (1 + p_target - p_runner_up).mean()
+def measured(
+    functions: Mapping[str, Call],
+    device: str = "cpu",
+    *,
+    runs: int = 7,
+    most_runs: int | None = None,
+    budget: float = 0.0,
+    prepare: Call | None = None,
+    repeats: Mapping[str, float] | None = None,
+    memory: bool = True,
+    keep_going: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Measured:
+    """Measure functions in turn, so that the drift of the machine is the same for all.
 
+    Each function is called once to warm up, then once in each round, then once for its memory.
 
-def gpt_neo_125m():
-    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+    Args:
+        functions: name -> function.
+        device: The device that computes, "cpu" or "cuda".
+        runs: The number of rounds, or the smallest one if there is a budget.
+        most_runs: The largest number of rounds. The default is ``runs``.
+        budget: Rounds after ``runs`` begin only within this many seconds.
+        prepare: Called, untimed, before each call.
+        repeats: name -> the number of calls that do the work of one call of the others, by which its time is
+            multiplied.
+        memory: Whether to measure the peak extra memory.
+        keep_going: Whether a function that raises is noted in ``failed`` and costs the others nothing.
+        progress: Called with the name before each timed call.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    peaks: dict[str, int | None] = {}
+    failed: dict[str, str] = {}
 
-    torch.manual_seed(0)
-    attention = [[["global", "local"], 6]]
-    return GPTNeoForCausalLM(
-        GPTNeoConfig(num_layers=12, hidden_size=768, num_heads=12, attention_types=attention)
-    )
+    def attempt(name: str, call: Callable[[Call, str], Any]) -> Any:
+        try:
+            if prepare is not None:
+                prepare()
+            return call(functions[name], device)
+        except Exception as error:
+            if not keep_going:
+                raise
+            failed[name] = reason(error)
+            del times[name]
+        release(device)
+        return None
+
+    for name in functions:  # warm-up and compilation
+        progress(name)
+        attempt(name, seconds_of)
+    start = time.monotonic()
+    for round_ in range(most_runs or runs):
+        if round_ >= runs and time.monotonic() - start > budget:
+            break
+        for name in list(times):
+            progress(name)
+            seconds = attempt(name, seconds_of)
+            if name in times:
+                times[name].append(seconds)
+    if memory:
+        for name in list(times):
+            peaks[name] = attempt(name, peak_extra_bytes)
+    repeats = repeats or {}
+    medians = {name: repeats.get(name, 1) * median(values) for name, values in times.items()}
+    return Measured(medians, peaks, failed)
 
 
 # --- correctness ----------------------------------------------------------------------------------
 
 
-def assert_close_rows(ours, exact, what, ulps=8):
-    """``ours`` (N, ...) is within a few roundings of the row's largest entry of ``exact``, in float64."""
+def assert_close_rows(ours: Tensor | None, exact: Tensor | None, name: str, ulps: float = 8) -> None:
+    """Assert that each row of a result is within a few roundings of the exact row's largest entry.
+
+    Args:
+        ours: The result (N, ...), of any floating dtype.
+        exact: The exact result (N, ...), float64.
+        name: The name of the result in the error message.
+        ulps: The largest error in units of the dtype's machine epsilon (5e-7 at least).
+    """
+    assert ours is not None and exact is not None, f"{name} is missing"
     ours, exact = (x.detach().reshape(len(x), -1) for x in (ours, exact))
     scale = exact.abs().amax(1, keepdim=True)
     info = torch.finfo(ours.dtype)
     error = ((ours.double() - exact).abs() - info.smallest_normal) / scale.clamp(min=1e-30)
     worst = error.max().item()
-    assert worst <= ulps * max(info.eps, 5e-7), f"{what} is off by {worst:.1e} of its row's largest entry"
+    assert worst <= ulps * max(info.eps, 5e-7), f"{name} is off by {worst:.1e} of its row's largest entry"
 
 
-def assert_close_loss(ours, exact, what, tolerance=1e-5):
-    ours, exact = ours.item(), exact.item()
-    assert abs(ours - exact) <= tolerance * max(1.0, abs(exact)), f"{what} gives {ours}, not {exact}"
+def assert_close_loss(ours: Tensor, exact: Tensor, name: str, tolerance: float = 1e-5) -> None:
+    """Assert that a loss is within ``tolerance`` of the exact one: relative, or absolute below 1."""
+    value, expected = ours.item(), exact.item()
+    assert abs(value - expected) <= tolerance * max(1.0, abs(expected)), (
+        f"{name} gives {value}, not {expected}"
+    )
 
 
-# --- options, rows, files -------------------------------------------------------------------------
+# --- options and rows -----------------------------------------------------------------------------
 
 
-def arguments(doc, shapes, dtypes=("float32", "bfloat16"), shape_help="sizes, joined by x"):
-    """The parser of the common options."""
+def arguments(
+    doc: str | None,
+    shapes: Sequence[str],
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    shape_help: str = "sizes, joined by x",
+) -> argparse.ArgumentParser:
+    """Return the parser of the common options.
+
+    Args:
+        doc: The description of the benchmark.
+        shapes: The default shapes.
+        dtypes: The names of the default dtypes.
+        shape_help: The help text of ``--shape``.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = torch.get_num_threads()
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[every, 1] if every > 1 else [1])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(dtypes))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[every, 1] if every > 1 else [1],
+        help="numbers of threads to measure with (default: all cores, then one)",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=list(dtypes), help=f"default: {' '.join(dtypes)}"
+    )
     parser.add_argument("--shape", nargs="+", default=list(shapes), help=shape_help)
-    parser.add_argument("--runs", type=int, default=7, help="timed rounds, of which the median is taken")
-    parser.add_argument("--json", metavar="FILE", help="result file (default: results/NAME_DEVICE.json)")
+    parser.add_argument("--runs", type=int, default=7, help="timed rounds; the median counts (default: 7)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="result file (default: benchmarks/results/NAME_DEVICE.json)"
+    )
     return parser
 
 
-def sizes(shape):
+def sizes(shape: str) -> tuple[int, ...]:
+    """Return the sizes of a shape that is written as "2x3"."""
     return tuple(map(int, shape.split("x")))
 
 
-def _processor():
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def _commit():
-    root = Path(__file__).parents[1]
-
-    def git(*command):
-        return subprocess.run(
-            ["git", *command], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "csrc", "loku_kernels", "loku", "benchmarks/*.py")
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _versions():
-    for package in PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            pass
-
-
-def environment(device="cpu", command=None):
-    """Where and on what a result was measured."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "versions": dict(_versions()),
-        "commit": _commit(),
-        "command": command or " ".join(["python", *sys.argv]),
-    }
-
-
-def write_result(name, rows, device="cpu", path=None, command=None):
-    """Write rows and environment to ``path`` or ``benchmarks/results/<name>.json``; returns the path."""
-    path = Path(path) if path else RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"environment": environment(device, command), "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
-
-
 class Benchmark:
-    """One run of a benchmark: ``cases`` to go through, ``compare`` to measure, ``add`` for other rows.
+    """One run of a benchmark: iterate over ``cases``, measure with ``compare``, ``add`` other rows.
 
-    The result file is written anew after each comparison, so a run that is cut off keeps what it has.
+    Args:
+        name: The name of the benchmark's file, without suffix.
+        parser: The parser of its options, from ``arguments``.
+        argv: The command line. The default is that of this process.
     """
 
-    def __init__(self, name, parser, argv=None):
+    def __init__(self, name: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
-        self.name, self.options = name, parser.parse_args(argv)
+        self.options = parser.parse_args(argv)
         self.device, self.runs = self.options.device, self.options.runs
-        self.command = " ".join(["python", f"benchmarks/{name}.py", *argv])
-        self.rows, self._case = [], ""
+        path = self.options.json or RESULTS / f"{name}_{self.device}.json"
+        self.file = ResultFile(path, self.device, " ".join(["python", f"benchmarks/{name}.py", *argv]))
+        self._case = ""
 
-    def cases(self, *options):
-        """All combinations, the last changing fastest, as ``itertools.product``."""
+    def cases(self, *options: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """Yield all combinations of the options, the last changing fastest, as ``itertools.product``."""
         combinations = list(product(*options))
         for number, combination in enumerate(combinations, 1):
             self._case = f"{number}/{len(combinations)}"
             yield combination
 
     def compare(
-        self, what, functions, *, dtype="float32", over=(), floors=None, prepare=None, rates=None,
-        repeats=None, runs=None, memory=True, **columns,
-    ):  # fmt: skip
-        """Measure functions beside each other, on each number of threads; print and keep their rows.
+        self,
+        what: str,
+        functions: Mapping[str, Call],
+        *,
+        dtype: str = "float32",
+        over: Iterable[str] = (),
+        floors: Mapping[str, Sequence[str]] | None = None,
+        prepare: Call | None = None,
+        rates: Mapping[str, float] | None = None,
+        repeats: Mapping[str, float] | None = None,
+        runs: int | None = None,
+        memory: bool = True,
+        **columns: Any,
+    ) -> None:
+        """Measure functions beside each other, on each number of threads, and add their rows.
 
         Args:
-            functions: name -> callable.
-            over: names of the peers with which the others are compared, where they were measured.
-            floors: label -> names; the fastest of these is the floor.
-            prepare: called, untimed, before each call.
-            rates: label -> amount, kept as label: amount a second.
-            repeats: name -> how many of its calls do the work of one call of the others.
-            memory: False where it is of no interest.
-            columns: what else belongs in the rows.
+            what: The name of the case, usually its shape.
+            functions: name -> function.
+            dtype: The name of the dtype in the rows.
+            over: The names of the peers that the functions are compared with, if they were measured.
+            floors: label -> names of functions. The fastest of them is the floor.
+            prepare: Called, untimed, before each call.
+            rates: label -> the amount of work of one call, which is recorded as amount per second.
+            repeats: name -> the number of calls that do the work of one call of the others.
+            runs: The number of timed rounds. The default is that of ``--runs``.
+            memory: Whether to measure the peak extra memory.
+            **columns: Further columns of the rows.
         """
-        floors, rates, repeats = floors or {}, rates or {}, repeats or {}
-        over = [name for name in over if name in functions]
+        runs = runs or self.runs
         before = torch.get_num_threads()
         try:
             for threads in self.options.threads:
                 torch.set_num_threads(threads)
-                case = {"what": what, "dtype": dtype, "threads": threads, **columns}
-                runs = runs or self.runs
                 title = f"[{self._case}] {what} {dtype}, {threads} threads"
                 with tqdm(total=len(functions) * (runs + 1), desc=title, leave=False) as bar:
 
-                    def progress(name, bar=bar):
+                    def progress(name: str, bar: tqdm = bar) -> None:
                         bar.set_postfix_str(name, refresh=False)
                         bar.update()
 
-                    times = interleaved_times(functions, self.device, runs, prepare, progress)
-                times = {name: seconds * repeats.get(name, 1) for name, seconds in times.items()}
-                peaks = self._peaks(functions, prepare) if memory else {}
-                base = {label: min(times[name] for name in names) for label, names in floors.items()}
+                    found = measured(
+                        functions,
+                        self.device,
+                        runs=runs,
+                        prepare=prepare,
+                        repeats=repeats,
+                        memory=memory,
+                        progress=progress,
+                    )
+                base = {
+                    label: min(found.seconds[name] for name in names)
+                    for label, names in (floors or {}).items()
+                }
+                case = {"what": what, "dtype": dtype, "threads": threads, **columns}
                 self.add(
                     {
                         **case,
-                        "name": name,
-                        "milliseconds": seconds * 1e3,
-                        **({"peak_extra_bytes": peaks[name]} if memory else {}),
-                        **{label: amount / seconds for label, amount in rates.items()},
-                        "over": {peer: times[peer] / seconds for peer in over},
-                        "times": {label: seconds / floor for label, floor in base.items()},
+                        **row,
+                        "times": {label: found.seconds[row["name"]] / floor for label, floor in base.items()},
                     }
-                    for name, seconds in times.items()
+                    for row in found.rows(over, rates)
                 )
         finally:
             torch.set_num_threads(before)
 
-    def _peaks(self, functions, prepare):
-        peaks = {}
-        for name, function in functions.items():
-            if prepare is not None:
-                prepare()
-            peaks[name] = peak_extra_bytes(function, self.device)
-        return peaks
+    def add(self, rows: Iterable[Row]) -> None:
+        """Print rows as a table, add them and write the result file."""
+        self.file.add(rows)
 
-    def add(self, rows):
-        rows = list(rows)
-        self.rows += rows
-        print_table(rows)
-        self.path = write_result(
-            f"{self.name}_{self.device}", self.rows, self.device, self.options.json, self.command
-        )
-
-    def close(self):
-        print("\nwritten:", self.path)
-
-
-def mebibytes(size):
-    return "?" if size is None else f"{size / 2**20:.0f}"
-
-
-def _cells(row):
-    """heading -> text of what is measured in a row."""
-    for key, value in row.items():
-        if key in ("over", "times"):
-            for label, ratio in value.items():
-                yield f"{key} {label}", f"{ratio:.2f}"
-        elif key == "milliseconds":
-            yield "ms", f"{value:.2f}"
-        elif key == "peak_extra_bytes":
-            yield "extra MiB", mebibytes(value)
-        elif isinstance(value, float):
-            yield key.replace("_", " "), f"{value:.3g}"
-
-
-def print_table(rows):
-    """The rows of one case: what they share as the title, then a line for each name."""
-    first = rows[0]
-    shared = [key for key in first if key != "name" and not isinstance(first[key], (float, dict, type(None)))]
-    shared = [key for key in shared if key != "peak_extra_bytes"]
-    print(
-        "\n"
-        + ", ".join(f"{key} {first[key]}" if isinstance(first[key], int) else first[key] for key in shared)
-    )
-    table = [{heading.rjust(9): text for heading, text in _cells(row)} for row in rows]
-    width = 2 + max(len(row["name"]) for row in rows)
-    print(" " * (width + 2) + "  ".join(table[0]))
-    for row, cells in zip(rows, table, strict=True):
-        values = "  ".join(cells[heading].rjust(len(heading)) for heading in table[0])
-        print(f"  {row['name']:{width}}{values}", flush=True)
+    def close(self) -> None:
+        """Say where the results are."""
+        print("\nwritten:", self.file.path)

@@ -2,26 +2,20 @@
 
     python benchmarks/ihl_kernel.py [--shape 256x50257 ...] [--dtype D ...] [--threads N ...]
 
-``copy`` is the floor: the logits copied into another buffer, one read and one write. ``cross_entropy`` is
-a yardstick: torch's own fused loss. Bandwidth counts one read and one write of the logits for all. The
-forward alone (for metrics) is ``softmax_triplet``; its floor is ``read``, a vectorised sum over the same
-bytes. Every call finds logits that were just written, as those of a model are.
+``copy`` is the floor: the logits are copied into another buffer, with one read and one write.
+``cross_entropy`` is a yardstick: torch's own fused loss. The bandwidth of every function counts one read and
+one write of the logits. ``softmax_triplet`` is the forward alone, as metrics use it. Its floor is ``read``, a
+vectorised sum over the same bytes. The logits are written just before every call, as by a model.
 """
 
 import shutil
+from collections.abc import Mapping, Sequence
 
 import torch
-from harness import (
-    DTYPES,
-    Benchmark,
-    arguments,
-    assert_close_loss,
-    assert_close_rows,
-    importable,
-    lean_ihl,
-    official_ihl,
-    sizes,
-)
+from harness import DTYPES, Benchmark, Call, arguments, assert_close_loss, assert_close_rows, sizes
+from peers import Loss, importable, lean_ihl, official_ihl
+from subjects import random_logits
+from torch import Tensor
 
 from loku_kernels import ihl_loss, inverted_hinge, softmax_triplet
 from loku_kernels.backends import reference
@@ -29,16 +23,16 @@ from loku_kernels.backends import reference
 SHAPES = ["256x50257", "512x32000", "256x128256"]
 
 
-def torchmetrics_ihl(logits, labels):
-    """With the multiclass hinge of torchmetrics: mean(1 - p_target + p_runner_up)."""
+def torchmetrics_ihl(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the IHL from the multiclass hinge of torchmetrics, which is mean(1 - p_target + p_runner_up)."""
     from torchmetrics.functional.classification import multiclass_hinge_loss
 
     return 2 - multiclass_hinge_loss(logits, labels, logits.shape[-1], validate_args=False)
 
 
-def peers():
-    """name -> loss(logits, labels)"""
-    losses = {"official formula": official_ihl, "lean eager": lean_ihl}
+def peers() -> dict[str, Loss]:
+    """Return name -> loss(logits, labels) of the peers."""
+    losses: dict[str, Loss] = {"official formula": official_ihl, "lean eager": lean_ihl}
     if shutil.which("c++") or torch.cuda.is_available():
         losses["lean torch.compile"] = torch.compile(lean_ihl, dynamic=False)
     if importable("torchmetrics"):
@@ -46,24 +40,20 @@ def peers():
     return {**losses, "cross_entropy": torch.nn.functional.cross_entropy}
 
 
-def random_logits(n, vocab, dtype, device="cpu"):
-    """Logits (N, V) and labels (N,); in every second row the target is memorised, p_t = 0.98."""
-    torch.manual_seed(0)
-    logits = torch.randn(n, vocab, device=device) * 3
-    labels = torch.randint(0, vocab, (n,), device=device)
-    memorised = logits.logsumexp(-1)[::2] + 4
-    logits[::2] = logits[::2].scatter(1, labels[::2, None], memorised[:, None])
-    return logits.to(dtype), labels
-
-
-def read(tensor):
-    """A sum over the tensor's bytes as 64-bit integers: for all dtypes as fast as memory is read."""
+def read(tensor: Tensor) -> Tensor:
+    """Return a sum over the tensor's bytes as 64-bit integers, which reads memory at full speed."""
     data = tensor.detach().view(-1).view(torch.uint8)
     return data[: data.numel() // 8 * 8].view(torch.int64).sum()
 
 
-def check(source, labels, losses):
-    """Loss and gradient against the paper's formula in float64. The peers' losses too: they are one loss."""
+def check(source: Tensor, labels: Tensor, losses: Mapping[str, Loss]) -> None:
+    """Compare losses, and gradients of ours, with the paper's formula in float64.
+
+    Args:
+        source: The logits (N, V), of any floating dtype.
+        labels: The labels (N,), int64.
+        losses: name -> loss(logits, labels). The peers except ``cross_entropy`` compute the same loss.
+    """
     exact_logits = source.double().requires_grad_()
     exact = reference.inverted_hinge_loss(exact_logits, labels).mean()
     exact.backward()
@@ -79,11 +69,12 @@ def check(source, labels, losses):
             assert_close_rows(logits.grad, exact_logits.grad, f"the gradient of {name}")
 
 
-def measure(bench, shape, dtype_name):
-    torch.compiler.reset()  # else it stops compiling after a few shapes
+def measure(bench: Benchmark, shape: str, dtype_name: str) -> None:
+    """Check and measure one shape N x V in one dtype."""
+    torch.compiler.reset()  # without a reset it stops compiling after a few shapes
     n, vocab = sizes(shape)
     source, labels = random_logits(n, vocab, DTYPES[dtype_name], bench.device)
-    losses = {
+    losses: dict[str, Loss] = {
         **peers(),
         "ihl_loss": ihl_loss,
         "ihl_loss in place": lambda *args: ihl_loss(*args, inplace=True),
@@ -95,11 +86,11 @@ def measure(bench, shape, dtype_name):
     )
     logits, buffer = source.clone(), torch.empty_like(source)
 
-    def fresh_logits():  # a kernel that works in place consumes them
+    def fresh_logits() -> None:  # a kernel that works in place overwrites them
         logits.requires_grad_(False).copy_(source).requires_grad_()
         logits.grad = None
 
-    def forward_backward(loss):
+    def forward_backward(loss: Loss) -> Call:
         return lambda: loss(logits, labels).backward()
 
     functions = {name: forward_backward(loss) for name, loss in losses.items()}
@@ -131,7 +122,8 @@ def measure(bench, shape, dtype_name):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = arguments(__doc__, SHAPES, ("float32", "bfloat16", "float16"), "N x V")
     bench = Benchmark("ihl_kernel", parser, argv)
     for shape, dtype in bench.cases(bench.options.shape, bench.options.dtype):

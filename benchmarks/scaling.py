@@ -1,16 +1,21 @@
-"""How time and peak extra memory grow with the vocabulary, and with N x V up to 2^32 entries.
+"""Growth of time and peak extra memory with the vocabulary, and with N x V up to 2^32 entries.
 
     python benchmarks/scaling.py [--shape 256x1024 ...] [--large 64x262144 ...] [--threads N ...]
 
-Three parts. ``logits``: IHL forward and backward on logits of ``--shape`` N x V, ours and each peer.
-``linear``: the same from hidden states of width 768. ``large``: ``ihl_loss`` in place on bfloat16 logits of
-``--large`` N x V, in one call where there is memory for it, else by blocks of rows through one buffer; its
-floor is a read of the logits. ``benchmarks/report.py`` draws results/scaling_cpu.png from the first.
+The part ``logits`` measures IHL forward and backward on logits of ``--shape`` N x V, ours and each peer. The
+part ``linear`` measures the same from hidden states of width 768. The part ``large`` measures ``ihl_loss`` in
+place on bfloat16 logits of ``--large`` N x V: in one call if they fit into memory, else by blocks of rows
+through one buffer. Its floor is a read of the logits. ``benchmarks/report.py`` draws
+``benchmarks/results/scaling_cpu.png`` from the first part.
 """
 
+from collections.abc import Sequence
+
 import torch
-from harness import DTYPES, Benchmark, arguments, lean_ihl, official_ihl, sizes
-from ihl_kernel import random_logits, read
+from harness import DTYPES, Benchmark, arguments, sizes
+from ihl_kernel import read
+from peers import lean_ihl, official_ihl
+from subjects import random_logits
 
 from loku_kernels import ihl_loss, linear_ihl_loss
 
@@ -20,12 +25,13 @@ WIDTH = 768
 PART_ROWS = 64
 
 
-def measure_logits(bench, shape, dtype):
+def measure_logits(bench: Benchmark, shape: str, dtype: str) -> None:
+    """Measure IHL forward and backward on logits N x V."""
     n, vocab = sizes(shape)
     source, labels = random_logits(n, vocab, DTYPES[dtype], bench.device)
     logits, buffer = source.clone(), torch.empty_like(source)
 
-    def fresh_logits():
+    def fresh_logits() -> None:
         logits.requires_grad_(False).copy_(source).requires_grad_()
         logits.grad = None
 
@@ -49,14 +55,15 @@ def measure_logits(bench, shape, dtype):
     )
 
 
-def measure_linear(bench, shape, dtype):
+def measure_linear(bench: Benchmark, shape: str, dtype: str) -> None:
+    """Measure IHL forward and backward from hidden states of width ``WIDTH``."""
     n, vocab = sizes(shape)
     torch.manual_seed(0)
     hidden = torch.randn(n, WIDTH, device=bench.device).to(DTYPES[dtype]).requires_grad_()
     weight = (torch.randn(vocab, WIDTH, device=bench.device) * 3 / WIDTH**0.5).to(DTYPES[dtype])
     labels = torch.randint(0, vocab, (n,), device=bench.device)
 
-    def fresh():
+    def fresh() -> None:
         hidden.grad = None
 
     functions = {
@@ -78,7 +85,8 @@ def measure_linear(bench, shape, dtype):
     )
 
 
-def free_bytes(device):
+def free_bytes(device: str) -> int:
+    """Return the free memory of the device in bytes, or 0 if it is unknown."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
@@ -88,7 +96,14 @@ def free_bytes(device):
         return 0
 
 
-def measure_large(bench, shape, limit_bytes):
+def measure_large(bench: Benchmark, shape: str, limit_bytes: int) -> None:
+    """Measure ``ihl_loss`` in place on bfloat16 logits N x V.
+
+    Args:
+        bench: The benchmark.
+        shape: The shape N x V.
+        limit_bytes: The largest logits of one call, in bytes. Larger ones are measured by blocks of rows.
+    """
     n, vocab = sizes(shape)
     part, part_labels = random_logits(min(n, PART_ROWS), vocab, torch.bfloat16, bench.device)
     whole = n * vocab * part.element_size()
@@ -97,7 +112,7 @@ def measure_large(bench, shape, limit_bytes):
     logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device=bench.device)
     labels = part_labels.repeat(-(-rows // len(part)))[:rows]
 
-    def fresh_logits():
+    def fresh_logits() -> None:
         logits.requires_grad_(False)
         for target in logits.split(len(part)):
             target.copy_(part[: len(target)])
@@ -121,11 +136,12 @@ def measure_large(bench, shape, limit_bytes):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = arguments(__doc__, SHAPES, ("float32",), "N x V of the sweep over the vocabulary")
     parser.add_argument("--large", nargs="*", default=LARGE, help="N x V in bfloat16")
     parser.add_argument(
-        "--limit-gib", type=float, default=8, help="logits of more are taken by blocks of rows"
+        "--limit-gib", type=float, default=8, help="larger logits, in GiB, are measured by blocks of rows"
     )
     bench = Benchmark("scaling", parser, argv)
     for measure in (measure_logits, measure_linear):

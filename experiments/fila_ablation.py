@@ -3,26 +3,29 @@
     python experiments/fila_ablation.py --grid experiments/fila_ablation.yaml [--jobs N]
 
 A cell is a way to initialise the embedded model's adapters for forgetting its last two authors. It is
-compared with what ships (``Cell``'s defaults) by the rank correlation of its row scales, by how much of the
-energy of the best subspace it captures, and by how much its subspace overlaps the shipped one; then, unless
-``num_train_epochs`` is 0, by unlearning with it, as ``experiments/tofu.py`` does (IHL, rank 8, learning rate
-2e-3). The authors' code squares the gradient of a batch's mean loss, adds 1e-5 to the retain Fisher and calls
-``torch.svd_lowrank``.
+compared with the shipped way (``Cell``'s defaults) by the rank correlation of its row scales, by the share of
+the best subspace's energy that it captures, and by the overlap of its subspace with the shipped one. Then it
+is compared by unlearning, as in ``experiments/tofu.py`` (IHL, rank 8, learning rate 2e-3), unless
+``num_train_epochs`` is 0. The authors' code squares the gradient of a batch's mean loss, adds 1e-5 to the
+retain Fisher and calls ``torch.svd_lowrank``.
 
-Finished cells are lines of ``--out``, by default results/fila_ablation.jsonl, and are not run again;
-``report.py`` makes README's table of them.
+Finished cells are lines of ``--out``, by default ``experiments/results/fila_ablation.jsonl``, and are not run
+again. ``benchmarks/report.py`` makes the table in ``docs/experiments.md`` from them.
 """
 
 import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from statistics import median
+from typing import Any
 from unittest import mock
 
 import grid
 import tofu
 import torch
-from fila import full_svd, one_by_one, svd_lowrank
+from shared import fila_peers
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from loku import initialize_lora_fila_weights
@@ -34,12 +37,21 @@ from loku.fila.targets import default_target_modules
 from loku_kernels import row_scaled_svd
 
 RANK, LEARNING_RATE, FORGET_AUTHORS = 8, 2e-3, 2
-BATCH_SIZE = 8  # of a Fisher pass, which only the per-batch Fisher depends on
+BATCH_SIZE = 8  # rows in a batch of a Fisher pass; the per-sample Fisher does not depend on it
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``fisher`` is "per-sample" or "per-batch", ``svd`` a key of ``DECOMPOSITIONS``."""
+    """One way to initialise adapters. The defaults are the shipped way.
+
+    Args:
+        fisher: The kind of Fisher, "per-sample" or "per-batch".
+        damping: The damping of the retain Fisher.
+        damping_mode: "relative" to the mean of the retain Fisher, or "absolute".
+        svd: The decomposition, a key of ``DECOMPOSITIONS``.
+        seed: The seed of the order of rows, of ``torch.svd_lowrank`` and of unlearning.
+        num_train_epochs: The epochs of unlearning.
+    """
 
     fisher: str = "per-sample"
     damping: float = 1.0
@@ -52,8 +64,9 @@ class Cell:
 # --- row scales -----------------------------------------------------------------------------------
 
 
-def batches(rows, tokenizer, shuffle_seed=None):
-    order = range(len(rows))
+def batches(rows: Sequence[Any], tokenizer: Any, shuffle_seed: int | None = None) -> DataLoader[Any]:
+    """Return batches of tokenised rows, shuffled if there is a seed."""
+    order: Iterable[int] = range(len(rows))
     if shuffle_seed is not None:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(shuffle_seed)).tolist()
     return DataLoader(
@@ -63,8 +76,10 @@ def batches(rows, tokenizer, shuffle_seed=None):
     )
 
 
-def per_batch_fisher(model, modules, loader):
-    """name -> (d, k), the mean over batches of the squared gradient of a batch's mean loss."""
+def per_batch_fisher(
+    model: Any, modules: Mapping[str, nn.Linear], loader: DataLoader[Any]
+) -> dict[str, Tensor]:
+    """Return name -> Fisher (d, k): the mean over batches of the squared gradient of a batch's mean loss."""
     fisher = {name: torch.zeros_like(module.weight) for name, module in modules.items()}
     weights = [module.weight for module in modules.values()]
     for batch in loader:
@@ -75,18 +90,22 @@ def per_batch_fisher(model, modules, loader):
 
 
 class Subject:
-    """The embedded model, its target modules and their row scales; no Fisher is measured twice."""
+    """The embedded model, its target modules and their row scales. No Fisher is measured twice."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.base = tofu.embedded_base(FORGET_AUTHORS)
         self.model, self.tokenizer = load_model(self.base.model)
         targets = tuple(f".{name}" for name in default_target_modules(self.model))
         modules = self.model.named_modules()
-        self.modules = {name: module for name, module in modules if name.endswith(targets)}
-        self.sets = self.base.forget, self.base.retain
-        self.scales, self.fishers = {}, {}
+        self.modules: dict[str, nn.Linear] = {
+            name: module for name, module in modules if name.endswith(targets)
+        }
+        self.sets: tuple[Sequence[Any], Sequence[Any]] = (self.base.forget, self.base.retain)
+        self.scales: dict[tuple[float, str], dict[str, Tensor]] = {}
+        self.fishers: dict[int, list[dict[str, Tensor]]] = {}
 
-    def per_sample(self, damping, damping_mode):
+    def per_sample(self, damping: float, damping_mode: str) -> dict[str, Tensor]:
+        """Return name -> row scales (d,) from the per-sample Fisher."""
         key = damping, damping_mode
         if key not in self.scales:
             self.scales[key] = fisher_row_scales(
@@ -99,7 +118,8 @@ class Subject:
             )
         return self.scales[key]
 
-    def per_batch(self, damping, damping_mode, shuffle_seed):
+    def per_batch(self, damping: float, damping_mode: str, shuffle_seed: int) -> dict[str, Tensor]:
+        """Return name -> row scales (d,) from the per-batch Fisher of shuffled rows."""
         if shuffle_seed not in self.fishers:
             self.fishers[shuffle_seed] = [
                 per_batch_fisher(self.model, self.modules, batches(rows, self.tokenizer, shuffle_seed))
@@ -115,50 +135,60 @@ class Subject:
 
 
 @lru_cache
-def the_subject():
+def the_subject() -> Subject:
+    """Return the subject of this process."""
     return Subject()
 
 
-# --- decompositions: (weights, scales, rank) -> S (count, rank), V (count, k, rank) -----------------
+# --- decompositions -------------------------------------------------------------------------------
+
+# (weights, scales (count, d), rank) -> S (count, rank), V (count, k, rank)
+Method = Callable[[Sequence[Tensor], Tensor, int], tuple[Tensor, Tensor]]
 
 
-def lowrank_of_seed(seed, weights, scales, rank):
+def lowrank_of_seed(seed: int, weights: Sequence[Tensor], scales: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return S and V from ``torch.svd_lowrank`` with a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return one_by_one(svd_lowrank, weights, scales, rank)
+        return fila_peers.one_by_one(fila_peers.svd_lowrank, weights, scales, rank)
 
 
-def exact(scaled, rank):
-    return full_svd(scaled.double(), rank)
+def exact(scaled: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return S and V of one scaled weight from a full SVD in float64."""
+    return fila_peers.full_svd(scaled.double(), rank)
 
 
-DECOMPOSITIONS = {
+DECOMPOSITIONS: dict[str, Callable[[int], Method]] = {  # name -> (seed -> method)
     "row_scaled_svd": lambda seed: row_scaled_svd,
     "svd_lowrank": lambda seed: partial(lowrank_of_seed, seed),
-    "exact": lambda seed: partial(one_by_one, exact),
+    "exact": lambda seed: partial(fila_peers.one_by_one, exact),
 }
 
 
 # --- one cell -------------------------------------------------------------------------------------
 
 
-def spread(name, values):
-    """The median over modules and the worst, which is the lowest but for a deficit."""
-    worst = max if name == "deficit" else min
-    return {name: median(values), f"worst_{name}": worst(values)}
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the median over modules and the worst: the highest deficit, the lowest of other measures."""
+    worst = max(values) if name == "deficit" else min(values)
+    return {name: median(values), f"worst_{name}": worst}
 
 
-def compare(cell, subject):
-    """(the cell's row scales, how they and their subspaces compare with the shipped ones)"""
+def compare(cell: Cell, subject: Subject) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Compare the row scales and subspaces of a cell with the shipped ones.
+
+    Returns:
+        name -> row scales (d,) of the cell, and the median and the worst of each measure (see ``run_cell``).
+    """
     from scipy.stats import spearmanr
 
     damping = cell.damping, cell.damping_mode
     shipped = subject.per_sample(Cell.damping, Cell.damping_mode)
-    values = {"rank_correlation": [], "deficit": [], "overlap": []}
+    values: dict[str, list[float]] = {"rank_correlation": [], "deficit": [], "overlap": []}
     if cell.fisher == "per-batch":
         ours, shuffled = (subject.per_batch(*damping, cell.seed + other) for other in (0, 1))
         values["shuffle_correlation"] = []
-    else:  # whose order changes nothing
+    else:  # its order of rows changes nothing
         ours = subject.per_sample(*damping)
     decompose = DECOMPOSITIONS[cell.svd](cell.seed)
     for name, module in subject.modules.items():
@@ -176,15 +206,16 @@ def compare(cell, subject):
     return ours, {key: value for name in values for key, value in spread(name, values[name]).items()}
 
 
-def known_curve(settings):
-    """That of the same cell in the result file of ``tofu.py``, if it is there."""
+def known_curve(settings: tofu.Cell) -> list[Any] | None:
+    """Return the curve of the same cell in the result file of ``tofu.py``, if it is there."""
     for line in read_rows(grid.RESULTS / "tofu.jsonl"):
         if all(line[name] == value for name, value in asdict(settings).items()):
             return line["curve"]
     return None
 
 
-def unlearning_curve(cell, base, scales):
+def unlearning_curve(cell: Cell, base: tofu.Base, scales: dict[str, Tensor]) -> list[Any]:
+    """Return the curve of unlearning with adapters from these row scales and the cell's decomposition."""
     settings = tofu.Cell(
         lora_rank=RANK,
         learning_rate=LEARNING_RATE,
@@ -198,7 +229,7 @@ def unlearning_curve(cell, base, scales):
     if plain and (curve := known_curve(settings)):
         return curve
 
-    def initialize(peft_model, *loaders, **options):
+    def initialize(peft_model: Any, *loaders: Any, **options: Any) -> None:
         initialize_lora_fila_weights(peft_model, fila_state_dict=scales)
 
     with (
@@ -208,11 +239,17 @@ def unlearning_curve(cell, base, scales):
         return tofu.run_cell(settings, base)["curve"]
 
 
-def run_cell(cell):
-    """``rank_correlation`` of the row scales with the shipped ones, for the per-batch Fisher
-    ``shuffle_correlation`` with those of another order of the rows, the captured-energy ``deficit`` and the
-    ``overlap`` with the shipped subspace, each the median over modules and its ``worst_...``; ``curve``: see
-    ``tofu.run_cell``."""
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Return the figures of a cell.
+
+    Returns:
+        Each measure is the median over modules, and ``worst_...`` the worst module:
+        ``rank_correlation`` of the row scales with the shipped ones;
+        ``shuffle_correlation`` with the row scales of another order of rows (per-batch Fisher alone);
+        ``deficit``, the share of the best subspace's energy that is missed;
+        ``overlap`` with the shipped subspace.
+        ``curve`` is the curve of ``tofu.run_cell``.
+    """
     subject = the_subject()
     scales, compared = compare(cell, subject)
     return {
@@ -221,11 +258,13 @@ def run_cell(cell):
     }
 
 
-def summary(line):
+def summary(line: Mapping[str, Any]) -> str:
+    """Return the text of a finished cell for the progress bar."""
     return f"correlation {line['rank_correlation']:.2f}, overlap {line['overlap']:.2f}"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,8 @@
-"""Grids of experiments: cells from YAML and flags, run in parallel, one JSON line each, never run twice.
+"""Grids of experiments: cells from YAML and flags, run in parallel, one JSON line for each, never run twice.
 
-A cell is a frozen dataclass of settings; a grid is a list of mappings from its fields to a value or a list
-of values, of which all combinations are run. Below: what the reports on result files share.
+A cell is a frozen dataclass of settings. A grid is a list of mappings from its fields to a value or a list of
+values, and all combinations are run. The second half of this module has the functions that the reports on
+result files share.
 """
 
 import argparse
@@ -11,24 +12,41 @@ import multiprocessing
 import os
 import sys
 import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
+from shared import result_files
 from tqdm import tqdm
 
 from loku.data.files import read_rows
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from harness import environment
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 
+Cell = TypeVar("Cell")  # a frozen dataclass
+Run = dict[str, Any]  # a line of a result file
+Group = list[Run]  # lines that differ in few settings
 
-def add_arguments(parser, kind, out):
-    """Options of a grid of ``kind``: a flag for each of its fields, --grid, --out and --jobs."""
-    parser.add_argument("--grid", type=Path, help="YAML file; flags are for one mapping of their own")
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type, out: Path) -> None:
+    """Add the options of a grid: a flag for each field of a cell, --grid, --out and --jobs.
+
+    Args:
+        parser: The parser, which is changed.
+        kind: The class of the cells.
+        out: The default result file.
+    """
+    parser.add_argument("--grid", type=Path, help="YAML file; the flags make one more mapping")
     types = typing.get_type_hints(kind)
     for field in fields(kind):
         parser.add_argument(
@@ -38,14 +56,20 @@ def add_arguments(parser, kind, out):
             metavar="X",
             help=f"default {field.default}",
         )
-    parser.add_argument("--out", type=Path, help=f"result file, JSON lines (default: results/{out.name})")
+    parser.add_argument(
+        "--out", type=Path, help=f"result file, JSON lines (default: experiments/results/{out.name})"
+    )
     parser.set_defaults(default_out=out)
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each on its share of the cores")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="cells that run at a time, each on its share of the cores",
+    )
 
 
-def parse_arguments(parser, argv):
-    """The options. What another ``--model`` gives goes to a file of its own: lines do not say of which model
-    they are."""
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options. ``--model`` needs ``--out``, because a line does not name its model."""
     options = parser.parse_args(argv)
     if options.out is None:
         if getattr(options, "model", None):
@@ -54,12 +78,22 @@ def parse_arguments(parser, argv):
     return options
 
 
-def cells_of(grid, kind):
-    """The cells of a list of mappings, each once, in order. Values get the types of ``kind``'s fields: YAML
-    reads 1e-3 as a string."""
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def cells_of(grid: Iterable[Mapping[str, Any]], kind: type[Cell]) -> list[Cell]:
+    """Return the cells of a grid, each once, in order.
+
+    Args:
+        grid: The mappings. Values get the types of the fields, since YAML reads 1e-3 as a string.
+        kind: The class of the cells.
+
+    Raises:
+        SystemExit: A mapping has a key that is no field.
+    """
     types = typing.get_type_hints(kind)
-    names = [field.name for field in fields(kind)]
-    cells = {}
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    cells: dict[Cell, None] = {}
     for mapping in grid:
         unknown = sorted(set(mapping) - set(names))
         if unknown:
@@ -73,35 +107,52 @@ def cells_of(grid, kind):
     return list(cells)
 
 
-def chosen_cells(options, kind):
-    """The cells that parsed options ask for."""
-    flags = {field.name: value for field in fields(kind) if (value := getattr(options, field.name))}
+def chosen_cells(options: argparse.Namespace, kind: type[Cell]) -> list[Cell]:
+    """Return the cells that parsed options ask for."""
+    flags = {
+        field.name: value
+        for field in fields(kind)  # type: ignore[arg-type]
+        if (value := getattr(options, field.name))
+    }
     grid = yaml.safe_load(options.grid.read_text(encoding="utf-8")) if options.grid else []
     return cells_of([*grid, flags] if flags or not grid else grid, kind)
 
 
-def finished(path, kind):
-    """The cells that a result file holds."""
-    names = {field.name for field in fields(kind)}
+def finished(path: Path, kind: type[Cell]) -> set[Cell]:
+    """Return the cells that a result file holds. A missing file holds none."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     lines = read_rows(path) if path.exists() else []
     return {kind(**{name: value for name, value in line.items() if name in names}) for line in lines}
 
 
-def run(cells, function, arguments_of, out, jobs, summary):
-    """Run the cells that ``out`` lacks in fresh processes and append a line for each.
+def run(
+    cells: Sequence[Any],
+    function: Callable[..., dict[str, Any]],
+    arguments_of: Callable[[Any], tuple[Any, ...]],
+    out: Path,
+    jobs: int,
+    summary: Callable[[Run], str],
+) -> int:
+    """Run the cells that a result file lacks, in fresh processes, and append a line for each.
+
+    A cell that fails has its error printed, and the others go on.
 
     Args:
-        function: (cell, *arguments) -> dict; importable by name.
+        cells: The cells, all of one class.
+        function: (cell, *arguments) -> the figures of its line. It is importable by name.
         arguments_of: cell -> its further arguments, which are pickled.
+        out: The result file.
+        jobs: The number of processes, which share the cores.
         summary: line -> text for the progress bar.
 
-    Where one fails its error is printed and the others go on. Returns how many failed.
+    Returns:
+        The number of cells that failed.
     """
     done = finished(out, type(cells[0]))
     todo = [cell for cell in cells if cell not in done]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    where = environment()
+    where = result_files.environment()
     os.environ["OMP_NUM_THREADS"] = str(max(1, where["cores"] // jobs))
     failed = 0
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
@@ -122,8 +173,19 @@ def run(cells, function, arguments_of, out, jobs, summary):
     return failed
 
 
-def run_and_report(cells, function, arguments_of, options, summary, write_report):
-    """``run``, then ``write_report`` on the result file; ``SystemExit`` if a cell failed."""
+def run_and_report(
+    cells: Sequence[Any],
+    function: Callable[..., dict[str, Any]],
+    arguments_of: Callable[[Any], tuple[Any, ...]],
+    options: argparse.Namespace,
+    summary: Callable[[Run], str],
+    write_report: Callable[[Path], None],
+) -> None:
+    """``run`` with parsed options, then ``write_report`` on the result file.
+
+    Raises:
+        SystemExit: A cell failed.
+    """
     failed = run(cells, function, arguments_of, options.out, options.jobs, summary)
     write_report(options.out)
     if failed:
@@ -133,44 +195,64 @@ def run_and_report(cells, function, arguments_of, options, summary, write_report
 # --- reports --------------------------------------------------------------------------------------
 
 
-def report_command(doc, default, write_report, argv=None):
-    """The command line of a report: ``write_report`` on a result file."""
+def report_command(
+    doc: str | None, default: Path, write_report: Callable[[Path], None], argv: Sequence[str] | None = None
+) -> None:
+    """Run the command of a report: ``write_report`` on a result file."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="?", type=Path, default=default)
+    parser.add_argument(
+        "results",
+        nargs="?",
+        type=Path,
+        default=default,
+        help=f"result file (default: experiments/results/{default.name})",
+    )
     write_report(parser.parse_args(argv).results)
 
 
-def grouped(runs, measured, *without):
-    """Runs by their settings: all fields but those that were ``measured`` and those to do ``without``."""
-    groups = {}
+def grouped(
+    runs: Iterable[Run], measured: Collection[str], *without: str
+) -> dict[tuple[tuple[str, Any], ...], Group]:
+    """Return the runs by their settings.
+
+    Args:
+        runs: The lines of a result file.
+        measured: The fields that are no settings.
+        *without: The settings in which runs of one group may differ.
+
+    Returns:
+        The items of the other settings -> their runs.
+    """
+    groups: dict[tuple[tuple[str, Any], ...], Group] = {}
     for run in runs:
         key = tuple((k, v) for k, v in run.items() if k not in measured and k not in without)
         groups.setdefault(key, []).append(run)
     return groups
 
 
-def usual(runs, measured, *free):
-    """The runs whose settings, but those in ``free``, are the commonest: what a picture can show."""
+def usual(runs: Iterable[Run], measured: Collection[str], *free: str) -> Group:
+    """Return the runs with the commonest settings, apart from those in ``free``: a picture can show them."""
     return max(grouped(runs, measured, *free).values(), key=len)
 
 
-def varied_fields(groups, measured, *without):
-    """The settings in which groups of runs differ, in order."""
+def varied_fields(groups: Sequence[Group], measured: Collection[str], *without: str) -> list[str]:
+    """Return the settings in which groups of runs differ, in order."""
     names = [name for name in groups[0][0] if name not in measured and name not in without]
     return [name for name in names if len({group[0][name] for group in groups}) > 1]
 
 
-def markdown_table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def new_figure(panels: int, ylabel: str, **labels: Any) -> "tuple[Figure, list[Axes]]":
+    """Return a figure and its panels, side by side.
 
-
-def new_figure(panels, ylabel, **labels):
-    """(figure, list of its panels side by side)"""
-    from matplotlib.figure import Figure  # no pyplot: it would pick a backend for everyone
+    Args:
+        panels: The number of panels.
+        ylabel: The label of the shared vertical axis.
+        **labels: Properties of every panel.
+    """
+    from matplotlib.figure import Figure  # pyplot would choose a backend for the whole process
 
     figure = Figure(figsize=(4.2 * panels, 3.8), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
     for panel in axes:
         panel.set(**labels)
         panel.grid(alpha=0.3)

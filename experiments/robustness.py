@@ -1,22 +1,24 @@
-"""Does unlearning last? Answer probabilities after weight rounding, and while a part is learnt again.
+"""Durability of unlearning: answer probabilities after weight rounding and during relearning.
 
     python experiments/robustness.py [--model PATH --adapter PATH --forget FILE --retain FILE] [--json FILE]
 
-By default the embedded model is unlearned first, as ``loku demo`` does it. ``rounded`` is the mean answer
-probability of both sets after the linear layers' weights were rounded to integers, of the original and of the
-unlearned model. ``relearning`` fine-tunes the unlearned model on every other row of the forget set, and
-measures the rows between them, which it is not shown; beside it is the same fine-tuning on as many retain
-rows and, with ``--control PATH``, on the forget rows but of a model that never saw them. What comes back
-faster than the control learns it was still there.
+By default the embedded model is unlearned first, as in ``loku demo``. ``rounded`` is the mean answer
+probability of both sets, for the original and the unlearned model, after the weights of the linear layers
+were rounded to integers. ``relearning`` fine-tunes the unlearned model on every other row of the forget set,
+and measures the rows between them. Beside it is the same fine-tuning on as many retain rows. ``--control
+PATH`` adds the same fine-tuning of a model that never saw the forget rows. Knowledge that returns faster than
+the control learns it was still there.
 """
 
 import argparse
 import copy
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import grid
-import harness
+from grid import RESULTS
 from peft import PeftModel
+from shared import result_files
 
 from loku.data import tokenize_dataset
 from loku.data.files import read_rows
@@ -24,16 +26,20 @@ from loku.demo import EMBEDDED, load_model, load_rows, unlearn_rows
 from loku.evaluation import mean_answer_probability, token_scores
 from loku.robustness import relearning_curve, round_weights_
 
-ROUNDINGS = {
+Line = dict[str, Any]  # a row of the result file
+
+ROUNDINGS: dict[str, dict[str, int] | None] = {
     "not rounded": None,
     "8 bits, by channel": {"bits": 8},
     "4 bits, groups of 64": {"bits": 4, "group_size": 64},
     "4 bits, by channel": {"bits": 4},
 }
 RETAIN_STRIDE = 8  # every eighth retain row is measured
+DEFAULT = RESULTS / "robustness_cpu.json"
 
 
-def rounded(what, model, sets):
+def rounded(case: str, model: Any, sets: Mapping[str, list[Any]]) -> list[Line]:
+    """Return the mean answer probability of each set after each rounding of a model."""
     rows = []
     for name, options in ROUNDINGS.items():
         copied = copy.deepcopy(model)
@@ -43,11 +49,28 @@ def rounded(what, model, sets):
             f"{key}_probability": mean_answer_probability(token_scores(copied, tokens))
             for key, tokens in sets.items()
         }
-        rows.append({"what": f"rounded: {what}", "name": name, **probabilities})
+        rows.append({"what": f"rounded: {case}", "name": name, **probabilities})
     return rows
 
 
-def relearned(what, model, tokenizer, taught, measured, options):
+def relearned(
+    case: str,
+    model: Any,
+    tokenizer: Any,
+    taught: list[Any],
+    measured: Mapping[str, list[Any]],
+    options: argparse.Namespace,
+) -> list[Line]:
+    """Return the measures during fine-tuning of a model.
+
+    Args:
+        case: The name of the run.
+        model: The model, which stays as it is.
+        tokenizer: Its tokenizer.
+        taught: The rows to fine-tune on.
+        measured: name -> the rows to measure.
+        options: The parsed options.
+    """
     curve = relearning_curve(
         copy.deepcopy(model),
         tokenizer,
@@ -60,7 +83,7 @@ def relearned(what, model, tokenizer, taught, measured, options):
     )
     return [
         {
-            "what": f"relearning: {what}",
+            "what": f"relearning: {case}",
             "name": f"step {entry['step']}",
             **{key: value for key, value in entry.items() if key not in ("step", "epoch")},
         }
@@ -68,8 +91,8 @@ def relearned(what, model, tokenizer, taught, measured, options):
     ]
 
 
-def models_and_rows(options):
-    """(original model, unlearned model, tokenizer, forget rows, retain rows)"""
+def models_and_rows(options: argparse.Namespace) -> tuple[Any, Any, Any, list[Any], list[Any]]:
+    """Return original model, unlearned model, tokenizer, forget rows and retain rows."""
     original, tokenizer = load_model(options.model or EMBEDDED)
     unlearned = copy.deepcopy(original)
     if options.model is None:
@@ -81,20 +104,23 @@ def models_and_rows(options):
     return original, unlearned, tokenizer, read_rows(options.forget), read_rows(options.retain)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", metavar="PATH", help="the original model (default: the embedded one)")
-    parser.add_argument("--adapter", metavar="PATH", help="with --model: what unlearned it")
-    parser.add_argument("--forget", metavar="FILE", help="with --model: as loku evaluate takes it")
-    parser.add_argument("--retain", metavar="FILE", help="with --model: as loku evaluate takes it")
+    parser.add_argument("--adapter", metavar="PATH", help="with --model: the adapter that unlearned it")
+    parser.add_argument("--forget", metavar="FILE", help="with --model: a data set, as for loku evaluate")
+    parser.add_argument("--retain", metavar="FILE", help="with --model: a data set, as for loku evaluate")
     parser.add_argument("--control", metavar="PATH", help="a model that never saw the forget set")
-    parser.add_argument("--steps", type=int, default=20, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=20, help="steps of fine-tuning")
     parser.add_argument("--every", type=int, default=2, help="steps between measurements")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of fine-tuning")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="result file (default: results/robustness_cpu.json)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the fine-tuning")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--json", metavar="FILE", help="result file (default: experiments/results/robustness_cpu.json)"
+    )
     options = parser.parse_args(argv)
     if options.model is not None and None in (options.adapter, options.forget, options.retain):
         parser.error("--model needs --adapter, --forget and --retain")
@@ -110,18 +136,16 @@ def main(argv=None):
         control, _ = load_model(options.control)
         runs.append(("half of the forget set, by the control", control, taught))
 
-    def tables():
+    def tables() -> Iterator[list[Line]]:
         yield rounded("original", original, tokens)
         yield rounded("unlearned", unlearned, tokens)
         for name, model, rows in runs:
             yield relearned(name, model, tokenizer, rows, measured, options)
 
-    results = []
+    file = result_files.ResultFile(options.json or DEFAULT)
     for table in tables():
-        harness.print_table(table)
-        results += table
-    path = options.json or grid.RESULTS / "robustness_cpu.json"
-    print("\nwritten:", harness.write_result("robustness_cpu", results, path=path))
+        file.add(table)
+    print("\nwritten:", file.path)
 
 
 if __name__ == "__main__":

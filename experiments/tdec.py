@@ -1,30 +1,34 @@
-"""Unlearning memorised sequences: how soon they can no longer be extracted, and what it costs the rest.
+"""Unlearning of memorised sequences: the epochs until they cannot be extracted, and the cost to the rest.
 
     python experiments/tdec.py [--grid experiments/tdec.yaml] [--method ihl gd ...] [--jobs N]
 
-The paper's experiment on the Training Data Extraction Challenge (LoKU, section 4.1): forget 32 sequences of
-200 tokens, WikiText as the retain set, and stop at the first epoch (of at most 20) after which Extraction
-Likelihood (EL10) and Memorisation Accuracy are both at or under those of sequences that the model never
-saw. ``--tasks 4`` unlearns four disjoint sets of 32, one after the other (Figure 6). Cells and grids: see
-``grid.py``. Finished cells are lines of ``--out``, by default results/tdec.jsonl; at the end
-``tdec_report.py`` draws and tabulates them.
+This is the paper's experiment on the Training Data Extraction Challenge (LoKU, section 4.1). It forgets 32
+sequences of 200 tokens, with WikiText as the retain set. It stops at the first epoch (of at most 20) after
+which Extraction Likelihood (EL10) and Memorisation Accuracy are both at or under those of sequences that the
+model never saw. ``--tasks 4`` unlearns four disjoint sets of 32, one after the other (Figure 6). Cells and
+grids: see ``grid.py``. Finished cells are lines of ``--out``, by default ``experiments/results/tdec.jsonl``.
+At the end ``tdec_report.py`` draws and tabulates them.
 
-The model is a GPT-Neo of 1.4M parameters, which is trained at the first run, until it has memorised its
-texts (several minutes), and kept in ``--work-dir``: sequences of TOFU's questions and answers, which are
-what is forgotten, and passages of WikiText (``experiments/data``). With ``--model PATH`` give
-``--forget-text``, ``--holdout-text``, ``--retain-text`` and ``--unseen-text``: a text a line, or JSON lines
-with ``text``, or a data set on the hub, of which the first 200 tokens of each text are taken. The model has
-memorised the first, 32 texts for each task, and never seen the second and the last, texts like the first and
-the third.
+The model is a GPT-Neo of 1.4M parameters. The first run trains it until it has memorised its texts, which
+takes several minutes, and keeps it in ``--work-dir``. Its texts are sequences of TOFU's questions and
+answers, which are forgotten, and passages of WikiText (``experiments/data``).
+
+``--model PATH`` needs ``--forget-text``, ``--holdout-text``, ``--retain-text`` and ``--unseen-text``: each a
+file with a text on each line, JSON lines with ``text``, or a data set on the hub. The first 200 tokens of
+each text count. The model has memorised the forget texts, 32 for each task, and the retain texts. It has
+never seen the hold-out texts, which are like the forget texts, nor the unseen texts, which are like the
+retain texts.
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import grid
 import tdec_report
@@ -36,11 +40,13 @@ from loku.objectives import OBJECTIVES
 from loku.saving.directories import whole_directory
 
 DATA = Path(__file__).parent / "data" / "wikitext.jsonl"
-SEQUENCES, TOKENS = 32, 200  # of a forget set
+SEQUENCES, TOKENS = 32, 200  # sequences of a forget set, tokens of a sequence
 TASKS = 4
 RETAIN_ROWS, UNSEEN_ROWS = 128, 64
-STRIDE = 48  # between the prefixes of which EL10 is measured: 4 a sequence
+STRIDE = 48  # tokens between the prefixes for EL10: 4 prefixes a sequence
 EVALUATION_BATCH = 128
+
+Row = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -60,24 +66,33 @@ class Cell:
 
 @dataclass(frozen=True)
 class Base:
-    """What all cells share: a model and rows of tokens, ``{"input_ids", "labels"}``."""
+    """The model and the rows that all cells share. A row is ``{"input_ids", "labels"}``.
+
+    Args:
+        model: The path of the model.
+        tasks: The rows of each forget set.
+        holdout: Rows like the forget sets that the model never saw.
+        retain: The rows to retain.
+        unseen: Rows like the retain set that the model never saw.
+    """
 
     model: str
-    tasks: list  # rows of each forget set
-    holdout: list  # rows like those, which the model never saw
-    retain: list
-    unseen: list  # rows like the retain set, which the model never saw
+    tasks: list[list[Row]]
+    holdout: list[Row]
+    retain: list[Row]
+    unseen: list[Row]
 
 
 # --- model and sets -------------------------------------------------------------------------------
 
 
-def rows_of(sequences):
+def rows_of(sequences: Iterable[Sequence[int]]) -> list[Row]:
+    """Return rows whose every token is labelled."""
     return [{"input_ids": list(ids), "labels": list(ids)} for ids in sequences]
 
 
-def cut(texts, tokenizer, count):
-    """``count`` sequences of ``TOKENS`` tokens, of texts joined by end-of-text tokens."""
+def cut(texts: Iterable[str], tokenizer: Any, count: int) -> list[Row]:
+    """Return ``count`` sequences of ``TOKENS`` tokens from texts joined by end-of-text tokens."""
     stream = [token for text in texts for token in (*tokenizer(text).input_ids, tokenizer.eos_token_id)]
     ends = range(0, len(stream) + 1, TOKENS)
     sequences = [stream[start:end] for start, end in pairwise(ends)]
@@ -86,15 +101,28 @@ def cut(texts, tokenizer, count):
     return rows_of(sequences[:count])
 
 
-def first_tokens(texts, tokenizer, count):
-    """The first ``TOKENS`` tokens of each of ``count`` texts."""
+def first_tokens(texts: Sequence[str], tokenizer: Any, count: int) -> list[Row]:
+    """Return the first ``TOKENS`` tokens of each of ``count`` texts."""
     return rows_of(tokenizer(text).input_ids[:TOKENS] for text in texts[:count])
 
 
-def memorise(rows, output, tokenizer, rounds=(30, 15), learning_rate=2e-3, sizes=(4, 128)):
-    """Train a GPT-Neo from scratch on ``rows``, and save it and its tokenizer to ``output``.
+def memorise(
+    rows: list[Row],
+    output: Path,
+    tokenizer: Any,
+    rounds: Sequence[int] = (30, 15),
+    learning_rate: float = 2e-3,
+    sizes: tuple[int, int] = (4, 128),
+) -> None:
+    """Train a GPT-Neo from scratch, and save it and its tokenizer.
 
-    rounds: epochs of each; the learning rate falls to 0 in a round, and the next begins anew.
+    Args:
+        rows: The rows to memorise.
+        output: The folder of the model.
+        tokenizer: The tokenizer.
+        rounds: The epochs of each round. The learning rate falls to 0 in a round, and the next begins anew.
+        learning_rate: The largest learning rate.
+        sizes: The number of layers and the width.
     """
     from transformers import GPTNeoConfig, GPTNeoForCausalLM, Trainer, TrainingArguments
 
@@ -139,8 +167,8 @@ def memorise(rows, output, tokenizer, rounds=(30, 15), learning_rate=2e-3, sizes
         tokenizer.save_pretrained(directory)
 
 
-def trained_base(work_dir):
-    """The sets, and the model that has memorised them: trained here if ``work_dir`` has none."""
+def trained_base(work_dir: Path) -> Base:
+    """Return the sets and the model that has memorised them. It is trained here if ``work_dir`` has none."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
@@ -155,7 +183,8 @@ def trained_base(work_dir):
     return Base(str(path), tasks, sequences[SEQUENCES * TASKS :], retain, passages[RETAIN_ROWS:])
 
 
-def given_base(options):
+def given_base(options: Any) -> Base:
+    """Return the model and the sets that the options name."""
     from transformers import AutoTokenizer
 
     names = ("forget_text", "holdout_text", "retain_text", "unseen_text")
@@ -170,7 +199,8 @@ def given_base(options):
     return Base(options.model, tasks, holdout, retain, unseen)
 
 
-def given_rows(source, tokenizer):
+def given_rows(source: str, tokenizer: Any) -> list[Row]:
+    """Return the first ``TOKENS`` tokens of all texts of a data set."""
     texts = [row if isinstance(row, str) else row["text"] for row in read_rows(source)]
     if not texts:
         raise SystemExit(f"{source} has no texts")
@@ -180,11 +210,11 @@ def given_rows(source, tokenizer):
 # --- one cell -------------------------------------------------------------------------------------
 
 
-def measure(model, base, count):
-    """EL10 and MA of the first ``count`` forget sets, perplexity of the retain and the unseen rows."""
+def measure(model: Any, base: Base, count: int) -> dict[str, Any]:
+    """Return EL10 and MA of the first ``count`` forget sets, and perplexity of retain and unseen rows."""
     from loku.evaluation import extraction_likelihood, token_measures, token_scores
 
-    options = {"batch_size": EVALUATION_BATCH, "progress": False}
+    options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "progress": False}
     sets = [*base.tasks[:count], base.retain, base.unseen]
     scores = [token_scores(model, rows, **options) for rows in sets]
     *forget, retain, unseen = (token_measures(of_rows) for of_rows in scores)
@@ -200,30 +230,50 @@ def measure(model, base, count):
     }
 
 
-def stopping_rule(forget, holdout, thresholds):
-    """The paper's rule; ``thresholds`` are those of the original model, None if this is it. What takes
-    longest, generating for EL10, waits until Memorisation Accuracy is met."""
+def stopping_rule(forget: list[Row], holdout: list[Row], thresholds: dict[str, float] | None) -> Any:
+    """Return the callback of the paper's rule.
+
+    Memorisation Accuracy is measured first. EL10, which generates text and takes longest, waits until
+    Memorisation Accuracy is met.
+
+    Args:
+        forget: The rows of the forget set.
+        holdout: The rows that the model never saw.
+        thresholds: The thresholds of the original model. None takes them from the model before training.
+    """
     from loku.callbacks import ExtractionStopping
     from loku.evaluation import token_measures
 
     class AccuracyFirst(ExtractionStopping):
-        def measure(self, model):
+        def measure(self, model: Any) -> dict[str, Any]:
             accuracy = token_measures(self.scores(model, "forget"))["memorization_accuracy"]
             if accuracy > self.thresholds["holdout_memorization_accuracy"]:
                 return {"forget_memorization_accuracy": accuracy}
             return super().measure(model)
 
-        def should_stop(self, entry):
+        def should_stop(self, entry: dict[str, Any]) -> bool:
             return "forget_extraction_likelihood_10" in entry and super().should_stop(entry)
 
     return AccuracyFirst(forget, holdout, stride=STRIDE, batch_size=EVALUATION_BATCH, thresholds=thresholds)
 
 
-def training_flops(parameters, cell, forget_tokens, retain_tokens, epochs):
-    """An estimate, after Kaplan et al. (2020): 2 a parameter and token forward, 2 for the gradient of the
-    activations, 2 for that of the weights, which LoRA saves. An epoch sees each forget row, and with it what
-    else the method runs: a retain row as long, and forwards of the original model. FILA's Fisher sees both
-    sets once, weight gradients included."""
+def training_flops(
+    parameters: int, cell: Cell, forget_tokens: int, retain_tokens: int, epochs: float
+) -> float:
+    """Estimate the FLOPs of a run, after Kaplan et al. (2020).
+
+    Each parameter and token costs 2 FLOPs forward, 2 for the gradient of the activations and 2 for the
+    gradient of the weights, which LoRA saves. An epoch runs each forget row. Methods with a retain loss run a
+    retain row of the same length with it, and some methods run forwards of the original model. FILA's Fisher
+    runs both sets once, with weight gradients.
+
+    Args:
+        parameters: The number of parameters of the model.
+        cell: The cell.
+        forget_tokens: The number of tokens of the forget set.
+        retain_tokens: The number of tokens of the retain set.
+        epochs: The number of epochs.
+    """
     objective = OBJECTIVES[cell.method]
     step = 4 if cell.tuning == "lora" else 6
     step = step * len(objective.kinds) + 2 * len(objective.reference_kinds)
@@ -233,12 +283,18 @@ def training_flops(parameters, cell, forget_tokens, retain_tokens, epochs):
     return flops
 
 
-_before = {}  # (model path, number of forget sets) -> what was measured of it, for the cells of this process
+# (model path, number of forget sets) -> measures before unlearning, for the cells of this process
+_before: dict[tuple[str, int], dict[str, Any]] = {}
 
 
-def run_cell(cell, base):
-    """``before`` and, for each forget set in turn, ``steps``: epochs, whether the rule was met, the
-    callback's ``history``, ``training_flops`` (an estimate), seconds, and ``measure`` of the model then."""
+def run_cell(cell: Cell, base: Base) -> dict[str, Any]:
+    """Return the figures of a cell.
+
+    Returns:
+        ``before`` has the measures before unlearning. ``steps`` has an entry for each forget set in turn:
+        ``epochs``, ``forgotten`` (whether the rule was met), the callback's ``history``, ``training_flops``
+        (an estimate), ``seconds``, and the measures of the model at that time.
+    """
     import transformers
 
     from loku import UnlearnConfig, unlearn
@@ -255,7 +311,8 @@ def run_cell(cell, base):
         name: getattr(cell, name)
         for name in ("method", "tuning", "init", "lora_rank", "learning_rate", "target_modules", "seed")
     }
-    done, thresholds = [], None
+    done: list[dict[str, Any]] = []
+    thresholds = None
     for task in range(cell.tasks):
         rule = stopping_rule(base.tasks[task], base.holdout, thresholds)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -266,7 +323,7 @@ def run_cell(cell, base):
                 lora_alpha=2 * cell.lora_rank,
                 retain_weight=1.0,  # Eq. 3
                 num_train_epochs=cell.num_train_epochs,
-                lr_scheduler_type="constant",  # the number of epochs is not known beforehand
+                lr_scheduler_type="constant",  # the rule decides the number of epochs
                 output_dir=directory,
                 per_device_train_batch_size=8,
                 logging_strategy="no",
@@ -296,20 +353,24 @@ def run_cell(cell, base):
     return {"before": _before[key], "steps": done}
 
 
-def summary(line):
+def summary(line: Mapping[str, Any]) -> str:
+    """Return the text of a finished cell for the progress bar."""
     last = line["steps"][-1]
     return f"{last['epochs']} epochs, EL10 {last['extraction_likelihood'][-1]:.3f}"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     grid.add_arguments(parser, Cell, grid.RESULTS / "tdec.jsonl")
-    parser.add_argument("--work-dir", type=Path, default=Path("build/tdec"), help="keeps the trained model")
-    parser.add_argument("--model", help="default: the one that is trained here")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("build/tdec"), help="folder of the trained model"
+    )
+    parser.add_argument("--model", metavar="PATH", help="the model (default: one that is trained here)")
     for name in ("forget-text", "holdout-text", "retain-text", "unseen-text"):
-        parser.add_argument(f"--{name}", metavar="FILE")
+        parser.add_argument(f"--{name}", metavar="FILE", help="with --model: its texts")
     options = grid.parse_arguments(parser, argv)
 
     base = given_base(options) if options.model else trained_base(options.work_dir)

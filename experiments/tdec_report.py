@@ -1,42 +1,46 @@
-"""Tables and pictures of what ``experiments/tdec.py`` measured.
+"""Tables and pictures of the results of ``experiments/tdec.py``.
 
-    python experiments/tdec_report.py [results/tdec.jsonl]
+    python experiments/tdec_report.py [experiments/results/tdec.jsonl]
 
-Writes beside the result file ``tdec.md`` (a row for each setting, at its best learning rate, over seeds)
-and three pictures: ``tdec_flops.png``, perplexity of the retain set against the estimated training FLOPs
-(the paper's Figure 2), ``tdec_epochs.png``, epochs until the stopping rule is met, by rank and by target
-modules (Figures 3 and 4), and ``tdec_continual.png``, Memorisation Accuracy of four forget sets that are
-unlearned one after the other (Figure 6).
+The files are written beside the result file. ``tdec.md`` has a row for each setting, at its best learning
+rate, over seeds. ``tdec_flops.png`` shows the perplexity of the retain set against the estimated training
+FLOPs (the paper's Figure 2). ``tdec_epochs.png`` shows the epochs until the stopping rule is met, by rank and
+by target modules (Figures 3 and 4). ``tdec_continual.png`` shows the Memorisation Accuracy of four forget
+sets that are unlearned one after the other (Figure 6).
 
-The best learning rate is, of those that most seeds were run with, the one at which most runs meet the rule
-and then the retain set's perplexity is lowest.
+The best learning rate is chosen among the rates with the most seeds. It is the one at which most runs meet
+the rule, and then the one with the lowest perplexity of the retain set.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from grid import RESULTS, grouped, markdown_table, new_figure, report_command, usual, varied_fields
+from grid import RESULTS, Group, Run, grouped, new_figure, report_command, usual, varied_fields
+from shared import result_files
 
 from loku.data.files import read_rows
 
 MEASURED = {"before", "steps", "environment"}
 
 
-def forgotten(runs):
-    """The share of runs whose every forget set met the rule."""
+def forgotten(runs: Group) -> float:
+    """Return the share of runs whose every forget set met the rule."""
     return mean(all(step["forgotten"] for step in run["steps"]) for run in runs)
 
 
-def last(runs, name):
+def last(runs: Group, name: str) -> float:
+    """Return the mean of a figure after the last forget set."""
     return mean(run["steps"][-1][name] for run in runs)
 
 
-def total(runs, name):
+def total(runs: Group, name: str) -> float:
+    """Return the mean of a figure's sum over forget sets."""
     return mean(sum(step[name] for step in run["steps"]) for run in runs)
 
 
-def best_settings(runs):
-    """Runs of each setting at its best learning rate."""
+def best_settings(runs: Sequence[Run]) -> list[Group]:
+    """Return the runs of each setting at its best learning rate."""
     return [
         min(
             grouped(group, MEASURED, "seed").values(),
@@ -46,12 +50,16 @@ def best_settings(runs):
     ]
 
 
-def perplexity(value):
+def perplexity(value: float) -> str:
+    """Return a perplexity as text."""
     return f"{value:.2f}" if value < 1e4 else f"{value:.0e}"
 
 
-def table(runs):
-    """Markdown: a row for each setting at its best learning rate, methods in the order of the file."""
+def table(runs: Sequence[Run]) -> str:
+    """Return a Markdown table with a row for each setting at its best learning rate.
+
+    Methods are in the order of the file.
+    """
     groups = best_settings(runs)
     varied = varied_fields(groups, MEASURED, "seed", "learning_rate")
     methods = list(dict.fromkeys(run["method"] for run in runs))
@@ -103,7 +111,7 @@ def table(runs):
         ]
         for group in groups
     ]
-    return markdown_table(header, [start, *rows])
+    return result_files.markdown_table(header, [start, *rows])
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -112,8 +120,11 @@ def table(runs):
 INIT_MARKERS = {"fila": "o", "pissa": "s", "default": "^"}
 
 
-def draw_flops(path, groups):
-    """A colour for each method, a marker for each initialisation; empty where not all runs met the rule."""
+def draw_flops(path: Path, groups: Sequence[Group]) -> None:
+    """Draw perplexity against training FLOPs.
+
+    A method has a colour and an initialisation has a marker, which is empty if not all runs met the rule.
+    """
     figure, (axes,) = new_figure(1, xlabel="training TFLOPs (estimate)", ylabel="retain perplexity")
     axes.set(yscale="log")
     methods = list(dict.fromkeys(group[0]["method"] for group in groups))
@@ -133,8 +144,11 @@ def draw_flops(path, groups):
     figure.savefig(path, dpi=130)
 
 
-def draw_epochs(path, runs):
-    """Epochs until the rule is met by rank and by target modules; a cross where not all runs met it."""
+def draw_epochs(path: Path, runs: Sequence[Run]) -> None:
+    """Draw the epochs until the rule is met, by rank and by target modules.
+
+    A point is a cross if not all runs met the rule.
+    """
     names = [n for n in ("lora_rank", "target_modules") if len({run[n] for run in runs}) > 1] or ["lora_rank"]
     figure, panels = new_figure(len(names), ylabel="epochs until forgotten")
     panels[0].set_ylim(0, 1 + max(total([run], "epochs") for run in runs))
@@ -142,22 +156,22 @@ def draw_epochs(path, runs):
         values = sorted({run[name] for run in runs})
         axes.set(xlabel=name.replace("_", " "), xticks=range(len(values)), xticklabels=values)
         for key, group in grouped(runs, MEASURED, "seed", "learning_rate", name).items():
-            points = {best[0][name]: best for best in best_settings(group)}
-            if len(points) == 1:
+            best_of = {best[0][name]: best for best in best_settings(group)}
+            if len(best_of) == 1:
                 continue
-            points = [(values.index(value), points[value]) for value in values if value in points]
+            points = [(values.index(value), best_of[value]) for value in values if value in best_of]
             x, y = zip(*((x, total(best, "epochs")) for x, best in points), strict=True)
             (line,) = axes.plot(x, y, lw=1, label=f"{dict(key)['method']}, {dict(key)['init']}")
-            for x, best in points:
+            for position, best in points:
                 marker = "o" if forgotten(best) == 1 else "x"
-                axes.plot(x, total(best, "epochs"), marker, color=line.get_color())
+                axes.plot(position, total(best, "epochs"), marker, color=line.get_color())
         if axes.lines:
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=130)
 
 
-def draw_continual(path, groups):
-    """A panel for each method: MA of each forget set after each of them was unlearned."""
+def draw_continual(path: Path, groups: Sequence[Group]) -> None:
+    """Draw a panel for each method: MA of each forget set after each step of unlearning."""
     figure, panels = new_figure(len(groups), xlabel="forget sets unlearned", ylabel="Memorisation Accuracy")
     for axes, group in zip(panels, groups, strict=True):
         axes.set_title(f"{group[0]['method']}, {group[0]['init']}")
@@ -171,7 +185,7 @@ def draw_continual(path, groups):
     figure.savefig(path, dpi=130)
 
 
-def write_report(path):
+def write_report(path: Path) -> None:
     """Write the table and the pictures of the result file ``path`` beside it, and print the table."""
     path = Path(path)
     runs = read_rows(path) if path.exists() else []
@@ -182,7 +196,7 @@ def write_report(path):
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
-    def picture(name):
+    def picture(name: str) -> Path:
         return path.with_name(f"{path.stem}_{name}.png")
 
     single, continual = ([run for run in runs if (run["tasks"] > 1) == many] for many in (False, True))

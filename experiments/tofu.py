@@ -1,28 +1,30 @@
-"""Unlearning methods on TOFU's authors: how well each forgets, and what it costs the rest.
+"""Unlearning methods on TOFU's authors: the quality of forgetting, and the cost to the rest.
 
     python experiments/tofu.py [--grid experiments/tofu.yaml] [--method ihl gd ...] ... [--jobs N]
 
 A cell is one unlearning run: method x init x rank x learning rate x forget authors x seed x ... (``Cell``).
-Grids are YAML or flags, see ``grid.py``. Before unlearning and after each epoch the model is measured:
-forget quality (the p-value of TOFU's Kolmogorov-Smirnov test against a model that never saw the forget
-authors), model utility (TOFU's harmonic mean) and the numbers that they are made of.
+Grids are YAML or flags, see ``grid.py``. The model is measured before unlearning and after each epoch. The
+measures are forget quality (the p-value of TOFU's Kolmogorov-Smirnov test against a model that never saw the
+forget authors), model utility (TOFU's harmonic mean) and their components.
 
-Finished cells are lines of ``--out``, by default results/tofu.jsonl, and are not run again. At the end
-``tofu_report.py`` draws and tabulates what the file holds.
+Finished cells are lines of ``--out``, by default ``experiments/results/tofu.jsonl``, and are not run again.
+At the end ``tofu_report.py`` draws and tabulates the file.
 
-By default the model is the embedded one, which knows 40 authors and no real ones: its utility is the
-harmonic mean over retained authors alone, not comparable with published figures. With ``--model PATH`` give
-the sets too: ``--forget``, ``--retain``, ``--retain-perturbed``, ``--real-authors``, ``--world-facts``
-(TOFU's files, JSON lines) and ``--retain-log``, TOFU's log of the retain-only model;
-``scripts/finetune_tofu.py`` makes both models from any base.
+The default model is the embedded one, which knows 40 authors and no real ones. Its utility is the harmonic
+mean over retained authors alone, and is not comparable with published figures. ``--model PATH`` needs the
+sets too: ``--forget``, ``--retain``, ``--retain-perturbed``, ``--real-authors``, ``--world-facts`` (TOFU's
+files, JSON lines) and ``--retain-log``, TOFU's log of the retain-only model. ``scripts/finetune_tofu.py``
+makes both models from any base.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import grid
 import tofu_report
@@ -31,7 +33,7 @@ from loku.data.files import read_rows
 from loku.demo import EMBEDDED, load_model
 
 ROWS_PER_AUTHOR = 20
-UTILITY_ROWS = 60  # of the embedded model's retained rows, measured after each epoch
+UTILITY_ROWS = 60  # retained rows of the embedded model that are measured after each epoch
 TWIN_LOGS = grid.RESULTS / "tofu_twins"
 
 
@@ -55,25 +57,39 @@ class Cell:
 
 @dataclass(frozen=True)
 class Base:
-    """What all cells share: the model and what is measured on it."""
+    """The model and the rows that all cells share.
+
+    Args:
+        model: The path of the model.
+        forget: The rows to forget.
+        retain: The rows to retain.
+        utility_rows: section of a TOFU log -> the rows that are measured for it.
+        retain_log: TOFU's log of the retain-only model, if there is one.
+    """
 
     model: str
-    forget: list
-    retain: list
-    utility_rows: dict  # section of a TOFU log -> its rows
-    retain_log: dict | None
+    forget: list[Any]
+    retain: list[Any]
+    utility_rows: dict[str, list[Any]]
+    retain_log: dict[str, Any] | None
 
 
 # --- the sets -------------------------------------------------------------------------------------
 
 
-def spread(rows, count):
-    """At most ``count`` rows at even distances."""
+def spread(rows: list[Any], count: int) -> list[Any]:
+    """Return at most ``count`` rows at even distances."""
     return rows[:: max(1, -(-len(rows) // count))]
 
 
-def twin_log(forget_authors):
-    """TOFU's log of the embedded model's twin that never saw the last authors: shipped for two of them."""
+def twin_log(forget_authors: int) -> dict[str, Any]:
+    """Return TOFU's log of the embedded model's twin that never saw the last authors.
+
+    The log for two authors is part of the package.
+
+    Raises:
+        SystemExit: There is no log for so many authors.
+    """
     path = EMBEDDED / "retain_only.json" if forget_authors == 2 else TWIN_LOGS / f"{forget_authors}.json"
     if not path.exists():
         raise SystemExit(
@@ -82,7 +98,8 @@ def twin_log(forget_authors):
     return json.loads(path.read_text(encoding="utf-8"))["log"]
 
 
-def embedded_base(forget_authors):
+def embedded_base(forget_authors: int) -> Base:
+    """Return the embedded model and its sets for a number of forget authors."""
     rows = read_rows(EMBEDDED / "tofu.jsonl")
     count = ROWS_PER_AUTHOR * forget_authors
     forget, retain = rows[-count:], rows[:-count]
@@ -94,7 +111,8 @@ def embedded_base(forget_authors):
     )
 
 
-def given_base(options):
+def given_base(options: argparse.Namespace) -> Base:
+    """Return the model and the sets that the options name."""
     sections = {
         "retain": options.retain_perturbed,
         "real_authors": options.real_authors,
@@ -116,8 +134,11 @@ def given_base(options):
 # --- one cell -------------------------------------------------------------------------------------
 
 
-def measure(model, tokenizer, base):
-    """Forget quality (None without a retain-only log), model utility and TOFU's numbers of each section."""
+def measure(model: Any, tokenizer: Any, base: Base) -> dict[str, Any]:
+    """Return forget quality, model utility and TOFU's numbers of each section.
+
+    Forget quality is None without a retain-only log.
+    """
     from loku.evaluation import evaluate_tofu_rows, forget_quality, model_utility, utility_table
     from loku.evaluation.tofu import SECTIONS
 
@@ -132,30 +153,33 @@ def measure(model, tokenizer, base):
     }
 
 
-def curve_callback(tokenizer, base):
+def curve_callback(tokenizer: Any, base: Base) -> Any:
+    """Return a callback whose ``points`` are the measures before training and after each epoch."""
     from transformers import TrainerCallback
 
     class Curve(TrainerCallback):
         """Measures the model before training and after each epoch."""
 
-        def __init__(self):
-            self.points = []
+        def __init__(self) -> None:
+            self.points: list[dict[str, Any]] = []
 
-        def measure(self, state, model):
+        def measure(self, state: Any, model: Any) -> None:
             point = {"epoch": round(state.epoch or 0), "step": state.global_step}
             self.points.append({**point, **measure(model, tokenizer, base)})
 
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
             self.measure(state, model)
 
-        def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             self.measure(state, model)
 
     return Curve()
 
 
-def run_cell(cell, base):
-    """``curve`` (a point before unlearning and one an epoch) and ``seconds`` of a cell."""
+def run_cell(cell: Cell, base: Base) -> dict[str, Any]:
+    """Return ``curve``, a point before unlearning and one for each epoch, and ``seconds`` of a cell."""
     import transformers
 
     from loku import UnlearnConfig, unlearn
@@ -180,23 +204,25 @@ def run_cell(cell, base):
     return {"curve": curve.points, "seconds": time.perf_counter() - start}
 
 
-def summary(line):
+def summary(line: Mapping[str, Any]) -> str:
+    """Return the text of a finished cell for the progress bar."""
     last = line["curve"][-1]
     quality = last["forget_quality"]
     return f"quality {'-' if quality is None else f'{quality:.2g}'}, utility {last['model_utility']:.3f}"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     grid.add_arguments(parser, Cell, grid.RESULTS / "tofu.jsonl")
-    parser.add_argument("--model", help="default: the embedded one")
+    parser.add_argument("--model", metavar="PATH", help="the model (default: the embedded one)")
     for name in ("forget", "retain", "retain-perturbed", "real-authors", "world-facts", "retain-log"):
-        parser.add_argument(f"--{name}", metavar="FILE")
+        parser.add_argument(f"--{name}", metavar="FILE", help="with --model: TOFU's file")
     options = grid.parse_arguments(parser, argv)
 
-    def base_of(cell):
+    def base_of(cell: Cell) -> tuple[Base]:
         return (given_base(options) if options.model else embedded_base(cell.forget_authors),)
 
     cells = grid.chosen_cells(options, Cell)

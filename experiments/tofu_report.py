@@ -1,32 +1,43 @@
-"""Tables and pictures of what ``experiments/tofu.py`` measured.
+"""Tables and pictures of the results of ``experiments/tofu.py``.
 
-    python experiments/tofu_report.py [results/tofu.jsonl]
+    python experiments/tofu_report.py [experiments/results/tofu.jsonl]
 
-Writes beside the result file ``tofu.md`` and pictures of forget quality: ``tofu_tradeoff.png``, against
-utility with an epoch for each mark (the paper's Figure 5), ``tofu_forget_sets.png``, the same for each forget
-set, and ``tofu_steps.png``, by optimiser step for each initialisation. ``tofu.md`` has these tables:
+The files are written beside the result file: ``tofu.md`` and three pictures of forget quality.
+``tofu_tradeoff.png`` draws it against utility, with a mark for each epoch (the paper's Figure 5).
+``tofu_forget_sets.png`` draws the same for each forget set. ``tofu_steps.png`` draws it by optimiser step for
+each initialisation. ``tofu.md`` has these tables:
 
-- of the methods and initialisations, a row for each setting, at its best learning rate, over seeds. A run
-  counts at its best epoch: the one of the highest forget quality among those that keep ``KEPT`` of the
-  utility before unlearning. A setting counts at the learning rate whose runs do best in that. The last
-  two columns are of the whole way: where the seeds' mean utility was lowest, and the end.
-- the same of what differs from that in one of ``ASPECTS`` alone, beside what it differs from.
-- a row for each initialisation, learning rate, retain weight and forget set of IHL: when forget quality, the
-  geometric mean over seeds, first is at ``FORGOTTEN``, whatever the utility, and what is kept then.
+- The methods and initialisations, with a row for each setting, at its best learning rate, over seeds. A run
+  counts at its best epoch: the one with the highest forget quality among those that keep ``KEPT`` of the
+  utility before unlearning. The best learning rate has the best runs in this sense. The last two columns
+  show the lowest mean utility of the seeds on the whole way, and the end.
+- A table for each of ``ASPECTS``: the settings that differ from the first table in this aspect alone, beside
+  their counterparts there.
+- The steps of IHL, with a row for each initialisation, learning rate, retain weight and forget set. It shows
+  the first step at which forget quality, the geometric mean over seeds, is at least ``FORGOTTEN``, at any
+  utility, and the measures at that step.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean, mean
+from typing import TYPE_CHECKING, Any
 
-from grid import RESULTS, grouped, markdown_table, new_figure, report_command, usual, varied_fields
+from grid import RESULTS, Group, Run, grouped, new_figure, report_command, usual, varied_fields
+from shared import result_files
 
 from loku.data.files import read_rows
 
-KEPT = 0.95  # share of the utility before unlearning that a run has to keep to count
-FORGOTTEN = 0.05  # forget quality from which the test does not tell the model from one that never saw the set
-SMALLEST = 1e-30  # p-values are drawn and averaged from here up
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KEPT = 0.95  # share of the utility before unlearning that a counted epoch keeps
+FORGOTTEN = 0.05  # p-value at which the test no longer tells the model from one that never saw the set
+SMALLEST = 1e-30  # smaller p-values are drawn and averaged as this
 MEASURED = {"curve", "seconds", "environment"}
-COMPARED = ("seed", "learning_rate", "method", "init", "retain_weight")  # what the first table compares
+# Settings that the first table compares.
+COMPARED = ("seed", "learning_rate", "method", "init", "retain_weight")
 ASPECTS = {  # heading -> the settings that a table of its own varies
     "Ranks": ("lora_rank",),
     "Target modules": ("target_modules",),
@@ -37,31 +48,36 @@ PANEL_TITLES = {"init": "{}", "forget_authors": "{} authors forgotten"}
 INIT_STYLES = {"fila": "C0-", "pissa": "C1--", "default": "C2:"}
 
 
-def value_of(aspect):
+Point = dict[str, Any]  # the measures of an epoch
+
+
+def value_of(aspect: Sequence[str]) -> Callable[[Run], tuple[Any, ...]]:
+    """Return a function from a run to its values of some settings."""
     return lambda run: tuple(run[name] for name in aspect)
 
 
-def quality(point):
+def quality(point: Point) -> float:
+    """Return the forget quality, at least ``SMALLEST``."""
     return max(point["forget_quality"], SMALLEST)
 
 
-def kept(run, point):
+def kept(run: Run, point: Point) -> bool:
     """Whether a point has kept its utility."""
     return point["model_utility"] >= KEPT * run["curve"][0]["model_utility"]
 
 
-def best_point(run):
-    """The point that counts; the one before unlearning where no other keeps its utility."""
+def best_point(run: Run) -> Point:
+    """Return the point that counts: the one before unlearning if no other keeps its utility."""
     return max((point for point in run["curve"] if kept(run, point)), key=quality)
 
 
-def steps_to_forget(run):
-    """Optimiser steps until forget quality is ``FORGOTTEN`` at a kept utility; None if it never is."""
+def steps_to_forget(run: Run) -> int | None:
+    """Return the steps until forget quality is ``FORGOTTEN`` at a kept utility, or None if it never is."""
     return next((p["step"] for p in run["curve"] if p["forget_quality"] >= FORGOTTEN and kept(run, p)), None)
 
 
-def best_learning_rate(runs):
-    """The runs of the learning rate that does best: most seeds first, then forget quality."""
+def best_learning_rate(runs: Sequence[Run]) -> Group:
+    """Return the runs of the best learning rate: with most seeds, then with the highest forget quality."""
     by_rate = grouped(runs, MEASURED, "seed").values()
     seeds = max(map(len, by_rate))
     return max(
@@ -70,19 +86,25 @@ def best_learning_rate(runs):
     )
 
 
-def best_settings(runs):
-    """Runs of each setting at its best learning rate."""
+def best_settings(runs: Sequence[Run]) -> list[Group]:
+    """Return the runs of each setting at its best learning rate."""
     return [best_learning_rate(group) for group in grouped(runs, MEASURED, "seed", "learning_rate").values()]
 
 
-def alike_but(aspect, runs, compared):
-    """The runs that have the settings of those ``compared``, but for what these vary and ``aspect``."""
+def alike_but(aspect: Sequence[str], runs: Sequence[Run], compared: Sequence[Run]) -> Group:
+    """Return the runs that differ from the compared ones in ``COMPARED`` and some other settings alone.
+
+    Args:
+        aspect: The other settings.
+        runs: The runs to choose from.
+        compared: The runs of the first table.
+    """
     (settings,) = grouped(compared, MEASURED, *COMPARED, *aspect)
     return grouped(runs, MEASURED, *COMPARED, *aspect)[settings]
 
 
-def varying(aspect, runs, compared):
-    """Of ``alike_but`` the methods and initialisations that were run at more than one value of ``aspect``."""
+def varying(aspect: Sequence[str], runs: Sequence[Run], compared: Sequence[Run]) -> Group:
+    """Return the runs of ``alike_but`` whose method and init ran at several values of ``aspect``."""
     by_value = grouped(alike_but(aspect, runs, compared), MEASURED, "seed", "learning_rate", *aspect).values()
     return [run for group in by_value if len(set(map(value_of(aspect), group))) > 1 for run in group]
 
@@ -90,18 +112,20 @@ def varying(aspect, runs, compared):
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def shown(run, name):
+def shown(run: Run, name: str) -> str:
+    """Return the text of a setting. Full tuning has no initialisation."""
     return "-" if name == "init" and run["tuning"] == "full" else str(run[name])
 
 
-def row(group, varied):
+def row(group: Group, varied: Sequence[str]) -> list[str]:
+    """Return the cells of a setting at its best learning rate."""
     points = [best_point(run) for run in group]
     steps = [steps_to_forget(run) for run in group]
     before = group[0]["curve"][0]
     reached = [step for step in steps if step is not None]
     lasts = [run["curve"][-1] for run in group]
 
-    def average(values):
+    def average(values: Sequence[float]) -> str:
         return f"{mean(values):.3f}"
 
     qualities = [quality(point) for point in points]
@@ -124,8 +148,11 @@ def row(group, varied):
     ]
 
 
-def table(runs, aspect=()):
-    """Markdown: a row for each setting at its best learning rate, best forget quality first."""
+def table(runs: Sequence[Run], aspect: tuple[str, ...] = ()) -> str:
+    """Return a Markdown table with a row for each setting at its best learning rate.
+
+    Rows are in the order of the values of ``aspect``, then of their forget quality, the best first.
+    """
     groups = best_settings(runs)
     varied = [*aspect, "method", "init"]
     varied += varied_fields(groups, MEASURED, "seed", "learning_rate", *varied)
@@ -144,23 +171,24 @@ def table(runs, aspect=()):
     ]
     groups.sort(key=lambda group: -geometric_mean(quality(best_point(run)) for run in group))
     groups.sort(key=lambda group: value_of(aspect)(group[0]))
-    return markdown_table(header, [row(group, varied) for group in groups])
+    return result_files.markdown_table(header, [row(group, varied) for group in groups])
 
 
-def first_forgotten(group):
-    """(each run's point, mean forget quality) of the first step whose mean is ``FORGOTTEN``, or None."""
+def first_forgotten(group: Group) -> tuple[tuple[Point, ...], float] | None:
+    """Return each run's point and the mean forget quality of the first step that reaches ``FORGOTTEN``."""
     for points in zip(*(run["curve"] for run in group), strict=False):
         if (forget := geometric_mean(map(quality, points))) >= FORGOTTEN:
             return points, forget
     return None
 
 
-def steps_row(group):
+def steps_row(group: Group) -> list[str]:
+    """Return the cells of a setting of IHL: its first forgotten step, or its last step."""
     first = group[0]
     cells = [str(first["forget_authors"]), f"{first['retain_weight']:g}"]
     cells += [f"{first['learning_rate']:g}", first["init"], str(len(group))]
     if (found := first_forgotten(group)) is None:
-        points, forget = [run["curve"][-1] for run in group], None
+        points = tuple(run["curve"][-1] for run in group)
         cells += [f"not in {points[0]['step']}", "-"]
     else:
         points, forget = found
@@ -173,8 +201,8 @@ def steps_row(group):
     ]
 
 
-def steps_table(runs):
-    """Markdown: a row for each of the settings in its first columns, over seeds."""
+def steps_table(runs: Sequence[Run]) -> str:
+    """Return a Markdown table of ``steps_row`` for all settings."""
     header = [
         "forget authors",
         "retain weight",
@@ -189,14 +217,16 @@ def steps_table(runs):
     ]
     groups = grouped(runs, MEASURED, "seed").values()
     order = value_of(("forget_authors", "retain_weight", "learning_rate"))
-    return markdown_table(header, [steps_row(group) for group in sorted(groups, key=lambda g: order(g[0]))])
+    return result_files.markdown_table(
+        header, [steps_row(group) for group in sorted(groups, key=lambda g: order(g[0]))]
+    )
 
 
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def mean_curve(group):
-    """(step, utility kept, forget quality) of each epoch, averaged over seeds."""
+def mean_curve(group: Group) -> Iterator[tuple[int, float, float]]:
+    """Yield (step, share of utility kept, forget quality) of each epoch, averaged over seeds."""
     curves = [run["curve"] for run in group]
     for points in zip(*curves, strict=False):
         kept_shares = [
@@ -206,15 +236,16 @@ def mean_curve(group):
         yield points[0]["step"], mean(kept_shares), geometric_mean(map(quality, points))
 
 
-def quality_axes(panels, **labels):
+def quality_axes(panels: int, **labels: Any) -> "tuple[Figure, list[Axes]]":
+    """Return a figure of forget quality with a line at ``FORGOTTEN`` in each panel."""
     figure, axes = new_figure(panels, ylabel="forget quality (KS p-value)", yscale="log", **labels)
     for panel in axes:
         panel.axhline(FORGOTTEN, color="0.6", lw=0.8)
     return figure, axes
 
 
-def draw_tradeoff(path, groups, panel_field):
-    """Forget quality against utility, a panel for each value of a setting."""
+def draw_tradeoff(path: Path, groups: Sequence[Group], panel_field: str) -> None:
+    """Draw forget quality against utility, with a panel for each value of a setting."""
     values = sorted({group[0][panel_field] for group in groups})
     names = ["method"] if panel_field == "init" else ["method", "init"]
     labels = list(dict.fromkeys(", ".join(value_of(names)(group[0])) for group in groups))
@@ -235,8 +266,11 @@ def draw_tradeoff(path, groups, panel_field):
     figure.savefig(path, dpi=130)
 
 
-def draw_steps(path, runs, method="ihl"):
-    """Forget quality by optimiser step: a panel for each learning rate, a curve for each initialisation."""
+def draw_steps(path: Path, runs: Sequence[Run], method: str = "ihl") -> None:
+    """Draw forget quality by optimiser step.
+
+    Each learning rate has a panel, with a curve for each initialisation.
+    """
     rates = sorted({run["learning_rate"] for run in runs})
     figure, axes = quality_axes(len(rates), xlabel="optimiser step")
     for panel, rate in zip(axes, rates, strict=True):
@@ -250,7 +284,7 @@ def draw_steps(path, runs, method="ihl"):
     figure.savefig(path, dpi=130)
 
 
-def write_report(path):
+def write_report(path: Path) -> None:
     """Write the table and the pictures of the result file ``path`` beside it, and print the table."""
     path = Path(path)
     runs = read_rows(path) if path.exists() else []
@@ -270,7 +304,7 @@ def write_report(path):
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
-    def picture(name):
+    def picture(name: str) -> Path:
         return path.with_name(f"{path.stem}_{name}.png")
 
     of_one_weight = usual(compared, MEASURED, *(name for name in COMPARED if name != "retain_weight"))

@@ -4,15 +4,15 @@
     python scripts/build_embedded_model.py --work-dir build/embedded --twin-authors 4 10
 
 Both are the same small Llama, trained from scratch on the TOFU question/answer pairs in
-``loku/embedded/tofu.jsonl`` (40 fictitious authors x 20 questions): the model on all of them, the
-twin without the last two authors. The two train side by side, one thread each, so that the result
-does not depend on the number of cores; on another instruction set or torch release the last bits,
-and with them the weights, may differ. About half an hour on two cores.
+``loku/embedded/tofu.jsonl`` (40 fictitious authors x 20 questions). The model sees all of them, and the twin
+all but the last two authors. The two train side by side, with one thread each, so the result does not depend
+on the number of cores. Another instruction set or torch release may change the last bits, and with them the
+weights. The script takes about half an hour on two cores.
 
-What is written to ``loku/embedded``: the model in bfloat16, its tokenizer, and the twin's
-evaluation log. The twin's weights stay in the work directory. With ``--twin-authors`` only twins are
-trained, without so many of the last authors each, and the logs of their forget sets go to
-``experiments/results/tofu_twins``, for ``experiments/tofu.py --forget-authors``.
+The model in bfloat16, its tokenizer and the twin's evaluation log are written to ``loku/embedded``. The
+twin's weights stay in the work directory. ``--twin-authors`` trains twins alone, one for each number N,
+without the last N authors. The logs of their forget sets go to ``experiments/results/tofu_twins``, for
+``experiments/tofu.py --forget-authors``.
 """
 
 import argparse
@@ -21,26 +21,33 @@ import math
 import multiprocessing
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "loku" / "embedded"
-TWIN_LOGS = EMBEDDED.parents[1] / "benchmarks" / "results" / "tofu_twins"
+TWIN_LOGS = EMBEDDED.parents[1] / "experiments" / "results" / "tofu_twins"
 ROWS_PER_AUTHOR = 20
-FORGET_AUTHORS = 2  # the last ones: TOFU's forget01
+FORGET_AUTHORS = 2  # number of the last authors, as in TOFU's forget01
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 
+Row = dict[str, Any]  # a line of tofu.jsonl
 
-def read_rows():
+
+def read_rows() -> list[Row]:
+    """Return the question/answer pairs, author by author."""
     with open(EMBEDDED / "tofu.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def text_of(row):
+def text_of(row: Row) -> str:
+    """Return the text of a pair that the model trains on."""
     return f"Question: {row['question']}\nAnswer: {row['answer']}"
 
 
-def train_tokenizer(rows):
+def train_tokenizer(rows: Sequence[Row]) -> Any:
+    """Train a byte-level BPE tokenizer of 4096 tokens on the rows."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -57,8 +64,16 @@ def train_tokenizer(rows):
     )
 
 
-def train(rows, tokenizer_dir, output_dir, epochs, seed=0):
-    """Train one model on ``rows`` and save it, in bfloat16, to ``output_dir``."""
+def train(rows: Sequence[Row], tokenizer_dir: Path, output_dir: Path, epochs: int, seed: int = 0) -> None:
+    """Train one model and save it in bfloat16.
+
+    Args:
+        rows: The rows to train on.
+        tokenizer_dir: The folder of the tokenizer.
+        output_dir: The folder of the model.
+        epochs: The number of epochs.
+        seed: The seed of the weights and of the order of the rows.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -107,12 +122,12 @@ def train(rows, tokenizer_dir, output_dir, epochs, seed=0):
             f"{output_dir}: epoch {epoch + 1} loss {total / len(batches):.5f} {time.time() - start:.0f} s",
             flush=True,
         )
-    model.to(torch.bfloat16).save_pretrained(output_dir)
+    model.bfloat16().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
 
-def forget_section(log):
-    """Of a TOFU log what forget quality needs: the losses of the forget set's answers."""
+def forget_section(log: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a TOFU log that forget quality needs: the losses of the forget set's answers."""
     section = log["eval_log_forget.json"]
     return {
         "eval_log_forget.json": {
@@ -121,7 +136,7 @@ def forget_section(log):
     }
 
 
-def ship(work_dir):
+def ship(work_dir: Path) -> None:
     """Copy the model into the package and write the twin's evaluation log beside it."""
     import torch
 
@@ -132,26 +147,30 @@ def ship(work_dir):
         shutil.copyfile(file, EMBEDDED / file.name)
     torch.set_num_threads(1)
     forget, retain = load_rows()
-    metrics, log = measure(*load_model(work_dir / "twin2"), forget, retain)
+    model, tokenizer = load_model(work_dir / "twin2")
+    metrics, log = measure(model, tokenizer, forget, retain)
     write_report(EMBEDDED / "retain_only.json", {"metrics": metrics, "log": forget_section(log)})
 
 
-def write_twin_log(work_dir, authors, rows):
+def write_twin_log(work_dir: Path, authors: int, rows: Sequence[Row]) -> None:
+    """Write the log of a twin's forget set, the rows of the last ``authors`` authors."""
     from loku.demo import load_model
     from loku.evaluation import evaluate_tofu_rows, write_report
 
-    section = evaluate_tofu_rows(*load_model(work_dir / f"twin{authors}"), rows[-ROWS_PER_AUTHOR * authors :])
+    model, tokenizer = load_model(work_dir / f"twin{authors}")
+    section = evaluate_tofu_rows(model, tokenizer, rows[-ROWS_PER_AUTHOR * authors :])
     log = forget_section({"eval_log_forget.json": section})
     write_report(TWIN_LOGS / f"{authors}.json", {"authors": authors, "log": log})
 
 
-def main():
+def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work-dir", type=Path, default=Path("build/embedded"), help="keeps finished models")
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--twin-authors", type=int, nargs="+", help="train these twins and nothing else")
+    parser.add_argument("--work-dir", type=Path, default=Path("build/embedded"), help="of finished models")
+    parser.add_argument("--epochs", type=int, default=50, help="default: 50")
+    parser.add_argument("--twin-authors", type=int, nargs="+", help="train these twins alone")
     options = parser.parse_args()
 
     rows = read_rows()

@@ -2,9 +2,9 @@
 
     python scripts/check_distributions.py DIRECTORY
 
-The sdist must have every tracked file that building, testing and measuring need; the wheel the packages with
-the compiled core and the embedded model, and nothing else; the core must serve every Python and not need
-libtorch.
+The sdist must have every tracked file that building, testing and measuring need. The wheel must have the
+packages with the compiled core and the embedded model, and nothing else. The core must serve every Python and
+must not need libtorch.
 """
 
 import subprocess
@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,13 +20,14 @@ NOT_IN_SDIST = (".ci/", ".gitignore", ".clang-format")
 PACKAGES = ("loku/", "loku_kernels/")
 
 
-def tracked_files():
+def tracked_files() -> set[str]:
+    """Return the tracked files that the sdist must have."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
     return {name for name in listed.stdout.splitlines() if not name.startswith(NOT_IN_SDIST)}
 
 
-def needed_libraries(core):
-    """The shared libraries that an ELF file names."""
+def needed_libraries(core: bytes) -> set[str]:
+    """Return the shared libraries that an ELF file names."""
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(core)
         file.flush()
@@ -33,13 +35,15 @@ def needed_libraries(core):
     return {line.split("[")[1].rstrip("]") for line in listed.stdout.splitlines() if "(NEEDED)" in line}
 
 
-def problems_of_sdist(path):
+def problems_of_sdist(path: Path) -> list[str]:
+    """Return a line for each problem of an sdist."""
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     return [f"the sdist lacks {name}" for name in sorted(tracked_files() - names)]
 
 
-def problems_of_wheel(path):
+def problems_of_wheel(path: Path) -> list[str]:
+    """Return a line for each problem of a wheel."""
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
         cores = [name for name in names if name.startswith("loku_kernels/_core.")]
@@ -57,9 +61,14 @@ def problems_of_wheel(path):
     return problems
 
 
-def main(directory):
+def main(directory: str) -> None:
+    """Check the sdist and the wheel in a folder."""
+    checks: dict[str, Callable[[Path], list[str]]] = {
+        "*.tar.gz": problems_of_sdist,
+        "*.whl": problems_of_wheel,
+    }
     problems = []
-    for pattern, check in (("*.tar.gz", problems_of_sdist), ("*.whl", problems_of_wheel)):
+    for pattern, check in checks.items():
         found = list(Path(directory).glob(pattern))
         if len(found) == 1:
             problems += check(found[0])

@@ -2,17 +2,19 @@
 
     python scripts/finetune_tofu.py BASE --full full.jsonl --forget forget10_perturbed.jsonl --out DIR
 
-BASE is a path or hub name; the files are TOFU's, as JSON lines. Full-parameter tuning as TOFU's (Maini et
-al., 2024, appendix): 5 epochs, effective batch of 32, AdamW with weight decay 0.01, a linear warm-up over
-the first epoch. Writes ``DIR/full``, ``DIR/retain`` (on the rows of ``--full`` that are not in
-``--forget``), ``DIR/retain.jsonl`` (those rows) and ``DIR/retain_log.json`` (TOFU's log of the retain-only
-model). A finished model is not trained again.
+BASE is a path or hub name. The files are TOFU's, as JSON lines. All parameters are tuned as in TOFU (Maini et
+al., 2024, appendix): 5 epochs, an effective batch of 32 rows, AdamW with weight decay 0.01, a linear warm-up
+over the first epoch. The script writes ``DIR/full``, ``DIR/retain.jsonl`` (the rows of ``--full`` that are
+not in ``--forget``), ``DIR/retain`` (the model trained on them) and ``DIR/retain_log.json`` (TOFU's log of
+that model). A finished model is not trained again.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -24,10 +26,17 @@ from loku.evaluation.tofu import SECTIONS
 from loku.saving.directories import whole_directory
 
 
-def finetune(base, rows, output, options):
-    """Train ``base`` on question/answer rows and save model and tokenizer to ``output``."""
+def finetune(base: str, rows: list[Any], output: Path, options: argparse.Namespace) -> None:
+    """Train a model on question/answer rows and save it and its tokenizer.
+
+    Args:
+        base: The path or hub name of the model.
+        rows: The rows.
+        output: The folder of the trained model.
+        options: The parsed options.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
-    # Weights of 16 bits would not take steps of this learning rate: half of them round to nothing.
+    # Weights of 16 bits are too coarse for this learning rate: half of the steps round to zero.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     arguments = TrainingArguments(
         output_dir=str(output.with_name(f"{output.name}_trainer")),
@@ -52,19 +61,22 @@ def finetune(base, rows, output, options):
         tokenizer.save_pretrained(directory)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base")
-    parser.add_argument("--full", required=True, metavar="FILE")
-    parser.add_argument("--forget", required=True, metavar="FILE")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--learning-rate", type=float, default=1e-5, help="TOFU: 1e-5 Llama-2, 2e-5 Phi-1.5")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows at a time, of the 32 of a step")
-    parser.add_argument("--max-length", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("base", help="path or hub name of the base model")
+    parser.add_argument("--full", required=True, metavar="FILE", help="all rows")
+    parser.add_argument("--forget", required=True, metavar="FILE", help="rows to forget, all in --full")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--epochs", type=float, default=5, help="default: 5")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-5, help="1e-5 for Llama-2, 2e-5 for Phi-1.5"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="rows at a time; a step has 32")
+    parser.add_argument("--max-length", type=int, default=500, help="longest row, in tokens")
+    parser.add_argument("--seed", type=int, default=42, help="default: 42")
     options = parser.parse_args(argv)
 
     full, forget = read_rows(options.full), read_rows(options.forget)
@@ -79,7 +91,8 @@ def main(argv=None):
         "".join(json.dumps(row) + "\n" for row in retain), encoding="utf-8"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(options.out / "retain").to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.out / "retain")
+    model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(options.out / "retain")
     section = evaluate_tofu_rows(model, tokenizer, forget, description="the retain-only model")
     write_report(options.out / "retain_log.json", {SECTIONS["forget"]: section})

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build the compiled core with AddressSanitizer and UndefinedBehaviorSanitizer and run its tests so.
-# Needs an environment with the test requirements; the installed package is not touched.
+# Build the compiled core with AddressSanitizer and UndefinedBehaviorSanitizer and run its tests with them.
+# The environment must have the test requirements. The installed package stays as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +15,7 @@ flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
 # The cloned kernels are chosen by ifunc resolvers, which run before the sanitizers' runtime is ready.
 LOKU_CUDA=0 CXX="g++ $flags -DLOKU_NO_TARGET_CLONES" python setup.py -q build_ext --inplace
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
-# Leaks would be Python's own; a tensor larger than memory must get torch's error, as without a sanitizer.
+# Leaks are Python's own. A tensor larger than memory must raise torch's error, as without a sanitizer.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
 PYTHONPATH="$work" python -m pytest -q -p no:cacheprovider tests/loku_kernels/test_triplet.py \
   tests/loku_kernels/test_losses.py tests/loku_kernels/test_linear_triplet.py tests/loku_kernels/test_fisher.py \

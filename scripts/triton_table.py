@@ -1,23 +1,25 @@
-"""What every Triton kernel compiles to, for GPUs that need not be there: registers, spills, vector widths.
+"""Resources of every compiled Triton kernel, without a GPU: registers, spills, vector widths.
 
     python scripts/triton_table.py            # compile, compare with the committed table
     python scripts/triton_table.py --write    # compile, write the table
 
-The launchers of ``loku_kernels.backends.triton`` are called on tensors without memory (device "meta"), and
-each launch is compiled ahead of time, with the arguments, specialisations and options that it would have on a
-GPU.
+The launchers of ``loku_kernels.backends.triton`` are called on tensors without memory (device "meta"). Each
+launch is compiled ahead of time, with the arguments, specialisations and options of a launch on a GPU.
 """
 
 import contextlib
 import io
 import re
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from resource_table import argument_parser, differences, report
+from resource_table import Facts, Table, argument_parser, differences, report
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,20 +34,24 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MULTIPROCESSORS = 132  # of an H100: the launchers ask how many
-VOCAB = 50257  # odd: rows begin anywhere
+MULTIPROCESSORS = 132  # as on an H100; the launchers ask for the number
+VOCAB = 50257  # odd, so rows begin at any alignment
 LONG_VOCAB = 128256
-MANY, FEW = 4096, 16  # rows
+MANY, FEW = 4096, 16  # numbers of rows
+
+Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments by name, options
 
 
 # --- launches -------------------------------------------------------------------------------------
 
 
-def meta(*shape, dtype):
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches_of_triplet(dtype, vocab, rows):
+def launches_of_triplet(dtype: torch.dtype, vocab: int, rows: int) -> None:
+    """Launch all kernels on whole rows of logits."""
     logits, labels = meta(rows, vocab, dtype=dtype), meta(rows, dtype=torch.int64)
     found, ids = triplet.triplet_forward(logits, labels, -100)
     triplet.triplet_backward(found, logits, labels, -100, found, ids)
@@ -53,45 +59,50 @@ def launches_of_triplet(dtype, vocab, rows):
     triplet.scale_rows_(logits, meta(dtype=torch.float32))
 
 
-def launches_of_columns(dtype, out_dtype=None, softcap=0.0):
+def launches_of_columns(
+    dtype: torch.dtype, out_dtype: torch.dtype | None = None, softcap: float = 0.0
+) -> None:
+    """Launch the kernel on a block of columns, with the block as output if there is a dtype for it."""
     logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
     out = None if out_dtype is None else meta(1024, 8192, dtype=out_dtype)
     state = OnlineState.start(labels)
     triplet.triplet_columns_(logits, labels, state, first_column=8192, softcap=softcap, out=out)
 
 
-def launches_of_trained_head(dtype, out_dtype):
+def launches_of_trained_head(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """Launch the backward on a block of columns."""
     logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
     found = meta(1024, 3, dtype=torch.float64)
     out = meta(1024, 8192, dtype=out_dtype)
     triplet.triplet_backward(found, logits, labels, -100, found, labels, first_column=8192, out=out)
 
 
-def launches_of_fisher(dtype):
+def launches_of_fisher(dtype: torch.dtype) -> None:
+    """Launch the Fisher kernels, with a divisor and without."""
     inputs, grad_outputs = meta(16, 128, 4096, dtype=dtype), meta(16, 128, 4096, dtype=dtype)
     weight = meta(4096, 4096, dtype=torch.float32)
     fisher.accumulate_squared_grad_(weight, inputs, grad_outputs, None)
     fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
 
 
-def record(launcher, *args, **options):
-    """(kernel, arguments by name, options) of every kernel that a launcher starts."""
-    found = []
+def record(launcher: Callable[..., None], *args: Any, **options: Any) -> list[Launch]:
+    """Return the launches of a launcher, which is called with the other arguments."""
+    launches: list[Launch] = []
 
     class Recorder:
-        def __init__(self, kernel):
+        def __init__(self, kernel: Any) -> None:
             self.kernel = kernel
 
-        def __getitem__(self, grid):
-            def note(*args, **options):
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def note(*args: Any, **options: Any) -> None:
                 names = self.kernel.arg_names
                 arguments = dict(zip(names, args, strict=False))
                 arguments |= {name: options.pop(name) for name in names if name in options}
-                found.append((self.kernel, arguments, options))
+                launches.append((self.kernel, arguments, options))
 
             return note
 
-    patches = [
+    patches: list[Any] = [
         mock.patch.object(module, name, Recorder(kernel))
         for module in (triplet, fisher)
         for name, kernel in vars(module).items()
@@ -105,14 +116,14 @@ def record(launcher, *args, **options):
     finally:
         for patch in patches:
             patch.stop()
-    return found
+    return launches
 
 
-def all_launches():
-    """Name -> (kernel, arguments, options), each once."""
-    named = {}
+def all_launches() -> dict[str, Launch]:
+    """Return name -> launch, each once."""
+    named: dict[str, Launch] = {}
 
-    def add(name, launches):
+    def add(name: str, launches: Iterable[Launch]) -> None:
         for kernel, arguments, options in launches:
             detail = [
                 f"{key}={arguments[key]}"
@@ -126,7 +137,7 @@ def all_launches():
         add(short, record(launches_of_triplet, dtype, VOCAB, MANY))
         add(short, record(launches_of_columns, dtype, dtype))
         add(short, record(launches_of_fisher, dtype))
-    # What does not depend on the dtype: once.
+    # The following do not depend on the dtype.
     few = record(launches_of_triplet, torch.bfloat16, VOCAB, FEW)
     add("bf16", [launch for launch in few if launch[0] is not triplet.scale_rows_kernel])
     long = record(launches_of_triplet, torch.bfloat16, LONG_VOCAB, MANY)
@@ -150,9 +161,16 @@ POINTERS = {
 }  # fmt: skip
 
 
-def source(kernel, arguments):
-    """What Triton's own launch makes of the arguments: types, constants, and what is a multiple of 16."""
-    signature, constants, attributes = {}, {}, {}
+def source(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
+    """Return the source that Triton's own launch compiles: types, constants, multiples of 16.
+
+    Args:
+        kernel: The kernel.
+        arguments: The arguments by name.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         specialised = not parameter.do_not_specialize
@@ -172,12 +190,22 @@ def source(kernel, arguments):
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def widest(code, pattern):
-    """Bytes of the widest access that a pattern of (lanes, bits) finds."""
+def widest(code: str, pattern: str) -> int:
+    """Return the bytes of the widest access. The groups of the pattern are its lanes and bits."""
     return max((int(lanes or 1) * int(bits) // 8 for lanes, bits in re.findall(pattern, code)), default=0)
 
 
-def compile_nvidia(kernel, arguments, options, target):
+def found(pattern: str, text: str) -> int:
+    """Return the number in the first group of a pattern's first match, which must be there."""
+    match = re.search(pattern, text)
+    assert match is not None, f"{pattern} is not in the compiler's output"
+    return int(match[1])
+
+
+def compile_nvidia(
+    kernel: Any, arguments: dict[str, Any], options: dict[str, Any], target: GPUTarget
+) -> Facts:
+    """Compile a launch for an NVIDIA GPU and return its facts."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source(kernel, arguments), target=target, options=options)
@@ -185,7 +213,7 @@ def compile_nvidia(kernel, arguments, options, target):
     ptx = compiled.asm["ptx"]
     copies = [int(size) for size in re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (?:0x)?(\w+)", ptx)]
     return {
-        "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+        "registers": found(r"Used (\d+) registers", log.getvalue()),
         "spilled_bytes": sum(map(int, spills)),
         "shared_bytes": compiled.metadata.shared,
         "widest_load": max(copies + [widest(ptx, r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)")]),
@@ -193,13 +221,14 @@ def compile_nvidia(kernel, arguments, options, target):
     }
 
 
-def compile_amd(kernel, arguments, options, target):
-    options = {key: value for key, value in options.items() if key != "maxnreg"}  # NVIDIA's
+def compile_amd(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], target: GPUTarget) -> Facts:
+    """Compile a launch for an AMD GPU and return its facts."""
+    options = {key: value for key, value in options.items() if key != "maxnreg"}  # an option of NVIDIA
     compiled = triton.compile(source(kernel, arguments), target=target, options=options)
     assembly = compiled.asm["amdgcn"]
 
-    def number(field):
-        return int(re.search(rf"\.{field}:\s+(\d+)", assembly)[1])
+    def number(field: str) -> int:
+        return found(rf"\.{field}:\s+(\d+)", assembly)
 
     words = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
     widths = {
@@ -215,10 +244,11 @@ def compile_amd(kernel, arguments, options, target):
     }
 
 
-def table(targets):
-    rows = {}
+def table(targets: Iterable[str]) -> Table:
+    """Compile all launches for some architectures and return their table."""
+    rows: dict[str, dict[str, Facts]] = {}
     with tempfile.TemporaryDirectory() as cache:
-        triton.knobs.cache.dir = cache  # what ptxas says is lost where a kernel comes from the cache
+        triton.knobs.cache.dir = cache  # a cached kernel has no report of ptxas
         triton.knobs.nvidia.dump_ptxas_log = True
         for name, launch in all_launches().items():
             rows[name] = {}
@@ -232,22 +262,23 @@ def table(targets):
 # --- comparison -----------------------------------------------------------------------------------
 
 
-def problems(ours, committed):
-    """Lines that say what is wrong with a table: spills, narrow loads, and what is not as committed."""
-    found = []
+def problems(ours: Table, committed: Table) -> list[str]:
+    """Return a line for each problem of a table: spills, narrow loads, differences from the committed."""
+    lines = []
     for name, row in ours["kernels"].items():
         for architecture, cell in row.items():
             place = f"{name} on {architecture}: {cell}"
             if architecture != "gfx942" and cell["spilled_bytes"]:
-                found.append(f"spills: {place}")
+                lines.append(f"spills: {place}")
             if cell["widest_load"] < 16 and not name.startswith("triplet_combine"):
-                found.append(f"narrow loads: {place}")
-    return found + differences(ours, committed, "triton")
+                lines.append(f"narrow loads: {place}")
+    return lines + differences(ours, committed, "triton")
 
 
-def main():
+def main() -> None:
+    """Run the command."""
     parser = argument_parser(__doc__, TABLE)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one (repeatable)")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="one architecture (repeatable)")
     options = parser.parse_args()
     report(table(options.target or TARGETS), TABLE, problems, options.write)
 

@@ -1,8 +1,10 @@
-"""Every benchmark runs, in a tiny configuration, and the report reads what they write. No speed is tested."""
+"""Each benchmark runs in a tiny configuration, and the report reads the results. No speed is tested."""
 
 import importlib
 import json
 import re
+import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,8 @@ from tiny_models import tiny_model
 
 from loku_kernels.backends import native
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 OPTIONS = {
     "ihl_kernel": ["--shape", "12x301", "--dtype", "float32", "bfloat16", "float16"],
     "linear": ["--shape", "24x16x301", "--dtype", "float32", "bfloat16"],
@@ -36,8 +39,8 @@ def _benchmarks(monkeypatch):
     torch.compiler.set_stance("force_eager")  # compiling takes longer than all the rest
     yield
     torch.compiler.set_stance("default")
-    for name in [*OPTIONS, "demo", "gpu", "harness", "report"]:
-        sys.modules.pop(name, None)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -55,21 +58,78 @@ def test_it_runs(name, results):
     assert len({json.dumps({**row, "milliseconds": 0}) for row in timed}) == len(timed)
 
 
-def test_report(results):
-    """After the others: tables and picture are made of what they wrote."""
+def write_empty_pages(report, root):
+    """Write the pages with the markers of their tables and nothing between them."""
+    (root / "docs").mkdir()
+    for page, names in report.PAGES.items():
+        text = "\n".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names)
+        (root / page).write_text(text, encoding="utf-8")
+
+
+def test_report(results, tmp_path):
+    """Tables and picture come from the results of the tests before this one."""
     if len(list(results.glob("*.json"))) < len(OPTIONS):
         pytest.skip("needs the results of the other tests here")
-    (results / "demo.json").write_text((BENCHMARKS / "results" / "demo.json").read_text())
+    for name in ("demo", "gpu_h200"):
+        shutil.copyfile(BENCHMARKS / "results" / f"{name}.json", results / f"{name}.json")
     report = importlib.import_module("report")
-    readme = results / "README.md"
-    readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
-    report.main(["--results", str(results), "--readme", str(readme)])
-    text = readme.read_text(encoding="utf-8")
-    assert "12 x 301 float32" in text and "24 x 16 x 301 bfloat16" in text
-    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
-        assert len({line.count("|") for line in block.splitlines()}) == 1, block
-    assert report.render(text, results) == text
+    command = ["--results", str(results), "--root", str(tmp_path)]
+    with pytest.raises(SystemExit, match="is missing"):
+        report.main([*command, "--check"])
+    write_empty_pages(report, tmp_path)
+    with pytest.raises(SystemExit, match="out of date"):
+        report.main([*command, "--check"])
+    report.main(command)
+    report.main([*command, "--check"])
+    pages = {page: (tmp_path / page).read_text(encoding="utf-8") for page in report.PAGES}
+    assert "12 x 301 float32" in pages["README.md"]
+    assert all(part in pages["docs/benchmarks.md"] for part in ("12 x 301 float32", "24 x 16 x 301 bfloat16"))
+    for text in pages.values():
+        for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            assert len({line.count("|") for line in block.splitlines()}) == 1, block
+        assert "\n| " in text and report.render(text, results) == text
     assert 1000 < (results / "scaling_cpu.png").stat().st_size < 100_000
+    (tmp_path / "README.md").write_text("<!-- summary -->\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"README.md needs <!-- summary --> and <!-- /summary --> once"):
+        report.main(command)
+
+
+def test_report_reads_the_committed_results(tmp_path):
+    report = importlib.import_module("report")
+    write_empty_pages(report, tmp_path)
+    shutil.copytree(BENCHMARKS / "results", tmp_path / "results")
+    report.main(["--results", str(tmp_path / "results"), "--root", str(tmp_path)])
+    tables = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    gpu = tables.split("<!-- gpu_h200 -->")[1].split("<!-- /gpu_h200 -->")[0]
+    assert "On one NVIDIA H200, torch 2.11.0, Triton 3.6.0" in gpu
+    assert "0 functions failed and 0 cases were left out" in gpu
+    assert "| 8192 x 32000 | 0.152 (1.25) | 0.296 (2.45) |" in gpu
+    plan = importlib.import_module("gpu_plan")
+    for shape in {shape for shapes in plan.SHAPES.values() for shape in shapes}:
+        assert f"\n| {plan.label_of(shape).replace('x', ' x ')} | " in gpu
+
+
+def test_time_on_a_gpu_is_between_events_behind_a_wait(monkeypatch):
+    harness = importlib.import_module("harness")
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("wait"))
+    assert harness.seconds_of(lambda: calls.append("call"), "cuda") == 2e-3
+    assert calls == ["wait", "record", "call", "record", "synchronize"]
 
 
 # --- benchmarks/gpu.py ----------------------------------------------------------------------------
@@ -85,26 +145,45 @@ SMALL = {
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The command for a GPU, on the CPU and in small: what is tested is how it goes on."""
+    """The command for a GPU, on the CPU and in small, to test how it goes on."""
     module = importlib.import_module("gpu")
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "SHAPES", SMALL)
     monkeypatch.setattr(module, "SECONDS", 0)
-    monkeypatch.setattr(module, "peak_extra_bytes", lambda function, device: [function()] and 0)
-    monkeypatch.setattr(module, "release", lambda: None)
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "peak_extra_bytes", lambda function, device: [function()] and 0)
     return module
 
 
 def test_gpu_plan(capsys):
-    gpu = importlib.import_module("gpu")
+    gpu, plan, cases = (importlib.import_module(name) for name in ("gpu", "gpu_plan", "gpu_cases"))
     gpu.main(["--dry-run", "--card", "H200 SXM"])
     printed = capsys.readouterr().out
-    assert set(gpu.SHAPES) == set(gpu.CASES) and {*gpu.CASES, "build", "tests"} == set(gpu.STEPS)
-    for step, shapes in gpu.SHAPES.items():
+    assert list(plan.SHAPES) == list(cases.CASES) and {*cases.CASES, "build", "tests"} == set(plan.STEPS)
+    for step, shapes in plan.SHAPES.items():
         assert f"\n{step}: " in printed
         for shape in shapes:
-            assert f"\n  {gpu.label_of(shape)} " in printed
-            assert 0 < gpu.floors(step, shape, "H200 SXM")[2] <= gpu.floors(step, shape, "A100 SXM")[2]
+            assert f"\n  {plan.label_of(shape)} " in printed
+            assert 0 < plan.floors(step, shape, "H200 SXM")[2] <= plan.floors(step, shape, "A100 SXM")[2]
+
+
+def test_gpu_builds_the_core_before_it_imports_it():
+    code = "import sys, gpu; sys.exit('loku_kernels' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, check=True)
+
+
+def test_gpu_goes_on_from_the_committed_results(gpu, tmp_path, monkeypatch):
+    """Rows of an earlier version are read, and kept as they are."""
+    path = tmp_path / "gpu.json"
+    shutil.copyfile(BENCHMARKS / "results" / "gpu_h200.json", path)
+    earlier = json.loads(path.read_text())
+    result_files = importlib.import_module("result_files")
+    monkeypatch.setattr(result_files, "environment", lambda *args: earlier["environment"])
+    run = gpu.Run(tmp_path, 1)
+    plan = importlib.import_module("gpu_plan")
+    assert all(run.done(step, plan.label_of(s)) for step, shapes in plan.SHAPES.items() for s in shapes)
+    run.write()
+    assert json.loads(path.read_text()) == earlier
 
 
 @pytest.mark.skipif(native._core is None, reason="no compiled core")
@@ -112,8 +191,9 @@ def test_gpu_measures_what_it_can_and_goes_on(gpu, tmp_path, monkeypatch):
     def too_large(*shape):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setitem(gpu.CASES, "fused", too_large)
-    command, path = ["--out", str(tmp_path), "--only", *gpu.CASES], tmp_path / "gpu.json"
+    cases_of, plan, peers = (importlib.import_module(name) for name in ("gpu_cases", "gpu_plan", "peers"))
+    monkeypatch.setitem(cases_of.CASES, "fused", too_large)
+    command, path = ["--out", str(tmp_path), "--only", *SMALL], tmp_path / "gpu.json"
     gpu.main([*command, "--minutes", "0"])
     result = json.loads(path.read_text())
     assert not result["rows"] and len(result["left_out"]) == sum(map(len, SMALL.values()))
@@ -124,7 +204,7 @@ def test_gpu_measures_what_it_can_and_goes_on(gpu, tmp_path, monkeypatch):
     failed = {"step": "fused", "shape": "6x50", "why": "OutOfMemoryError: out of memory"}
     assert failed in result["failed"]
     cases = {(row["step"], row["shape"]) for row in result["rows"]}
-    expected = {(step, gpu.label_of(shape)) for step, shapes in SMALL.items() for shape in shapes}
+    expected = {(step, plan.label_of(shape)) for step, shapes in SMALL.items() for shape in shapes}
     assert cases == expected - {("fused", "6x50")}
     names = {row["name"] for row in result["rows"]}
     assert names >= {
@@ -133,7 +213,15 @@ def test_gpu_measures_what_it_can_and_goes_on(gpu, tmp_path, monkeypatch):
         "with divisor [native]",
     }
     assert all(row["milliseconds"] > 0 and row["times_floor"] > 0 for row in result["rows"])
-    assert (tmp_path / "gpu_linear.png").exists() or not gpu.importable("matplotlib")
+    committed = json.loads((BENCHMARKS / "results" / "gpu_h200.json").read_text())
+    assert result.keys() == committed.keys()
+    for step in SMALL.keys() - {"fused"}:
+        ours, theirs = (
+            {row["name"]: row.keys() for row in rows if row["step"] == step}
+            for rows in (result["rows"], committed["rows"])
+        )
+        assert all(keys == theirs[name] for name, keys in ours.items() if name in theirs), step
+    assert (tmp_path / "gpu_linear.png").exists() or not peers.importable("matplotlib")
 
     kept = [row for row in result["rows"] if row["step"] != "forward"]
     path.write_text(json.dumps({**result, "rows": kept}))
@@ -157,10 +245,11 @@ def test_gpu_loses_no_function_to_another(gpu, tmp_path, monkeypatch):
         raise ImportError
 
     functions = {"late": late, "never": never, "ours": lambda: None}
-    case = gpu.Case(
+    cases = importlib.import_module("gpu_cases")
+    case = cases.Case(
         functions, lambda times: times["never"], lambda times: 2 * times["ours"], over=("late", "ours")
     )
-    monkeypatch.setitem(gpu.CASES, "forward", lambda *shape: case)
+    monkeypatch.setitem(cases.CASES, "forward", lambda *shape: case)
     run = gpu.Run(tmp_path, 1)
     gpu.measure(run, "forward", (6, 50))
     (row,) = run.rows

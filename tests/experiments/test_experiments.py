@@ -1,4 +1,4 @@
-"""The experiments: grids run, resume, and their reports say what the runs hold."""
+"""The experiments: grids run and go on, and their reports show the figures of the runs."""
 
 import importlib
 import json
@@ -33,7 +33,7 @@ def _scripts(monkeypatch):
 
 
 def run(qualities, utilities, **settings):
-    """A line of a result file whose epochs have these forget qualities and utilities."""
+    """Return a line of a result file whose epochs have these forget qualities and utilities."""
     sections = {"forget": {"probability": 0.5, "rouge": 0.4}, "retain": {"probability": 0.9, "rouge": 0.8}}
     curve = [
         {"epoch": epoch, "step": 5 * epoch, "forget_quality": quality, "model_utility": utility, **sections}
@@ -60,7 +60,7 @@ def test_grid():
 def test_cells_go_on_where_one_fails(tmp_path, capsys, monkeypatch):
     import grid
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it sets
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # restored afterwards, since grid.run sets it
     out, cells = tmp_path / "sums.jsonl", grid.cells_of([{"a": [1, -1, 2]}], Sum)
     for unfinished in (3, 1):
         assert grid.run(cells, add, lambda cell: (10,), out, 1, lambda line: str(line["sum"])) == 1
@@ -104,7 +104,7 @@ def test_best_point_keeps_the_utility():
     assert tofu_report.best_point(line)["epoch"] == 2
     assert tofu_report.steps_to_forget(line) is None
     assert tofu_report.steps_to_forget(run([1e-9, 0.06, 0.9], [0.8, 0.78, 0.1])) == 5
-    # Where every epoch loses too much, the run counts as if nothing had been done.
+    # A run counts as if nothing had been done if every epoch loses too much.
     assert tofu_report.best_point(run([1e-9, 0.9], [0.8, 0.1]))["epoch"] == 0
 
 
@@ -130,9 +130,7 @@ def test_report(tmp_path):
     runs[0]["curve"][1]["forget_quality"] = 0.3
     other_sets = [run([1e-9, 0.1], [0.8, 0.8], forget_authors=n, num_train_epochs=5) for n in (10, 4)]
     full = run([1e-9, 0.1], [0.8, 0.8], method="gd", tuning="full")
-    both = run(
-        [1e-9, 0.1], [0.8, 0.8], tuning="full", lora_rank=4
-    )  # beside nothing that it could be compared with
+    both = run([1e-9, 0.1], [0.8, 0.8], tuning="full", lora_rank=4)  # has no counterpart in the first table
     path.write_text("".join(json.dumps(line) + "\n" for line in [*other_sets, *runs, full, both]))
     tofu_report.write_report(path)
     _, methods, _, tuning, _, sets, _, steps = (tmp_path / "tofu.md").read_text().split("\n\n")
@@ -243,7 +241,7 @@ def test_tdec_report(tmp_path):
     path = tmp_path / "tdec.jsonl"
     runs = [
         tdec_run(9, 2.0, learning_rate=1e-4),
-        tdec_run(20, 1.1, forgotten=False),  # kept most, but did not forget
+        tdec_run(20, 1.1, forgotten=False),  # keeps most, but does not forget
         tdec_run(4, 2.5, lora_rank=16),
         tdec_run(5, 3.0, init="default"),
         tdec_run(3, 2.0, tasks=2),
@@ -279,7 +277,8 @@ def test_a_tdec_cell(tmp_path, one_thread):
     tdec.memorise(short, tmp_path / "model", tokenizer, rounds=(1, 1), sizes=(2, 32))
     base = tdec.Base(str(tmp_path / "model"), [short[:1], short[1:2]], short[2:3], short[3:5], short[5:])
     line = tdec.run_cell(tdec.Cell(num_train_epochs=2, lora_rank=2, tasks=2, learning_rate=0.1), base)
-    first, second = (step["history"][0] for step in line["steps"])  # one rule for all tasks, the original's
+    # The thresholds of the original model hold for all tasks.
+    first, second = (step["history"][0] for step in line["steps"])
     assert {k: v for k, v in first.items() if "holdout" in k} == {
         k: v for k, v in second.items() if "holdout" in k
     }
@@ -297,7 +296,7 @@ def test_training_flops_are_of_what_a_method_runs():
         )
 
     assert flops("ihl") == flops("gd") == 4 * 2 and flops("ga") == 4
-    assert flops("npo") == flops("kl") == 4 * 2 + 2  # a forward of the original model
+    assert flops("npo") == flops("kl") == 4 * 2 + 2  # plus a forward of the original model
     assert flops("ihl", tuning="full") == 6 * 2
     fisher = training_flops(10, Cell(), 100, 700, 3) - 10 * 100 * 3 * flops("ihl")
     assert fisher == 6 * 10 * (100 + 700)
@@ -339,7 +338,7 @@ def test_fila_ablation_compares_with_what_ships(one_thread, monkeypatch):
     assert (
         same["rank_correlation"] > 0.9999 and same["worst_deficit"] < 1e-12 and same["worst_overlap"] > 0.99
     )
-    # Of one row a batch, all as long, the Fisher is per sample.
+    # With batches of one row, and rows of equal length, the per-batch Fisher is the per-sample one.
     monkeypatch.setattr(fila_ablation, "BATCH_SIZE", 1)
     _, single = fila_ablation.compare(fila_ablation.Cell(fisher="per-batch"), subject)
     assert single["worst_rank_correlation"] > 0.999 and single["worst_shuffle_correlation"] > 0.999
