@@ -134,7 +134,7 @@ def test_time_on_a_gpu_is_between_events_behind_a_wait(monkeypatch):
 
 # --- benchmarks/gpu.py ----------------------------------------------------------------------------
 
-SMALL = {
+SMALL: dict[str, list[tuple[int, ...]]] = {
     "forward": [(6, 50), (8, 40)],
     "fused": [(6, 50)],
     "linear": [(12, 8, 60)],

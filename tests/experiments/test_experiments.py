@@ -161,7 +161,9 @@ def test_steps_are_those_of_the_seeds_together():
     import tofu_report
 
     seeds = [run([1e-9, 0.5, 0.5], [0.8, 0.6, 0.6]), run([1e-9, 1e-4, 0.02], [0.8, 0.8, 0.4], seed=1)]
-    points, quality = tofu_report.first_forgotten(seeds)
+    found = tofu_report.first_forgotten(seeds)
+    assert found is not None
+    points, quality = found
     assert [point["step"] for point in points] == [10, 10] and quality == pytest.approx(0.1)
     assert tofu_report.steps_row(seeds)[5:] == ["10", "0.10", "0.500", "0.900", "0.625"]
     assert tofu_report.steps_row(seeds[1:])[5:7] == ["not in 10", "-"]
@@ -369,7 +371,7 @@ def test_robustness(tmp_path, capsys):
         ]
     )
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    tables = {}
+    tables: dict[str, dict[str, dict]] = {}
     for row in rows:
         tables.setdefault(row["what"], {})[row["name"]] = row
     roundings = {"not rounded", "8 bits, by channel", "4 bits, groups of 64", "4 bits, by channel"}
