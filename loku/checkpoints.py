@@ -389,8 +389,8 @@ class ResumableTrainer(Trainer):
         # its own. FILA's initial factors are such an adapter. Before transformers 5.23 Trainer then loads the
         # folders alone.
         model = self.model if model is None else model
-        has_default = isinstance(model, PeftModel) and "default" in model.peft_config
-        if has_default and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():
+        stored = (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file()
+        if stored and isinstance(model, PeftModel) and "default" in model.peft_config:
             trained = "default" in model.active_adapters
             model.load_adapter(resume_from_checkpoint, "default", is_trainable=trained)
 

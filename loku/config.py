@@ -231,6 +231,11 @@ class UnlearnConfig(TrainingArguments):
             fisher_cache_dir=self.fisher_cache_dir,
         )
 
+    def init_arguments(self) -> dict[str, Any]:
+        """The arguments of ``from_pretrained``, as ``loku.models.load_model`` takes them."""
+        arguments: Any = self.model_init_kwargs  # TrainingArguments has parsed a JSON text
+        return arguments or {}
+
     def deciding_settings(self) -> dict[str, Any]:
         """The settings that two runs must share for one to go on from a checkpoint of the other.
 

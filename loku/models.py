@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,26 +14,26 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from loku.config import UnlearnConfig
 
 CausalLM: TypeAlias = "PreTrainedModel | PeftModel"
 
 
-def load_model(model: PreTrainedModel | str | os.PathLike, config: UnlearnConfig) -> PreTrainedModel:
+def load_model(
+    model: CausalLM | str | os.PathLike, model_init_kwargs: Mapping[str, Any] | None = None
+) -> CausalLM:
     """Return a model, loaded from safetensors if it is given by its path or hub name.
 
     Args:
         model: The model itself, which is returned as it is; or the path or hub name of a causal LM.
-        config: The settings, for their ``model_init_kwargs``.
+        model_init_kwargs: Arguments of ``from_pretrained``, none by default.
 
     Raises:
         ValueError: There are ``model_init_kwargs`` for a model that is loaded already.
     """
     if isinstance(model, (str, os.PathLike)):
-        given: Any = config.model_init_kwargs  # a dict: the config has parsed a JSON text
-        arguments = {"use_safetensors": True, **(given or {})}  # never a pickle unasked
+        arguments = {"use_safetensors": True, **(model_init_kwargs or {})}  # never a pickle unasked
         return AutoModelForCausalLM.from_pretrained(model, **arguments)
-    if config.model_init_kwargs:
+    if model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by its path or name")
     return model
 

@@ -13,7 +13,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -55,7 +54,7 @@ from loku.head import (
     token_triplets_and_divergence,
 )
 from loku.memory import peak_device_memory, peak_memory
-from loku.models import evaluating, keep_differentiable_, load_model
+from loku.models import CausalLM, evaluating, keep_differentiable_, load_model
 from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
 from loku_kernels import reduce_loss
@@ -79,7 +78,7 @@ class PreparedRows(NamedTuple):
 
 
 def prepare_rows(
-    model: PreTrainedModel,
+    model: CausalLM,
     forget: Any,
     retain: Any,
     config: UnlearnConfig,
@@ -115,6 +114,7 @@ def prepare_rows(
                 f"method {config.method!r} trains on refusals; pass a loku.data.RefusalRows, or a forget set "
                 "that is not tokenised"
             )
+        assert tokenizer is not None  # rows without tokens have asked for one above
         refusals = RefusalRows(
             forget, load_refusals(config.refusals), tokenizer, max_length=config.max_length
         )
@@ -211,7 +211,7 @@ class UnlearnTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel | str | os.PathLike,
+        model: CausalLM | str | os.PathLike,
         args: UnlearnConfig | None,
         forget: Any,
         retain: Any,
@@ -222,7 +222,7 @@ class UnlearnTrainer(ResumableTrainer):
     ) -> None:
         args = UnlearnConfig() if args is None else args
         self.objective = OBJECTIVES[args.method]
-        model = load_model(model, args)  # type: ignore[arg-type]  # peft's wrapper is returned as it is
+        model = load_model(model, args.init_arguments())
         keep_differentiable_(model)
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError(

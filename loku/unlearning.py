@@ -134,7 +134,7 @@ def unlearn(
     config = copy.deepcopy(config) if config is not None else UnlearnConfig()
     if not isinstance(config, UnlearnConfig):
         raise ValueError(f"config must be a loku.UnlearnConfig, got {type(config).__name__}")
-    model = load_model(model, config)
+    model = load_model(model, config.init_arguments())
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")

@@ -151,9 +151,7 @@ def ihl_loss(
             raise ValueError(
                 "inplace=True needs logits of their own memory, got expanded ones; clone them first"
             )
-        inplace_loss: Tensor = _InplaceIHL.apply(  # type: ignore[no-untyped-call]
-            logits, labels, ignore_index, reduction
-        )
+        inplace_loss: Tensor = _InplaceIHL.apply(logits, labels, ignore_index, reduction)
         return inplace_loss
     triplet, _ = softmax_triplet(logits, labels, ignore_index=ignore_index)
     loss = reduce_loss(inverted_hinge(triplet), labels != ignore_index, reduction)

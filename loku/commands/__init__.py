@@ -16,7 +16,7 @@ class CommandParser(argparse.ArgumentParser):
 
     add_later: Callable[[], None] | None = None
 
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Add the later options, then parse as argparse does."""
         if self.add_later is not None:
             add_later, self.add_later = self.add_later, None

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
-from types import ModuleType
+from typing import Any
 
 from loku.commands import CommandParser, Commands
 
@@ -106,5 +106,5 @@ def _choices() -> list[str]:
     return _aligned(rows)
 
 
-def _name(backend: ModuleType) -> str:
+def _name(backend: Any) -> str:
     return backend.__name__.rsplit(".", 1)[-1]

@@ -236,7 +236,7 @@ def read_yaml(
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line")
     settings: dict[str, Any] = {}
-    for key_node, _ in node.value:
+    for key_node, _ in node.value if node is not None else ():
         place, key = f"{path}, line {key_node.start_mark.line + 1}", key_node.value
         name, value = key.replace("-", "_"), values.get(key)
         if name in settings:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loku.commands import CommandParser, Commands
 from loku.commands.settings import add_fields, joined, read_yaml
@@ -146,7 +146,7 @@ def _unlearn(
     forget: Any,
     retain: Any,
     settings: Mapping[str, Any],
-    kind: str,
+    kind: Literal["portable", "residual", "merged"],
 ) -> str:
     """Unlearn, save the result, and return the summary."""
     from loku import unlearn

@@ -88,17 +88,16 @@ def test_model_device():
 
 def test_load_model(tmp_path):
     model = tiny_model("llama")
-    config = UnlearnConfig(str(tmp_path))
-    assert load_model(model, config) is model
+    assert load_model(model) is model
     model.save_pretrained(tmp_path / "model")
     with_dtype = UnlearnConfig(str(tmp_path), model_init_kwargs={"dtype": "bfloat16"})
     for path, expected in ((str(tmp_path / "model"), torch.bfloat16), (tmp_path / "model", torch.bfloat16)):
-        loaded = load_model(path, with_dtype)
+        loaded = load_model(path, with_dtype.init_arguments())
         assert loaded.dtype == expected and torch.equal(
             loaded.lm_head.weight, model.lm_head.weight.bfloat16()
         )
     with pytest.raises(ValueError, match="by its path or name"):
-        load_model(model, with_dtype)
+        load_model(model, with_dtype.init_arguments())
 
 
 def test_keep_differentiable_unpacks_quantised_layers_alone():
