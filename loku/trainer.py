@@ -1,5 +1,7 @@
 """The training loop: ``transformers.Trainer`` on pairs of forget and retain rows."""
 
+from __future__ import annotations
+
 import math
 import os
 import time
