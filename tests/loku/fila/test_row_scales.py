@@ -1,41 +1,20 @@
 """FILA's row scales against the exact per-sample loop in float64."""
 
-import ctypes
+import json
 
 import pytest
 import torch
-from peak_memory import PeakMemory, needs_proc
+from fisher_batches import batches, rows, targets
+from fisher_peak import BUDGET
+from fresh_process import run_python
+from peak_memory import needs_proc
 from tiny_models import KINDS, tiny_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loku.data import collate
-from loku.fila.row_scales import FilaConfig, fisher_row_scales, gradients_for_activations_alone, memory_bytes
-from loku.head import negative_log_likelihood
+from loku.fila.row_scales import FilaConfig, fisher_row_scales, memory_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def rows(count, seed, vocab=97):
-    generator = torch.Generator().manual_seed(seed)
-    result = []
-    for _ in range(count):
-        length = int(torch.randint(4, 12, (), generator=generator))
-        ids = torch.randint(0, vocab, (length,), generator=generator).tolist()
-        result.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
-    return result
-
-
-def batches(rows, size):
-    return [collate(rows[i : i + size], pad_token_id=0) for i in range(0, len(rows), size)]
-
-
-def targets(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(part in name for part in ("q_proj", "v_proj", "mlp"))
-    }
 
 
 def exact_scales(model, forget, retain, damping, mode):
@@ -135,44 +114,16 @@ def test_memory_sizes():
             memory_bytes(wrong)
 
 
-@pytest.fixture
-def mapped_blocks():
-    """Let malloc map each matrix anew: pages that it has kept are counted already."""
-    mallopt, mmap_threshold = getattr(ctypes.CDLL(None), "mallopt", lambda *args: None), -3
-    mallopt(mmap_threshold, 1 << 18)
-    yield
-    mallopt(mmap_threshold, 32 << 20)  # glibc raises the threshold up to this by itself
-
-
 @needs_proc
-def test_the_peak_is_within_the_budget(mapped_blocks):
+def test_the_peak_is_within_the_budget():
     """The budget comes on top of the memory of a forward and backward without weight gradients."""
-    torch.manual_seed(0)
-    size = {"vocab_size": 97, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 5}
-    model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4))
-    data = batches(rows(6, 0), 2)
-
-    def plain():
-        with gradients_for_activations_alone(model):
-            for batch in data:
-                negative_log_likelihood(model, batch).backward()
-
-    def peak(function):
-        function()  # the first call allocates memory that stays
-        memory = PeakMemory()
-        function()
-        return memory.extra()
-
-    def measure(budget):
-        return lambda: fisher_row_scales(
-            model, targets(model), data, data, memory_budget=budget, progress=False
-        )
-
-    budget, least = 16 << 20, peak(plain)
+    result = run_python("import fisher_peak; fisher_peak.main()")
+    assert result.returncode == 0, result.stderr
+    peaks = json.loads(result.stdout.splitlines()[-1])
+    least, extra = peaks["plain"], peaks["budget"]
     assert least < 8 << 20
-    extra = peak(measure(budget))
-    assert 8 << 20 < extra <= budget + least  # the budget is used
-    assert peak(measure(None)) > budget + least + (8 << 20)
+    assert 8 << 20 < extra <= BUDGET + least  # the budget is used
+    assert peaks["no budget"] > BUDGET + least + (8 << 20)
 
 
 def test_sums_are_float32_in_a_bfloat16_model():
