@@ -3,7 +3,7 @@
 The core includes no torch header. So the build needs no torch, and the result serves every torch release.
 The core uses CPython's limited API alone. So one binary serves every CPython from 3.11 on. A free-threaded
 CPython has no limited API and gets a core of its own. Without a C++ compiler the package is installed without
-the core and computes with its plain-torch reference. A compiler that fails stops the installation.
+the core and computes with its plain-torch reference. A compiler that fails stops the installation. ``LOKU_CORE=0`` leaves the core out.
 
 CUDA kernels are built if nvcc is on PATH or in CUDA_HOME (default /usr/local/cuda). ``LOKU_CUDA=0`` leaves
 them out. ``LOKU_CUDA=1`` fails without nvcc. ``LOKU_CUDA_ARCHS="90"`` (default "80 90 100") restricts the
@@ -33,6 +33,11 @@ CXXFLAGS = (
 
 
 def find_compiler():
+    """Find a C++ compiler, or return None. ``LOKU_CORE=0`` asks for none."""
+    if os.environ.get("LOKU_CORE") == "0":
+        return None
+    if (asked := os.environ.get("CXX")) and not shutil.which(asked.split()[0]):
+        raise SystemExit(f"loku-kernels: there is no compiler {asked!r}, which CXX names")
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name.split()[0]):
             return name
@@ -127,7 +132,12 @@ class NinjaBuild(build_ext):
             lines.append(f"build {objects[-1]}: {rule} {escape(source.resolve())}")
         lines.append(f"build {escape(target)}: {'link_cuda' if nvcc else 'link'} {' '.join(objects)}")
         (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
-        subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-v", "-C", str(build_dir)], check=True)
+        built = subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-v", "-C", str(build_dir)])
+        if built.returncode != 0:
+            raise SystemExit(
+                f"loku-kernels: the C++ compiler {compiler} failed, see above; it must know C++17, and Python.h "
+                "must be there. LOKU_CORE=0 installs without the compiled core"
+            )
 
 
 def escape(path):
@@ -144,7 +154,8 @@ if find_compiler() and os.name == "posix":
         )
     ]
 else:
-    print("loku-kernels: no C++ compiler found, so the plain-torch reference will be used", file=sys.stderr)
+    reason = "LOKU_CORE=0" if os.environ.get("LOKU_CORE") == "0" else "no C++ compiler found"
+    print(f"loku-kernels: {reason}, so the plain-torch reference will be used", file=sys.stderr)
     extensions = []
 
 setup(

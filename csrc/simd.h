@@ -8,8 +8,9 @@
 
 #include "dtype.h"
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__) && \
-    !defined(LOKU_NO_TARGET_CLONES)
+// GCC 12 is the first that knows these names of instruction sets. An older one compiles the baseline alone.
+#if defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && defined(__x86_64__) && \
+    defined(__gnu_linux__) && !defined(LOKU_NO_TARGET_CLONES)
 #define LOKU_HAS_TARGET_CLONES 1
 #define LOKU_TARGET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

@@ -144,7 +144,10 @@ def main(folder):
     sharded = sharded_row_scales()
     report["ddp"] = unlearned(folder, "ddp", measuring(), per_device_train_batch_size=2)
     with fsdp_on_the_cpu():
-        options = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+        options = {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        }
         report["fsdp2"] = unlearned(folder, "fsdp2", per_device_train_batch_size=2, **options)
     if dist.get_rank() == 0:
         save_file(scales, folder / "scales.safetensors")

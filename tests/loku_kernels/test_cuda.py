@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 import warnings
 from pathlib import Path
@@ -421,43 +420,6 @@ def test_table(monkeypatch):
     assert "spills 4 bytes" in cuda_table.problems(ours, committed)[0]
     ours["kernels"].popitem()
     assert any("not the kernels" in line for line in cuda_table.problems(ours, committed))
-
-
-def build(folder, **environment):
-    """Run setup.py on a copy of the files that it needs."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    (folder / "loku_kernels").mkdir()
-    shutil.copy(ROOT / "loku_kernels" / "__init__.py", folder / "loku_kernels")  # it has the version
-    for name in ("loku", "loku/evaluation", "loku/embedded"):
-        (folder / name).mkdir()
-    return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_a_build_that_cannot_have_cuda_fails(tmp_path):
-    pytest.importorskip("ninja")
-    pytest.importorskip("setuptools", minversion="77")
-    # PATH has a C++ compiler and no nvcc, and CUDA_HOME has no nvcc either.
-    compiler = shutil.which("g++")
-    if compiler is None or os.path.exists(os.path.join(os.path.dirname(compiler), "nvcc")):
-        pytest.skip("needs g++ in a folder without nvcc")
-    result = build(tmp_path, LOKU_CUDA="1", PATH=os.path.dirname(compiler), CUDA_HOME=str(tmp_path))
-    assert result.returncode != 0 and "LOKU_CUDA=1 asks for CUDA kernels" in result.stderr
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=tmp_path,
-        env={**os.environ, "LOKU_CUDA": "yes"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode != 0 and "LOKU_CUDA must be auto, 0 or 1, not 'yes'" in result.stderr
 
 
 @pytest.mark.skipif(native._core is None or not native._core.has_cuda, reason="built without CUDA")
