@@ -3,7 +3,8 @@
 The core includes no torch header. So the build needs no torch, and the result serves every torch release.
 The core uses CPython's limited API alone. So one binary serves every CPython from 3.11 on. A free-threaded
 CPython has no limited API and gets a core of its own. Without a C++ compiler the package is installed without
-the core and computes with its plain-torch reference. A compiler that fails stops the installation. ``LOKU_CORE=0`` leaves the core out.
+the core and computes with its plain-torch reference. A compiler that fails stops the installation.
+``LOKU_CORE=0`` leaves the core out.
 
 CUDA kernels are built if nvcc is on PATH or in CUDA_HOME (default /usr/local/cuda). ``LOKU_CUDA=0`` leaves
 them out. ``LOKU_CUDA=1`` fails without nvcc. ``LOKU_CUDA_ARCHS="90"`` (default "80 90 100") restricts the
@@ -135,8 +136,8 @@ class NinjaBuild(build_ext):
         built = subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-v", "-C", str(build_dir)])
         if built.returncode != 0:
             raise SystemExit(
-                f"loku-kernels: the C++ compiler {compiler} failed, see above; it must know C++17, and Python.h "
-                "must be there. LOKU_CORE=0 installs without the compiled core"
+                f"loku-kernels: the C++ compiler {compiler} failed, see above; it must know C++17, and "
+                "Python.h must be there. LOKU_CORE=0 installs without the compiled core"
             )
 
 
