@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,21 +51,20 @@ _MODULES = {
     "unlearning": ("UnlearnResult", "unlearn"),
 }
 
+if not TYPE_CHECKING:  # type checkers must report an unknown name
 
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            value = getattr(importlib.import_module(f"loku.{module}"), name)
-            globals()[name] = value
-            return value
-    if not name.startswith("_"):
-        try:
+    def __getattr__(name: str) -> Any:
+        for module, names in _MODULES.items():
+            if name in names:
+                # It is not kept here: a patch of the module must not outlive itself.
+                return getattr(importlib.import_module(f"loku.{module}"), name)
+        if name in _submodules():
             return importlib.import_module(f"loku.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"loku.{name}":
-                raise
-    raise AttributeError(f"module 'loku' has no attribute {name!r}")
+        raise AttributeError(f"module 'loku' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_submodules()})
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+def _submodules() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}

@@ -41,6 +41,7 @@ from loku.saving.directories import replace_directory
 MANIFEST = "loku_checkpoint.json"
 _UNFINISHED = ".unfinished"
 _STATE = "trainer_state.json"
+_FORMAT = 2  # raised with each change of the facts that identify a run
 
 
 def run_identity(
@@ -64,6 +65,7 @@ def run_identity(
         The facts, which JSON can hold, by their names in messages.
     """
     identity = {
+        "checkpoint format": _FORMAT,
         "base model": fingerprint,
         "forget set": ordered_rows_fingerprint(forget),
         "retain set": ordered_rows_fingerprint(retain.first() if isinstance(retain, DrawnRows) else retain),

@@ -55,6 +55,18 @@ def test_modules_are_attributes_after_the_import_of_loku():
 
     with pytest.raises(AttributeError, match="no attribute 'unlern'"):
         loku.unlern  # noqa: B018
+    assert not any(hasattr(loku, name) for name in ("nope.sub", "data.rows", "embedded", "_private"))
+    assert {"data", "trainer", "evaluation", "unlearn"} <= set(dir(loku))
+
+
+def test_a_patch_of_a_module_does_not_outlive_itself():
+    code = """
+import unittest.mock, loku
+with unittest.mock.patch("loku.unlearning.unlearn", None):
+    assert loku.unlearn is None
+assert loku.unlearn.__name__ == "unlearn"
+"""
+    assert "loku" in loaded_by(code)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info"]], ids=" ".join)
