@@ -1,6 +1,7 @@
 """No public name and no option of a command is lost.
 
-``tests/data/public_names.json`` lists those of version 0.1.0, without the options of transformers' own fields.
+``tests/data/public_names.json`` lists those of version 0.1.0. Options of fields of
+transformers are left out.
 """
 
 import argparse
