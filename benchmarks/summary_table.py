@@ -6,17 +6,18 @@ from result_files import Row, markdown_table
 from tables import Group, Result, case, digits, groups
 
 
-def line(name: str, group: Group, ours: str, peers: dict[str, str]) -> list[str]:
+def line(name: str, shape: str, group: Group, ours: str, peers: dict[str, str]) -> list[str]:
     """Return a row of the table.
 
     Args:
         name: The name of the kernel or stage.
+        shape: The names of the sizes of the case, such as "N x V", or of its subject.
         group: The comparison.
         ours: The name of our function.
         peers: name -> heading of the peers, of which the fastest counts.
     """
     peer = min((name for name in peers if name in group), key=lambda name: group[name]["milliseconds"])
-    return [name, case(group), group.time(ours), peers[peer], group.over(ours, peer)]
+    return [name, f"{shape} = {case(group)}", group.time(ours), peers[peer], group.over(ours, peer)]
 
 
 def svd_line(result: Result) -> list[str]:
@@ -32,10 +33,11 @@ def svd_line(result: Result) -> list[str]:
 
     quality = [row for row in result["rows"] if "deficit" in row]
     return [
-        f"row-scaled SVD, which misses {missed(ours, quality)} of the energy at most",
-        f"GPT-Neo-125M, rank {rank} {dtype}",
+        "row-scaled SVD",
+        f"GPT-Neo-125M, rank {rank} {dtype}; at most {missed(ours, quality)} of the energy is missed, by the "
+        f"peer {missed(peer, quality)}",
         f"{total[ours]:.0f}",
-        f"`torch.svd_lowrank`, which misses {missed(peer, quality)}",
+        "`torch.svd_lowrank`",
         f"{digits(total[peer] / total[ours])}x",
     ]
 
@@ -49,25 +51,40 @@ def summary(ihl_kernel: Result, linear: Result, unlearn: Result, fisher: Result,
     rows = [
         line(
             "IHL on logits, in place",
+            "N x V",
             logits,
             "ihl_loss in place",
             {"official formula": "official formula", "lean eager": "lean formula"},
         ),
         line(
             "IHL from hidden states",
+            "N x D x V",
             groups(linear)[0],
             "linear_ihl_loss",
             {"eager IHL": "lean formula on whole logits"},
         ),
-        line("training step of GPT-Neo-125M", step, "loku", {"official": "official formula on whole logits"}),
+        line(
+            "training step of GPT-Neo-125M",
+            "rows x tokens",
+            step,
+            "loku",
+            {"official": "official formula on whole logits"},
+        ),
         line(
             "Fisher of a layer",
+            "rows x tokens x inputs x outputs",
             layer,
             "accumulate_squared_grad_",
             {"einsum": "`einsum`, square, sum", "torch.func": "`torch.func`"},
         ),
         *(
-            line("Fisher row scales of a model", group, "fisher_row_scales", {"loop": "sample by sample"})
+            line(
+                "Fisher row scales of a model",
+                "model",
+                group,
+                "fisher_row_scales",
+                {"loop": "sample by sample"},
+            )
             for group in models[-1:]
         ),
         svd_line(fila),
