@@ -11,13 +11,14 @@ def line(name: str, shape: str, group: Group, ours: str, peers: dict[str, str]) 
 
     Args:
         name: The name of the kernel or stage.
-        shape: The names of the sizes of the case, such as "N x V", or of its subject.
+        shape: The names of the sizes of the case, such as "N x V"; "" for a case that is a model.
         group: The comparison.
         ours: The name of our function.
         peers: name -> heading of the peers, of which the fastest counts.
     """
     peer = min((name for name in peers if name in group), key=lambda name: group[name]["milliseconds"])
-    return [name, f"{shape} = {case(group)}", group.time(ours), peers[peer], group.over(ours, peer)]
+    sizes = f"{shape} = " if shape else ""
+    return [name, sizes + case(group), group.time(ours), peers[peer], group.over(ours, peer)]
 
 
 def svd_line(result: Result) -> list[str]:
@@ -34,8 +35,8 @@ def svd_line(result: Result) -> list[str]:
     quality = [row for row in result["rows"] if "deficit" in row]
     return [
         "row-scaled SVD",
-        f"GPT-Neo-125M, rank {rank} {dtype}; at most {missed(ours, quality)} of the energy is missed, by the "
-        f"peer {missed(peer, quality)}",
+        f"GPT-Neo-125M, rank {rank} {dtype}; on test matrices it misses at most {missed(ours, quality)} of "
+        f"the energy, the peer {missed(peer, quality)}",
         f"{total[ours]:.0f}",
         "`torch.svd_lowrank`",
         f"{digits(total[peer] / total[ours])}x",
@@ -43,7 +44,7 @@ def svd_line(result: Result) -> list[str]:
 
 
 def summary(ihl_kernel: Result, linear: Result, unlearn: Result, fisher: Result, fila: Result) -> str:
-    """Return the table from the contents of five result files."""
+    """Return the table, and the line on the machine, from the contents of five result files."""
     logits = groups(ihl_kernel, computes="forward and backward")[0]
     layer = next(group for group in groups(fisher) if "einsum" in group)
     models = [group for group in groups(fisher) if "loop" in group]
@@ -65,14 +66,14 @@ def summary(ihl_kernel: Result, linear: Result, unlearn: Result, fisher: Result,
         ),
         line(
             "training step of GPT-Neo-125M",
-            "rows x tokens",
+            "forget rows x tokens",
             step,
             "loku",
             {"official": "official formula on whole logits"},
         ),
         line(
             "Fisher of a layer",
-            "rows x tokens x inputs x outputs",
+            "samples x tokens x d x k",
             layer,
             "accumulate_squared_grad_",
             {"einsum": "`einsum`, square, sum", "torch.func": "`torch.func`"},
@@ -80,7 +81,7 @@ def summary(ihl_kernel: Result, linear: Result, unlearn: Result, fisher: Result,
         *(
             line(
                 "Fisher row scales of a model",
-                "model",
+                "",
                 group,
                 "fisher_row_scales",
                 {"loop": "sample by sample"},
@@ -89,7 +90,12 @@ def summary(ihl_kernel: Result, linear: Result, unlearn: Result, fisher: Result,
         ),
         svd_line(fila),
     ]
-    return markdown_table(
-        ["kernel or stage", "case", "ours, ms (MiB)", "fastest in plain torch", "speed over it (its MiB)"],
+    environment = ihl_kernel["environment"]
+    table = markdown_table(
+        ["kernel or stage", "case", "ours, ms (MiB)", "fastest in plain torch", "times as fast (its MiB)"],
         rows,
+    )
+    return (
+        f"On {environment['cores']} cores of an {environment['device']} CPU without a GPU. Times are "
+        f"medians. Brackets have the peak extra memory in MiB.\n\n{table}"
     )

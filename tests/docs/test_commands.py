@@ -97,7 +97,12 @@ def run_loku(folder, arguments, monkeypatch):
     if "--adapter" in arguments:
         adapter = arguments[arguments.index("--adapter") + 1]
         if not Path(adapter).exists():
-            places = ["--model=MODEL", "--forget=forget.jsonl", "--retain=retain.jsonl", f"--output={adapter}"]
+            places = [
+                "--model=MODEL",
+                "--forget=forget.jsonl",
+                "--retain=retain.jsonl",
+                f"--output={adapter}",
+            ]
             assert cli.main(["unlearn", *places, "--init=default", *FAST["unlearn"]]) == 0
     assert cli.main([*arguments, *FAST.get(name, [])]) == 0
 
