@@ -90,7 +90,7 @@ def check_requirements(arguments):
 def run_loku(folder, arguments, monkeypatch):
     """Run a command on small files. A command that needs the hub, or takes minutes, is only read."""
     name, *_ = arguments
-    arguments = [argument.replace("$MODEL", "MODEL") for argument in arguments]
+    arguments = [re.sub(r"^(\$MODEL|TWIN)$", "MODEL", argument) for argument in arguments]
     if name in READ_ONLY or "locuslab" in " ".join(arguments):
         return read_loku(folder, arguments, monkeypatch)
     monkeypatch.chdir(folder)
