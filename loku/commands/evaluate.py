@@ -17,7 +17,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         "evaluate",
         help="measure the knowledge left in a model",
         description="Measure a causal LM on data sets: probability, perplexity, ROUGE-L, truth ratio, forget "
-        "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K%% "
+        "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K% "
         "membership inference and dialogue F1, as far as the sets allow. Prints a table, and writes a JSON "
         "report with TOFU's log and a picture beside it. Runs under torchrun and accelerate launch.",
     )

@@ -19,6 +19,7 @@ PAGES = [
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),
 ]
 BLOCK = re.compile(r"(?:^<!-- ([^\n]+) -->\n)?^```(\w+)\n(.*?)^```", re.S | re.M)
+ASSIGNMENT = re.compile(r"^\w+=\$\((.*)\)$")
 INLINE_COMMAND = re.compile(r"`(python (?:-m|\w+/)[^`]+)`")
 
 
@@ -32,7 +33,7 @@ class Block(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command and its arguments, without comments and assignments."""
+    """A command and its arguments, without comments. ``NAME=$(COMMAND)`` counts as COMMAND."""
 
     page: str
     arguments: tuple[str, ...]
@@ -66,13 +67,25 @@ def commands() -> list[Command]:
 
 
 def _shell_lines(text):
-    return text.replace("\\\n", " ").splitlines()
+    """The lines of a block, joined where they end in a backslash or inside of quotes."""
+    lines, rest = [], ""
+    for line in text.replace("\\\n", " ").splitlines():
+        rest += line
+        try:
+            shlex.split(rest, comments=True)
+        except ValueError:  # a quotation is open
+            rest += "\n"
+            continue
+        lines.append(ASSIGNMENT.sub(r"\1", rest))
+        rest = ""
+    assert not rest
+    return lines
 
 
 def _name(value):
     if isinstance(value, Block):
         return f"{value.page}: {value.text.splitlines()[-1].strip()}"
-    return f"{value.page}: {' '.join(value.arguments)}"
+    return f"{value.page}: {' '.join(value.arguments).splitlines()[0]}"
 
 
 def pytest_generate_tests(metafunc):

@@ -13,6 +13,7 @@ from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
 from loku import cli, demo
+from loku.data.files import read_rows
 
 ROOT = Path(__file__).parents[2]
 # Programs that are not run, by the reason.
@@ -53,7 +54,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_command(command, folder, monkeypatch, capsys):
+def test_command(command, folder, tmp_path, monkeypatch, capsys):
     program, *arguments = command.arguments
     if program == "pip":
         check_requirements(arguments)
@@ -63,6 +64,8 @@ def test_command(command, folder, monkeypatch, capsys):
         run_loku(folder, arguments, monkeypatch)
     elif program in ("torchrun", "accelerate"):
         read_launcher(folder, arguments, monkeypatch)
+    elif program == "python" and arguments[0] == "-c":
+        run_code(arguments[1], tmp_path, monkeypatch, capsys)
     elif program == "python" and arguments[0] == "-m":
         assert arguments[1] == "build"  # it makes the wheel: CI runs it
     elif program == "python":
@@ -87,12 +90,20 @@ def check_requirements(arguments):
 def run_loku(folder, arguments, monkeypatch):
     """Run a command on small files. A command that needs the hub, or takes minutes, is only read."""
     name, *_ = arguments
+    arguments = [re.sub(r"^(\$MODEL|TWIN)$", "MODEL", argument) for argument in arguments]
     if name in READ_ONLY or "locuslab" in " ".join(arguments):
         return read_loku(folder, arguments, monkeypatch)
     monkeypatch.chdir(folder)
-    if "--adapter" in arguments and not Path("adapter").exists():
-        places = ["--model=MODEL", "--forget=forget.jsonl", "--retain=retain.jsonl", "--output=adapter"]
-        assert cli.main(["unlearn", *places, "--init=default", *FAST["unlearn"]]) == 0
+    if "--adapter" in arguments:
+        adapter = arguments[arguments.index("--adapter") + 1]
+        if not Path(adapter).exists():
+            places = [
+                "--model=MODEL",
+                "--forget=forget.jsonl",
+                "--retain=retain.jsonl",
+                f"--output={adapter}",
+            ]
+            assert cli.main(["unlearn", *places, "--init=default", *FAST["unlearn"]]) == 0
     assert cli.main([*arguments, *FAST.get(name, [])]) == 0
 
 
@@ -118,6 +129,19 @@ def read_launcher(folder, arguments, monkeypatch):
         assert launcher[0] == "--nproc-per-node" and int(launcher[1]) > 0 and len(launcher) == 2
     assert rest[0] == "loku"
     read_loku(folder, rest[1:], monkeypatch)
+
+
+def run_code(code, folder, monkeypatch, capsys):
+    """Run ``python -c CODE``: it prints the path of a model, or writes data sets that ``loku`` reads."""
+    monkeypatch.chdir(folder)
+    exec(code, {"__name__": "__main__"})
+    printed = capsys.readouterr().out.strip()
+    written = sorted(folder.glob("*.jsonl"))
+    if printed:
+        assert (Path(printed) / "config.json").is_file()
+    else:
+        assert [path.name for path in written] == ["forget.jsonl", "retain.jsonl"]
+        assert all(read_rows(path) for path in written)
 
 
 def read_script(arguments, monkeypatch):
