@@ -264,8 +264,6 @@ class UnlearnTrainer(ResumableTrainer):
         # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch. So the trainer
         # must not divide again.
         self.model_accepts_loss_kwargs = True
-        # transformers 5.2 to 5.5.3 would divide once more, by the number of micro-batches.
-        self.accelerator.gradient_accumulation_steps = 1
         self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
         # The values since the last log. Each metric has its part of the step's mean and its share of the
         # step's tokens or rows, for each batch. Each batch has its number of tokens.

@@ -283,7 +283,7 @@ def linear_kl_divergence_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Compute KL(reference || model), in nats, from hidden states. The logits never exist whole.
+    """Compute KL(reference || model), in nats, from hidden states, block by block.
 
     The loss equals, in plain torch, for rows (N, D)::
 

@@ -211,7 +211,7 @@ def linear_ihl_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Compute ``ihl_loss`` of the logits of an output embedding. They never exist whole.
+    """Compute ``ihl_loss`` of the logits of an output embedding, block by block.
 
     The loss is ``ihl_loss(logit_scale * torch.nn.functional.linear(hidden, weight, bias), labels)``. A
     ``softcap`` changes the logits as in ``linear_softmax_triplet``.
@@ -249,7 +249,7 @@ def linear_cross_entropy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Compute ``cross_entropy_loss`` of the logits of an output embedding. They never exist whole.
+    """Compute ``cross_entropy_loss`` of the logits of an output embedding, block by block.
 
     Args:
         hidden: The hidden states (..., D), as for ``linear_softmax_triplet``.

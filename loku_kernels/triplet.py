@@ -377,7 +377,7 @@ def linear_softmax_triplet(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``softmax_triplet`` of the logits of an output embedding. The logits never exist whole.
+    """Compute ``softmax_triplet`` of the logits of an output embedding, block by block.
 
     The result equals, in plain torch::
 
