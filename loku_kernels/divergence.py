@@ -160,7 +160,8 @@ def _linear_kl_divergence(
         whole_row_slices,
     )
     columns = slice(0, len(weight))
-    memory = torch.empty(len(current.memory), dtype=dtype, device=hidden.device)
+    most = max((part.stop - part.start for part in current.rows), default=0)
+    memory = torch.empty(most * len(weight), dtype=dtype, device=hidden.device)
     for rows in current.rows:
         chosen = index[rows]
         block = current.compute(rows, columns)

@@ -152,7 +152,7 @@ def choose(operation: str, *tensors: Tensor) -> Backend:
         RuntimeError: ``LOKU_BACKEND`` names a backend that is not installed.
     """
     forced = os.environ.get("LOKU_BACKEND", "")
-    if not forced and tensors[0].device.type == "cpu":  # the shortest way, for the small calls of a CPU
+    if not forced and tensors[0].is_cpu:  # the shortest way, for the small calls of a CPU
         return native if all(map(native.serves, tensors)) else reference
     if forced not in ("", "reference", "native", "triton"):
         raise ValueError(f"LOKU_BACKEND must be reference, native or triton, not {forced!r}")
