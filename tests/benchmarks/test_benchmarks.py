@@ -23,7 +23,8 @@ OPTIONS = {
     "fisher": ["--shape", "2x3x8x6", "--models"],
     "fisher_memory": ["--shape", "2x8", "--budget", "none"],
     "fila": ["--shape", "40x30x2", "--rank", "4", "--no-embedded"],
-    "unlearn": ["--shape", "2x12"],
+    "unlearn": ["--shape", "2x12", "--dtype", "float32", "bfloat16"],
+    "host_time": ["--shape", "4x8x16"],
     "scaling": ["--shape", "8x301", "8x602", "--large", "6x400", "128x400", "--limit-gib", "0.0001"],
 }
 
