@@ -64,15 +64,20 @@ def seconds_of(function: Call, device: str = "cpu") -> float:
 def processor_seconds_of(function: Call, device: str = "cpu") -> float:
     """Return the processor seconds of one call, the mean of ``CALLS`` calls in a row.
 
-    The time is that of all threads of the process (``time.process_time``): torch runs a backward on CUDA in a
-    thread of its own, which ``time.thread_time`` would miss. So no other thread may be busy: torch's pool
-    spins while it waits, and must have one thread. The device may still compute when the time ends.
+    The time is that of all threads of the process (``time.process_time``), because torch runs a backward on
+    CUDA in a thread of its own, which ``time.thread_time`` would miss. The calls have one thread of torch,
+    because the threads of its pool spin while they wait. The device may still compute when the time ends.
     """
-    _wait_for(device)
-    start = time.process_time()
-    for _ in range(CALLS):
-        function()
-    return (time.process_time() - start) / CALLS
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _wait_for(device)
+        start = time.process_time()
+        for _ in range(CALLS):
+            function()
+        return (time.process_time() - start) / CALLS
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _wait_for(device: str) -> None:

@@ -46,9 +46,7 @@ class Calls:
         dtype: The dtype of logits, hidden states and output embedding. Default float32.
     """
 
-    def __init__(
-        self, device: str, n: int, d: int, vocab: int, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, device: str, n: int, d: int, vocab: int, dtype: torch.dtype = torch.float32) -> None:
         self.source, self.labels = random_logits(n, vocab, dtype, device)
         self.logits = self.source.clone().requires_grad_()
         self.hidden = torch.randn(n, d, device=device).to(dtype).requires_grad_()

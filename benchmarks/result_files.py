@@ -190,8 +190,9 @@ def _cells(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             for label, ratio in value.items():
                 yield f"{key} {label}", f"{ratio:.2f}"
         elif key.startswith("milliseconds"):
-            yield key.replace("milliseconds", "ms").replace("_", " "), (
-                f"{value:.3f}" if value < 1 else f"{value:.2f}"
+            yield (
+                key.replace("milliseconds", "ms").replace("_", " "),
+                (f"{value:.3f}" if value < 1 else f"{value:.2f}"),
             )
         elif key in ("peak_extra_bytes", "peak_bytes"):
             yield {"peak_extra_bytes": "extra MiB", "peak_bytes": "peak MiB"}[key], mebibytes(value)

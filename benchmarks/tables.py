@@ -272,7 +272,10 @@ def host_time(result: Result) -> str:
 
     return markdown_table(
         ["N x D x V", "`cross_entropy`, us", *(_code(name) for name in ours)],
-        [[case(g), f"{g[yardstick]['milliseconds'] * 1e3:.0f}", *(cell(g, name) for name in ours)] for g in found],
+        [
+            [case(g), f"{g[yardstick]['milliseconds'] * 1e3:.0f}", *(cell(g, name) for name in ours)]
+            for g in found
+        ],
     )
 
 

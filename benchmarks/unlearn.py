@@ -10,9 +10,9 @@ is the same trainer with the logits of all tokens: it computes the authors' form
 ``cross_entropy`` for the retain rows. In bfloat16 and float16 it computes both in that dtype.
 
 Before it is measured, a part is checked. The exact loss is the official one of the same model's logits,
-computed in float32. Ours is at most 1e-5 plus one machine epsilon of the model's dtype away from it, relative,
-or absolute below 1. Each of our gradients is at most 1e-3 plus ``GRADIENT_ULPS`` epsilons away from the exact
-loss's, in the norm of their difference over the norm of the exact one.
+computed in float32. Ours is at most 1e-5 plus one machine epsilon of the model's dtype away from it,
+relative, or absolute below 1. Each of our gradients is at most 1e-3 plus ``GRADIENT_ULPS`` epsilons away from
+the exact loss's, in the norm of their difference over the norm of the exact one.
 """
 
 import tempfile
@@ -68,7 +68,9 @@ class OfficialTrainer(UnlearnTrainer):
         logits = model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         ).logits
-        return official_loss(logits.to(self.loss_dtype or logits.dtype), inputs["labels"], inputs["is_forget"])
+        return official_loss(
+            logits.to(self.loss_dtype or logits.dtype), inputs["labels"], inputs["is_forget"]
+        )
 
 
 class ExactTrainer(OfficialTrainer):
