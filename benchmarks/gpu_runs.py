@@ -88,12 +88,13 @@ def step(device: str, layers: int, width: int, mlp: int, vocab: int, rows: int, 
     plain.enable_input_require_grads()
     model = adapted(base)
     batch = batch_of(rows, tokens - 1, 0, vocab, device)
-    unused = [random_rows(1, 2, vocab, seed) for seed in (0, 1)]  # training_step gets the batch itself
+    # Unused: training_step gets the batch.
+    forget, retain = (random_rows(1, 2, vocab, seed) for seed in (0, 1))
     # Nothing is written: a step alone saves no checkpoint.
     options = partial(settings, device, output_dir=tempfile.gettempdir())
 
     def trainer_of(model: Any, config: UnlearnConfig) -> UnlearnTrainer:
-        trainer = UnlearnTrainer(model, config, *unused)
+        trainer = UnlearnTrainer(model, config, forget, retain)
         trainer.current_gradient_accumulation_steps = 1  # its loop sets it before training_step
         return trainer
 

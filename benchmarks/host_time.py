@@ -103,7 +103,8 @@ def _exact(name: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 def measure(bench: Benchmark, shape: str, dtype: str) -> None:
     """Check and measure one shape N x D x V in one dtype."""
-    calls = Calls(bench.device, *sizes(shape), dtype=DTYPES[dtype])
+    n, d, vocab = sizes(shape)
+    calls = Calls(bench.device, n, d, vocab, DTYPES[dtype])
     calls.check()
     bench.compare(
         shape,

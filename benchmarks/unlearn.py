@@ -172,7 +172,8 @@ def measure_head(bench: Benchmark, shape: str, head: Any, batch: dict[str, Tenso
         counted = next_labels != -100
         triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels)
         forget, retain = (Rows(triplet[mask], counted[mask]) for mask in (is_forget, ~is_forget))
-        loss = sum(OBJECTIVES["ihl"].losses(Batch(forget, retain=retain)).values())
+        losses = OBJECTIVES["ihl"].losses(Batch(forget, retain=retain))
+        loss = torch.stack(list(losses.values())).sum()
         loss.backward()
         return loss.detach()
 
@@ -206,12 +207,13 @@ def measure_step(
     """Measure a whole step of both trainers."""
     # The authors' loss is Eq. 3 of the paper: the retain loss counts once.
     options = UnlearnConfig(output_dir=directory, use_cpu=bench.device == "cpu", retain_weight=1.0)
-    rows = [[{"input_ids": [i, i], "labels": [i, i]}] for i in (0, 1)]  # unused: training_step gets the batch
+    # Unused: training_step gets the batch.
+    forget, retain = ([{"input_ids": [i, i], "labels": [i, i]}] for i in (0, 1))
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
 
     def stepper(kind: type[UnlearnTrainer]) -> tuple[Call, Call]:
         """Return a whole step, and its forward and backward alone."""
-        trainer = kind(model, options, *rows)
+        trainer = kind(model, options, forget, retain)
         optimizer = trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1  # its loop sets it before training_step
 
