@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loku_kernels.backends import reference
 from loku_kernels.backends.online_state import OnlineState
+from loku_kernels.backends.reference import fisher as reference_fisher
 from loku_kernels.checks import Reduction, TokenLoss, bad_label_error
 
 _core: Any
@@ -363,9 +363,9 @@ def accumulate_squared_grad_(
     fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None
 ) -> None:
     """See ``reference.accumulate_squared_grad_``. The sums are float32."""
-    if inputs.dtype == torch.bfloat16 and reference.multiplies_bfloat16(inputs.device):
+    if inputs.dtype == torch.bfloat16 and reference_fisher.multiplies_bfloat16(inputs.device):
         arguments = (fisher, inputs, grad_outputs, divisor)
-        reference.accumulate_by_products_(*arguments, torch.bfloat16, _add_squares)
+        reference_fisher.accumulate_by_products_(*arguments, torch.bfloat16, _add_squares)
         return
     if inputs.dim() != 3 or inputs.device.type != "cpu":
         raise ValueError(f"inputs must be (n, T, k) on cpu, got {tuple(inputs.shape)} on {inputs.device}")
