@@ -8,15 +8,41 @@ functions leave longer rows to Triton. They check every size and dtype that goes
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loku_kernels.backends import native, reference
+
+
+def check_built(tensor: Tensor) -> None:
+    """Check that ``LOKU_BACKEND=native`` can be obeyed.
+
+    Args:
+        tensor: A tensor of the device on which the kernels are to run.
+
+    Raises:
+        RuntimeError: The core was not built. Or the tensor is on CUDA, and the kernel for CUDA was not built or
+            cannot run on the device.
+    """
+    if native._core is None:
+        raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")
+    if not _on_cuda(tensor):
+        return
+    if not native._core.has_cuda:
+        raise RuntimeError(
+            "LOKU_BACKEND=native, but loku_kernels was installed without its CUDA kernels: "
+            "install it again where nvcc is found, with LOKU_CUDA=1"
+        )
+    if not _longest_row(tensor.device.index):
+        reason = _error() or "they need compute capability 9.0 or more"
+        raise RuntimeError(
+            f"LOKU_BACKEND=native, but the kernels of loku_kernels cannot run on {tensor.device}: {reason}"
+        )
 
 
 def serves(tensor: Tensor) -> bool:
@@ -28,25 +54,8 @@ def serves(tensor: Tensor) -> bool:
     Returns:
         True for float32, bfloat16 and float16 on CUDA, if the kernel was built, the device can run it and a
         row is short enough.
-
-    Raises:
-        RuntimeError: ``LOKU_BACKEND=native`` asks for a kernel that was not built or that the device cannot
-            run.
     """
-    if not _on_cuda(tensor) or native._core is None or tensor.dtype not in native._DTYPE_TAGS:
-        return False
-    if os.environ.get("LOKU_BACKEND") == "native":
-        if not native._core.has_cuda:
-            raise RuntimeError(
-                "LOKU_BACKEND=native, but loku_kernels was installed without its CUDA kernels: "
-                "install it again where nvcc is found, with LOKU_CUDA=1"
-            )
-        if not _longest_row(tensor.device.index):
-            raise RuntimeError(
-                "LOKU_BACKEND=native, but the CUDA kernels of loku_kernels cannot run on "
-                f"{tensor.device}: {_error() or 'they need compute capability 9.0 or more'}"
-            )
-    return _fits(tensor)
+    return _on_cuda(tensor) and tensor.dtype in native._DTYPE_TAGS and _fits(tensor)
 
 
 def _on_cuda(tensor: Tensor) -> bool:
@@ -94,11 +103,10 @@ def inverted_hinge_(
     logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.inverted_hinge_``."""
-    native._require_rows(logits)
     if not _fits(logits):
         result: tuple[Tensor, Tensor] = _fallback().inverted_hinge_(logits, labels, ignore_index, scale)
         return result
-    native._require("scale", scale, (), torch.float64, logits)
+    _require("scale", scale, (), torch.float64, logits)
     return _fused("inverted_hinge_", logits, labels, ignore_index, scale.data_ptr())
 
 
@@ -106,23 +114,38 @@ def rest_probabilities_(
     logits: Tensor, labels: Tensor, ignore_index: int, *, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.rest_probabilities_``."""
-    native._require_rows(logits)
     if not _fits(logits):
-        result: tuple[Tensor, Tensor] = _fallback().rest_probabilities_(
+        fallback = _fallback()
+        result: tuple[Tensor, Tensor] = fallback.rest_probabilities_(
             logits, labels, ignore_index, softcap=softcap
         )
         return result
     return _fused("rest_probabilities_", logits, labels, ignore_index, softcap)
 
 
+def _require(name: str, tensor: Tensor, shape: Any, dtype: torch.dtype, logits: Tensor) -> None:
+    """Raise ``ValueError`` unless the tensor has this shape and dtype, on the device of the logits."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != logits.device:
+        raise ValueError(
+            f"{name} must be {dtype} of shape {tuple(shape)} on {logits.device}, got {tensor.dtype} "
+            f"{tuple(tensor.shape)} on {tensor.device}"
+        )
+
+
 def _fused(
     name: str, logits: Tensor, labels: Tensor, ignore_index: int, scale_or_softcap: float
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments, and call a function of the core on torch's current stream of the device."""
-    native._require("labels", labels, logits.shape[:-1], torch.int64, logits)
+    if logits.dtype not in native._DTYPE_TAGS or not _on_cuda(logits):
+        raise ValueError(
+            f"logits must be float32, bfloat16 or float16 on CUDA, got {logits.dtype} on {logits.device}"
+        )
     if logits.shape[-1] < 2:
         raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
-    triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=labels.device)
+    if logits.stride(-1) != 1 and logits.numel() > 0:
+        raise ValueError(f"the last dimension of logits must be contiguous, got strides {logits.stride()}")
+    _require("labels", labels, logits.shape[:-1], torch.int64, logits)
+    triplet = torch.empty((*labels.shape, 3), dtype=torch.float64, device=labels.device)
     runner_up_id = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
     function = getattr(native._core, f"cuda_{name}")
     for rows, *addresses in _pieces(logits, labels.contiguous(), triplet, runner_up_id):

@@ -334,8 +334,11 @@ def test_the_longest_row(emulation, monkeypatch):
     assert emulation.cuda_longest_row(0) == 1 << 20
     emulation.set_machine(99 * KIB, RESIDENT, 0)  # of a block on a card for desktops
     assert 512 * KIB < emulation.cuda_longest_row(0) < 1 << 20
-    emulation.set_machine(0, RESIDENT, 0)
-    assert emulation.cuda_longest_row(0) == 0
+    emulation.set_machine(0, RESIDENT, 0)  # the answer of gpu.h for a device that cannot run the kernels
+    assert emulation.cuda_longest_row(0) == 0 and not cuda.serves(torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match=r"cannot run on cpu: they need compute capability 9\.0"):
+        cuda.check_built(torch.zeros(2, 3))
+    cuda._longest_row.cache_clear()
     emulation.set_machine(6 * KIB, RESIDENT, 0)
     longest = emulation.cuda_longest_row(0)
     assert 6 * KIB < longest < 48 * KIB
@@ -511,9 +514,8 @@ def test_without_a_driver(monkeypatch):
     with pytest.warns(RuntimeWarning, match="no CUDA driver or device") as caught:
         assert not cuda.serves(logits) and not cuda.serves(logits)
     assert len(caught) == 1
-    monkeypatch.setenv("LOKU_BACKEND", "native")
     with pytest.raises(RuntimeError, match="cannot run on cpu: no CUDA driver"):
-        cuda.serves(logits)
+        cuda.check_built(logits)
 
 
 def test_a_missing_core_warns_of_the_slow_reference(monkeypatch):
@@ -532,9 +534,10 @@ def test_a_core_without_cuda_says_so(monkeypatch):
     monkeypatch.setattr(cuda, "_on_cuda", lambda tensor: True)
     monkeypatch.setattr(native._core, "has_cuda", False)
     assert not cuda.serves(torch.zeros(2, 3))
-    monkeypatch.setenv("LOKU_BACKEND", "native")
     with pytest.raises(RuntimeError, match="without its CUDA kernels"):
-        cuda.serves(torch.zeros(2, 3))
+        cuda.check_built(torch.zeros(2, 3))
+    monkeypatch.setattr(cuda, "_on_cuda", lambda tensor: False)
+    cuda.check_built(torch.zeros(2, 3))
 
 
 def test_the_reference_serves_what_triton_cannot(monkeypatch):
