@@ -26,8 +26,8 @@ def check_built(tensor: Tensor) -> None:
         tensor: A tensor of the device on which the kernels are to run.
 
     Raises:
-        RuntimeError: The core was not built. Or the tensor is on CUDA, and the kernel for CUDA was not built or
-            cannot run on the device.
+        RuntimeError: The core was not built. Or the tensor is on CUDA, and the kernel was not built or cannot
+            run on the device.
     """
     if native._core is None:
         raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")

@@ -478,7 +478,7 @@ def test_table(monkeypatch):
     facts = next(iter(ours["kernels"].values()))["sm_90"]
     facts["spill_bytes"], facts["fences_in_loops"] = 4, 1
     lines = cuda_table.problems(ours, committed)
-    assert "spills 4 bytes" in lines[0] and "1 fences in loops" in lines[1]
+    assert "spills 4 bytes" in lines[0] and "1 fences of global memory in loops" in lines[1]
     ours["kernels"].popitem()
     assert any("not the kernels" in line for line in cuda_table.problems(ours, committed))
 
