@@ -3,21 +3,23 @@
 Tests that need a GPU have the marker ``gpu``.
 """
 
-import functools
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fresh_process import run_python
 from kernel_inputs import DTYPES, IGNORE, planted_logits
 
+from loku_kernels import backends
 from loku_kernels.backends import cuda, native, reference
 
 ROOT = Path(__file__).parents[2]
@@ -74,11 +76,11 @@ def emulation(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _fresh_answers():
     """Forget what the core has said about the machine, before and after a test."""
-    for answer in (cuda._error, cuda._longest_row):
-        answer.cache_clear()
-    yield
-    for answer in (cuda._error, cuda._longest_row):
-        answer.cache_clear()
+    for step in range(2):
+        cuda._error.cache_clear()
+        cuda._longest_row.cache_clear()
+        if step == 0:
+            yield
 
 
 def use_emulation(monkeypatch, module):
@@ -92,22 +94,26 @@ def use_emulation(monkeypatch, module):
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """The device of the kernel: "cpu", where it is emulated, or "cuda"."""
-    if request.param == "emulated":
-        use_emulation(monkeypatch, request.getfixturevalue("emulation"))
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if native._core is None or not native._core.has_cuda or not cuda._longest_row(0):
-        pytest.skip("built without the kernel, or a device that cannot run it")
+    if request.param == "cuda":
+        request.getfixturevalue("gpu")
+        return "cuda"
+    use_emulation(monkeypatch, request.getfixturevalue("emulation"))
+    return "cpu"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Skip without a device that runs the kernel."""
+    if not torch.cuda.is_available() or not cuda._longest_row(0):
+        pytest.skip("no CUDA device, built without the kernel, or a device that cannot run it")
     monkeypatch.setenv("LOKU_BACKEND", "native")
-    return "cuda"
+    assert backends.choose("inverted_hinge_", torch.zeros(2, 3, device="cuda")) is cuda
 
 
 def one(device, value=1.0):
     return torch.tensor(value, dtype=torch.float64, device=device)
 
 
-@functools.cache
 def sizes(device):
     return [2, 3, 17, 2047, 4100] if device == "cpu" else [2, 3, 17, 2047, 32000, 50257, 128256, 262144]
 
@@ -216,35 +222,28 @@ def test_real_sizes_in_clusters(emulation, monkeypatch, v):
     check(logits, labels)
 
 
-@pytest.mark.parametrize("layout", ["padded", "sliced", "three strides", "one row", "no rows"])
+LAYOUTS = {  # name -> (shape of the rows, padding of the store, the rows in the store)
+    "padded": ((24,), (3, 5), lambda x: x[:, 3:-5]),
+    "sliced": ((2, 12), (0, 0, 0, 1), lambda x: x[:, :-1]),
+    "three strides": ((2, 3, 4), (0, 0, 0, 1, 0, 2), lambda x: x[:, :-2, :-1]),
+    "no rows": ((24,), (0, 0), lambda x: x[:0]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype, v", [(torch.bfloat16, 1001), (torch.float32, 515), (torch.float16, 1000)])
 def test_strides(device, layout, dtype, v):
+    shape, padding, part = LAYOUTS[layout]
     logits, labels = (x.to(device) for x in planted_logits(24, v, dtype))
-    match layout:
-        case "padded":
-            store = torch.nn.functional.pad(logits, (3, 5), value=7.0)
-            rows = store[:, 3:-5]
-        case "sliced":
-            store = torch.nn.functional.pad(logits.view(2, 12, v), (0, 0, 0, 1), value=7.0)
-            rows, labels = store[:, :-1], labels.view(2, 12)
-        case "three strides":
-            store = torch.nn.functional.pad(logits.view(2, 3, 4, v), (0, 0, 0, 1, 0, 2), value=7.0)
-            rows, labels = store[:, :-2, :-1], labels.view(2, 3, 4)
-        case "one row":
-            store, labels = logits[0].clone(), labels[0]
-            rows = store
-        case _:
-            store, labels = logits[:0], labels[:0]
-            rows = store
-    for ending in ({"scale": 1.0}, {}):
-        original, around = rows.clone(), store.clone()
-        if layout == "no rows":
-            triplet, runner_up_id = cuda.rest_probabilities_(rows, labels, IGNORE)
-            assert triplet.shape == (0, 3) and runner_up_id.shape == (0,)
-            continue
-        check(rows, labels, **ending)
-        rows.copy_(original)
+    store = torch.nn.functional.pad(logits.view(*shape, v), padding, value=7.0)
+    rows, labels = part(store), labels.view(shape)
+    around = store.clone()
+    for ending in ENDINGS.values():
+        rows.copy_(entries(part(around), **ending))
+        check(rows, labels[: len(rows)], **ending)
+        rows.copy_(part(around))
         assert torch.equal(store, around), "wrote outside the rows"
+    check(logits[0], labels.view(-1)[0])  # no dimension before V
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -361,14 +360,11 @@ def test_longer_rows_go_to_the_next_backend(emulation, monkeypatch):
     emulation.set_machine(6 * KIB, RESIDENT, 0)
     calls = []
 
-    class Fallback:
-        def inverted_hinge_(*arguments):
-            calls.append(arguments)
-
-        def rest_probabilities_(*arguments, softcap):
-            calls.append((*arguments, softcap))
-
-    monkeypatch.setattr(cuda, "_fallback", lambda: Fallback)
+    fallback = SimpleNamespace(
+        inverted_hinge_=lambda *arguments: calls.append(arguments),
+        rest_probabilities_=lambda *arguments, softcap: calls.append((*arguments, softcap)),
+    )
+    monkeypatch.setattr(cuda, "_fallback", lambda: fallback)
     logits, labels, scale = torch.randn(2, 20000), torch.tensor([0, 1]), one("cpu")
     assert not cuda.serves(logits) and cuda.serves(logits[:, :100])
     cuda.inverted_hinge_(logits, labels, IGNORE, scale)
@@ -379,18 +375,16 @@ def test_longer_rows_go_to_the_next_backend(emulation, monkeypatch):
 def test_bad_arguments_are_refused(emulation, monkeypatch):
     use_emulation(monkeypatch, emulation)
     logits, labels, scale = torch.randn(4, 9), torch.zeros(4, dtype=torch.int64), one("cpu")
-    with pytest.raises(ValueError, match="last dimension of logits must be contiguous"):
-        cuda.rest_probabilities_(logits.t(), labels, IGNORE)
-    with pytest.raises(ValueError, match="labels must be"):
-        cuda.rest_probabilities_(logits, labels[:3], IGNORE)
-    with pytest.raises(ValueError, match="labels must be"):
-        cuda.inverted_hinge_(logits, labels.int(), IGNORE, scale)
-    with pytest.raises(ValueError, match="scale must be"):
-        cuda.inverted_hinge_(logits, labels, IGNORE, scale.float())
-    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
-        cuda.rest_probabilities_(logits.double(), labels, IGNORE)
-    with pytest.raises(ValueError, match="V >= 2"):
-        cuda.rest_probabilities_(logits[:, :1], labels, IGNORE)
+    for bad_logits, bad_labels, bad_scale, message in (
+        (logits.t(), labels, scale, "last dimension of logits must be contiguous"),
+        (logits, labels[:3], scale, "labels must be"),
+        (logits, labels.int(), scale, "labels must be"),
+        (logits, labels, scale.float(), "scale must be"),
+        (logits.double(), labels, scale, "float32, bfloat16 or float16"),
+        (logits[:, :1], labels, scale, "V >= 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.inverted_hinge_(bad_logits, bad_labels, IGNORE, bad_scale)
     for bad in (9, -1):
         labels[2] = bad
         with pytest.raises(RuntimeError, match="the kernel failed"):
@@ -400,19 +394,10 @@ def test_bad_arguments_are_refused(emulation, monkeypatch):
 # --- on a GPU alone -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gpu(device):
-    if device != "cuda":
-        pytest.skip("on a GPU alone")
-
-
 @pytest.mark.gpu
 def test_few_rows_and_many(gpu):
-    for n in (1, 2, 131, 133, 1000):
-        for v in (32000, 50257, 262144):
-            logits, labels = planted_logits(12, v, torch.bfloat16)
-            logits, labels = (x.repeat(-(-n // 12), *[1] * (x.dim() - 1))[:n] for x in (logits, labels))
-            check(logits.cuda(), labels.cuda(), scale=1.0)
+    for n, v in ((1, 32000), (1, 262144), (133, 128256), (131, 50257), (1000, 32000)):
+        check(*(x.cuda() for x in planted_logits(n, v, torch.bfloat16)), scale=1.0)
 
 
 @pytest.mark.gpu
@@ -541,5 +526,5 @@ def test_a_core_without_cuda_says_so(monkeypatch):
 
 
 def test_the_reference_serves_what_triton_cannot(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "loku_kernels.backends.triton", None)
+    monkeypatch.setitem(sys.modules, "loku_kernels.backends.triton", None)
     assert cuda._fallback() is reference
