@@ -11,21 +11,27 @@ from torch import Tensor
 
 from loku_kernels.backends.triton.fisher import accumulate_squared_grad_
 from loku_kernels.backends.triton.triplet import (
+    hidden_gradient,
     inverted_hinge_,
+    mean_scale,
+    rest_probabilities_,
     scale_rows_,
+    token_losses,
     triplet_backward,
-    triplet_columns_,
     triplet_forward,
 )
 
 __all__ = [
     "INTERPRETED",
     "accumulate_squared_grad_",
+    "hidden_gradient",
     "inverted_hinge_",
+    "mean_scale",
+    "rest_probabilities_",
     "scale_rows_",
     "serves",
+    "token_losses",
     "triplet_backward",
-    "triplet_columns_",
     "triplet_forward",
 ]
 
