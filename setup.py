@@ -21,7 +21,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/fisher_cpu.cpp", "csrc/triplet_cpu.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/fisher_cpu.cpp", "csrc/losses_cpu.cpp", "csrc/triplet_cpu.cpp"]
 CUDA_SOURCES = ["csrc/triplet_cuda.cu", "csrc/fisher_cuda.cu"]
 # The oldest Python of pyproject.toml, as the tag of a wheel and as CPython's headers have it.
 STABLE_ABI = None if sysconfig.get_config_var("Py_GIL_DISABLED") else ("cp311", "0x030B0000")

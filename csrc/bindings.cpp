@@ -29,12 +29,15 @@ constexpr bool kHasOpenMP = false;
 
 int fill(PyObject* module) {
   static PyMethodDef methods[] = {
-      method<first_bad_label>("first_bad_label"),
       method<triplet_forward>("triplet_forward"),
       method<triplet_backward>("triplet_backward"),
       method<inverted_hinge_>("inverted_hinge_"),
+      method<rest_probabilities_>("rest_probabilities_"),
       method<triplet_columns_>("triplet_columns_"),
       method<scale_rows_>("scale_rows_"),
+      method<token_losses>("token_losses"),
+      method<number_counted>("number_counted"),
+      method<hidden_gradient>("hidden_gradient"),
       method<accumulate_squared_grad_>("accumulate_squared_grad_"),
       method<add_squares_>("add_squares_"),
       kLastMethod,

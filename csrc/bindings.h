@@ -2,8 +2,8 @@
 // serves every Python: setup.py says from which on.
 //
 // The parameters of a function of C++ say how its arguments are read. An address is an int. Rows, DeviceRows,
-// Features, a Matrix and a Stream are tuples of their members. The members of Triplets and OnlineStates are
-// arguments of their own. What does not fit raises TypeError.
+// Features, MatrixRows, a Matrix and a Stream are tuples of their members. The members of Triplets, Factors
+// and OnlineStates are arguments of their own. What does not fit raises TypeError.
 #pragma once
 
 #include <Python.h>
@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "fisher_cpu.h"
+#include "losses_cpu.h"
 #include "triplet_cpu.h"
 
 namespace loku {
@@ -102,12 +103,17 @@ class Arguments {
 
 template <>
 inline Rows Arguments::read() {
-  return read_tuple<Rows, void*, const int64_t*, int64_t, int64_t, DType>();
+  return read_tuple<Rows, void*, const int64_t*, int64_t, int64_t, int64_t, DType>();
 }
 
 template <>
 inline Features Arguments::read() {
   return read_tuple<Features, const void*, int64_t, int64_t, int64_t>();
+}
+
+template <>
+inline MatrixRows Arguments::read() {
+  return read_tuple<MatrixRows, const void*, int64_t>();
 }
 
 template <>
@@ -118,6 +124,11 @@ inline Matrix Arguments::read() {
 template <>
 inline Triplets Arguments::read() {
   return {read<double*>(), read<int64_t*>()};
+}
+
+template <>
+inline Factors Arguments::read() {
+  return {read<double>(), read<const double*>()};
 }
 
 template <>

@@ -1,5 +1,6 @@
-// Softmax triplet, CPU kernels: forward, backward, and two fused kernels that overwrite the logits. One
-// writes the gradient of IHL, the other the softmax of the rest, some columns at a time.
+// Softmax triplet, CPU kernels: forward, backward, and three fused kernels that overwrite the logits. One
+// writes the gradient of IHL. The others write the softmax of the rest, one of whole rows and one of some
+// columns at a time.
 //
 // One thread processes a row, in blocks that stay in the L1 cache. One pass converts the block to float and
 // finds its maximum. A second pass takes the exponentials. Target and runner-up are replaced by -inf in the
@@ -10,11 +11,13 @@
 #include "triplet_cpu.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <type_traits>
 #include <vector>
 
 #include "entries_cpu.h"
+#include "losses_cpu.h"
 #include "online_triplet.h"
 #include "parallel.h"
 #include "simd.h"
@@ -159,11 +162,12 @@ LOKU_INLINE void write_ignored(const Triplets& out, int64_t n) {
   out.runner_up_id[n] = -1;
 }
 
-template <typename T>
-LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, const Triplets& out, int64_t n) {
+template <bool kSoftcap, typename T>
+LOKU_INLINE void forward_row(const T* row, int64_t vocab, int64_t target, float softcap, const Triplets& out,
+                             int64_t n) {
   RowState state = first_state(target);
   RowScratch unused;
-  reduce_columns<false>(row, vocab, 0, target, Entry<false>{}, nullptr, unused, state);
+  reduce_columns<false>(row, vocab, 0, target, Entry<kSoftcap>{softcap}, nullptr, unused, state);
   write_triplet(out, n, state);
 }
 
@@ -205,40 +209,46 @@ LOKU_INLINE void columns_of_row(T* row, int64_t columns, int64_t first_column, i
   }
 }
 
-struct TripletGradient {
-  double target, runner_up, rest;
-};
-
-// Compute the gradient of IHL = 1 + p_0 - p_1 in the triplet, with p its softmax. Only sums of probabilities
-// occur, so nothing cancels for p_0 near 1.
-TripletGradient inverted_hinge_gradient(const double* triplet) {
-  const double top = std::max(triplet[0], std::max(triplet[1], triplet[2]));
-  const double e0 = std::exp(triplet[0] - top), e1 = std::exp(triplet[1] - top),
-               e2 = std::exp(triplet[2] - top);
-  const double sum = e0 + e1 + e2;
-  const double p0 = e0 / sum, p1 = e1 / sum, p2 = e2 / sum;
-  return {p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)};
+// Write the triplet of a row, and overwrite the row with `scale` exp(y - rest) times the softcap's slope. The
+// caller overwrites the entries of target and runner-up.
+template <bool kSoftcap, typename T, typename Scale>
+LOKU_INLINE int64_t overwrite_row(T* row, int64_t vocab, int64_t target, float softcap, const Scale& scale,
+                                  const Triplets& out, int64_t n, RowScratch& scratch) {
+  RowState state = first_state(target);
+  scratch.block_max.clear();
+  scratch.demoted.clear();
+  float* terms = terms_of(row, vocab, scratch);
+  reduce_columns<true>(row, vocab, 0, target, Entry<kSoftcap>{softcap}, terms, scratch, state);
+  write_triplet(out, n, state);
+  finish_columns(row, vocab, 0, terms, state.online.rest(), scale(out.triplet + 3 * n), scratch);
+  return state.online.runner_up_id;
 }
 
 template <typename T>
 LOKU_INLINE void inverted_hinge_row(T* row, int64_t vocab, int64_t target, double scale, const Triplets& out,
                                     int64_t n, RowScratch& scratch) {
-  RowState state = first_state(target);
-  scratch.block_max.clear();
-  scratch.demoted.clear();
-  float* terms = terms_of(row, vocab, scratch);
-  reduce_columns<true>(row, vocab, 0, target, Entry<false>{}, terms, scratch, state);
-  write_triplet(out, n, state);
-  const TripletGradient g = inverted_hinge_gradient(out.triplet + 3 * n);
-  finish_columns(row, vocab, 0, terms, state.online.rest(), scale * g.rest, scratch);
-  row[target] = from_float<T>(static_cast<float>(scale * g.target));
-  row[state.online.runner_up_id] = from_float<T>(static_cast<float>(scale * g.runner_up));
+  LossAndGradient g;
+  const auto rest_scale = [&](const double* triplet) {
+    g = loss_of(Loss::kInvertedHinge, triplet);
+    return scale * g.gradient[2];
+  };
+  const int64_t runner_up_id = overwrite_row<false>(row, vocab, target, 0.0f, rest_scale, out, n, scratch);
+  row[target] = from_float<T>(static_cast<float>(scale * g.gradient[0]));
+  row[runner_up_id] = from_float<T>(static_cast<float>(scale * g.gradient[1]));
+}
+
+template <bool kSoftcap, typename T>
+LOKU_INLINE void rest_row(T* row, int64_t vocab, int64_t target, float softcap, const Triplets& out,
+                          int64_t n, RowScratch& scratch) {
+  const auto one = [](const double*) { return 1.0; };
+  const int64_t runner_up_id = overwrite_row<kSoftcap>(row, vocab, target, softcap, one, out, n, scratch);
+  row[target] = row[runner_up_id] = from_float<T>(0.0f);
 }
 
 template <bool kSoftcap, typename T>
 LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first_column, int64_t target,
-                              float softcap, const double* triplet, int64_t runner_up_id, const double* g,
-                              T* out) {
+                              float softcap, const double* triplet, int64_t runner_up_id,
+                              const std::array<double, 3>& g, T* out) {
   const Entry<kSoftcap> entry{softcap};
   // Target and runner-up have gradients of their own. Their entries are read before they may be overwritten.
   const int64_t position[2] = {target - first_column, runner_up_id - first_column};
@@ -275,9 +285,13 @@ LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first_colum
 
 // The kernels of one row, for each type. They are compiled once per instruction set.
 #define LOKU_ROW_KERNELS(T)                                                                                \
-  LOKU_TARGET_CLONES void forward_kernel(const T* row, int64_t vocab, int64_t target, const Triplets& out, \
-                                         int64_t n) {                                                      \
-    forward_row(row, vocab, target, out, n);                                                               \
+  LOKU_TARGET_CLONES void forward_kernel(const T* row, int64_t vocab, int64_t target, float softcap,       \
+                                         const Triplets& out, int64_t n) {                                 \
+    if (softcap == 0.0f) {                                                                                 \
+      forward_row<false>(row, vocab, target, softcap, out, n);                                             \
+    } else {                                                                                               \
+      forward_row<true>(row, vocab, target, softcap, out, n);                                              \
+    }                                                                                                      \
   }                                                                                                        \
   LOKU_TARGET_CLONES void columns_kernel(T* row, int64_t columns, int64_t first_column, int64_t target,    \
                                          float softcap, bool store, const OnlineStates& states, int64_t n, \
@@ -298,9 +312,17 @@ LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first_colum
                                                 const Triplets& out, int64_t n, RowScratch& scratch) {     \
     inverted_hinge_row(row, vocab, target, scale, out, n, scratch);                                        \
   }                                                                                                        \
+  LOKU_TARGET_CLONES void rest_kernel(T* row, int64_t vocab, int64_t target, float softcap,                \
+                                      const Triplets& out, int64_t n, RowScratch& scratch) {               \
+    if (softcap == 0.0f) {                                                                                 \
+      rest_row<false>(row, vocab, target, softcap, out, n, scratch);                                       \
+    } else {                                                                                               \
+      rest_row<true>(row, vocab, target, softcap, out, n, scratch);                                        \
+    }                                                                                                      \
+  }                                                                                                        \
   LOKU_TARGET_CLONES void backward_kernel(const T* row, int64_t columns, int64_t first_column,             \
                                           int64_t target, float softcap, const double* triplet,            \
-                                          int64_t runner_up_id, const double* g, T* out) {                 \
+                                          int64_t runner_up_id, const std::array<double, 3>& g, T* out) {  \
     if (softcap == 0.0f) {                                                                                 \
       backward_row<false>(row, columns, first_column, target, softcap, triplet, runner_up_id, g, out);     \
     } else {                                                                                               \
@@ -323,12 +345,9 @@ LOKU_SCALE_KERNEL(Float16)
 
 template <typename T>
 T* row_of(const Rows& rows, int64_t n) {
-  return static_cast<T*>(rows.data) + rows.offsets[n];
+  return static_cast<T*>(rows.data) + (rows.offsets ? rows.offsets[n] : n * rows.stride);
 }
 
-}  // namespace
-
-// Return the index of the first label that is neither in [0, vocab) nor ignored, or -1.
 int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index) {
   for (int64_t n = 0; n < count; ++n) {
     if (labels[n] != ignore_index && (labels[n] < 0 || labels[n] >= vocab)) return n;
@@ -336,56 +355,94 @@ int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int
   return -1;
 }
 
+// Overwrite the rows by kernel(row, label, n, scratch). An ignored row becomes zeros.
+template <typename T, typename Kernel>
+int64_t overwrite_rows(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
+                       int threads, const Kernel& kernel) {
+  const int64_t bad = first_bad_label(labels, logits.count, logits.columns, ignore_index);
+  if (bad >= 0) return bad;
+  parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
+    T* row = row_of<T>(logits, n);
+    if (labels[n] == ignore_index) {
+      write_ignored(out, n);
+      std::fill_n(row, logits.columns, T{});
+    } else {
+      kernel(row, labels[n], n, scratch);
+    }
+  });
+  return -1;
+}
+
+}  // namespace
+
 // Compute triplet and runner_up_id of logits and labels. Each logit is read once.
-void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
-                     int threads) {
+int64_t triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+                        const Triplets& out, int threads) {
+  const int64_t bad = first_bad_label(labels, logits.count, logits.columns, ignore_index);
+  if (bad >= 0) return bad;
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch&) {
       if (labels[n] == ignore_index) {
         write_ignored(out, n);
       } else {
-        forward_kernel(row_of<T>(logits, n), logits.columns, labels[n], out, n);
+        forward_kernel(row_of<T>(logits, n), logits.columns, labels[n], softcap, out, n);
       }
     });
   });
+  return -1;
 }
 
-// Compute the gradient of the logits from that of the triplet. It is g_target at the label, g_runner_up at
-// the runner-up and g_rest * exp(y - rest) elsewhere, each times the softcap's slope. `grad_logits` may be
-// `logits`.
+// Compute the gradient of the logits from that of the triplet, which is a factor times `grad_triplet`. It is
+// g_target at the label, g_runner_up at the runner-up and g_rest * exp(y - rest) elsewhere, each times the
+// softcap's slope. `grad_logits` may be `logits`.
 void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* labels, int64_t ignore_index,
-                      const Triplets& saved, const double* grad_triplet, float softcap,
-                      const Rows& grad_logits, int threads) {
+                      const Triplets& saved, const double* grad_triplet, const Factors& factors,
+                      float softcap, const Rows& grad_logits, int threads) {
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch&) {
       T* row = row_of<T>(grad_logits, n);
       if (labels[n] == ignore_index) {
         std::fill_n(row, logits.columns, T{});
-      } else {
-        backward_kernel(row_of<T>(logits, n), logits.columns, first_column, labels[n], softcap,
-                        saved.triplet + 3 * n, saved.runner_up_id[n], grad_triplet + 3 * n, row);
+        return;
       }
+      const double factor = factors.of(n);
+      const double* g = grad_triplet + 3 * n;
+      backward_kernel(row_of<T>(logits, n), logits.columns, first_column, labels[n], softcap,
+                      saved.triplet + 3 * n, saved.runner_up_id[n],
+                      {factor * g[0], factor * g[1], factor * g[2]}, row);
     });
   });
 }
 
 // Compute forward and backward of IHL in one. The logits become `scale` times the gradient of the row's IHL.
-void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
-                     const Triplets& out, int threads) {
+int64_t inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
+                        const Triplets& out, int threads) {
+  int64_t bad = -1;
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
-      T* row = row_of<T>(logits, n);
-      if (labels[n] == ignore_index) {
-        write_ignored(out, n);
-        std::fill_n(row, logits.columns, T{});
-      } else {
-        inverted_hinge_kernel(row, logits.columns, labels[n], scale, out, n, scratch);
-      }
-    });
+    bad = overwrite_rows<T>(logits, labels, ignore_index, out, threads,
+                            [&](T* row, int64_t label, int64_t n, RowScratch& scratch) {
+                              inverted_hinge_kernel(row, logits.columns, label, scale, out, n, scratch);
+                            });
   });
+  return bad;
+}
+
+// Compute the triplets. The logits become exp(y - rest) times the softcap's slope, and 0 at target and
+// runner-up.
+int64_t rest_probabilities_(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+                            const Triplets& out, int threads) {
+  int64_t bad = -1;
+  for_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    bad = overwrite_rows<T>(logits, labels, ignore_index, out, threads,
+                            [&](T* row, int64_t label, int64_t n, RowScratch& scratch) {
+                              rest_kernel(row, logits.columns, label, softcap, out, n, scratch);
+                            });
+  });
+  return bad;
 }
 
 // Take the next columns of rows into `states`, which hold the earlier ones. With `store` the logits become
@@ -401,12 +458,13 @@ void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* l
   });
 }
 
-// Multiply row n by factors[n]. A row whose factor is 1 is left alone.
-void scale_rows_(const Rows& rows, const float* factors, int threads) {
+// Multiply each row by its factor. A row whose factor is 1 is left alone.
+void scale_rows_(const Rows& rows, const Factors& factors, int threads) {
   for_dtype(rows.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for<RowScratch>(rows.count, threads, [&](int64_t n, RowScratch&) {
-      if (factors[n] != 1.0f) scale_kernel(row_of<T>(rows, n), rows.columns, factors[n]);
+      const float factor = static_cast<float>(factors.of(n));
+      if (factor != 1.0f) scale_kernel(row_of<T>(rows, n), rows.columns, factor);
     });
   });
 }

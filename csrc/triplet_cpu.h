@@ -7,12 +7,14 @@
 
 namespace loku {
 
-// Row n starts `offsets[n]` elements after `data`. Its `columns` entries are contiguous.
+// Row n starts `offsets[n]` elements after `data`, or `n * stride` if there are no offsets. Its `columns`
+// entries are contiguous.
 //
 // With a softcap > 0 an entry is u and stands for the logit y = softcap * u. A softcap of 0 means none.
 struct Rows {
   void* data;
   const int64_t* offsets;
+  int64_t stride;
   int64_t count;
   int64_t columns;
   DType dtype;
@@ -23,6 +25,13 @@ struct Rows {
 struct Triplets {
   double* triplet;
   int64_t* runner_up_id;
+};
+
+// The factor of row n of a gradient is `each[n]`, or `all` if there is no `each`.
+struct Factors {
+  double all;
+  const double* each;
+  double of(int64_t n) const { return each ? each[n] : all; }
 };
 
 // The states of rows whose columns come in several calls. A row of `state` is (target, runner_up, rest_max,
@@ -38,21 +47,24 @@ struct OnlineStates {
   float* demoted_share;
 };
 
-int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index);
+// Each of the three returns the index of the first label that is neither in [0, V) nor ignored, and then has
+// written nothing. It returns -1 if there is none.
+int64_t triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+                        const Triplets& out, int threads);
 
-void triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
-                     int threads);
+int64_t inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
+                        const Triplets& out, int threads);
+
+int64_t rest_probabilities_(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+                            const Triplets& out, int threads);
 
 void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* labels, int64_t ignore_index,
-                      const Triplets& saved, const double* grad_triplet, float softcap,
-                      const Rows& grad_logits, int threads);
-
-void inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
-                     const Triplets& out, int threads);
+                      const Triplets& saved, const double* grad_triplet, const Factors& factors,
+                      float softcap, const Rows& grad_logits, int threads);
 
 void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* labels, float softcap,
                       bool store, const OnlineStates& states, int threads);
 
-void scale_rows_(const Rows& rows, const float* factors, int threads);
+void scale_rows_(const Rows& rows, const Factors& factors, int threads);
 
 }  // namespace loku

@@ -3,6 +3,7 @@
 from loku_kernels.backends.native import warn_if_missing
 from loku_kernels.divergence import linear_kl_divergence_loss
 from loku_kernels.fisher import accumulate_squared_grad_
+from loku_kernels.linear_triplet import linear_softmax_triplet
 from loku_kernels.losses import (
     cross_entropy,
     cross_entropy_loss,
@@ -11,9 +12,10 @@ from loku_kernels.losses import (
     linear_cross_entropy_loss,
     linear_ihl_loss,
     reduce_loss,
+    triplet_loss,
 )
 from loku_kernels.lowrank import row_scaled_svd
-from loku_kernels.triplet import linear_softmax_triplet, softmax_triplet
+from loku_kernels.triplet import softmax_triplet
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "reduce_loss",
     "row_scaled_svd",
     "softmax_triplet",
+    "triplet_loss",
 ]
 
 warn_if_missing()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+TokenLoss = Literal["inverted_hinge", "cross_entropy"]
+Reduction = Literal["mean", "sum", "none"]
 
 IGNORE_INDEX = -100
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +34,16 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
             "call logits.contiguous() first"
         )
     check_label_tensor(labels, logits, "logits")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ``ValueError`` unless the name of a reduction is one of three.
+
+    Args:
+        reduction: The name.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
 
 
 def check_label_tensor(labels: Tensor, tensor: Tensor, name: str) -> None:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from loku_kernels.checks import IGNORE_INDEX, check_linear_operands
+from loku_kernels.checks import IGNORE_INDEX, Reduction, check_linear_operands
+from loku_kernels.linear_triplet import register_autocast
 from loku_kernels.logits_blocks import LogitsBlocks, Slices, block_slices, weight_gradient, whole_row_slices
-from loku_kernels.losses import Reduction, reduce_loss
-from loku_kernels.triplet import register_autocast
+from loku_kernels.losses import reduce_loss
 
 # hidden (N, D), weight (V, D), and bias (V,) or None, of one model
 Head = tuple[Tensor, Tensor, Tensor | None]
@@ -174,8 +174,7 @@ def _linear_kl_divergence(
         divergence[chosen] = terms.sum(1)
         if want_direction:
             gradient = _logits_gradient_(log_p, q, normalizer, softcap, spare=terms)
-            gradient = current.terms_of(block).copy_(gradient)
-            direction[chosen] = torch.mm(gradient, weight).mul_(logit_scale)
+            direction[chosen] = torch.mm(block.copy_(gradient), weight).mul_(logit_scale)
     return divergence, normalizers, direction
 
 
@@ -234,7 +233,7 @@ def _kl_backward_weight(
             logits.sub_(numbers[:, :1]).sub_(numbers[:, 1:])
         q = log_q.exp_()
         grad = _logits_gradient_(log_p, q, normalizer[rows], softcap).mul_(scale[rows])
-        return current.terms_of(block).copy_(grad)
+        return block.copy_(grad)
 
     return weight_gradient(current, gradient)
 

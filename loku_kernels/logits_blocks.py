@@ -8,31 +8,38 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 16 << 20  # bytes of logits that a linear operator holds at a time
-# The limit is larger on CUDA, so that a row has one block of columns, or few. Each block rescales the sums of
-# the rows, N x D entries, and adds to them. This moves 20 bytes an entry, a large part of the time beside a
-# GPU's fast products.
-CUDA_BLOCK_BYTES = 256 << 20
-BLOCK_ROWS = 1024  # with fewer rows, reading the weight takes longer than the products
+BLOCK_BYTES = 16 << 20  # bytes of logits that a linear operator holds at a time on a CPU, in its caches
+CUDA_BLOCK_BYTES = 256 << 20  # the same on other devices, where a block has whole rows
+# A product of fewer rows waits for the weight. One of more rows is no faster.
+BLOCK_ROWS = 1024
+CUDA_BLOCK_ROWS = 2048
 
 Slices = tuple[list[slice], list[slice]]
 
 
 def _even_slices(size: int, limit: int) -> list[slice]:
     """Cut range(size) into the fewest slices of at most ``limit``, all nearly equal."""
+    if 0 < size <= limit:
+        return [slice(0, size)]
     parts = -(-size // max(1, limit))
     bounds = [size * i // max(1, parts) for i in range(parts + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def _block_bytes(device_type: str) -> int:
-    return CUDA_BLOCK_BYTES if device_type == "cuda" else BLOCK_BYTES
+    """Return the limit of a block: ``LOKU_BLOCK_MIB``, or the device's default."""
+    asked = os.environ.get("LOKU_BLOCK_MIB", "")
+    if not asked:
+        return BLOCK_BYTES if device_type == "cpu" else CUDA_BLOCK_BYTES
+    if not asked.isdecimal() or int(asked) == 0:
+        raise ValueError(f"LOKU_BLOCK_MIB must be a positive whole number of MiB, got {asked!r}")
+    return int(asked) << 20
 
 
 def block_slices(count: int, vocab: int, itemsize: int, device_type: str = "cpu") -> Slices:
@@ -42,19 +49,20 @@ def block_slices(count: int, vocab: int, itemsize: int, device_type: str = "cpu"
         count: The number of rows.
         vocab: The number of columns.
         itemsize: The size of an entry, in bytes.
-        device_type: The type of the device. ``"cuda"`` has the limit ``CUDA_BLOCK_BYTES``.
+        device_type: The type of the device. ``"cpu"`` (default) has smaller blocks than all others.
 
     Returns:
         The slices of the rows and the slices of the columns.
     """
-    rows = _even_slices(count, BLOCK_ROWS)
+    rows = _even_slices(count, BLOCK_ROWS if device_type == "cpu" else CUDA_BLOCK_ROWS)
     most = max((part.stop - part.start for part in rows), default=1)
     return rows, _even_slices(vocab, _block_bytes(device_type) // (most * itemsize))
 
 
 def whole_row_slices(count: int, vocab: int, itemsize: int, device_type: str = "cpu") -> Slices:
     """Cut logits into blocks of whole rows. Arguments and result are those of ``block_slices``."""
-    return _even_slices(count, _block_bytes(device_type) // (vocab * itemsize)), [slice(0, vocab)]
+    limit = _block_bytes(device_type) // (vocab * itemsize)
+    return _even_slices(count, min(limit, CUDA_BLOCK_ROWS)), [slice(0, vocab)]
 
 
 @functools.cache
@@ -70,26 +78,6 @@ def _multiplies_into_float32(device: torch.device) -> bool:
     return True
 
 
-def product_dtype(operand: Tensor) -> torch.dtype:
-    """Choose the dtype of a linear operator's products.
-
-    Args:
-        operand: An operand of the products.
-
-    Returns:
-        float32 for 16-bit operands if the library can multiply into it, else the dtype of ``operand``.
-    """
-    if operand.dtype.itemsize == 2 and _multiplies_into_float32(operand.device):
-        return torch.float32
-    return operand.dtype
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    if dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=dtype, out=out)
-
-
 class LogitsBlocks:
     """Computes blocks of the logits of hidden states (N, D). All blocks use the same memory.
 
@@ -99,7 +87,8 @@ class LogitsBlocks:
         bias: The bias (V,) of the output embedding, in the dtype of ``hidden``, or None.
         softcap: The softcap of the logits. 0 means none.
         logit_scale: The factor of the logits, applied before the softcap.
-        slices: The slices of the rows and the slices of the columns. Default: those of ``block_slices``.
+        slices: The slices of the rows and the slices of the columns. Default: those of ``block_slices`` on a
+            CPU and of ``whole_row_slices`` on other devices.
     """
 
     def __init__(
@@ -111,21 +100,13 @@ class LogitsBlocks:
         logit_scale: float,
         slices: Slices | None = None,
     ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.softcap, self.logit_scale = softcap, logit_scale
-        self.dtype = product_dtype(hidden)
-        self.rows, self.columns = slices or block_slices(
-            len(hidden), len(weight), self.dtype.itemsize, hidden.device.type
-        )
-        size = max((math.prod(self._shape(r, c)) for r in self.rows for c in self.columns), default=0)
-        self.memory = hidden.new_empty(size, dtype=self.dtype)
-
-    @functools.cached_property
-    def _terms_memory(self) -> Tensor:
-        return self.hidden.new_empty(len(self.memory))
-
-    def _shape(self, rows: slice, columns: slice) -> tuple[int, int]:
-        return rows.stop - rows.start, columns.stop - columns.start
+        self.hidden, self.weight, self.bias, self.softcap = hidden, weight, bias, softcap
+        self.scale = logit_scale / softcap if softcap else logit_scale
+        count, vocab, device = len(hidden), len(weight), hidden.device.type
+        cut = block_slices if device == "cpu" else whole_row_slices
+        self.rows, self.columns = slices or cut(count, vocab, hidden.dtype.itemsize, device)
+        size = max((_length(r) for r in self.rows), default=0) * max(_length(c) for c in self.columns)
+        self.memory = hidden.new_empty(size)
 
     def compute(self, rows: slice, columns: slice) -> Tensor:
         """Compute the logits of a block. With a softcap, compute their tanh, which is logits / softcap.
@@ -135,36 +116,22 @@ class LogitsBlocks:
             columns: A slice of the columns.
 
         Returns:
-            The block (rows, columns), in ``product_dtype``. The next call overwrites it.
+            The block (rows, columns), in the dtype of the operands. The next call overwrites it.
         """
-        shape = self._shape(rows, columns)
-        block = self.memory[: math.prod(shape)].view(shape)
-        weight = self.weight[columns].t()
-        if self.bias is not None and self.dtype == weight.dtype:
-            torch.addmm(self.bias[columns], self.hidden[rows], weight, out=block)
+        shape = _length(rows), _length(columns)
+        block = self.memory[: shape[0] * shape[1]].view(shape)
+        hidden, weight = self.hidden[rows], self.weight[columns].t()
+        if self.bias is not None:
+            torch.addmm(self.bias[columns], hidden, weight, beta=self.scale, alpha=self.scale, out=block)
+        elif self.scale != 1.0:
+            block.addmm_(hidden, weight, beta=0, alpha=self.scale)  # beta = 0 ignores the old content
         else:
-            _product(self.hidden[rows], weight, self.dtype, out=block)
-            if self.bias is not None:
-                block += self.bias[columns]
-        if self.softcap:
-            block.mul_(self.logit_scale / self.softcap).tanh_()
-        elif self.logit_scale != 1.0:
-            block.mul_(self.logit_scale)
-        return block
+            torch.mm(hidden, weight, out=block)
+        return block.tanh_() if self.softcap else block
 
-    def terms_of(self, block: Tensor) -> Tensor:
-        """Return memory for the terms of a block, the operand of the next product.
 
-        Args:
-            block: A block that ``compute`` has returned.
-
-        Returns:
-            A tensor of the shape of the block, in the dtype of the operands. It is the block itself if the
-            dtypes are the same.
-        """
-        if block.dtype == self.hidden.dtype:
-            return block
-        return self._terms_memory[: block.numel()].view(block.shape)
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -181,7 +148,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        total += _product(a, b, product_dtype(a))
+        wide = a.dtype.itemsize == 2 and _multiplies_into_float32(a.device)
+        total += torch.mm(a, b, out_dtype=torch.float32) if wide else torch.mm(a, b)
 
 
 def weight_gradient(

@@ -1,20 +1,33 @@
 """Losses on the softmax triplet, for logits and for hidden states with their output embedding.
 
-The loss of a token is one line of torch on its triplet (``inverted_hinge``, ``cross_entropy``). The
+The loss of a token is one line of torch on its triplet (``inverted_hinge``, ``cross_entropy``). One kernel
+computes it together with its gradient in the triplet, wherever nothing traces the computation. The
 ``linear_*`` losses are for whole models. The others are for code that already holds logits.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loku_kernels.backends import choose
-from loku_kernels.checks import IGNORE_INDEX, check_logits
-from loku_kernels.triplet import ihl_forward_backward_, linear_softmax_triplet, softmax_triplet
-
-Reduction = Literal["mean", "sum", "none"]
+from loku_kernels.checks import (
+    IGNORE_INDEX,
+    Reduction,
+    TokenLoss,
+    check_label_tensor,
+    check_linear_operands,
+    check_logits,
+    check_reduction,
+)
+from loku_kernels.linear_triplet import (
+    apply_without_autocast,
+    linear_backward,
+    linear_forward,
+    linear_softmax_triplet,
+)
+from loku_kernels.tracing import traced
+from loku_kernels.triplet import ihl_forward_backward_, scale_rows_, softmax_triplet
 
 
 def inverted_hinge(triplet: Tensor) -> Tensor:
@@ -57,18 +70,97 @@ def reduce_loss(loss: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
     Raises:
         ValueError: ``reduction`` is none of the three.
     """
+    check_reduction(reduction)
     loss = loss.where(counted, 0.0)
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
-    if reduction == "mean":
-        return loss.sum() / counted.sum().clamp(min=1)
-    raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().clamp(min=1)
+
+
+_TOKEN_LOSSES = {"inverted_hinge": inverted_hinge, "cross_entropy": cross_entropy}
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+class _TripletLoss(torch.autograd.Function):
+    """The reduced loss of triplets (..., 3)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, triplet: Tensor, labels: Tensor, loss: TokenLoss, ignore_index: int, reduction: Reduction
+    ) -> Tensor:
+        value, ctx.grad_triplet = choose("token_losses", labels).token_losses(
+            loss, triplet, labels, ignore_index, reduction, triplet.dtype, ctx.needs_input_grad[0]
+        )
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.grad_triplet * grad_loss.unsqueeze(-1), None, None, None, None
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """The reduced loss of logits (..., V)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, loss: TokenLoss, ignore_index: int, reduction: Reduction
+    ) -> Tensor:
+        triplet, runner_up_id = choose("triplet_forward", logits).triplet_forward(
+            logits, labels, ignore_index
+        )
+        value, grad_triplet = choose("token_losses", labels).token_losses(
+            loss, triplet, labels, ignore_index, reduction, _loss_dtype(logits.dtype), ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(grad_triplet, logits, labels, triplet, runner_up_id)
+        ctx.ignore_index = ignore_index
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad_triplet, logits, labels, *saved = ctx.saved_tensors
+        backend = choose("triplet_backward", logits)
+        grad = backend.triplet_backward(
+            grad_triplet, logits, labels, ctx.ignore_index, *saved, factor=grad_loss
+        )
+        return grad, None, None, None, None
+
+
+class _LinearLoss(torch.autograd.Function):
+    """The reduced loss of hidden states (N, D) and an output embedding (V, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        softcap: float,
+        logit_scale: float,
+        want_direction: bool,
+        loss: TokenLoss,
+        reduction: Reduction,
+    ) -> Tensor:
+        ctx.settings = (ignore_index, softcap, logit_scale)
+        result = linear_forward(hidden, weight, bias, labels, *ctx.settings, want_direction)
+        value, grad_triplet = choose("token_losses", labels).token_losses(
+            loss, result[0], labels, ignore_index, reduction, _loss_dtype(hidden.dtype), True
+        )
+        ctx.save_for_backward(grad_triplet, hidden, weight, bias, labels, *result)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_triplet, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        return *linear_backward(needs, grad_triplet, grad_loss, saved, *ctx.settings), *[None] * 7
 
 
 class _InplaceIHL(torch.autograd.Function):
@@ -76,17 +168,28 @@ class _InplaceIHL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
-        counted = labels != ignore_index
+        tracing = traced(logits, labels)
+        grad = logits.detach()
         # The forward's one write applies the mean's 1/N, except in float16. There it would round to 0 the
         # small gradients that a loss scale protects, so the backward applies it. 1/N stays a tensor, so that
         # the host does not wait for the device.
-        one = torch.ones((), dtype=torch.float64, device=logits.device)
-        share = counted.sum().clamp(min=1).double().reciprocal() if reduction == "mean" else one
-        scale, ctx.pending = (one, share) if logits.dtype == torch.float16 else (share, one)
-        grad = logits.detach()
-        triplet, _ = ihl_forward_backward_(grad, labels, ignore_index, scale)
-        ctx.grad = grad
-        return reduce_loss(inverted_hinge(triplet), counted, reduction).to(_loss_dtype(logits.dtype))
+        share = _mean_scale(labels, ignore_index) if reduction == "mean" else None
+        late = logits.dtype == torch.float16
+        scale = torch.ones((), dtype=torch.float64, device=logits.device) if late or share is None else share
+        ctx.pending = share if late else None
+        if tracing:
+            triplet, _ = ihl_forward_backward_(grad, labels, ignore_index, scale)
+            value = _loss_of_triplet("inverted_hinge", triplet, labels, ignore_index, reduction)
+            value = value.to(_loss_dtype(logits.dtype))
+        else:
+            torch.autograd.graph.increment_version(grad)  # a kernel writes unseen by autograd
+            backend = choose("inverted_hinge_", logits)
+            triplet, _ = backend.inverted_hinge_(grad, labels, ignore_index, scale)
+            value, _ = choose("token_losses", labels).token_losses(
+                "inverted_hinge", triplet, labels, ignore_index, reduction, _loss_dtype(logits.dtype), False
+            )
+        ctx.grad, ctx.tracing = grad, tracing
+        return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -97,15 +200,78 @@ class _InplaceIHL(torch.autograd.Function):
                 "a second backward needs inplace=False"
             )
         grad, ctx.grad = ctx.grad, None
-        _scale_(grad, grad_loss * ctx.pending)
+        factor = grad_loss if ctx.pending is None else grad_loss * ctx.pending
+        if ctx.tracing:
+            scale_rows_(grad, factor)
+        else:
+            choose("scale_rows_", grad).scale_rows_(grad, factor)
         return grad, None, None, None
 
 
-def _scale_(logits: Tensor, factor: Tensor) -> None:
-    """Multiply logits (..., V) by a factor, () or (...), in place. A factor known to be 1 costs nothing."""
-    if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1.0:
-        return
-    choose("scale_rows_", logits).scale_rows_(logits, factor)
+def _mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
+    """Compute 1 over the number of labels (...) that count, a float64 tensor ()."""
+    if traced(labels):
+        return (labels != ignore_index).sum().clamp(min=1).double().reciprocal()
+    return choose("mean_scale", labels).mean_scale(labels, ignore_index)
+
+
+def _loss_of_triplet(
+    loss: TokenLoss, triplet: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction
+) -> Tensor:
+    """Compute the loss of triplets (..., 3) in plain torch, which a compiler fuses."""
+    return reduce_loss(_TOKEN_LOSSES[loss](triplet), labels != ignore_index, reduction)
+
+
+def triplet_loss(
+    loss: TokenLoss,
+    triplet: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Compute a loss of triplets, with its gradient in one kernel.
+
+    Args:
+        loss: ``"inverted_hinge"`` or ``"cross_entropy"``.
+        triplet: The triplets (..., 3), float64, as ``softmax_triplet`` returns them.
+        labels: The labels (...), int64, of the same tokens. Only ``ignore_index`` has a meaning here.
+        ignore_index: The label of rows that do not count. Default -100.
+        reduction: ``"mean"`` over the counted tokens (default), ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss, float64. It is a scalar, or has shape (...) with zeros at ignored rows for ``"none"``. The
+        mean and its gradients are 0 if no token counts.
+
+    Raises:
+        ValueError: The loss or the reduction has another name, or shapes or dtypes do not go together.
+    """
+    check_reduction(reduction)
+    if loss not in _TOKEN_LOSSES:
+        raise ValueError(f'loss must be "inverted_hinge" or "cross_entropy", got {loss!r}')
+    if triplet.dtype != torch.float64 or triplet.shape[-1:] != (3,):
+        raise ValueError(
+            f"triplet must be float64 of shape (..., 3), got {triplet.dtype} {tuple(triplet.shape)}"
+        )
+    check_label_tensor(labels, triplet, "triplet")
+    if traced(triplet, labels):
+        return _loss_of_triplet(loss, triplet, labels, ignore_index, reduction)
+    value: Tensor = _TripletLoss.apply(triplet, labels, loss, ignore_index, reduction)
+    return value
+
+
+def _logits_loss(
+    loss: TokenLoss, logits: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction
+) -> Tensor:
+    """Compute the reduced loss of logits (..., V)."""
+    check_reduction(reduction)
+    if traced(logits, labels):
+        triplet, _ = softmax_triplet(logits, labels, ignore_index=ignore_index)
+        value = _loss_of_triplet(loss, triplet, labels, ignore_index, reduction)
+        return value.to(_loss_dtype(logits.dtype))
+    check_logits(logits, labels)
+    value = _LogitsLoss.apply(logits, labels, loss, ignore_index, reduction)
+    return value
 
 
 def ihl_loss(
@@ -146,6 +312,7 @@ def ihl_loss(
         IndexError: A label is out of range, as for ``softmax_triplet``.
     """
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
+        check_reduction(reduction)
         check_logits(logits, labels)
         if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
             raise ValueError(
@@ -153,9 +320,7 @@ def ihl_loss(
             )
         inplace_loss: Tensor = _InplaceIHL.apply(logits, labels, ignore_index, reduction)
         return inplace_loss
-    triplet, _ = softmax_triplet(logits, labels, ignore_index=ignore_index)
-    loss = reduce_loss(inverted_hinge(triplet), labels != ignore_index, reduction)
-    return loss.to(_loss_dtype(logits.dtype))
+    return _logits_loss("inverted_hinge", logits, labels, ignore_index, reduction)
 
 
 def cross_entropy_loss(
@@ -176,13 +341,11 @@ def cross_entropy_loss(
         ValueError: The arguments are wrong, as for ``softmax_triplet``.
         IndexError: A label is out of range, as for ``softmax_triplet``.
     """
-    triplet, _ = softmax_triplet(logits, labels, ignore_index=ignore_index)
-    loss = reduce_loss(cross_entropy(triplet), labels != ignore_index, reduction)
-    return loss.to(_loss_dtype(logits.dtype))
+    return _logits_loss("cross_entropy", logits, labels, ignore_index, reduction)
 
 
 def _linear_loss(
-    token_loss: Callable[[Tensor], Tensor],
+    loss: TokenLoss,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -192,12 +355,20 @@ def _linear_loss(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """Reduce ``token_loss`` of the triplets of hidden states (..., D)."""
-    triplet, _ = linear_softmax_triplet(
-        hidden, weight, labels, bias, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
-    )
-    loss = reduce_loss(token_loss(triplet), labels != ignore_index, reduction)
-    return loss.to(_loss_dtype(hidden.dtype))
+    """Compute the reduced loss of hidden states (..., D)."""
+    check_reduction(reduction)
+    if traced(hidden, weight, bias, labels):
+        triplet, _ = linear_softmax_triplet(
+            hidden, weight, labels, bias, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
+        )
+        value = _loss_of_triplet(loss, triplet, labels, ignore_index, reduction)
+        return value.to(_loss_dtype(hidden.dtype))
+    check_linear_operands(hidden, weight, labels, bias, softcap)
+    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
+    want_direction = torch.is_grad_enabled() and hidden.requires_grad
+    settings = (labels.reshape(-1), ignore_index, float(softcap or 0.0), float(logit_scale), want_direction)
+    value = apply_without_autocast(_LinearLoss.apply, (rows, weight, bias), *settings, loss, reduction)
+    return value.view(labels.shape) if reduction == "none" else value
 
 
 def linear_ihl_loss(
@@ -234,7 +405,7 @@ def linear_ihl_loss(
         IndexError: A label is out of range, as for ``softmax_triplet``.
     """
     return _linear_loss(
-        inverted_hinge, hidden, weight, labels, bias, ignore_index, reduction, softcap, logit_scale
+        "inverted_hinge", hidden, weight, labels, bias, ignore_index, reduction, softcap, logit_scale
     )
 
 
@@ -269,5 +440,5 @@ def linear_cross_entropy_loss(
         IndexError: A label is out of range, as for ``softmax_triplet``.
     """
     return _linear_loss(
-        cross_entropy, hidden, weight, labels, bias, ignore_index, reduction, softcap, logit_scale
+        "cross_entropy", hidden, weight, labels, bias, ignore_index, reduction, softcap, logit_scale
     )

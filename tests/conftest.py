@@ -30,15 +30,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def wide_products(monkeypatch):
-    """Let the CPU multiply 16-bit operands into float32, as CUDA does, with a product that the CPU has."""
-
-    def product(a, b, dtype, out=None):
-        return torch.mm(a.to(dtype), b.to(dtype), out=out)
-
-    monkeypatch.setattr(logits_blocks, "_multiplies_into_float32", lambda device: True)
-    monkeypatch.setattr(logits_blocks, "_product", product)
-    monkeypatch.setattr(logits_blocks, "BLOCK_BYTES", 20_000)

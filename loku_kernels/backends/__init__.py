@@ -1,7 +1,9 @@
 """The backends, and the one decision which of them computes an operation on a tensor.
 
-A backend is a module with the functions of the protocol ``Backend``. ``reference`` has their full docstrings,
-because its functions serve every device and dtype.
+A backend is a module with functions of the protocol ``Backend``. ``reference`` has all of them with their
+full docstrings, because it serves every device and dtype. ``native`` is the compiled core on the CPU, with
+all of them too. ``triton`` serves CUDA and lacks ``triplet_columns_``, because only the CPU cuts rows into
+blocks of columns. ``cuda`` is the compiled row kernel and has the two operations that overwrite whole rows.
 
 Logits (..., V) have a contiguous last dimension. A block of logits (..., C) holds the columns
 [first_column, first_column + C). With a softcap, an entry is u = tanh(z / softcap) and stands for the logit
@@ -20,14 +22,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loku_kernels.backends import native, reference
+from loku_kernels.backends import cuda, native, reference
 from loku_kernels.backends.online_state import OnlineState
+from loku_kernels.checks import Reduction, TokenLoss
 
 
 class Backend(Protocol):
-    """The functions of every backend, with one signature in all of them."""
+    """The functions of the backends, with one signature in all of them."""
 
-    def triplet_forward(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    def triplet_forward(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, *, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Compute the triplet and the runner-up's index of logits."""
 
     def triplet_backward(
@@ -39,6 +44,7 @@ class Backend(Protocol):
         triplet: Tensor,
         runner_up_id: Tensor,
         *,
+        factor: Tensor | None = None,
         first_column: int = 0,
         softcap: float = 0.0,
         out: Tensor | None = None,
@@ -50,6 +56,11 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Overwrite the logits with a multiple of the gradient of IHL, and return triplet and index."""
 
+    def rest_probabilities_(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, *, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Overwrite the logits with the softmax of the rest, and return triplet and index."""
+
     def triplet_columns_(
         self,
         logits: Tensor,
@@ -58,12 +69,42 @@ class Backend(Protocol):
         *,
         first_column: int,
         softcap: float,
-        out: Tensor | None = None,
+        store: bool,
     ) -> None:
         """Take a block of columns into the state."""
 
     def scale_rows_(self, logits: Tensor, factor: Tensor) -> None:
         """Multiply the rows of the logits, in place."""
+
+    def mean_scale(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Compute 1 over the number of labels that count."""
+
+    def token_losses(
+        self,
+        loss: TokenLoss,
+        triplet: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        reduction: Reduction,
+        dtype: torch.dtype,
+        want_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the reduced loss of triplets, and its gradient in them."""
+
+    def hidden_gradient(
+        self,
+        grad_triplet: Tensor,
+        factor: Tensor | None,
+        weight: Tensor,
+        labels: Tensor,
+        triplet: Tensor,
+        runner_up_id: Tensor,
+        direction: Tensor,
+        *,
+        softcap: float,
+        logit_scale: float,
+    ) -> Tensor:
+        """Compute the gradient of the hidden states of a linear operator."""
 
     def accumulate_squared_grad_(
         self, fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None
@@ -75,49 +116,54 @@ OPERATIONS = (
     "triplet_forward",
     "triplet_backward",
     "inverted_hinge_",
+    "rest_probabilities_",
     "triplet_columns_",
     "scale_rows_",
+    "mean_scale",
+    "token_losses",
+    "hidden_gradient",
     "accumulate_squared_grad_",
 )
 
 # (operation, dtype, V, compute capability) -> (backend, the committed result that shows it to be the faster
-# one). The entry with the nearest V counts for another V. The table is empty, although one H200 has been
-# measured: there the compiled core takes 0.50 ms for triplet_forward of 8192 x 128256 bfloat16 logits, and
-# Triton 0.88 ms (benchmarks/results/gpu_h200.json).
+# one). The entry with the nearest V counts for another V.
 MEASURED_ON_CUDA: dict[tuple[str, torch.dtype, int, tuple[int, int]], tuple[str, str]] = {}
 
 
 def choose(operation: str, *tensors: Tensor) -> Backend:
     """Choose the backend of an operation on some tensors.
 
-    The compiled core serves the CPU. Triton serves CUDA, unless ``MEASURED_ON_CUDA`` names the compiled core.
-    Plain torch serves every other device or dtype. ``LOKU_BACKEND=reference|native|triton`` forces a backend.
-    Plain torch then still serves the tensors that the forced backend cannot.
+    The compiled core serves the CPU. Triton serves CUDA, unless ``MEASURED_ON_CUDA`` names the compiled row
+    kernel. Plain torch serves every other device or dtype. ``LOKU_BACKEND=reference|native|triton`` forces a
+    backend. ``native`` stands for all compiled kernels, those for CUDA too. Triton serves the operations on
+    CUDA that have none, and plain torch the tensors that the forced backend cannot serve.
 
     Args:
         operation: One of ``OPERATIONS``.
-        tensors: The tensors whose device and dtypes decide. The first one holds the logits (..., V), or the
-            inputs (n, T, k) of ``accumulate_squared_grad_``.
+        tensors: The tensors whose device and dtypes decide. The first one holds the logits (..., V), the
+            inputs (n, T, k) of ``accumulate_squared_grad_``, the direction of ``hidden_gradient``, or the
+            labels of an operation on float64 triplets alone.
 
     Returns:
-        The module ``reference``, ``native`` or ``triton``.
+        One of the modules ``reference``, ``native``, ``cuda`` and ``triton``.
 
     Raises:
         ValueError: ``LOKU_BACKEND`` names no backend.
         RuntimeError: ``LOKU_BACKEND`` names a backend that is not installed.
     """
     forced = os.environ.get("LOKU_BACKEND", "")
+    if not forced and tensors[0].device.type == "cpu":  # the shortest way, for the small calls of a CPU
+        return native if all(map(native.serves, tensors)) else reference
     if forced not in ("", "reference", "native", "triton"):
         raise ValueError(f"LOKU_BACKEND must be reference, native or triton, not {forced!r}")
     if forced == "triton":
         _check_triton(tensors[0])
-    if forced == "native" and native._core is None:
-        raise RuntimeError("LOKU_BACKEND=native, but loku_kernels was installed without its compiled core")
-    for name in [forced] if forced else _by_preference(operation, tensors[0]):
-        if name == "native" and all(map(native.serves, tensors)):
-            return native
-        if name == "triton" and (triton := _triton()) is not None and all(map(triton.serves, tensors)):
-            return triton
+    if forced == "native":
+        cuda.check_built(tensors[0])
+    for name in _by_preference(operation, tensors[0], forced):
+        module = _triton() if name == "triton" else {"native": native, "cuda": cuda}.get(name)
+        if module is not None and hasattr(module, operation) and all(map(module.serves, tensors)):
+            return module
     return reference
 
 
@@ -143,16 +189,20 @@ def _check_triton(tensor: Tensor) -> None:
         )
 
 
-def _by_preference(operation: str, tensor: Tensor) -> list[str]:
+def _by_preference(operation: str, tensor: Tensor, forced: str) -> list[str]:
     """List the backends to try before ``reference``, the best one first."""
+    if forced in ("reference", "triton"):
+        return [] if forced == "reference" else ["triton"]
     if tensor.device.type != "cuda":
         return ["native"]
+    if forced == "native":
+        return ["cuda", "triton"]
     if MEASURED_ON_CUDA:
         capability, vocab = torch.cuda.get_device_capability(tensor.device), tensor.shape[-1]
         wanted = (operation, tensor.dtype, capability)
         measured = [key for key in MEASURED_ON_CUDA if (*key[:2], key[3]) == wanted]
         if measured:
             nearest = min(measured, key=lambda key: max(key[2], vocab) / min(key[2], vocab))
-            if MEASURED_ON_CUDA[nearest][0] == "native":
-                return ["native", "triton"]  # the core may lack CUDA, or the driver be too old for it
+            if MEASURED_ON_CUDA[nearest][0] == "cuda":
+                return ["cuda", "triton"]  # the row kernel may not be built, or a row may be too long for it
     return ["triton"]

@@ -1,20 +1,17 @@
-"""The compiled core as a backend: the only module that passes addresses of tensors.
+"""The compiled core as a backend on the CPU. This module passes addresses of tensors.
 
 The public functions have checked their arguments. This module checks every size and dtype that goes with an
 address again (``ValueError``), because ``torch.ops.loku_kernels`` can be called without those functions. The
-core also needs contiguous small tensors, 64-bit row offsets and labels inside the vocabulary.
+core also needs contiguous small tensors. It checks the labels itself before it writes anything.
 
-Two facts of the core are private to this module. Its kernels write the dtype that they read, so a result in
-another dtype is computed in place and copied. The library's bfloat16 products are faster than the core's on a
-CPU with instructions for them, so the Fisher uses them there.
+One fact of the core is private to this module. The library's bfloat16 products are faster than the core's on
+a CPU with instructions for them, so the Fisher uses them there.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from torch import Tensor
 
 from loku_kernels.backends import reference
 from loku_kernels.backends.online_state import OnlineState
-from loku_kernels.checks import bad_label_error
+from loku_kernels.checks import Reduction, TokenLoss, bad_label_error
 
 _core: Any
 try:
@@ -31,7 +28,10 @@ try:
 except ImportError:
     _core = None
 
+# The tags of the core's DType, Loss and Reduction.
 _DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LOSS_TAGS = {"inverted_hinge": 0, "cross_entropy": 1}
+_REDUCTION_TAGS = {"mean": 0, "sum": 1, "none": 2}
 
 _forked = False
 
@@ -65,130 +65,115 @@ def serves(tensor: Tensor) -> bool:
         tensor: A tensor of that device and dtype.
 
     Returns:
-        True for float32, bfloat16 and float16 on the CPU, and on CUDA if its kernels were built and run here.
-
-    Raises:
-        RuntimeError: ``LOKU_BACKEND=native`` asks for CUDA kernels that were not built.
+        True for float32, bfloat16, float16 and, as the dtype of labels, int64 on the CPU.
     """
-    if _core is None or tensor.dtype not in _DTYPE_TAGS:
-        return False
-    if not _on_cuda(tensor):
-        return tensor.device.type == "cpu"
-    if not _core.has_cuda and os.environ.get("LOKU_BACKEND") == "native":
-        raise RuntimeError(
-            "LOKU_BACKEND=native, but loku_kernels was installed without its CUDA kernels: "
-            "install it again where nvcc is found, with LOKU_CUDA=1"
-        )
-    return bool(_core.has_cuda) and _cuda_works()
-
-
-def _on_cuda(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
-
-
-@functools.cache
-def _cuda_works() -> bool:
-    """Ask the core once whether its CUDA kernels run here. Warn if they do not."""
-    error: str = _core.cuda_error()
-    if error:
-        warnings.warn(f"loku_kernels: its CUDA kernels are not used: {error}", RuntimeWarning, stacklevel=5)
-    return not error
+    known = tensor.dtype in _DTYPE_TAGS or tensor.dtype == torch.int64
+    return _core is not None and known and tensor.device.type == "cpu"
 
 
 def _threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def _call(name: str, *arguments: Any) -> None:
-    """Call a function of the core. Each tensor is passed as its address."""
-    getattr(_core, name)(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))
-
-
-def _require(name: str, tensor: Tensor, shape: Any, dtype: torch.dtype, like: Tensor) -> None:
-    """Raise ``ValueError`` unless the tensor has this shape and dtype, on the device of ``like``."""
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != like.device:
+def _require(name: str, tensor: Tensor, shape: Any, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` unless the tensor has this shape and dtype, on the CPU."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
         raise ValueError(
-            f"{name} must be {dtype} of shape {tuple(shape)} on {like.device}, got {tensor.dtype} "
+            f"{name} must be {dtype} of shape {tuple(shape)} on cpu, got {tensor.dtype} "
             f"{tuple(tensor.shape)} on {tensor.device}"
         )
 
 
 def _require_rows(logits: Tensor) -> None:
-    """Raise ``ValueError`` unless the logits have a dtype of the core and contiguous rows."""
+    """Raise ``ValueError`` unless logits have a dtype of the core and contiguous rows, on the CPU."""
     if logits.dim() < 1 or (logits.stride(-1) != 1 and logits.numel() > 0):
         raise ValueError(f"the last dimension of logits must be contiguous, got strides {logits.stride()}")
-    if logits.dtype not in _DTYPE_TAGS:
-        raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
+    if logits.dtype not in _DTYPE_TAGS or logits.device.type != "cpu":
+        raise ValueError(
+            f"logits must be float32, bfloat16 or float16 on cpu, got {logits.dtype} on {logits.device}"
+        )
 
 
-def _row_offsets(tensor: Tensor) -> Tensor:
-    """Compute the offset of each row of (..., V) from the first row, in elements, for any strides."""
-    offsets = torch.zeros((), dtype=torch.int64)
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
-    return offsets.reshape(-1)
+class _Rows:
+    """The rows of a tensor (..., V), as the core's functions take them, and the memory of their offsets."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        *sizes, columns = tensor.shape
+        offsets, stride, count = None, 0, 1
+        if tensor.is_contiguous():
+            stride, count = columns, tensor.numel() // columns if columns else 0
+        elif len(sizes) == 1:
+            stride, count = tensor.stride(0), sizes[0]
+        else:
+            offsets = torch.zeros((), dtype=torch.int64)
+            for size, step in zip(sizes, tensor.stride()[:-1], strict=True):
+                offsets = offsets.unsqueeze(-1) + torch.arange(size) * step
+            count = offsets.numel()
+        self.offsets = None if offsets is None else offsets.reshape(-1).contiguous()
+        address = 0 if self.offsets is None else self.offsets.data_ptr()
+        self.arguments = (tensor.data_ptr(), address, stride, count, columns, _DTYPE_TAGS[tensor.dtype])
 
 
-def _host_rows(tensor: Tensor, offsets: Tensor) -> tuple[int, int, int, int, int]:
-    """Describe the rows of (..., V) to the core's CPU functions, by their offsets."""
-    columns = tensor.shape[-1]
-    return tensor.data_ptr(), offsets.data_ptr(), offsets.numel(), columns, _DTYPE_TAGS[tensor.dtype]
+class _Factors:
+    """The factors of rows as the core's functions take them: one number, or the address of many."""
+
+    def __init__(self, factor: Tensor | None, shape: torch.Size) -> None:
+        self.each: Tensor | None = None
+        self.arguments: tuple[float, int] = (1.0, 0)
+        if factor is not None and factor.device.type != "cpu":
+            raise ValueError(f"factor must be on cpu, got {factor.device}")
+        if factor is not None and factor.dim() == 0:
+            self.arguments = (factor.item(), 0)
+        elif factor is not None:
+            self.each = factor.expand(shape).double().contiguous()
+            self.arguments = (1.0, self.each.data_ptr())
 
 
-def _check_label_memory(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise ``IndexError`` for a label that would make the core write outside its row.
-
-    The labels must be contiguous.
-    """
-    bad = _core.first_bad_label(labels.data_ptr(), labels.numel(), vocab, ignore_index)
-    if bad >= 0:
-        raise bad_label_error(labels, bad, vocab, ignore_index)
-
-
-def triplet_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def triplet_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, *, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """See ``reference.triplet_forward``."""
-    return _call_for_triplets("triplet_forward", logits, labels, ignore_index)
+    return _call_for_triplets("triplet_forward", logits, labels, ignore_index, softcap)
 
 
 def inverted_hinge_(
     logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.inverted_hinge_``."""
-    return _call_for_triplets("inverted_hinge_", logits, labels, ignore_index, scale)
+    _require("scale", scale, (), torch.float64)
+    return _call_for_triplets("inverted_hinge_", logits, labels, ignore_index, scale.item())
+
+
+def rest_probabilities_(
+    logits: Tensor, labels: Tensor, ignore_index: int, *, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.rest_probabilities_``."""
+    return _call_for_triplets("rest_probabilities_", logits, labels, ignore_index, softcap)
 
 
 def _call_for_triplets(
-    name: str, logits: Tensor, labels: Tensor, ignore_index: int, *scale: Tensor
+    name: str, logits: Tensor, labels: Tensor, ignore_index: int, number: float
 ) -> tuple[Tensor, Tensor]:
-    """Check the arguments of a function that returns triplets, and call it.
-
-    ``scale`` holds the factor of ``inverted_hinge_``, and nothing for ``triplet_forward``.
-    """
+    """Check the arguments of a function that returns triplets, and call it with its last ``number``."""
+    shape = labels.shape
     _require_rows(logits)
-    _require("labels", labels, logits.shape[:-1], torch.int64, logits)
+    _require("labels", labels, logits.shape[:-1], torch.int64)
     if logits.shape[-1] < 2:
         raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
-    for x in scale:
-        _require("scale", x, (), torch.float64, logits)
-    triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=labels.device)
-    runner_up_id = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
-    labels = labels.contiguous()
-    if _on_cuda(logits):
-        for (rows,), (t, out, out_id) in _two_stride_pieces((logits,), (labels, triplet, runner_up_id)):
-            _launch(name, logits, rows, t, ignore_index, *scale, out, out_id)
-    else:
-        _check_label_memory(labels, logits.shape[-1], ignore_index)
-        offsets, scales = _row_offsets(logits), [x.item() for x in scale]
-        _call(
-            name,
-            _host_rows(logits, offsets),
-            labels,
-            ignore_index,
-            *scales,
-            triplet,
-            runner_up_id,
-            _threads(),
-        )
+    triplet = torch.empty((*shape, 3), dtype=torch.float64)
+    runner_up_id = torch.empty(shape, dtype=torch.int64)
+    labels, rows = labels.contiguous(), _Rows(logits)
+    bad = getattr(_core, name)(
+        rows.arguments,
+        labels.data_ptr(),
+        ignore_index,
+        number,
+        triplet.data_ptr(),
+        runner_up_id.data_ptr(),
+        _threads(),
+    )
+    if bad >= 0:
+        raise bad_label_error(labels, bad, logits.shape[-1], ignore_index)
     return triplet, runner_up_id
 
 
@@ -200,34 +185,40 @@ def triplet_backward(
     triplet: Tensor,
     runner_up_id: Tensor,
     *,
+    factor: Tensor | None = None,
     first_column: int = 0,
     softcap: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """See ``reference.triplet_backward``."""
-    if out is not None and out.dtype != logits.dtype:
-        arguments = (grad_triplet, logits, labels, ignore_index, triplet, runner_up_id)
-        return out.copy_(triplet_backward(*arguments, first_column=first_column, softcap=softcap, out=logits))
     shape = logits.shape[:-1]
     _require_rows(logits)
     if out is None:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _require("out", out, logits.shape, logits.dtype, logits)
-    _require_rows(out)
-    for name, ids in (("labels", labels), ("runner_up_id", runner_up_id)):
-        _require(name, ids, shape, torch.int64, logits)
-    for name, numbers in (("triplet", triplet), ("grad_triplet", grad_triplet)):
-        _require(name, numbers, (*shape, 3), torch.float64, logits)
-    per_row = [x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)]
-    if _on_cuda(logits):
-        for (rows, out_rows), (t, *saved) in _two_stride_pieces((logits, out), per_row):
-            rows_and_labels = (rows, first_column, t, ignore_index)
-            _launch("triplet_backward", logits, *rows_and_labels, *saved, softcap, out_rows)
+        out = torch.empty(logits.shape, dtype=logits.dtype)
     else:
-        offsets, out_offsets = _row_offsets(logits), _row_offsets(out)
-        rows, out_rows = _host_rows(logits, offsets), _host_rows(out, out_offsets)
-        t, *saved = per_row
-        _call("triplet_backward", rows, first_column, t, ignore_index, *saved, softcap, out_rows, _threads())
+        _require("out", out, logits.shape, logits.dtype)
+        _require_rows(out)
+    _require("labels", labels, shape, torch.int64)
+    _require("runner_up_id", runner_up_id, shape, torch.int64)
+    _require("triplet", triplet, (*shape, 3), torch.float64)
+    _require("grad_triplet", grad_triplet, (*shape, 3), torch.float64)
+    labels, triplet, runner_up_id, grad_triplet = (
+        x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)
+    )
+    rows, out_rows, factors = _Rows(logits), _Rows(out), _Factors(factor, shape)
+    _core.triplet_backward(
+        rows.arguments,
+        first_column,
+        labels.data_ptr(),
+        ignore_index,
+        triplet.data_ptr(),
+        runner_up_id.data_ptr(),
+        grad_triplet.data_ptr(),
+        *factors.arguments,
+        softcap,
+        out_rows.arguments,
+        _threads(),
+    )
     return out
 
 
@@ -238,47 +229,129 @@ def triplet_columns_(
     *,
     first_column: int,
     softcap: float,
-    out: Tensor | None = None,
+    store: bool,
 ) -> None:
     """See ``reference.triplet_columns_``."""
-    rows = (len(logits),)
+    shape = (len(logits),)
     _require_rows(logits)
-    _require("labels", labels, rows, torch.int64, logits)
-    _require("numbers", state.numbers, (*rows, 4), torch.float64, logits)
+    _require("labels", labels, shape, torch.int64)
+    _require("numbers", state.numbers, (*shape, 4), torch.float64)
     for name in ("runner_up_id", "demoted_id"):
-        _require(name, getattr(state, name), rows, torch.int64, logits)
+        _require(name, getattr(state, name), shape, torch.int64)
     for name in ("rescale", "demoted_share"):
-        _require(name, getattr(state, name), rows, torch.float32, logits)
+        _require(name, getattr(state, name), shape, torch.float32)
     if not all(x.is_contiguous() for x in (labels, *state)):
         raise ValueError("labels and state must be contiguous")
-    store = out is not None
-    if _on_cuda(logits):
-        device_rows = _device_rows(logits)
-        _launch("triplet_columns_", logits, device_rows, first_column, labels, softcap, store, *state)
-    else:
-        offsets = _row_offsets(logits)
-        arguments = (_host_rows(logits, offsets), first_column, labels, softcap, store)
-        _call("triplet_columns_", *arguments, *state, _threads())
-    if out is not None and out is not logits:
-        out.copy_(logits)
+    _core.triplet_columns_(
+        _Rows(logits).arguments,
+        first_column,
+        labels.data_ptr(),
+        softcap,
+        store,
+        *(x.data_ptr() for x in state),
+        _threads(),
+    )
 
 
 def scale_rows_(logits: Tensor, factor: Tensor) -> None:
     """See ``reference.scale_rows_``. Rows whose factor is 1 are left alone."""
     _require_rows(logits)
-    factors = factor.expand(logits.shape[:-1]).float().contiguous()
-    _require("factor", factors, logits.shape[:-1], torch.float32, logits)
-    if _on_cuda(logits):
-        for (rows,), (part,) in _two_stride_pieces((logits,), (factors,)):
-            _launch("scale_rows_", logits, rows, part)
-    else:
-        offsets = _row_offsets(logits)
-        _call("scale_rows_", _host_rows(logits, offsets), factors, _threads())
+    rows, factors = _Rows(logits), _Factors(factor, logits.shape[:-1])
+    _core.scale_rows_(rows.arguments, *factors.arguments, _threads())
 
 
-def _features(tensor: Tensor, width: int) -> tuple[int, int, int, int]:
+def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
+    """See ``reference.mean_scale``."""
+    _require("labels", labels, labels.shape, torch.int64)
+    labels = labels.contiguous()
+    count = _core.number_counted(labels.data_ptr(), labels.numel(), ignore_index)
+    return torch.tensor(1 / max(count, 1), dtype=torch.float64)
+
+
+def token_losses(
+    loss: TokenLoss,
+    triplet: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    reduction: Reduction,
+    dtype: torch.dtype,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See ``reference.token_losses``."""
+    shape = labels.shape
+    _require("labels", labels, shape, torch.int64)
+    _require("triplet", triplet, (*shape, 3), torch.float64)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+    labels, triplet = labels.contiguous(), triplet.contiguous()
+    value = torch.empty(shape if reduction == "none" else (), dtype=dtype)
+    grad_triplet = torch.empty_like(triplet) if want_grad else None
+    _core.token_losses(
+        _LOSS_TAGS[loss],
+        triplet.data_ptr(),
+        labels.data_ptr(),
+        labels.numel(),
+        ignore_index,
+        _REDUCTION_TAGS[reduction],
+        dtype == torch.float64,
+        value.data_ptr(),
+        0 if grad_triplet is None else grad_triplet.data_ptr(),
+        _threads(),
+    )
+    return value, grad_triplet
+
+
+def hidden_gradient(
+    grad_triplet: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    direction: Tensor,
+    *,
+    softcap: float,
+    logit_scale: float,
+) -> Tensor:
+    """See ``reference.hidden_gradient``."""
+    vocab, width = weight.shape
+    shape = labels.shape
+    _require("labels", labels, shape[:1], torch.int64)
+    _require("runner_up_id", runner_up_id, shape, torch.int64)
+    _require("triplet", triplet, (*shape, 3), torch.float64)
+    _require("grad_triplet", grad_triplet, (*shape, 3), torch.float64)
+    _require("direction", direction, (*shape, width), weight.dtype)
+    _require_rows(weight)
+    labels, triplet, runner_up_id, grad_triplet, direction = (
+        x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet, direction)
+    )
+    factors = _Factors(factor, shape)
+    out = torch.empty_like(direction)
+    bad = _core.hidden_gradient(
+        grad_triplet.data_ptr(),
+        *factors.arguments,
+        (weight.data_ptr(), weight.stride(0)),
+        vocab,
+        labels.data_ptr(),
+        triplet.data_ptr(),
+        runner_up_id.data_ptr(),
+        (direction.data_ptr(), width),
+        softcap,
+        logit_scale,
+        len(labels),
+        width,
+        _DTYPE_TAGS[weight.dtype],
+        out.data_ptr(),
+        _threads(),
+    )
+    if bad >= 0:
+        raise ValueError(f"row {bad} has a label or a runner-up outside of the weight's {vocab} rows")
+    return out
+
+
+def _features(tensor: Tensor) -> tuple[int, int, int, int]:
     """Describe a tensor (n, T, features) to the core: its address, the number of features, the strides."""
-    return tensor.data_ptr(), width, tensor.stride(0), tensor.stride(1)
+    return tensor.data_ptr(), tensor.shape[2], tensor.stride(0), tensor.stride(1)
 
 
 def _matrix(tensor: Tensor | None) -> tuple[int, int]:
@@ -290,121 +363,39 @@ def accumulate_squared_grad_(
     fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None
 ) -> None:
     """See ``reference.accumulate_squared_grad_``. The sums are float32."""
-    if inputs.dtype == torch.bfloat16 and not _on_cuda(inputs):
-        if reference.multiplies_bfloat16(inputs.device):
-            arguments = (fisher, inputs, grad_outputs, divisor)
-            reference.accumulate_by_products_(*arguments, torch.bfloat16, _add_squares)
-            return
-    if inputs.dim() != 3:
-        raise ValueError(f"inputs must have shape (n, T, k), got {tuple(inputs.shape)}")
-    _require("grad_outputs", grad_outputs, (*inputs.shape[:2], grad_outputs.shape[-1]), inputs.dtype, inputs)
+    if inputs.dtype == torch.bfloat16 and reference.multiplies_bfloat16(inputs.device):
+        arguments = (fisher, inputs, grad_outputs, divisor)
+        reference.accumulate_by_products_(*arguments, torch.bfloat16, _add_squares)
+        return
+    if inputs.dim() != 3 or inputs.device.type != "cpu":
+        raise ValueError(f"inputs must be (n, T, k) on cpu, got {tuple(inputs.shape)} on {inputs.device}")
+    _require("grad_outputs", grad_outputs, (*inputs.shape[:2], grad_outputs.shape[-1]), inputs.dtype)
     weight_shape = (grad_outputs.shape[2], inputs.shape[2])
-    _require("fisher", fisher, weight_shape[: 2 if divisor is None else 1], torch.float32, inputs)
+    _require("fisher", fisher, weight_shape[: 2 if divisor is None else 1], torch.float32)
     if divisor is not None:
-        _require("divisor", divisor, weight_shape, torch.float32, inputs)
+        _require("divisor", divisor, weight_shape, torch.float32)
     if 0 in (*inputs.shape, *grad_outputs.shape):
         return
     total = fisher.contiguous()
     divisor = None if divisor is None else divisor.contiguous()
-    tag, widths = _DTYPE_TAGS[inputs.dtype], (inputs.shape[2], grad_outputs.shape[2])
-    if _on_cuda(inputs):
-        operands = [_aligned_features(x) for x in (inputs, grad_outputs)]
-    else:
-        operands = [x if x.stride(2) == 1 else x.contiguous() for x in (inputs, grad_outputs)]
-    arguments = *inputs.shape[:2], tag, *map(_features, operands, widths), _matrix(total), _matrix(divisor)
-    if not _on_cuda(inputs):
-        _call("accumulate_squared_grad_", *arguments, _threads())
-    elif divisor is None:
-        _launch("accumulate_squared_grad_", inputs, *arguments, 0)
-    else:
-        tiles = -(-widths[0] // _core.FISHER_TILE)
-        partials = torch.empty(tiles, widths[1], dtype=torch.float32, device=fisher.device)
-        _launch("accumulate_squared_grad_", inputs, *arguments, partials)
-        total += partials.sum(0)
+    inputs, grad_outputs = (x if x.stride(2) == 1 else x.contiguous() for x in (inputs, grad_outputs))
+    _core.accumulate_squared_grad_(
+        *inputs.shape[:2],
+        _DTYPE_TAGS[inputs.dtype],
+        _features(inputs),
+        _features(grad_outputs),
+        _matrix(total),
+        _matrix(divisor),
+        _threads(),
+    )
     if total is not fisher:
         fisher.copy_(total)
 
 
 def _add_squares(fisher: Tensor, product: Tensor, scratch: Tensor) -> None:
     """Add the squares of a bfloat16 product (rows, columns) to a tile of the Fisher in float32."""
-    _require("fisher", fisher, product.shape, torch.float32, product)
-    if product.dtype != torch.bfloat16 or not product.is_contiguous() or fisher.stride(1) != 1:
-        raise ValueError("product must be contiguous and bfloat16, and the rows of fisher contiguous")
-    _call("add_squares_", product, *product.shape, _matrix(fisher), _threads())
-
-
-# --- CUDA -----------------------------------------------------------------------------------------
-#
-# The kernels check the labels by asserts. So nothing here waits for the device.
-
-
-def _launch(name: str, tensor: Tensor, *arguments: Any) -> None:
-    """Call a CUDA function of the core on the tensor's device and on torch's current stream there."""
-    with torch.cuda.device(tensor.device):
-        stream = torch.cuda.current_stream(tensor.device).cuda_stream
-        _call(f"cuda_{name}", *arguments, (tensor.device.index, stream))
-
-
-def _device_rows(tensor: Tensor) -> tuple[int, ...] | None:
-    """Describe the rows of (..., V) to the core's CUDA functions, by two strides.
-
-    Returns:
-        The fields of ``DeviceRows`` in csrc/triplet_cuda.h, or None if the rows need three strides.
-    """
-    # (size, stride) of the dimensions before V. Neighbours that one stride serves are merged.
-    levels: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if levels and levels[-1][1] == size * stride:
-            levels[-1] = (levels[-1][0] * size, stride)
-        else:
-            levels.append((size, stride))
-    if len(levels) > 2:
-        return None
-    (outer, outer_stride), (inner, inner_stride) = [(1, 0)] * (2 - len(levels)) + levels
-    return (
-        tensor.data_ptr(),
-        outer * inner,
-        inner,
-        outer_stride,
-        inner_stride,
-        tensor.shape[-1],
-        _DTYPE_TAGS[tensor.dtype],
-    )
-
-
-def _two_stride_pieces(
-    wide: Sequence[Tensor], per_row: Sequence[Tensor]
-) -> Iterator[tuple[list[tuple[int, ...]], Sequence[Tensor]]]:
-    """Cut tensors into pieces whose rows lie on two strides.
-
-    Args:
-        wide: Tensors (..., V) with any strides.
-        per_row: Contiguous tensors (...) or (..., 3) with entries for each row.
-
-    Yields:
-        The ``_device_rows`` of each wide tensor's piece, and the pieces of ``per_row``. Nothing if there is
-        no row.
-    """
-    described = [_device_rows(tensor) for tensor in wide]
-    rows = [one for one in described if one is not None]
-    if len(rows) < len(described):
-        for parts in zip(*wide, *per_row, strict=True):
-            yield from _two_stride_pieces(parts[: len(wide)], parts[len(wide) :])
-    elif rows[0][1]:
-        yield rows, per_row
-
-
-def _aligned_features(tensor: Tensor) -> Tensor:
-    """Align the features of each token of (n, T, features) to 16 bytes, by a copy if necessary.
-
-    The last vector of 16 bytes of each token is whole too. It may run into padding.
-    """
-    width = 16 // tensor.element_size()
-    if tensor.shape[-1] % width:
-        return torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % width))
-    strides_fit = tensor.stride(-1) == 1 and all(stride % width == 0 for stride in tensor.stride()[:-1])
-    if not strides_fit or tensor.data_ptr() % 16:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor
+    _require("product", product, fisher.shape, torch.bfloat16)
+    _require("fisher", fisher, product.shape, torch.float32)
+    if not product.is_contiguous() or fisher.stride(1) != 1:
+        raise ValueError("product must be contiguous, and so must the rows of fisher")
+    _core.add_squares_(product.data_ptr(), *product.shape, _matrix(fisher), _threads())

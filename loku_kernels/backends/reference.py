@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loku_kernels.backends.online_state import OnlineState
-from loku_kernels.checks import check_label_values
+from loku_kernels.checks import Reduction, TokenLoss, check_label_values
 
 PIECE_ENTRIES = 1 << 22  # entries of the float64 copy of logits (32 MiB), at a time
 TILE_BYTES = 6 << 20  # bytes of a tile of one sample's gradient and of the scratch memory for its square
@@ -31,20 +31,23 @@ TOKEN_BYTES = 1 << 20  # bytes of inputs converted to the dtype of the product, 
 # --- formulas -------------------------------------------------------------------------------------
 
 
-def softmax_triplet(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def softmax_triplet(
+    logits: Tensor, labels: Tensor, ignore_index: int = -100, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Compute the triplet and the runner-up's index of each row.
 
     Args:
-        logits: The logits (N, V), of any floating dtype.
+        logits: The logits (N, V), of any floating dtype, or their tanh with a softcap.
         labels: The labels (N,), int64.
         ignore_index: The label of rows that do not count. They get zeros and -1. Default -100.
+        softcap: The softcap. 0 (default) means none.
 
     Returns:
         The triplet (N, 3), float64, and the runner-up's index (N,), int64.
     """
     counted = labels != ignore_index
     target_id = labels.where(counted, 0).unsqueeze(1)
-    logits = logits.double()
+    logits = logits.double() * (softcap or 1.0)
     others = logits.scatter(1, target_id, -torch.inf)
     runner_up_id = others.detach().argmax(1, keepdim=True)
     # If all other words are masked, argmax saw only -inf and may have returned the target.
@@ -149,6 +152,26 @@ def triplet_columns(
     return terms, numbers, runner_up_id, rescale, demoted_id, share
 
 
+def token_loss(loss: TokenLoss, triplet: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the loss of each token, and its gradient in the triplet.
+
+    Args:
+        loss: The name of the loss.
+        triplet: The triplets (..., 3), float64.
+
+    Returns:
+        The losses (...) and the gradients (..., 3), float64. Only sums of probabilities occur, so nothing
+        cancels for a probability near 1.
+    """
+    p0, p1, p2 = triplet.softmax(-1).unbind(-1)
+    if loss == "inverted_hinge":
+        # 1 = p_0 + p_1 + p_2 turns 1 + p_0 - p_1 into a sum.
+        return 2 * p0 + p2, torch.stack([p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)], -1)
+    if loss == "cross_entropy":
+        return -triplet.log_softmax(-1)[..., 0], torch.stack([-(p1 + p2), p1, p2], -1)
+    raise ValueError(f'loss must be "inverted_hinge" or "cross_entropy", got {loss!r}')
+
+
 def inverted_hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute IHL by the paper's formula: 1 + p_target - max over other tokens of p (LoKU, Eq. 3).
 
@@ -192,13 +215,16 @@ def _slices_of_rows(logits: Tensor, *per_row: Tensor) -> Iterator[tuple[Tensor, 
             yield from _slices_of_rows(*parts)
 
 
-def triplet_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def triplet_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, *, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Compute the triplet and the runner-up's index of logits.
 
     Args:
-        logits: The logits (..., V).
+        logits: The logits (..., V), or their tanh with a softcap.
         labels: The labels (...), int64.
         ignore_index: The label of rows that do not count. They get zeros and -1.
+        softcap: The softcap. 0 (default) means none.
 
     Returns:
         The triplet (..., 3), float64, and the runner-up's index (...), int64.
@@ -210,7 +236,7 @@ def triplet_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[
     triplet = torch.empty(*labels.shape, 3, dtype=torch.float64, device=logits.device)
     runner_up_id = torch.empty_like(labels, memory_format=torch.contiguous_format)
     for y, t, out, out_id in _slices_of_rows(logits, labels, triplet, runner_up_id):
-        piece, piece_id = softmax_triplet(y, t, ignore_index)
+        piece, piece_id = softmax_triplet(y, t, ignore_index, softcap)
         out.copy_(piece)
         out_id.copy_(piece_id)
     return triplet, runner_up_id
@@ -224,6 +250,7 @@ def triplet_backward(
     triplet: Tensor,
     runner_up_id: Tensor,
     *,
+    factor: Tensor | None = None,
     first_column: int = 0,
     softcap: float = 0.0,
     out: Tensor | None = None,
@@ -238,14 +265,17 @@ def triplet_backward(
         ignore_index: The label of rows that do not count. Their gradient is 0.
         triplet: The triplet (..., 3), float64.
         runner_up_id: The runner-up's index (...), int64.
+        factor: The factors (...) of the rows' ``grad_triplet``, or one factor (), of any floating dtype.
+            Default: 1.
         first_column: The column of the vocabulary at which the block begins. Default 0.
         softcap: The softcap. 0 (default) means none.
-        out: The tensor (..., C) for the result. It may be the logits. It may have another dtype, and the
-            logits may then be overwritten too. Default: a new contiguous tensor in the dtype of the logits.
+        out: The tensor (..., C) for the result, in the dtype of the logits. It may be the logits. Default: a
+            new contiguous tensor.
 
     Returns:
         The gradient (..., C), which is ``out`` if that is given.
     """
+    grad_triplet = _times(grad_triplet, factor)
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for y, t, saved, r, g, target in _slices_of_rows(
@@ -273,11 +303,32 @@ def inverted_hinge_(
         IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
     triplet, runner_up_id = triplet_forward(logits, labels, ignore_index)
-    p0, p1, p2 = triplet.softmax(-1).unbind(-1)
-    # d IHL = p_j (g_j - sum_i g_i p_i) with g = (1, -1, 0). Written as sums of probabilities, so that nothing
-    # cancels.
-    grad = torch.stack([p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)], -1) * scale
-    triplet_backward(grad, logits, labels, ignore_index, triplet, runner_up_id, out=logits)
+    _, grad = token_loss("inverted_hinge", triplet)
+    triplet_backward(grad * scale, logits, labels, ignore_index, triplet, runner_up_id, out=logits)
+    return triplet, runner_up_id
+
+
+def rest_probabilities_(
+    logits: Tensor, labels: Tensor, ignore_index: int, *, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Overwrite the logits with exp(y - rest) times the softcap's slope, and 0 at target and runner-up.
+
+    Args:
+        logits: The logits (N, V), or their tanh with a softcap.
+        labels: The labels (N,), int64.
+        ignore_index: The label of rows that do not count. They become zeros.
+        softcap: The softcap. 0 (default) means none.
+
+    Returns:
+        The triplet (N, 3), float64, and the runner-up's index (N,), int64.
+
+    Raises:
+        IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
+    """
+    triplet, runner_up_id = triplet_forward(logits, labels, ignore_index, softcap=softcap)
+    grad = torch.zeros_like(triplet)
+    grad[..., 2] = 1.0
+    triplet_backward(grad, logits, labels, ignore_index, triplet, runner_up_id, softcap=softcap, out=logits)
     return triplet, runner_up_id
 
 
@@ -288,7 +339,7 @@ def triplet_columns_(
     *,
     first_column: int,
     softcap: float,
-    out: Tensor | None = None,
+    store: bool,
 ) -> None:
     """Take a block of columns into ``state``, in place.
 
@@ -298,18 +349,15 @@ def triplet_columns_(
         state: The state of the rows, which is overwritten.
         first_column: The column of the vocabulary at which the block begins.
         softcap: The softcap. 0 means none.
-        out: The tensor (N, C) for the terms: exp(y - rest_max) times the softcap's slope, and 0 at target and
-            runner-up. It may be the logits. It may have another dtype, and the logits may then be overwritten
-            too. Default: the terms are not stored.
+        store: If true, the terms overwrite the logits: exp(y - rest_max) times the softcap's slope, and 0 at
+            target and runner-up.
     """
-    for y, t, target, numbers, runner_up_id, *changes in _slices_of_rows(
-        logits, labels, logits if out is None else out, *state
-    ):
+    for y, t, numbers, runner_up_id, *changes in _slices_of_rows(logits, labels, *state):
         terms, *new = triplet_columns(y, first_column, t, numbers, runner_up_id, softcap)
         for old, value in zip([numbers, runner_up_id, *changes], new, strict=True):
             old.copy_(value)
-        if out is not None:
-            target.copy_(terms)
+        if store:
+            y.copy_(terms)
 
 
 def scale_rows_(logits: Tensor, factor: Tensor) -> None:
@@ -320,6 +368,105 @@ def scale_rows_(logits: Tensor, factor: Tensor) -> None:
         factor: The factors (...) of the rows, or one factor ().
     """
     logits.mul_(factor.unsqueeze(-1))
+
+
+# --- the backend: losses of triplets ---------------------------------------------------------------
+
+
+def _times(grad_triplet: Tensor, factor: Tensor | None) -> Tensor:
+    """Multiply the gradients (..., 3) of triplets by the factors (...) of their rows, or by one factor ()."""
+    return grad_triplet if factor is None else grad_triplet * factor.double().unsqueeze(-1)
+
+
+def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
+    """Compute 1 over the number of labels that count, or 1 if none does.
+
+    Args:
+        labels: The labels (...), int64.
+        ignore_index: The label of rows that do not count.
+
+    Returns:
+        A float64 tensor ().
+    """
+    return (labels != ignore_index).sum().clamp(min=1).double().reciprocal()
+
+
+def token_losses(
+    loss: TokenLoss,
+    triplet: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    reduction: Reduction,
+    dtype: torch.dtype,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the reduced loss of triplets, and its gradient in them.
+
+    Args:
+        loss: The name of the loss.
+        triplet: The triplets (..., 3), float64.
+        labels: The labels (...), int64.
+        ignore_index: The label of rows that do not count. They have the loss 0 and no gradient.
+        reduction: ``"mean"`` over the counted rows, ``"sum"`` or ``"none"``. The mean is 0 if no row counts.
+        dtype: The dtype of the loss, float32 or float64.
+        want_grad: If false, the second result is None.
+
+    Returns:
+        The loss (), or the losses (...) without a reduction. The gradients (..., 3), float64, are those of
+        the reduced loss, or those of each row's own loss without a reduction.
+    """
+    counted = labels != ignore_index
+    losses, grad = token_loss(loss, triplet)
+    losses, grad = losses.where(counted, 0.0), grad.where(counted[..., None], 0.0)
+    if reduction == "mean":
+        scale = mean_scale(labels, ignore_index)
+        losses, grad = losses.sum() * scale, grad * scale
+    elif reduction == "sum":
+        losses = losses.sum()
+    return losses.to(dtype), grad if want_grad else None
+
+
+def hidden_gradient(
+    grad_triplet: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    direction: Tensor,
+    *,
+    softcap: float,
+    logit_scale: float,
+) -> Tensor:
+    """Compute the gradient of the hidden states of a linear operator. It needs no logits.
+
+    Args:
+        grad_triplet: The gradient (N, 3) of the triplet, float64.
+        factor: The factors (N,) of the rows' ``grad_triplet``, or one factor (), of any floating dtype, or
+            None for 1.
+        weight: The output embedding W (V, D). Its last dimension is contiguous.
+        labels: The labels (N,), int64.
+        triplet: The triplet (N, 3), float64.
+        runner_up_id: The runner-up's index (N,), int64, or -1 for a row that does not count. Such a row gets
+            zeros.
+        direction: The product (N, D) of ``rest_probabilities_`` and W, in the dtype of ``weight``.
+        softcap: The softcap. 0 means none.
+        logit_scale: The factor of the logits, applied before the softcap.
+
+    Returns:
+        The gradient (N, D) in the dtype of ``weight``: g_t y'_t W[t] + g_r y'_r W[r] + g_rest logit_scale O,
+        with the slopes y' of the logits and the direction O. It is rounded once.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    grad = _times(grad_triplet, factor)
+    slope = logit_scale * (1 - (triplet[:, :2] / softcap) ** 2) if softcap else logit_scale
+    # A rest of -inf (V = 2, or all other words masked) has no gradient, for any loss.
+    rest = grad[:, 2:].where(triplet[:, 2:] != -torch.inf, 0.0) * logit_scale
+    grad = torch.cat([grad[:, :2] * slope, rest], 1).to(dtype)
+    total = direction * grad[:, 2:]
+    for column, index in enumerate((labels, runner_up_id)):
+        total.addcmul_(weight.index_select(0, index.clamp(0)).to(dtype), grad[:, column, None])
+    return total.where(runner_up_id[:, None] >= 0, 0.0).to(weight.dtype)
 
 
 # --- the backend: Fisher --------------------------------------------------------------------------

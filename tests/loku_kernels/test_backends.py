@@ -9,7 +9,7 @@ import torch
 from kernel_inputs import DTYPES, planted_logits
 
 from loku_kernels import backends, softmax_triplet
-from loku_kernels.backends import OPERATIONS, native, reference
+from loku_kernels.backends import OPERATIONS, cuda, native, reference
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +32,17 @@ def interface(function):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("name", ["native", "triton"])
+@pytest.mark.parametrize("name", ["native", "triton", "cuda", "Backend"])
 def test_one_interface(name, operation):
-    ours, expected = interface(getattr(backend(name), operation)), interface(getattr(reference, operation))
-    assert ours == expected and len(expected) >= 2
+    """Every function of a backend is that of ``reference``. The protocol names all of them."""
+    module = backends.Backend if name == "Backend" else backend(name)
+    whole_rows = {"inverted_hinge_", "rest_probabilities_"}
+    absent = {"triton": {"triplet_columns_"}, "cuda": set(OPERATIONS) - whole_rows}
+    if operation in absent.get(name, ()):
+        assert not hasattr(module, operation)
+        return
+    ours, expected = interface(getattr(module, operation)), interface(getattr(reference, operation))
+    assert ours[name == "Backend" :] == expected and len(expected) >= 2
 
 
 def test_an_interface_is_names_order_kinds_and_defaults():
@@ -128,21 +135,21 @@ def test_the_choice_on_cuda(monkeypatch):
     assert backends.choose("triplet_forward", tensor) is reference
     tensor.dtype = torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(native, "serves", lambda tensor: True)
+    monkeypatch.setattr(cuda, "serves", lambda tensor: True)
     table = {
-        ("triplet_forward", torch.bfloat16, 32000, (9, 0)): ("native", "made up"),
-        ("triplet_forward", torch.bfloat16, 128256, (9, 0)): ("triton", "made up"),
-        ("inverted_hinge_", torch.bfloat16, 32000, (8, 0)): ("native", "made up"),
+        ("inverted_hinge_", torch.bfloat16, 32000, (9, 0)): ("cuda", "made up"),
+        ("inverted_hinge_", torch.bfloat16, 128256, (9, 0)): ("triton", "made up"),
+        ("rest_probabilities_", torch.bfloat16, 32000, (8, 0)): ("cuda", "made up"),
     }
     monkeypatch.setattr(backends, "MEASURED_ON_CUDA", table)
-    assert backends.choose("triplet_forward", tensor) is native
-    with mock.patch.object(native, "serves", lambda tensor: False):  # a core without CUDA, an old driver
-        assert backends.choose("triplet_forward", tensor) is triton
-    assert backends.choose("inverted_hinge_", tensor) is triton
+    assert backends.choose("inverted_hinge_", tensor) is cuda
+    with mock.patch.object(cuda, "serves", lambda tensor: False):  # a core without CUDA, an old driver
+        assert backends.choose("inverted_hinge_", tensor) is triton
+    assert backends.choose("rest_probabilities_", tensor) is triton
     tensor.shape = (4, 128256)
-    assert backends.choose("triplet_forward", tensor) is triton
+    assert backends.choose("inverted_hinge_", tensor) is triton
     monkeypatch.setenv("LOKU_BACKEND", "reference")
-    assert backends.choose("triplet_forward", tensor) is reference
+    assert backends.choose("inverted_hinge_", tensor) is reference
     monkeypatch.setattr(backends, "_triton", lambda: None)
     monkeypatch.delenv("LOKU_BACKEND")
-    assert backends.choose("triplet_forward", tensor) is reference  # no triton: plain torch
+    assert backends.choose("inverted_hinge_", tensor) is reference  # no triton: plain torch

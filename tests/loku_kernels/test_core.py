@@ -15,36 +15,36 @@ core = pytest.importorskip("loku_kernels._core")
 
 LABELS = torch.tensor([1, 0, 2])
 ADDRESS = LABELS.data_ptr()
-ROWS = (0, 0, 0, 9, 0)  # none
+ROWS = (0, 0, 9, 0, 9, 0)  # none
 
 
 def test_arguments_that_fit():
-    assert core.first_bad_label(ADDRESS, 3, 3, -100) == -1
-    assert core.first_bad_label(ADDRESS, 3, 2, -100) == 2
-    assert core.first_bad_label(ADDRESS, 3, 2, 2) == -1
-    assert core.scale_rows_(ROWS, 0, 1) is None
+    assert core.number_counted(ADDRESS, 3, -100) == 3
+    assert core.number_counted(ADDRESS, 3, 2) == 2
+    assert core.number_counted(ADDRESS, 0, 0) == 0
+    assert core.scale_rows_(ROWS, 1.0, 0, 1) is None
     core.triplet_columns_(ROWS, 0, 0, 30, True, 0, 0, 0, 0, 0, 1)  # an int for a float
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("first_bad_label", (), "too few arguments"),
-        ("first_bad_label", (ADDRESS, 3, 3), "too few arguments"),
-        ("first_bad_label", (ADDRESS, 3, 3, -100, 1), "too many arguments"),
-        ("first_bad_label", (-1, 3, 3, -100), "out of range"),
-        ("first_bad_label", (2**64, 3, 3, -100), "out of range"),
-        ("first_bad_label", (ADDRESS, 2**63, 3, -100), "out of range"),
-        ("first_bad_label", (ADDRESS, -(2**63) - 1, 3, -100), "out of range"),
-        ("first_bad_label", (float(ADDRESS), 3, 3, -100), "int"),
-        ("first_bad_label", (ADDRESS, 3.0, 3, -100), "int"),
-        ("first_bad_label", (LABELS, 3, 3, -100), "int"),
-        ("scale_rows_", (None, 0, 1), "tuple"),
-        ("scale_rows_", (list(ROWS), 0, 1), "tuple"),
-        ("scale_rows_", (ROWS[:-1], 0, 1), "too few arguments"),
-        ("scale_rows_", ((*ROWS, 0), 0, 1), "too many arguments"),
-        ("scale_rows_", (ROWS, 0, 2**31), "out of range"),
-        ("scale_rows_", ((*ROWS[:-1], 2**31), 0, 1), "out of range"),
+        ("number_counted", (), "too few arguments"),
+        ("number_counted", (ADDRESS, 3), "too few arguments"),
+        ("number_counted", (ADDRESS, 3, -100, 1), "too many arguments"),
+        ("number_counted", (-1, 3, -100), "out of range"),
+        ("number_counted", (2**64, 3, -100), "out of range"),
+        ("number_counted", (ADDRESS, 2**63, -100), "out of range"),
+        ("number_counted", (ADDRESS, -(2**63) - 1, -100), "out of range"),
+        ("number_counted", (float(ADDRESS), 3, -100), "int"),
+        ("number_counted", (ADDRESS, 3.0, -100), "int"),
+        ("number_counted", (LABELS, 3, -100), "int"),
+        ("scale_rows_", (None, 1.0, 0, 1), "tuple"),
+        ("scale_rows_", (list(ROWS), 1.0, 0, 1), "tuple"),
+        ("scale_rows_", (ROWS[:-1], 1.0, 0, 1), "too few arguments"),
+        ("scale_rows_", ((*ROWS, 0), 1.0, 0, 1), "too many arguments"),
+        ("scale_rows_", (ROWS, 1.0, 0, 2**31), "out of range"),
+        ("scale_rows_", ((*ROWS[:-1], 2**31), 1.0, 0, 1), "out of range"),
         ("triplet_columns_", (ROWS, 0, 0, 30.0, 1, 0, 0, 0, 0, 0, 1), "bool"),
         ("triplet_columns_", (ROWS, 0, 0, "30", True, 0, 0, 0, 0, 0, 1), "real number"),
         ("triplet_columns_", (ROWS, 0, 0, 10**400, True, 0, 0, 0, 0, 0, 1), "out of range"),
@@ -57,7 +57,7 @@ def test_arguments_that_do_not_fit(name, arguments, message):
 
 def test_keywords_are_refused():
     with pytest.raises(TypeError, match="keyword"):
-        core.first_bad_label(ADDRESS, 3, 3, ignore_index=-100)
+        core.number_counted(ADDRESS, 3, ignore_index=-100)
 
 
 @pytest.mark.parametrize("tokens", [2**50, 2**57])  # too much for the system, and for a vector
@@ -74,12 +74,14 @@ def test_other_python_threads_run_meanwhile():
     logits, labels = torch.randn(vocab), torch.zeros(count, dtype=torch.int64)
     offsets = torch.zeros(count, dtype=torch.int64)  # the same row again and again
     triplet, runner_up_id = torch.empty(count, 3, dtype=torch.float64), torch.empty(count, dtype=torch.int64)
-    rows = (logits.data_ptr(), offsets.data_ptr(), count, vocab, 0)
+    rows = (logits.data_ptr(), offsets.data_ptr(), 0, count, vocab, 0)
     ends = []
 
     def work():
         ends.append(time.monotonic())
-        core.triplet_forward(rows, labels.data_ptr(), -100, triplet.data_ptr(), runner_up_id.data_ptr(), 1)
+        core.triplet_forward(
+            rows, labels.data_ptr(), -100, 0.0, triplet.data_ptr(), runner_up_id.data_ptr(), 1
+        )
         ends.append(time.monotonic())
 
     worker = threading.Thread(target=work)
@@ -107,9 +109,9 @@ def test_a_daemon_thread_may_outlive_the_interpreter():
         zeros, out = torch.zeros(count, dtype=torch.int64), torch.empty(count, 4, dtype=torch.float64)
         for tensor in (row, zeros, out):  # never freed
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
-        rows = (row.data_ptr(), zeros.data_ptr(), count, len(row), 0)
+        rows = (row.data_ptr(), zeros.data_ptr(), 0, count, len(row), 0)
         out_id = out.data_ptr() + count * 3 * 8
-        arguments = rows, zeros.data_ptr(), -100, out.data_ptr(), out_id, 1
+        arguments = rows, zeros.data_ptr(), -100, 0.0, out.data_ptr(), out_id, 1
         threading.Thread(target=_core.triplet_forward, args=arguments, daemon=True).start()
     """
     result = run_python(code)

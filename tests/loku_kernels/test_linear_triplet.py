@@ -6,19 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import check_linear, eager_logits, eager_triplet
-from kernel_inputs import DTYPES, IGNORE, planted_logits, planted_operands
+from kernel_checks import check_linear, eager_logits
+from kernel_inputs import DTYPES, IGNORE, planted_operands
 from peak_memory import PeakMemory, needs_proc
 
 from loku_kernels import (
     linear_cross_entropy_loss,
     linear_ihl_loss,
     linear_softmax_triplet,
+    linear_triplet,
     logits_blocks,
-    triplet,
 )
-from loku_kernels.backends import choose, reference
-from loku_kernels.backends.online_state import OnlineState
+from loku_kernels.backends import reference
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -122,7 +121,7 @@ def test_two_words_have_no_rest(masked):
 def test_a_frozen_weight_costs_no_product():
     hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float32)
     hidden.requires_grad_()
-    with mock.patch.object(triplet, "_linear_backward_weight", side_effect=AssertionError):
+    with mock.patch.object(linear_triplet, "_gradient_of_weight", side_effect=AssertionError):
         linear_ihl_loss(hidden, weight, labels, bias).backward()
     with torch.no_grad():
         *_, direction = torch.ops.loku_kernels.linear_softmax_triplet(
@@ -152,44 +151,6 @@ def test_autocast_is_that_of_linear(dtype):
     assert torch.equal(triplet, expected) and torch.equal(mixed, expected)
     triplet.sum().backward()
     assert hidden.grad.dtype == torch.float32 and hidden.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_terms_in_another_dtype(backend, softcap):
-    """The terms of float32 logits may be 16-bit, as on CUDA, where they multiply 16-bit operands."""
-    logits, labels = planted_logits(12, 700, torch.float32)
-    logits, labels = logits.tanh() if softcap else logits, labels.where(labels != IGNORE, 0)
-    for first, end in ((0, 300), (300, 700)):
-        block, inside, states = logits[:, first:end].contiguous(), [], []
-        for out in (block.clone(), torch.empty(block.shape, dtype=torch.bfloat16)):
-            states.append(OnlineState.start(labels))
-            source = out if out.dtype == block.dtype else block.clone()
-            choose("triplet_columns_", source).triplet_columns_(
-                source, labels, states[-1], first_column=first, softcap=softcap, out=out
-            )
-            inside.append(out)
-        assert torch.equal(inside[0].bfloat16(), inside[1]) and inside[1].count_nonzero() > 12
-        assert all(map(torch.equal, *states))
-    triplet, runner_up_id = reference.softmax_triplet(logits.double() * (softcap or 1.0), labels)
-    arguments = (torch.randn(12, 3).double(), logits, labels, IGNORE, triplet, runner_up_id)
-    triplet_backward = choose("triplet_backward", logits).triplet_backward
-    expected = triplet_backward(*arguments, softcap=softcap).bfloat16()
-    out = torch.empty(logits.shape, dtype=torch.bfloat16)
-    assert triplet_backward(*arguments, softcap=softcap, out=out) is out
-    assert torch.equal(out, expected) and out.count_nonzero() > 12
-
-
-@pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.5}])
-def test_logits_of_16_bit_operands_in_float32(backend, wide_products, options):
-    hidden, weight, bias, labels = planted_operands(24, 16, 1301, torch.bfloat16)
-    check_linear([hidden, weight, bias], labels, **options)
-    ours, ours_id = linear_softmax_triplet(hidden, weight, labels, bias, **options)
-    exact, exact_id = eager_triplet(hidden.double(), weight.double(), labels, bias.double(), **options)
-    assert torch.equal(ours_id, exact_id)
-    torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
-    total = torch.zeros(24, 1301)
-    logits_blocks.add_product(total, hidden, weight.t())  # the product is not rounded to bfloat16
-    assert torch.equal(total, hidden.float() @ weight.float().t())
 
 
 def test_gradcheck_and_opcheck():

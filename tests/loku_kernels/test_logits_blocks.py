@@ -24,10 +24,36 @@ def test_slices_cover_each_entry_once(count, vocab, itemsize):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_on_the_cpu_products_are_in_their_operands_dtype(dtype):
+@pytest.mark.parametrize(("softcap", "logit_scale"), [(0.0, 1.0), (0.0, 0.25), (5.0, 1.0), (5.0, 1.5)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_logits_are_in_the_dtype_of_their_operands(dtype, softcap, logit_scale, biased):
     hidden, weight, bias, _ = planted_operands(6, 4, 9, dtype)
-    assert logits_blocks.product_dtype(weight) == dtype
-    logits = logits_blocks.LogitsBlocks(hidden, weight, bias, 0.0, 1.0)
+    bias = bias if biased else None
+    logits = logits_blocks.LogitsBlocks(hidden, weight, bias, softcap, logit_scale)
+    logits.memory.fill_(torch.nan)  # the memory's old content does not matter
     block = logits.compute(slice(0, 6), slice(0, 9))
-    assert torch.equal(block, torch.nn.functional.linear(hidden, weight, bias))
-    assert logits.terms_of(block) is block
+    exact = logit_scale * torch.nn.functional.linear(
+        hidden.double(), weight.double(), bias.double() if biased else None
+    )
+    exact = (exact / softcap).tanh() if softcap else exact
+    assert block.dtype == dtype
+    torch.testing.assert_close(block.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+    assert torch.equal(logits.compute(slice(2, 4), slice(3, 7)), logits.compute(slice(2, 4), slice(3, 7)))
+
+
+def test_blocks_on_a_card_have_whole_rows():
+    """256 MiB hold 2048 rows of 32000 16-bit logits, and 1024 rows at V = 128256."""
+    for vocab, most in ((32000, 2048), (128256, 1024), (256000, 524), (2**20, 128)):
+        rows, columns = logits_blocks.whole_row_slices(8192, vocab, 2, "cuda")
+        assert columns == [slice(0, vocab)]
+        assert max(part.stop - part.start for part in rows) == most or len(rows) == -(-8192 // most)
+
+
+def test_the_limit_of_a_block_is_an_option(monkeypatch):
+    monkeypatch.setenv("LOKU_BLOCK_MIB", "1000")
+    rows, _ = logits_blocks.whole_row_slices(2048, 256000, 2, "cuda")
+    assert rows == [slice(0, 2048)]
+    for wrong in ("0", "-3", "1.5", "many"):
+        monkeypatch.setenv("LOKU_BLOCK_MIB", wrong)
+        with pytest.raises(ValueError, match="LOKU_BLOCK_MIB"):
+            logits_blocks.block_slices(9, 9, 2)

@@ -14,8 +14,8 @@ from kernel_checks import check_against_reference
 from kernel_inputs import DTYPES, IGNORE, planted_logits
 
 import loku_kernels
-from loku_kernels import softmax_triplet, triplet
-from loku_kernels.backends import native, reference
+from loku_kernels import softmax_triplet
+from loku_kernels.backends import choose, native, reference
 
 needs_core = pytest.mark.skipif(native._core is None, reason="no compiled core")
 
@@ -121,8 +121,11 @@ def test_a_wrong_gradient_fails():
     logits, labels = planted_logits(24, 500, torch.float32)
 
     def broken(change):
-        real = triplet._softmax_triplet_backward
-        return mock.patch.object(triplet, "_softmax_triplet_backward", lambda *args: change(real(*args)))
+        backend = choose("triplet_backward", logits)
+        real = backend.triplet_backward
+        return mock.patch.object(
+            backend, "triplet_backward", lambda *args, **options: change(real(*args, **options))
+        )
 
     check_against_reference(logits, labels)
     for change in (torch.zeros_like, torch.neg):

@@ -1,0 +1,43 @@
+// The losses of softmax triplets and the gradient of hidden states, on the CPU. The functions are described
+// in losses_cpu.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "triplet_cpu.h"
+
+namespace loku {
+
+// The tags of loku_kernels/backends/native.py.
+enum class Loss : int { kInvertedHinge = 0, kCrossEntropy = 1 };
+enum class Reduction : int { kMean = 0, kSum = 1, kNone = 2 };
+
+// A loss and its gradient in the triplet.
+struct LossAndGradient {
+  double loss;
+  double gradient[3];
+};
+
+// Row n starts `n * stride` elements after `data`.
+struct MatrixRows {
+  const void* data;
+  int64_t stride;
+};
+
+LossAndGradient loss_of(Loss loss, const double* triplet);
+
+void token_losses(Loss loss, const double* triplet, const int64_t* labels, int64_t count,
+                  int64_t ignore_index, Reduction reduction, bool wide, void* out, double* grad_triplet,
+                  int threads);
+
+int64_t number_counted(const int64_t* labels, int64_t count, int64_t ignore_index);
+
+// Returns the first counted row whose label or runner-up is not in [0, vocab), and then has written nothing.
+// It returns -1 if there is none.
+int64_t hidden_gradient(const double* grad_triplet, const Factors& factors, const MatrixRows& weight,
+                        int64_t vocab, const int64_t* labels, const Triplets& saved,
+                        const MatrixRows& direction, float softcap, double logit_scale, int64_t count,
+                        int64_t width, DType dtype, void* out, int threads);
+
+}  // namespace loku

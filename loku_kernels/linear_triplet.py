@@ -1,0 +1,507 @@
+"""The softmax triplet of hidden states and an output embedding, which never holds the logits (N, V) whole.
+
+The logits are y = softcap * tanh(logit_scale * (h W^T + b) / softcap). One block of rows exists at a time. On
+a CPU a block has some of the columns, so that it stays in the cache, and ``OnlineState`` carries the rows
+from block to block. On other devices a block has whole rows, and one pass computes their triplets.
+
+The public function checks its arguments. The operators behind it do not check again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from loku_kernels.backends import choose, reference
+from loku_kernels.backends.online_state import OnlineState
+from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_operands
+from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, weight_gradient
+from loku_kernels.tracing import traced
+from loku_kernels.triplet import fake_triplets
+
+Triplets = tuple[Tensor, Tensor, Tensor]  # triplet, runner_up_id, direction
+
+
+# --- forward --------------------------------------------------------------------------------------
+
+
+def linear_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    want_direction: bool,
+) -> Triplets:
+    """Compute the triplets of hidden states, and the direction O of their gradient.
+
+    O = sum over v not in {t, r} of exp(y_v - rest) s_v W[v], with the slope s_v = 1 - (y_v / softcap)^2, or 1
+    without a softcap. The gradient of ``hidden`` needs O and two rows of W, for any loss.
+
+    Args:
+        hidden: The hidden states (N, D).
+        weight: The output embedding W (V, D).
+        bias: The bias (V,), or None.
+        labels: The labels (N,), int64.
+        ignore_index: The label of rows that do not count.
+        softcap: The softcap. 0 means none.
+        logit_scale: The factor of the logits, applied before the softcap.
+        want_direction: If false, O has no rows.
+
+    Returns:
+        The triplet (N, 3), float64, the runner-up's index (N,), int64, and O (N, D) in the dtype of
+        ``hidden``.
+
+    Raises:
+        IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
+    """
+    # The host knows on a CPU alone which rows count. A question to another device would wait for it.
+    index = None
+    if hidden.device.type == "cpu" and (counted := labels != ignore_index).all().item() is False:
+        check_label_values(labels, len(weight), ignore_index)  # the error names a position in all labels
+        index = counted.nonzero()[:, 0]
+        hidden, labels = hidden[index], labels[index]
+    logits = LogitsBlocks(hidden, weight, bias, softcap, logit_scale)
+    by_block = _whole_rows if len(logits.columns) == 1 else _blocks_of_columns
+    result = by_block(logits, labels, ignore_index, want_direction)
+    return result if index is None else _spread(result, index, len(counted), want_direction)
+
+
+def _spread(result: Triplets, index: Tensor, count: int, want_direction: bool) -> Triplets:
+    """Put the results of the rows that count into their places among all ``count`` rows."""
+    triplet, runner_up_id, direction = result
+    return (
+        triplet.new_zeros(count, 3).index_copy_(0, index, triplet),
+        runner_up_id.new_full((count,), -1).index_copy_(0, index, runner_up_id),
+        direction.new_zeros(count, direction.shape[1]).index_copy_(0, index, direction)
+        if want_direction
+        else direction,
+    )
+
+
+def _whole_rows(logits: LogitsBlocks, labels: Tensor, ignore_index: int, want_direction: bool) -> Triplets:
+    """Compute the result of ``linear_forward`` from blocks of whole rows."""
+    hidden, weight, softcap = logits.hidden, logits.weight, logits.softcap
+    direction = torch.empty_like(hidden) if want_direction else hidden.new_empty(0, hidden.shape[1])
+    results = []
+    for rows in logits.rows:
+        block = logits.compute(rows, logits.columns[0])
+        if want_direction:
+            backend = choose("rest_probabilities_", block)
+            results.append(backend.rest_probabilities_(block, labels[rows], ignore_index, softcap=softcap))
+            torch.mm(block, weight, out=direction[rows])
+        else:
+            backend = choose("triplet_forward", block)
+            results.append(backend.triplet_forward(block, labels[rows], ignore_index, softcap=softcap))
+    if len(results) == 1:
+        return *results[0], direction
+    if not results:
+        return torch.zeros(0, 3, dtype=torch.float64, device=hidden.device), labels.clone(), direction
+    return *map(torch.cat, zip(*results, strict=True)), direction
+
+
+def _blocks_of_columns(
+    logits: LogitsBlocks, labels: Tensor, ignore_index: int, want_direction: bool
+) -> Triplets:
+    """Compute the result of ``linear_forward`` from blocks of columns. Every label counts."""
+    hidden, weight = logits.hidden, logits.weight
+    check_label_values(labels, len(weight), ignore_index)
+    direction = torch.empty_like(hidden) if want_direction else hidden.new_empty(0, hidden.shape[1])
+    triplet = torch.empty(len(labels), 3, dtype=torch.float64, device=hidden.device)
+    runner_up_id = torch.empty_like(labels)
+    for rows in logits.rows:
+        targets = labels[rows]
+        state = OnlineState.start(targets)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros(len(targets), hidden.shape[1] if want_direction else 0, dtype=dtype)
+        for columns in logits.columns:
+            block = logits.compute(rows, columns)
+            choose("triplet_columns_", block).triplet_columns_(
+                block,
+                targets,
+                state,
+                first_column=columns.start,
+                softcap=logits.softcap,
+                store=want_direction,
+            )
+            if want_direction:
+                if columns.start:
+                    total *= state.rescale[:, None]
+                    _add_demoted(total, weight, state)
+                add_product(total, block, weight[columns])
+        triplet[rows], runner_up_id[rows] = state.triplet(), state.runner_up_id
+        if want_direction:
+            rest_sum = state.numbers[:, 3:]
+            direction[rows] = total.mul_(torch.where(rest_sum == 0, 0.0, 1 / rest_sum))
+    return triplet, runner_up_id, direction
+
+
+def _add_demoted(total: Tensor, weight: Tensor, state: OnlineState) -> None:
+    """Add the terms of earlier runner-ups that the last block moved into the rest to ``total`` (N, D)."""
+    rows = weight.index_select(0, state.demoted_id.clamp(0)).to(total.dtype)
+    total.addcmul_(rows, state.demoted_share[:, None].to(total.dtype))  # the share is 0 without one
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+def linear_backward(
+    needs: tuple[bool, bool, bool],
+    grad_triplet: Tensor,
+    factor: Tensor | None,
+    saved: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor],
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of hidden states, weight and bias from that of the triplets.
+
+    Args:
+        needs: Three flags. Each says whether the gradient of hidden states, weight or bias is wanted.
+        grad_triplet: The gradient (N, 3) of the triplets, float64.
+        factor: The factors (N,) of the rows' ``grad_triplet``, or one factor (), or None for 1.
+        saved: hidden (N, D), weight (V, D), bias (V,) or None and labels (N,), and the three results of
+            ``linear_forward``.
+        ignore_index: The label of rows that do not count.
+        softcap: The softcap. 0 means none.
+        logit_scale: The factor of the logits, applied before the softcap.
+
+    Returns:
+        The three gradients, in the dtype of the operands. One that is not wanted is None.
+    """
+    hidden, weight, bias, labels, triplet, runner_up_id, direction = saved
+    grad_hidden = grad_weight = grad_bias = None
+    if needs[0]:
+        grad_hidden = _gradient_of_hidden(
+            grad_triplet, factor, weight, labels, triplet, runner_up_id, direction, softcap, logit_scale
+        )
+    if needs[1] or needs[2]:
+        grad_weight, grad_bias = _gradient_of_weight(
+            grad_triplet, factor, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap,
+            logit_scale,
+        )  # fmt: skip
+    return grad_hidden, grad_weight if needs[1] else None, grad_bias if needs[2] else None
+
+
+def _gradient_of_hidden(
+    grad_triplet: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    direction: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> Tensor:
+    """Compute d hidden (N, D) from two rows of the weight and the direction. It needs no logits."""
+    kernels_serve = weight.stride(1) == 1  # they read a row of the weight as it lies
+    backend = choose("hidden_gradient", direction, weight) if kernels_serve else reference
+    return backend.hidden_gradient(
+        grad_triplet,
+        factor,
+        weight,
+        labels,
+        triplet,
+        runner_up_id,
+        direction,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+
+
+def _gradient_of_weight(
+    grad_triplet: Tensor,
+    factor: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute d weight (V, D) and d bias (V,). Each block of logits is computed again."""
+    counted = labels != ignore_index
+    grad = grad_triplet * logit_scale if factor is None else grad_triplet * (factor * logit_scale)[..., None]
+    if hidden.device.type == "cpu":
+        index = counted.nonzero()[:, 0]
+        hidden, labels, grad = hidden[index], labels[index], grad[index]
+        triplet, runner_up_id = triplet[index], runner_up_id[index]
+    else:  # a NaN in a row that does not count must not meet the zeros of its gradient
+        hidden = hidden.where(counted[:, None], 0.0)
+    # Blocks of columns on every device: the wide sums of several blocks of rows are as large as a slice of W.
+    slices = block_slices(len(hidden), len(weight), hidden.dtype.itemsize, hidden.device.type)
+    logits = LogitsBlocks(hidden, weight, bias, softcap, logit_scale, slices)
+
+    def gradient(rows: slice, columns: slice) -> Tensor:
+        block = logits.compute(rows, columns)
+        return choose("triplet_backward", block).triplet_backward(
+            grad[rows],
+            block,
+            labels[rows],
+            ignore_index,
+            triplet[rows],
+            runner_up_id[rows],
+            first_column=columns.start,
+            softcap=softcap,
+            out=block,
+        )
+
+    return weight_gradient(logits, gradient)
+
+
+class _LinearSoftmaxTriplet(torch.autograd.Function):
+    """The triplet of hidden states that nothing traces."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        softcap: float,
+        logit_scale: float,
+        want_direction: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.settings = (ignore_index, softcap, logit_scale)
+        result = linear_forward(hidden, weight, bias, labels, *ctx.settings, want_direction)
+        ctx.save_for_backward(hidden, weight, bias, labels, *result)
+        ctx.mark_non_differentiable(result[1])
+        ctx.set_materialize_grads(False)
+        return result[0], result[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_triplet is None:
+            return (None,) * 8
+        needs = ctx.needs_input_grad[:3]
+        return *linear_backward(needs, grad_triplet, None, ctx.saved_tensors, *ctx.settings), *[None] * 5
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+@custom_op("loku_kernels::linear_softmax_triplet", mutates_args=())
+def _linear_softmax_triplet(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    want_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return linear_forward(hidden, weight, bias, labels, ignore_index, softcap, logit_scale, want_direction)
+
+
+@_linear_softmax_triplet.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    want_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    direction = hidden.new_empty((labels.shape[0] if want_direction else 0, hidden.shape[1]))
+    return *fake_triplets(labels), direction
+
+
+@custom_op("loku_kernels::linear_softmax_triplet_backward", mutates_args=())
+def _linear_backward_hidden(
+    grad_triplet: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    direction: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> Tensor:
+    return _gradient_of_hidden(
+        grad_triplet, None, weight, labels, triplet, runner_up_id, direction, softcap, logit_scale
+    )
+
+
+@_linear_backward_hidden.register_fake
+def _(
+    grad_triplet: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    direction: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> Tensor:
+    return torch.empty_like(direction)
+
+
+@custom_op("loku_kernels::linear_softmax_triplet_backward_weight", mutates_args=())
+def _linear_backward_weight(
+    grad_triplet: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    triplet: Tensor,
+    runner_up_id: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _gradient_of_weight(
+        grad_triplet, None, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap,
+        logit_scale,
+    )  # fmt: skip
+
+
+@_linear_backward_weight.register_fake
+def _(grad_triplet: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(weight.shape[0])
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, ctx.ignore_index, ctx.softcap, ctx.logit_scale, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels, *output)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _linear_backward(ctx: Any, grad_triplet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, labels, triplet, runner_up_id, direction = ctx.saved_tensors
+    grad_hidden = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_hidden = _linear_backward_hidden(
+            grad_triplet, weight, labels, triplet, runner_up_id, direction, ctx.softcap, ctx.logit_scale
+        )
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        grad_weight, grad_bias = _linear_backward_weight(
+            grad_triplet,
+            hidden,
+            weight,
+            bias,
+            labels,
+            ctx.ignore_index,
+            triplet,
+            runner_up_id,
+            ctx.softcap,
+            ctx.logit_scale,
+        )
+        grad_weight = grad_weight if ctx.needs_input_grad[1] else None
+        grad_bias = grad_bias if ctx.needs_input_grad[2] else None
+    return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+_linear_softmax_triplet.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
+def apply_without_autocast(
+    function: Callable[..., Any], operands: tuple[Tensor | None, ...], *settings: Any
+) -> Any:
+    """Call a function, with its operands cast under autocast as ``torch.nn.functional.linear`` casts them.
+
+    Args:
+        function: The function. It runs without autocast.
+        operands: Its first arguments. Each is a tensor or None.
+        settings: Its other arguments.
+
+    Returns:
+        The function's result.
+    """
+    device_type = next(x.device.type for x in operands if x is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return function(*operands, *settings)
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        return function(*(None if x is None else x.to(dtype) for x in operands), *settings)
+
+
+# torch does not annotate the library.
+_library = torch.library.Library("loku_kernels", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def register_autocast(name: str, operator: Callable[..., Any], operands: int) -> None:
+    """Make an operator cast its first arguments under autocast, as ``torch.nn.functional.linear`` does.
+
+    Args:
+        name: The operator's name in the library ``loku_kernels``.
+        operator: The operator.
+        operands: The number of leading arguments to cast. Each is a tensor or None.
+    """
+
+    def cast(*args: Any) -> Any:
+        return apply_without_autocast(operator, args[:operands], *args[operands:])
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(name, cast, key)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+register_autocast("linear_softmax_triplet", _linear_softmax_triplet, operands=3)
+
+
+def linear_softmax_triplet(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``softmax_triplet`` of the logits of an output embedding, block by block.
+
+    The result equals, in plain torch::
+
+        logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        triplet, runner_up_id = softmax_triplet(logits, labels)
+
+    One block of rows and columns of the logits exists at a time: at most 16 MiB on the CPU and 256 MiB on
+    CUDA. On CUDA the logits are float32 if the operands have 16 bits. Their terms, the operand of the second
+    product, then take half as much memory again. Forward and backward together cost two matrix products if
+    ``weight`` is frozen. The backward computes each block again if ``weight`` or ``bias`` trains. Under
+    autocast the operands are cast as ``linear`` casts them.
+
+    Args:
+        hidden: The hidden states (..., D), float32, bfloat16, float16 or float64.
+        weight: The output embedding (V, D), in the dtype of ``hidden``.
+        labels: The labels (...), int64, aligned with ``hidden``.
+        bias: The bias (V,) of the output embedding, in the dtype of ``hidden``, or None (default).
+        ignore_index: The label of rows that are dropped before any product. Such a row gets zeros, -1 and no
+            gradient. Default -100.
+        softcap: The softcap of the logits (as in Gemma), or None (default).
+        logit_scale: The factor of the logits (as in Cohere's models), applied before the softcap. Default
+            1.0.
+
+    Returns:
+        The triplet (..., 3) and the runner-up's index (...), as ``softmax_triplet`` returns them.
+
+    Raises:
+        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive.
+        IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
+    """
+    check_linear_operands(hidden, weight, labels, bias, softcap)
+    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
+    want_direction = torch.is_grad_enabled() and hidden.requires_grad
+    settings = (labels.reshape(-1), ignore_index, float(softcap or 0.0), float(logit_scale), want_direction)
+    if traced(hidden, weight, bias, labels):
+        triplet, runner_up_id, _ = _linear_softmax_triplet(rows, weight, bias, *settings)
+    else:
+        apply = _LinearSoftmaxTriplet.apply
+        triplet, runner_up_id = apply_without_autocast(apply, (rows, weight, bias), *settings)
+    return triplet.view(*labels.shape, 3), runner_up_id.view(labels.shape)
