@@ -39,6 +39,8 @@ __all__ = [
 # tensors.
 INTERPRETED = triton.knobs.runtime.interpret
 
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int64))
+
 
 def serves(tensor: Tensor) -> bool:
     """Say whether the kernels compute on tensors of a device and dtype.
@@ -47,7 +49,7 @@ def serves(tensor: Tensor) -> bool:
         tensor: A tensor of that device and dtype.
 
     Returns:
-        True for float32, bfloat16 and float16 on CUDA and, in the interpreter, on the CPU.
+        True for float32, bfloat16 and float16 on CUDA and, in the interpreter, on the CPU. True for int64
+        there too, because labels stand for the operations on float64 triplets.
     """
-    known = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and tensor.device.type in ("cuda", "cpu")
+    return tensor.dtype in _DTYPES and tensor.device.type in ("cuda", "cpu")

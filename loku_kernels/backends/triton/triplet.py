@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from loku_kernels.backends.triton.triplet_kernels import (
@@ -22,7 +21,7 @@ from loku_kernels.backends.triton.triplet_kernels import (
     triplet_kernel,
     triplet_parts_kernel,
 )
-from loku_kernels.checks import check_label_values
+from loku_kernels.checks import Reduction, TokenLoss, check_label_values
 
 VECTORS = 2  # vectors of 16 bytes that a thread holds of a row at a time
 WARPS = 4  # warps of a program
@@ -65,11 +64,9 @@ def _parts(rows: int, logits: Tensor) -> int:
 
     It is enough to keep the device busy, but each part has at least one block.
     """
-    wanted = -(-PROGRAMS_PER_SM * _multiprocessors(logits.device) // rows)
-    if wanted == 1:
-        return 1
     most = min(-(-logits.shape[-1] // _block(logits, WARPS)), MAX_PARTS)
-    return min(int(triton.next_power_of_2(wanted)), 1 << most.bit_length() - 1)
+    wanted = -(-PROGRAMS_PER_SM * _multiprocessors(logits.device) // rows) if most > 1 else 1
+    return 1 << min((wanted - 1).bit_length(), most.bit_length() - 1)
 
 
 def _row_strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -298,11 +295,11 @@ def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def token_losses(
-    loss: str,
+    loss: TokenLoss,
     triplet: Tensor,
     labels: Tensor,
     ignore_index: int,
-    reduction: str,
+    reduction: Reduction,
     dtype: torch.dtype,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
