@@ -89,7 +89,7 @@ def launches_of_fisher(dtype: torch.dtype) -> None:
     fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
 
 
-def record(launcher: Callable[..., None], *args: Any, **options: Any) -> list[Launch]:
+def record(launcher: Callable[..., Any], *args: Any, **options: Any) -> list[Launch]:
     """Return the launches of a launcher, which is called with the other arguments."""
     launches: list[Launch] = []
 
