@@ -1,9 +1,10 @@
 """The backends, and the one decision which of them computes an operation on a tensor.
 
 A backend is a module with functions of the protocol ``Backend``. ``reference`` has all of them with their
-full docstrings, because it serves every device and dtype. ``native`` is the compiled core on the CPU, with
-all of them too. ``triton`` serves CUDA and lacks ``triplet_columns_``, because only the CPU cuts rows into
-blocks of columns. ``cuda`` is the compiled row kernel and has the two operations that overwrite whole rows.
+full docstrings, because it serves every device and dtype. ``native`` is the compiled core on the CPU. It
+lacks ``divergence_``, whose time there is that of the products. ``triton`` serves CUDA and lacks
+``triplet_columns_``, because only the CPU cuts rows into blocks of columns. ``cuda`` is the compiled row
+kernel and has the two operations that overwrite whole rows.
 
 Logits (..., V) have a contiguous last dimension. A block of logits (..., C) holds the columns
 [first_column, first_column + C). With a softcap, an entry is u = tanh(z / softcap) and stands for the logit
@@ -106,6 +107,11 @@ class Backend(Protocol):
     ) -> Tensor:
         """Compute the gradient of the hidden states of a linear operator."""
 
+    def divergence_(
+        self, logits: Tensor, reference_logits: Tensor, *, softcap: float, store: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the KL divergence of each row, and overwrite the logits with its gradient."""
+
     def accumulate_squared_grad_(
         self, fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None
     ) -> None:
@@ -122,6 +128,7 @@ OPERATIONS = (
     "mean_scale",
     "token_losses",
     "hidden_gradient",
+    "divergence_",
     "accumulate_squared_grad_",
 )
 
@@ -152,8 +159,9 @@ def choose(operation: str, *tensors: Tensor) -> Backend:
         RuntimeError: ``LOKU_BACKEND`` names a backend that is not installed.
     """
     forced = os.environ.get("LOKU_BACKEND", "")
-    if not forced and tensors[0].device.type == "cpu":  # the shortest way, for the small calls of a CPU
-        return native if all(map(native.serves, tensors)) else reference
+    if not forced and tensors[0].is_cpu:  # the shortest way, for the small calls of a CPU
+        served = hasattr(native, operation) and all(map(native.serves, tensors))
+        return native if served else reference
     if forced not in ("", "reference", "native", "triton"):
         raise ValueError(f"LOKU_BACKEND must be reference, native or triton, not {forced!r}")
     if forced == "triton":
