@@ -22,6 +22,7 @@ from resource_table import Facts, Table, argument_parser, differences, report
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.backends.triton import fisher, triplet
@@ -77,12 +78,13 @@ def launches_of_trained_head(dtype: torch.dtype, out_dtype: torch.dtype) -> None
     triplet.triplet_backward(found, logits, labels, -100, found, labels, first_column=8192, out=out)
 
 
-def launches_of_fisher(dtype: torch.dtype) -> None:
-    """Launch the Fisher kernels, with a divisor and without."""
-    inputs, grad_outputs = meta(16, 128, 4096, dtype=dtype), meta(16, 128, 4096, dtype=dtype)
+def launches_of_fisher(dtype: torch.dtype, tokens: int = 512, whole: int = 0) -> None:
+    """Launch the Fisher's kernel, with a divisor and without, by tensor descriptors if ``whole`` is not 0."""
+    inputs, grad_outputs = meta(16, tokens, 4096, dtype=dtype), meta(16, tokens, 4096, dtype=dtype)
     weight = meta(4096, 4096, dtype=torch.float32)
-    fisher.accumulate_squared_grad_(weight, inputs, grad_outputs, None)
-    fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
+    with mock.patch.object(fisher, "_longest_whole_sample", lambda device: whole):
+        fisher.accumulate_squared_grad_(weight, inputs, grad_outputs, None)
+        fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
 
 
 def record(launcher: Callable[..., None], *args: Any, **options: Any) -> list[Launch]:
@@ -127,7 +129,7 @@ def all_launches() -> dict[str, Launch]:
         for kernel, arguments, options in launches:
             detail = [
                 f"{key}={arguments[key]}"
-                for key in ("PARTS", "GRADIENT", "STORE", "DIVIDE")
+                for key in ("PARTS", "GRADIENT", "STORE", "DESCRIBED", "DIVIDE")
                 if key in arguments
             ]
             full = " ".join([kernel.__name__.removesuffix("_kernel"), name, *detail])
@@ -150,7 +152,20 @@ def all_launches() -> dict[str, Launch]:
     add("fp32 to bf16 softcap", record(launches_of_columns, torch.float32, torch.bfloat16, softcap=30.0))
     with mock.patch.object(fisher, "_precision", lambda dtype: "tf32"):
         add("tf32", record(launches_of_fisher, torch.float32))
+    add("bf16 short", record(launches_of_fisher, torch.bfloat16, 200))
+    for tokens in (128, 200, 512):
+        add(f"bf16 T={tokens}", record(launches_of_fisher, torch.bfloat16, tokens, whole=208))
+    add("fp16", record(launches_of_fisher, torch.float16, whole=208))
     return named
+
+
+def serves(launch: Launch, target: GPUTarget) -> bool:
+    """Say whether a target can have a launch. Tensor descriptors need an NVIDIA GPU of capability 9 or 10."""
+    arguments = launch[1]
+    if not arguments.get("DESCRIBED"):
+        return True
+    whole = {90: 208, 100: 128}.get(target.arch, -1)
+    return bool(arguments["STEPS"] * arguments["BLOCK_T"] + arguments["TAIL"] <= whole)
 
 
 # --- compilation ----------------------------------------------------------------------------------
@@ -177,7 +192,10 @@ def source(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
         if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            block = POINTERS[value.base.dtype].removeprefix("*") + str(value.block_shape)
+            signature[parameter.name], aligned = f"tensordesc<{block}>", False
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, int):
@@ -212,12 +230,14 @@ def compile_nvidia(
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     ptx = compiled.asm["ptx"]
     copies = [int(size) for size in re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (?:0x)?(\w+)", ptx)]
+    copies += [16] * ptx.count("cp.async.bulk.tensor")  # at least
+    additions = widest(ptx, r"red\.global\S*?\.add(?:\.v(\d))?\.f(\d+)")
     return {
         "registers": found(r"Used (\d+) registers", log.getvalue()),
         "spilled_bytes": sum(map(int, spills)),
         "shared_bytes": compiled.metadata.shared,
         "widest_load": max(copies + [widest(ptx, r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)")]),
-        "widest_store": widest(ptx, r"st\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)"),
+        "widest_store": max(additions, widest(ptx, r"st\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)")),
     }
 
 
@@ -254,6 +274,8 @@ def table(targets: Iterable[str]) -> Table:
             rows[name] = {}
             for architecture in targets:
                 target = TARGETS[architecture]
+                if not serves(launch, target):
+                    continue
                 compile_one = compile_amd if target.backend == "hip" else compile_nvidia
                 rows[name][architecture] = compile_one(*launch, target)
     return {"triton": triton.__version__, "kernels": rows}
