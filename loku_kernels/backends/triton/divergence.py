@@ -1,7 +1,7 @@
 """KL divergence of rows of logits: the Triton kernel and its launch.
 
-Floors: two reads of both models' logits, of which the L2 cache serves the second if it still has the rows, and
-one write of the model's logits.
+Floors: two reads of both models' logits, and one write of the model's. The L2 cache serves the second read if
+it still has the rows.
 """
 
 import torch
@@ -37,7 +37,7 @@ def _join(largest, terms, edge, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _divergence_of_entries(x, z, top_p, log_p, top_q, log_q, softcap, SOFTCAP: tl.constexpr):
-    """Return q (log q - log p) and the gradient (p - q) times the slope, of entries x and z of both models."""
+    """Return q (log q - log p), and (p - q) times the slope, of entries x and z of both models."""
     # The largest entry is subtracted first. So a word that is nearly sure keeps its digits.
     difference_p, difference_q = x - top_p, z - top_q
     if SOFTCAP:
@@ -64,9 +64,9 @@ def divergence_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute divergences (N,) and normalizers (N, 2) of rows of logits (N, V), which lie alike in both tensors.
+    """Compute divergences (N,) and normalizers (N, 2) of rows of logits (N, V).
 
-    With STORE the gradient of the divergence overwrites ``logits``.
+    The rows lie alike in both tensors. With STORE the gradient of the divergence overwrites ``logits``.
     """
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // VECTOR
@@ -98,14 +98,10 @@ def divergence_kernel(
         inside = entry < body - position
         x = tl.load(logits + aligned + position + entry, mask=inside, other=MINUS_INFINITY).to(tl.float32)
         z = tl.load(reference_logits + aligned + position + entry, mask=inside, other=MINUS_INFINITY)
-        term, grad = _divergence_of_entries(
-            x, z.to(tl.float32), top_p, log_p, top_q, log_q, softcap, SOFTCAP
-        )
+        term, grad = _divergence_of_entries(x, z.to(tl.float32), top_p, log_p, top_q, log_q, softcap, SOFTCAP)
         sums += tl.sum(term, 1)
         if STORE:
-            tl.store(
-                logits + aligned + position + entry, grad.to(logits.dtype.element_ty), mask=inside
-            )
+            tl.store(logits + aligned + position + entry, grad.to(logits.dtype.element_ty), mask=inside)
     term, grad = _divergence_of_entries(edge_p, edge_q, top_p, log_p, top_q, log_q, softcap, SOFTCAP)
     if STORE:
         # The edges are so short that several threads hold each entry. All have loaded it before one stores.

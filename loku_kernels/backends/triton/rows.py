@@ -208,7 +208,12 @@ def combine_parts(partial, partial_ids, n, softcap, PARTS: tl.constexpr, SOFTCAP
     largest = tl.maximum(tl.max(demoted), tl.max(largests))
     reference = finite(largest)
     totals *= exp_of_difference(largests - reference, softcap, SOFTCAP)
-    return runner_up, runner_up_id, largest, tl.sum(totals + exp_of_difference(demoted - reference, softcap, SOFTCAP))
+    return (
+        runner_up,
+        runner_up_id,
+        largest,
+        tl.sum(totals + exp_of_difference(demoted - reference, softcap, SOFTCAP)),
+    )
 
 
 # --- a row's numbers ------------------------------------------------------------------------------
