@@ -211,12 +211,18 @@ def _by_preference(operation: str, tensor: Tensor, forced: str) -> list[str]:
         return ["native"]
     if forced == "native":
         return ["cuda", "triton"]
-    if MEASURED_ON_CUDA:
-        capability, vocab = torch.cuda.get_device_capability(tensor.device), tensor.shape[-1]
-        wanted = (operation, tensor.dtype, capability)
-        measured = [key for key in MEASURED_ON_CUDA if (*key[:2], key[3]) == wanted]
-        if measured:
-            nearest = min(measured, key=lambda key: max(key[2], vocab) / min(key[2], vocab))
-            if MEASURED_ON_CUDA[nearest][0] == "cuda":
-                return ["cuda", "triton"]  # the row kernel may not be built, or a row may be too long for it
+    if hasattr(cuda, operation):
+        if _row_kernel_is_faster(operation, tensor.dtype, tensor.shape[-1], tensor.device):
+            return ["cuda", "triton"]  # the row kernel may not be built, or a row may be too long for it
     return ["triton"]
+
+
+@functools.cache
+def _row_kernel_is_faster(operation: str, dtype: torch.dtype, vocab: int, device: torch.device) -> bool:
+    """Say whether the nearest entry of ``MEASURED_ON_CUDA`` names the compiled row kernel."""
+    wanted = (operation, dtype, torch.cuda.get_device_capability(device))
+    measured = [key for key in MEASURED_ON_CUDA if (*key[:2], key[3]) == wanted]
+    if not measured:
+        return False
+    nearest = min(measured, key=lambda key: max(key[2], vocab) / min(key[2], vocab))
+    return MEASURED_ON_CUDA[nearest][0] == "cuda"

@@ -128,7 +128,7 @@ def test_a_missing_triton_is_refused(monkeypatch):
         backends.choose("triplet_forward", torch.zeros(2, 3))
 
 
-def test_the_choice_on_cuda(monkeypatch):
+def test_the_choice_on_cuda(monkeypatch, request):
     """Triton serves a pretended CUDA tensor, unless a measurement near its V prefers the core."""
     pytest.importorskip("triton")
     from loku_kernels.backends import triton
@@ -146,6 +146,8 @@ def test_the_choice_on_cuda(monkeypatch):
         ("rest_probabilities_", torch.bfloat16, 32000, (8, 0)): ("cuda", "made up"),
     }
     monkeypatch.setattr(backends, "MEASURED_ON_CUDA", table)
+    request.addfinalizer(backends._row_kernel_is_faster.cache_clear)
+    backends._row_kernel_is_faster.cache_clear()
     assert backends.choose("inverted_hinge_", tensor) is cuda
     with mock.patch.object(cuda, "serves", lambda tensor: False):  # a core without CUDA, an old driver
         assert backends.choose("inverted_hinge_", tensor) is triton
