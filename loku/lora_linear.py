@@ -33,9 +33,8 @@ from torch.nn.modules import module as nn_module
 from loku_kernels.logits_blocks import product_dtype
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-_WIDE_DTYPES = (torch.float32, torch.float64)
+_OWN_DTYPES = (torch.bfloat16, torch.float32, torch.float64)  # in which a product needs no autocast
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Operands(NamedTuple):
@@ -132,16 +131,22 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     if type(module) is not kind:
         return False
     state = module.__dict__
-    return "forward" not in state and not any(state[hooks] for hooks in _HOOKS)
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
 
 
 def _is_identity(dropout: nn.Module) -> bool:
-    if _is_plain(dropout, nn.Identity):
-        return True
-    return isinstance(dropout, nn.Dropout) and not dropout.training and _is_plain(dropout, nn.Dropout)
+    if type(dropout) is nn.Dropout:
+        return not dropout.training and _is_plain(dropout, nn.Dropout)
+    return _is_plain(dropout, nn.Identity)
 
 
-def _operands_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+def _products_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The dtype of the base model's own product, or None if the adapter's needs another.
 
     float16 has a dtype of its own only under autocast, where gradients are scaled. Elsewhere the products of
@@ -150,41 +155,53 @@ def _operands_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(x.device.type):
         castable = x.dtype in _AUTOCAST_DTYPES and weight.dtype in _AUTOCAST_DTYPES
         return torch.get_autocast_dtype(x.device.type) if castable else None
-    fusible = x.dtype in _WIDE_DTYPES or x.dtype == torch.bfloat16
-    return x.dtype if fusible and x.dtype == weight.dtype else None
+    return x.dtype if x.dtype in _OWN_DTYPES and x.dtype == weight.dtype else None
 
 
 def _operands(layer: LoraLinear, x: Tensor) -> _Operands | None:
-    """The operands of a layer's fused products, or None if its forward is another than these products."""
+    """The operands of a layer's fused products, or None if its forward is another than these products.
+
+    Each call asks. So modules and parameters are read from their dicts, not by ``nn.Module.__getattr__``,
+    which takes several times longer.
+    """
     if layer._disable_adapters or layer.merged_adapters or nn_module._has_any_global_hook():
         return None
-    base, factors_A, factors_B = layer.base_layer, layer.lora_A, layer.lora_B
-    names = [name for name in layer.active_adapters if name in factors_A]
+    modules = layer._modules
+    base, factors_A, factors_B = modules["base_layer"], modules["lora_A"], modules["lora_B"]
+    assert factors_A is not None and factors_B is not None  # peft's own
+    names = [name for name in layer.active_adapters if name in factors_A._modules]
     if len(names) != 1 or names[0] in layer.lora_variant or not _is_plain(base, nn.Linear):
         return None
     name = names[0]
-    linear_A, linear_B = factors_A[name], factors_B[name]
+    linear_A, linear_B = factors_A._modules[name], factors_B._modules[name]
     if not (_is_plain(linear_A, nn.Linear) and _is_plain(linear_B, nn.Linear)):
         return None
-    if linear_A.bias is not None or linear_B.bias is not None or not _is_identity(layer.lora_dropout[name]):
+    assert base is not None and linear_A is not None and linear_B is not None  # as they are plain
+    if not _is_identity(layer.lora_dropout[name]):
         return None
-    if not getattr(layer, "cast_input_dtype_enabled", True):  # peft.helpers.disable_input_dtype_casting
+    if not layer.__dict__.get("cast_input_dtype_enabled", True):  # peft.helpers.disable_input_dtype_casting
         return None
-    weight, bias, lora_A, lora_B = base.weight, base.bias, linear_A.weight, linear_B.weight
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    of_base, of_A, of_B = base._parameters, linear_A._parameters, linear_B._parameters
+    if "bias" not in of_base:  # FSDP has put it elsewhere
         return None
+    if of_A.get("bias", x) is not None or of_B.get("bias", x) is not None:
+        return None
+    weight, bias = of_base.get("weight"), of_base["bias"]
+    lora_A, lora_B = of_A.get("weight"), of_B.get("weight")
     device = x.device
-    for tensor in (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias):
+    tensors: tuple[Any, ...] = (
+        (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
+    )
+    for tensor in tensors:
         if type(tensor) not in _PLAIN_TENSORS or tensor.device != device:
             return None
+    assert weight is not None and lora_A is not None and lora_B is not None  # as their types say
+    if weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype != weight.dtype)):
+        return None
     if not x.dim() or x.shape[-1] != weight.shape[1]:
         return None
-    dtype = _operands_dtype(x, weight)
-    if dtype is None or not (lora_A.is_floating_point() and lora_B.is_floating_point()):
-        return None
-    if bias is not None and bias.dtype != weight.dtype:
-        return None
-    return _Operands(weight, bias, lora_A, lora_B, layer.scaling[name], dtype)
+    dtype = _products_dtype(x, weight)
+    return None if dtype is None else _Operands(weight, bias, lora_A, lora_B, layer.scaling[name], dtype)
 
 
 class FusedLoraLinear(LoraLinear):
@@ -236,5 +253,5 @@ def fused_lora(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            if type(layer) is FusedLoraLinear:
-                layer.__class__ = LoraLinear
+            if type(layer) is FusedLoraLinear:  # FSDP gives a module another class
+                layer.__class__ = LoraLinear  # type: ignore[assignment]

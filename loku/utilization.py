@@ -93,7 +93,7 @@ def model_flops(model: nn.Module) -> ModelFlops | None:
     config = config if config is None else config.get_text_config()
     if any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS):
         return None
-    left_out: set[nn.Module] = set()
+    left_out: set[Any] = set()
     for layer in base.modules():
         if isinstance(layer, LoraLayer):
             left_out.add(layer)  # it has the sizes of its base layer
