@@ -160,6 +160,23 @@ def test_autocast(dtype, base_dtype):
     assert all(grad.dtype == torch.float32 for grad in ours[2].values())
 
 
+def test_gradients_of_factors_are_rounded_once(monkeypatch):
+    """They are products into float32 where the library has them, and are scaled in float32 in any case."""
+    left, right = draw(64, 4, dtype=torch.bfloat16), draw(64, IN, dtype=torch.bfloat16, seed=2)
+    found = lora_linear._factor_gradient(left, right, 0.375, torch.float32)
+    torch.testing.assert_close(found, (left.t() @ right).float() * 0.375, rtol=0, atol=0)
+
+    def wide_product(a, b, out_dtype):  # torch has it on CUDA alone
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    monkeypatch.setattr(lora_linear, "product_dtype", lambda operand: torch.float32)
+    monkeypatch.setattr(torch, "mm", wide_product)
+    found = lora_linear._factor_gradient(left, right, 0.375, torch.float32)
+    exact = left.double().t() @ right.double() * 0.375
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert lora_linear._factor_gradient(left, right, 0.375, torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_a_backward_inside_autocast_keeps_the_dtype_of_its_forward():
     layer, x = layer_of(dtype=torch.float32), draw(ROWS, IN, dtype=torch.float32)
     expected = outcome(layer, x, True)
