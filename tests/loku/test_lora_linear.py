@@ -2,7 +2,7 @@
 
 import copy
 import io
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,10 +13,12 @@ from peft.tuners.lora import Linear as LoraLinear
 from small_trainers import FORGET, RETAIN, VOCAB, arguments
 from tiny_models import tiny_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from loku import UnlearnTrainer, lora_linear
+from loku.distributed import full_tensor
 from loku.lora_linear import FusedLoraLinear, fused_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,12 +54,19 @@ def outcome(layer, x, fused, autocast=nullcontext, upstream=None):
     return y.detach(), x.grad, grads
 
 
-def is_fused(layer, x, **kwargs):
-    """Whether a call runs the fused products."""
+@contextmanager
+def fused_calls():
+    """Yield a list that gets the arguments of each fused product."""
     calls = []
     apply = lora_linear._FusedProducts.apply
-    with pytest.MonkeyPatch.context() as patch, fused_lora(layer):
-        patch.setattr(lora_linear._FusedProducts, "apply", lambda *a: calls.append(a) or apply(*a))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_linear._FusedProducts, "apply", lambda *args: calls.append(args) or apply(*args))
+        yield calls
+
+
+def is_fused(layer, x, **kwargs):
+    """Whether a call runs the fused products."""
+    with fused_calls() as calls, fused_lora(layer):
         layer(x, **kwargs)
     return bool(calls)
 
@@ -391,18 +400,33 @@ def test_replicas_of_data_parallelism_run_their_own_weights():
         assert replica.forward.__self__ is replica and type(replica) is FusedLoraLinear
 
 
-def test_distributed_data_parallel(tmp_path):
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of gloo with one process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        layer, x = layer_of(), draw(ROWS, IN)
-        expected = outcome(layer, x, False)
-        with fused_lora(layer):
-            y = nn.parallel.DistributedDataParallel(layer)(x)
-            y.backward(torch.ones_like(y))
-        grads = {name: p.grad for name, p in trained(layer).items()}
-        torch.testing.assert_close(grads, expected[2], rtol=1e-10, atol=1e-10)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2", "FSDP2 of the factors"])
+def test_data_parallelism(one_process, wrapper):
+    layer, x = layer_of(), draw(ROWS, IN)
+    expected = outcome(layer, x, False)
+    with fused_lora(layer):
+        model = nn.Sequential(layer)
+        if wrapper == "DDP":
+            model = nn.parallel.DistributedDataParallel(model)
+        else:
+            if wrapper != "FSDP2":
+                fully_shard(layer.lora_A["default"])
+            fully_shard(model)
+        with fused_calls() as calls:
+            y = model(x)
+        # Within FSDP2's forward the parameters are whole and plain. A module that it wraps has hooks.
+        assert bool(calls) == (wrapper != "FSDP2 of the factors")
+        y.backward(torch.ones_like(y))
+    grads = {name: full_tensor(p.grad) for name, p in trained(layer).items()}
+    torch.testing.assert_close(grads, expected[2], rtol=1e-10, atol=1e-10)
 
 
 # The class of the modules
@@ -509,13 +533,10 @@ def test_only_the_input_and_the_small_product_are_saved():
 
 def curve(tmp_path, dtype, **options):
     torch.manual_seed(0)
-    seen = []
-    apply = lora_linear._FusedProducts.apply
     args = arguments(tmp_path, max_steps=20, learning_rate=5e-3, per_device_train_batch_size=4, **options)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = UnlearnTrainer(tiny_model("llama", VOCAB).to(dtype), args, FORGET, RETAIN, peft_config=lora)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_linear._FusedProducts, "apply", lambda *a: seen.append(a) or apply(*a))
+    with fused_calls() as seen:
         trainer.train()
     assert classes(trainer.model) == {LoraLinear}
     log = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
