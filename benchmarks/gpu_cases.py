@@ -4,6 +4,7 @@ A function of ``CASES`` takes the device and the sizes of a shape and returns a 
 measured in the same process: a copy for kernels that move bytes, the bare products for the others.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from fila import thin_products
 from gpu_plan import RANK
-from harness import Call, Times
+from harness import Call, Timer, Times, processor_seconds_of, seconds_of
+from host_time import YARDSTICK, Calls
 from linear import operator_gemms
 from peers import Loss, compiled, lean_ihl, official_ihl, peer
 from subjects import random_logits
@@ -49,6 +51,7 @@ class Case:
         over: The names of the peers.
         prepare: Called, untimed, before each call.
         repeats: name -> the number of calls that do the work of one call of the others.
+        timer: Measures one call. The default is the time of the device.
         rates: label -> the amount of work of one call, which is recorded as amount per second.
         columns: name -> further columns of its row.
     """
@@ -59,6 +62,7 @@ class Case:
     over: tuple[str, ...] = ()
     prepare: Call | None = None
     repeats: Mapping[str, float] = field(default_factory=dict)
+    timer: Timer = seconds_of
     rates: Mapping[str, float] = field(default_factory=dict)
     columns: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -83,12 +87,28 @@ def forced(backend: str, function: Call) -> Call:
     return call
 
 
-def on_backends(name: str, function: Call, device: str) -> dict[str, Call]:
-    """Return "name [triton]" and "name [native]" -> function, for the backends that are there."""
+def compiled_backend(device: str) -> Any:
+    """Return the backend module with the compiled kernels of a device, or None if it has none."""
+    if native._core is None or (device == "cuda" and not native._core.has_cuda):
+        return None
+    if device == "cuda" and importlib.util.find_spec("loku_kernels.backends.cuda"):
+        return importlib.import_module("loku_kernels.backends.cuda")
+    return native
+
+
+def on_backends(name: str, function: Call, device: str, *operations: str) -> dict[str, Call]:
+    """Return "name [triton]" and "name [native]" -> function, for the backends that are there.
+
+    Args:
+        name: The name of the function.
+        function: The function.
+        device: The device that computes, "cpu" or "cuda".
+        *operations: Names of operations. The compiled backend counts if it has one of them.
+    """
     found = {}
     if device == "cuda" and importlib.util.find_spec("triton"):
         found[f"{name} [triton]"] = forced("triton", function)
-    if native._core is not None and (device == "cpu" or native._core.has_cuda):
+    if any(hasattr(compiled_backend(device), operation) for operation in operations):
         found[f"{name} [native]"] = forced("native", function)
     return found
 
@@ -117,6 +137,19 @@ def bounded_logits(n: int, v: int, device: str) -> tuple[Tensor, Tensor]:
 # --- cases ----------------------------------------------------------------------------------------
 
 
+def host(device: str, n: int, d: int, v: int) -> Case:
+    """Processor time of ``host_time.py``: small calls on N rows, width D and vocabulary V."""
+    calls = Calls(device, n, d, v, torch.bfloat16)
+    calls.check()
+    return Case(
+        calls.functions(),
+        floor=lambda times: times[YARDSTICK],
+        over=(YARDSTICK,),
+        prepare=calls.prepare,
+        timer=processor_seconds_of,
+    )
+
+
 def forward(device: str, n: int, v: int) -> Case:
     """``softmax_triplet`` of logits (N, V), without a gradient."""
     logits, labels = bounded_logits(n, v, device)
@@ -124,12 +157,15 @@ def forward(device: str, n: int, v: int) -> Case:
     losses: dict[str, Loss] = {
         "eager cross_entropy": torch.nn.functional.cross_entropy,
         "torch.compile cross_entropy": compiled(cross_entropy),
-        **peer("quack cross_entropy", "quack.cross_entropy", "cross_entropy"),
-    }
+        **peer("quack cross_entropy", "quack.cross_entropy", "cross_entropy",
+               lambda loss: partial(loss, reduction="mean")),
+    }  # fmt: skip
     return Case(
         {
             "copy": lambda: buffer.copy_(logits),
-            **on_backends("softmax_triplet", lambda: softmax_triplet(logits, labels), device),
+            **on_backends(
+                "softmax_triplet", lambda: softmax_triplet(logits, labels), device, "triplet_forward"
+            ),
             **{name: partial(loss, logits, labels) for name, loss in losses.items()},
         },
         # The copy reads and writes. A read alone takes half its time at the same bandwidth.
@@ -148,7 +184,7 @@ def fused(device: str, n: int, v: int) -> Case:
     losses: dict[str, Loss] = {
         "eager cross_entropy": torch.nn.functional.cross_entropy,
         **peer("quack cross_entropy", "quack.cross_entropy", "cross_entropy",
-               lambda loss: partial(loss, inplace_backward=True)),
+               lambda loss: partial(loss, reduction="mean", inplace_backward=True)),
         **peer("Liger cross entropy", "liger_kernel.transformers", "LigerCrossEntropyLoss",
                lambda loss: loss()),
     }  # fmt: skip
@@ -163,12 +199,14 @@ def fused(device: str, n: int, v: int) -> Case:
     return Case(
         {
             "copy": lambda: buffer.copy_(source),
-            **on_backends("ihl_loss in place", gradient(partial(ihl_loss, inplace=True)), device),
-            **on_backends("ihl_loss", gradient(ihl_loss), device),
+            **on_backends(
+                "ihl_loss in place", gradient(partial(ihl_loss, inplace=True)), device, "inverted_hinge_"
+            ),
+            **on_backends("ihl_loss", gradient(ihl_loss), device, "triplet_backward"),
             **{name: gradient(loss) for name, loss in losses.items()},
         },
         floor=lambda times: times["copy"],
-        target=lambda times: times["copy"] / 0.85,
+        target=lambda times: times["copy"] * (1.25 if v % 8 else 1.15),
         over=tuple(losses),
         prepare=lambda: logits.detach().copy_(source),  # an in-place kernel overwrites the logits
         rates={"gigabytes_per_second": 2 * size / 1e9},
@@ -182,19 +220,23 @@ def linear(device: str, n: int, d: int, v: int) -> Case:
     weight = torch.randn(v, d, device=device, dtype=torch.bfloat16) / d**0.5
     labels = torch.randint(0, v, (n,), device=device)
     plain = hidden.detach()
-    logits, buffer, out = (
-        torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in ((n, v), (n, v), (n, d))
-    )
+    logits, out = (torch.empty(n, width, device=device, dtype=torch.bfloat16) for width in (v, d))
     losses: dict[str, Loss] = {
         "eager cross_entropy": lambda h, w, t: torch.nn.functional.cross_entropy(h @ w.t(), t),
         "torch.compile cross_entropy": compiled(linear_cross_entropy),
         **peer("Liger fused linear cross entropy", "liger_kernel.transformers",
                "LigerFusedLinearCrossEntropyLoss", lambda loss: lambda h, w, t: loss()(w, h, t)),
         **peer("Cut Cross Entropy", "cut_cross_entropy", "linear_cross_entropy"),
+        **peer("torch chunked linear_cross_entropy", "torch.nn", "LinearCrossEntropyOptions",
+               lambda options: partial(torch.nn.functional.linear_cross_entropy, options=options())),
+        **peer("quack chunked linear cross entropy", "quack.linear_cross_entropy",
+               "chunked_linear_cross_entropy"),
     }  # fmt: skip
 
     def gradient(loss: Loss) -> Call:
         return lambda: torch.autograd.grad(loss(hidden, weight, labels), hidden)
+
+    blocks = ("rest_probabilities_", "triplet_columns_")  # of whole rows, of columns
 
     def gemms(times: Times) -> float:
         return min(times["two GEMMs, whole"], times["two GEMMs, by block"])
@@ -203,13 +245,12 @@ def linear(device: str, n: int, d: int, v: int) -> Case:
         {
             "two GEMMs, whole": lambda: torch.mm(torch.mm(plain, weight.t(), out=logits), weight, out=out),
             "two GEMMs, by block": operator_gemms(plain, weight),
-            "copy of the logits": lambda: buffer.copy_(logits),
-            **on_backends("linear_ihl_loss", gradient(linear_ihl_loss), device),
-            **on_backends("linear_cross_entropy_loss", gradient(linear_cross_entropy_loss), device),
+            **on_backends("linear_ihl_loss", gradient(linear_ihl_loss), device, *blocks),
+            **on_backends("linear_cross_entropy_loss", gradient(linear_cross_entropy_loss), device, *blocks),
             **{name: gradient(loss) for name, loss in losses.items()},
         },
         floor=gemms,
-        target=lambda times: gemms(times) + 1.2 * times["copy of the logits"],
+        target=lambda times: gemms(times) * (1.07 if d >= 4096 else 1.16),
         over=tuple(losses),
         rates={"teraflops": 4 * n * d * v / 1e12},
     )
@@ -223,7 +264,7 @@ def fisher(device: str, n: int, t: int, d: int, k: int) -> Case:
     total, rows = torch.zeros(d, k, device=device), torch.zeros(d, device=device)
     divisor = torch.rand(d, k, device=device) + 0.1
     product = torch.empty(d, k, device=device, dtype=torch.bfloat16)
-    buffer = torch.empty_like(total)
+    buffer, ours = torch.empty_like(total), "accumulate_squared_grad_"
 
     def floor(times: Times) -> float:
         return max(times["weight-gradient GEMM"], times["copy of the Fisher"])
@@ -234,16 +275,14 @@ def fisher(device: str, n: int, t: int, d: int, k: int) -> Case:
                 grads.flatten(0, 1).t(), inputs.flatten(0, 1), out=product
             ),
             "copy of the Fisher": lambda: buffer.copy_(total),
+            **on_backends(ours, lambda: accumulate_squared_grad_(total, inputs, grads), device, ours),
             **on_backends(
-                "accumulate_squared_grad_", lambda: accumulate_squared_grad_(total, inputs, grads), device
-            ),
-            **on_backends(
-                "with divisor", lambda: accumulate_squared_grad_(rows, inputs, grads, divisor), device
+                "with divisor", lambda: accumulate_squared_grad_(rows, inputs, grads, divisor), device, ours
             ),
             "bmm, square, sum": lambda: total.add_(torch.bmm(grads.mT, inputs).float().square_().sum(0)),
         },
         floor=floor,
-        target=lambda times: 1.8 * floor(times) if n * t >= 2048 else None,
+        target=lambda times: floor(times) * (1.35 if n * t >= 8192 else 1.8) if n * t >= 2048 else None,
         over=("bmm, square, sum",),
         rates={"teraflops": 2 * n * t * d * k / 1e12},
     )
@@ -274,7 +313,7 @@ def fila(device: str, d: int, k: int, count: int) -> Case:
             "torch.svd_lowrank": lowrank,
         },
         floor=lambda times: times["thin products"],
-        target=lambda times: times["torch.svd_lowrank"] / 10,
+        target=lambda times: times["torch.svd_lowrank"],
         over=("torch.svd_lowrank",),
         repeats={"torch.svd_lowrank": count / few},
         columns={"row_scaled_svd": {"deficit": (1 - captured / most).item()}},
@@ -282,6 +321,7 @@ def fila(device: str, d: int, k: int, count: int) -> Case:
 
 
 CASES: dict[str, Callable[..., Case]] = {
+    "host": host,
     "forward": forward,
     "fused": fused,
     "linear": linear,

@@ -5,23 +5,27 @@ Every benchmark takes
     --device cpu|cuda  --threads N ...  --dtype D ...  --shape S ...  --runs R  --json FILE
 
 and writes rows with ``what`` (usually a shape), ``dtype``, ``threads``, ``name``, the median
-``milliseconds``, the peak extra memory, ``over`` (peer -> how many times faster than it) and ``times`` (floor
--> how many times its time). All figures that a row is compared with come from the same process and were taken
-in turn. ``gpu.py`` has rows and options of its own, and measures with the same functions.
+``milliseconds`` and their 20th and 80th percentile, the peak extra memory, ``over`` (peer -> how many times
+faster than it) and ``times`` (floor -> how many times its time). All figures that a row is compared with come
+from the same process and were taken in turn. ``gpu.py`` has rows and options of its own, and measures with
+the same functions.
 
 Time on a CPU is wall-clock time. Time on a GPU is the device's own, by CUDA events: the launches of the timed
-function queue up behind a short wait, so host time does not count unless it is longer than the wait.
+function queue up behind a short wait, so host time does not count unless it is longer than the wait. Host
+time is processor time, by ``processor_seconds_of``.
 """
 
 import argparse
 import ctypes
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +36,10 @@ from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEAD = 2_000_000  # cycles, about 1 ms, for which the device waits while launches queue up
+CALLS = 20  # calls in a row whose processor time is measured; a device's queue has room for their launches
 
 Call = Callable[[], Any]
+Timer = Callable[[Call, str], float]  # of a function and a device, to the seconds of one call
 Times = Mapping[str, float]  # name -> seconds
 
 
@@ -55,23 +61,48 @@ def seconds_of(function: Call, device: str = "cpu") -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def processor_seconds_of(function: Call, device: str = "cpu") -> float:
+    """Return the processor seconds of one call, the mean of ``CALLS`` calls in a row.
+
+    The time is that of all threads of the process (``time.process_time``), because torch runs a backward on
+    CUDA in a thread of its own, which ``time.thread_time`` would miss. The calls have one thread of torch,
+    because the threads of its pool spin while they wait. The device may still compute when the time ends.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _wait_for(device)
+        start = time.process_time()
+        for _ in range(CALLS):
+            function()
+        return (time.process_time() - start) / CALLS
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def _resident(field: str) -> int:
     with open("/proc/self/status") as file:
         return int(dict(line.split(":", 1) for line in file)[field].split()[0]) << 10
 
 
-def peak_extra_bytes(function: Call, device: str = "cpu") -> int | None:
-    """Return the peak memory of one call above the memory before it, in bytes.
+def bytes_before_and_peak(function: Call, device: str = "cpu") -> tuple[int, int] | None:
+    """Call a function, and return the memory before the call and the peak memory during it, in bytes.
 
     On CUDA it is the memory of torch's allocator. On Linux it is the resident memory of the process, to about
-    1 MiB. It is None on other systems.
+    1 MiB. On other systems the function is called too, and the result is None.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
-        return torch.cuda.max_memory_allocated() - before
+        return before, torch.cuda.max_memory_allocated()
     if not os.path.exists("/proc/self/clear_refs"):
+        function()
         return None
     # The C library's pools must be empty: the call would take memory from them unseen.
     gc.collect()
@@ -80,7 +111,67 @@ def peak_extra_bytes(function: Call, device: str = "cpu") -> int | None:
         file.write("5")  # resets the peak
     before = _resident("VmRSS")
     function()
-    return max(0, _resident("VmHWM") - before)
+    return before, _resident("VmHWM")
+
+
+def peak_extra_bytes(function: Call, device: str = "cpu") -> int | None:
+    """Return the peak memory of one call above the memory before it, in bytes, or None if it is unknown."""
+    found = bytes_before_and_peak(function, device)
+    return None if found is None else max(0, found[1] - found[0])
+
+
+def measured_once(name: str, function: Call, device: str = "cpu") -> Row:
+    """Call a function that is too long for several rounds, and return its row.
+
+    ``milliseconds`` are wall-clock time until the device has finished. ``peak_bytes`` is the peak memory with
+    all that was there before, and ``peak_extra_bytes`` the peak above it.
+
+    Args:
+        name: The name in the row.
+        function: The function.
+        device: The device that computes, "cpu" or "cuda".
+    """
+    seconds = 0.0
+
+    def timed() -> None:
+        nonlocal seconds
+        _wait_for(device)
+        start = time.perf_counter()
+        function()
+        _wait_for(device)
+        seconds = time.perf_counter() - start
+
+    memory = bytes_before_and_peak(timed, device)
+    return {
+        "name": name,
+        "milliseconds": seconds * 1e3,
+        "peak_extra_bytes": None if memory is None else max(0, memory[1] - memory[0]),
+        "peak_bytes": None if memory is None else memory[1],
+    }
+
+
+class OutOfTime(BaseException):
+    """The time of ``time_limit`` is over. It is no ``Exception``, so that no failed function swallows it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """A context in which ``OutOfTime`` is raised after some seconds, between two steps of the interpreter.
+
+    Args:
+        seconds: The time in seconds, of the wall clock.
+    """
+
+    def ring(signal_number: int, frame: Any) -> None:
+        raise OutOfTime(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def usable(device: str) -> bool:
@@ -105,11 +196,13 @@ class Measured(NamedTuple):
 
     Attributes:
         seconds: name -> median seconds.
+        spread: name -> the 20th and the 80th percentile of the seconds.
         peak_bytes: name -> peak extra memory of one call in bytes; empty if memory was not measured.
         failed: name -> the reason why the function has no figures.
     """
 
     seconds: dict[str, float]
+    spread: dict[str, tuple[float, float]]
     peak_bytes: dict[str, int | None]
     failed: dict[str, str]
 
@@ -125,10 +218,20 @@ class Measured(NamedTuple):
             yield {
                 "name": name,
                 "milliseconds": seconds * 1e3,
+                "milliseconds_p20": self.spread[name][0] * 1e3,
+                "milliseconds_p80": self.spread[name][1] * 1e3,
                 **({"peak_extra_bytes": self.peak_bytes[name]} if name in self.peak_bytes else {}),
                 **{label: amount / seconds for label, amount in (rates or {}).items()},
                 "over": {peer: self.seconds[peer] / seconds for peer in over},
             }
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 20th and the 80th percentile."""
+    if len(values) == 1:
+        return values[0], values[0]
+    fifths = quantiles(values, n=5, method="inclusive")
+    return fifths[0], fifths[-1]
 
 
 def measured(
@@ -140,6 +243,7 @@ def measured(
     budget: float = 0.0,
     prepare: Call | None = None,
     repeats: Mapping[str, float] | None = None,
+    timer: Timer = seconds_of,
     memory: bool = True,
     keep_going: bool = False,
     progress: Callable[[str], None] = lambda name: None,
@@ -157,6 +261,7 @@ def measured(
         prepare: Called, untimed, before each call.
         repeats: name -> the number of calls that do the work of one call of the others, by which its time is
             multiplied.
+        timer: Measures one call in a round. The default is the time of the device.
         memory: Whether to measure the peak extra memory.
         keep_going: Whether a function that raises is noted in ``failed`` and costs the others nothing.
         progress: Called with the name before each timed call.
@@ -180,22 +285,24 @@ def measured(
 
     for name in functions:  # warm-up and compilation
         progress(name)
-        attempt(name, seconds_of)
+        attempt(name, timer)
     start = time.monotonic()
     for round_ in range(most_runs or runs):
         if round_ >= runs and time.monotonic() - start > budget:
             break
         for name in list(times):
             progress(name)
-            seconds = attempt(name, seconds_of)
+            seconds = attempt(name, timer)
             if name in times:
                 times[name].append(seconds)
     if memory:
         for name in list(times):
             peaks[name] = attempt(name, peak_extra_bytes)
     repeats = repeats or {}
-    medians = {name: repeats.get(name, 1) * median(values) for name, values in times.items()}
-    return Measured(medians, peaks, failed)
+    times = {name: [repeats.get(name, 1) * value for value in values] for name, values in times.items()}
+    medians = {name: median(values) for name, values in times.items()}
+    spread = {name: _percentiles(values) for name, values in times.items()}
+    return Measured(medians, spread, peaks, failed)
 
 
 # --- correctness ----------------------------------------------------------------------------------
@@ -306,6 +413,7 @@ class Benchmark:
         rates: Mapping[str, float] | None = None,
         repeats: Mapping[str, float] | None = None,
         runs: int | None = None,
+        timer: Timer = seconds_of,
         memory: bool = True,
         **columns: Any,
     ) -> None:
@@ -321,6 +429,7 @@ class Benchmark:
             rates: label -> the amount of work of one call, which is recorded as amount per second.
             repeats: name -> the number of calls that do the work of one call of the others.
             runs: The number of timed rounds. The default is that of ``--runs``.
+            timer: Measures one call in a round. The default is the time of the device.
             memory: Whether to measure the peak extra memory.
             **columns: Further columns of the rows.
         """
@@ -342,6 +451,7 @@ class Benchmark:
                         runs=runs,
                         prepare=prepare,
                         repeats=repeats,
+                        timer=timer,
                         memory=memory,
                         progress=progress,
                     )

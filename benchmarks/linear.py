@@ -112,7 +112,10 @@ def operator_gemms(hidden: Tensor, weight: Tensor) -> Call:
             for width in columns:
                 h, w = hidden[part], weight[width]
                 block = torch.mm(h, w.t(), out=memory[: len(h) * len(w)].view(len(h), len(w)))
-                out[part].addmm_(block, w)
+                if len(columns) == 1:  # whole rows go straight into the result
+                    torch.mm(block, w, out=out[part])
+                else:
+                    out[part].addmm_(block, w)
 
     return gemms
 

@@ -21,7 +21,7 @@ def importable(module: str) -> bool:
     return found
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return the type of an error and the first 200 characters of its first line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

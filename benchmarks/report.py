@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[Callable[..., str], Sequence[str | Path]]] = {
     "fisher_memory": (tables.fisher_memory, ["fisher_memory_cpu.json"]),
     "fila": (tables.fila, ["fila_cpu.json"]),
     "scaling": (tables.scaling, ["scaling_cpu.json"]),
+    "host_time": (tables.host_time, ["host_time_cpu.json"]),
     "demo": (tables.demo, ["demo.json"]),
     "gpu_h200": (gpu, ["gpu_h200.json"]),
     "fila_ablation": (fila_ablation, [ABLATION]),

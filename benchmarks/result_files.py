@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def environment(device: str = "cpu", command: str | None = None) -> dict[str, An
     """
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "date": datetime.now(UTC).date().isoformat(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -187,10 +189,13 @@ def _cells(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if key in ("over", "times"):
             for label, ratio in value.items():
                 yield f"{key} {label}", f"{ratio:.2f}"
-        elif key == "milliseconds":
-            yield "ms", f"{value:.3f}" if value < 1 else f"{value:.2f}"
-        elif key == "peak_extra_bytes":
-            yield "extra MiB", mebibytes(value)
+        elif key.startswith("milliseconds"):
+            yield (
+                key.replace("milliseconds", "ms").replace("_", " "),
+                (f"{value:.3f}" if value < 1 else f"{value:.2f}"),
+            )
+        elif key in ("peak_extra_bytes", "peak_bytes"):
+            yield {"peak_extra_bytes": "extra MiB", "peak_bytes": "peak MiB"}[key], mebibytes(value)
         elif isinstance(value, float):
             yield key.replace("_", " "), f"{value:.3g}"
 
@@ -205,7 +210,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         return
     first = rows[0]
     shared = [key for key in first if key != "name" and not isinstance(first[key], (float, dict, type(None)))]
-    shared = [key for key in shared if key != "peak_extra_bytes"]
+    shared = [key for key in shared if key not in ("peak_extra_bytes", "peak_bytes")]
     print(
         "\n"
         + ", ".join(f"{key} {first[key]}" if isinstance(first[key], int) else first[key] for key in shared)

@@ -207,7 +207,7 @@ def fila(result: Result) -> str:
                 ]
                 return f"{max(deficits):.0e}" if deficits else "-"
 
-            label = f"`{name}`" if "_" in name else name
+            label = _code(name)
             rows.append(
                 [
                     str(rank),
@@ -259,6 +259,30 @@ def unlearn(result: Result) -> str:
             for g in groups(result, "part")
         ],
     )
+
+
+def host_time(result: Result) -> str:
+    """Return the table of ``host_time.py``: microseconds of processor time, and times the yardstick."""
+    yardstick = "eager cross_entropy"
+    found = groups(result)
+    ours = [name for name in found[0] if name != yardstick]
+
+    def cell(g: Group, name: str) -> str:
+        return f"{g[name]['milliseconds'] * 1e3:.0f} ({g.times(name, yardstick)})"
+
+    return markdown_table(
+        ["N x D x V", "`cross_entropy`, us", *(_code(name) for name in ours)],
+        [
+            [case(g), f"{g[yardstick]['milliseconds'] * 1e3:.0f}", *(cell(g, name) for name in ours)]
+            for g in found
+        ],
+    )
+
+
+def _code(name: str) -> str:
+    """Return the heading of a function: its code if the name is one, with ``inplace`` as an argument."""
+    name = name.replace(" in place", "(inplace=True)")
+    return f"`{name}`" if "_" in name else name
 
 
 def scaling(result: Result) -> str:

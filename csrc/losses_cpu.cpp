@@ -44,7 +44,7 @@ LossAndGradient loss_of(Loss loss, const double* triplet) {
   if (loss == Loss::kInvertedHinge) {
     return {2 * p0 + p2, {p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)}};
   }
-  const double others = triplet[0] == top ? std::log1p(e1 + e2) : top - triplet[0] + std::log(sum);
+  const double others = triplet[0] == top ? std::log1p((e1 + e2) / e0) : top - triplet[0] + std::log(sum);
   return {others, {-(p1 + p2), p1, p2}};
 }
 

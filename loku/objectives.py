@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from loku_kernels import cross_entropy, inverted_hinge, reduce_loss
+from loku_kernels import cross_entropy, reduce_loss, triplet_loss
 
 
 class Rows(NamedTuple):
@@ -69,9 +69,14 @@ class Batch:
     beta: float = 0.1
 
 
+def _token_mean(loss: Literal["inverted_hinge", "cross_entropy"], rows: Rows) -> Tensor:
+    """Compute the mean of a loss over the counted tokens. One kernel computes it and its gradient."""
+    return triplet_loss(loss, rows.triplet, rows.counted.long(), ignore_index=0)
+
+
 def lm_loss(rows: Rows) -> Tensor:
     """LM loss: the mean negative log-likelihood, in nats, of the counted tokens."""
-    return reduce_loss(cross_entropy(rows.triplet), rows.counted, "mean")
+    return _token_mean("cross_entropy", rows)
 
 
 def answer_probability(triplet: Tensor, counted: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ def answer_probability(triplet: Tensor, counted: Tensor) -> Tensor:
 
 def inverted_hinge_loss(batch: Batch) -> Tensor:
     """IHL: the mean over the forget tokens of 1 + p_target - max over other tokens of p (LoKU, Eq. 3)."""
-    return reduce_loss(inverted_hinge(batch.forget.triplet), batch.forget.counted, "mean")
+    return _token_mean("inverted_hinge", batch.forget)
 
 
 def gradient_ascent_loss(batch: Batch) -> Tensor:

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from loku_kernels.backends import choose
+from loku_kernels.backends import reference as reference_backend
+from loku_kernels.backends.reference.divergence import divergence_gradient_, wide_dtype, wide_logits
 from loku_kernels.checks import IGNORE_INDEX, Reduction, check_linear_operands
 from loku_kernels.linear_triplet import register_autocast
 from loku_kernels.logits_blocks import LogitsBlocks, Slices, block_slices, weight_gradient, whole_row_slices
@@ -28,18 +31,16 @@ from loku_kernels.losses import reduce_loss
 Head = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _entry_bytes(hidden: Tensor) -> int:
     """Count the bytes that the forward holds for each entry of a block.
 
-    They are three tensors in the wide dtype (the logits of both models and one more), and two in the dtype of
-    ``hidden`` if that is narrower.
+    They are the logits of both models in the dtype of ``hidden``. Plain torch holds three more in the wide
+    dtype, of which two are the logits themselves if that is their dtype.
     """
-    wide = _wide_dtype(hidden.dtype).itemsize
-    return 3 * wide + (2 * hidden.dtype.itemsize if hidden.dtype.itemsize < wide else 0)
+    itemsize, wide = hidden.dtype.itemsize, wide_dtype(hidden.dtype).itemsize
+    if choose("divergence_", hidden) is not reference_backend:
+        return 2 * itemsize
+    return 3 * wide + (2 * itemsize if itemsize < wide else 0)
 
 
 def _both_logits(
@@ -69,52 +70,6 @@ def _both_logits(
     current = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale, parts)
     hidden, weight, bias = reference
     return index, current, LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale, parts)
-
-
-def _wide_logits(block: Tensor, softcap: float) -> Tensor:
-    """Turn a block of ``LogitsBlocks.compute`` into logits in float32 or wider, in place if it is wide."""
-    logits = block.to(_wide_dtype(block.dtype))
-    return logits.mul_(softcap) if softcap else logits
-
-
-def _normalize_(logits: Tensor, spare: Tensor) -> Tensor:
-    """Turn logits (n, V) into log-probabilities, in place.
-
-    The maximum is subtracted first. So the log-probability of a word that is nearly sure keeps its digits.
-
-    Args:
-        logits: The logits (n, V), in float32 or wider.
-        spare: A tensor of the same shape and dtype, which is overwritten.
-
-    Returns:
-        The normalizers (n, 2) of the rows: the two numbers that were subtracted, in their order.
-    """
-    largest = logits.amax(1, keepdim=True)
-    log_sum = torch.exp(logits.sub_(largest), out=spare).sum(1, keepdim=True).log_()
-    logits.sub_(log_sum)
-    return torch.cat([largest, log_sum], 1)
-
-
-def _logits_gradient_(
-    log_p: Tensor, q: Tensor, normalizer: Tensor, softcap: float, spare: Tensor | None = None
-) -> Tensor:
-    """Compute p - q, times the softcap's slope 1 - (y / softcap)^2 at the logits y.
-
-    Args:
-        log_p: The model's log-probabilities (n, V). The result overwrites them.
-        q: The reference's probabilities (n, V).
-        normalizer: The normalizers (n, 2) of the model's rows.
-        softcap: The softcap. 0 means none.
-        spare: A tensor (n, V) that may be overwritten, or None.
-
-    Returns:
-        ``log_p``.
-    """
-    if not softcap:
-        return log_p.exp_().sub_(q)
-    slope = torch.add(log_p, normalizer.sum(1, keepdim=True), out=spare)
-    slope.div_(softcap).square_().neg_().add_(1)
-    return log_p.exp_().sub_(q).mul_(slope)
 
 
 @custom_op("loku_kernels::linear_kl_divergence", mutates_args=())
@@ -147,7 +102,7 @@ def _linear_kl_divergence(
     Returns:
         The divergences (N,), the normalizers (2, N, 2) of both models' logits, and d KL / d hidden (N, D).
     """
-    dtype = _wide_dtype(hidden.dtype)
+    dtype = wide_dtype(hidden.dtype)
     divergence = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
     normalizers = torch.zeros(2, len(hidden), 2, dtype=dtype, device=hidden.device)
     direction = hidden.new_zeros((len(hidden) if want_direction else 0, hidden.shape[1]))
@@ -159,28 +114,20 @@ def _linear_kl_divergence(
         logit_scale,
         whole_row_slices,
     )
-    columns = slice(0, len(weight))
-    memory = torch.empty(len(current.memory), dtype=dtype, device=hidden.device)
     for rows in current.rows:
         chosen = index[rows]
-        block = current.compute(rows, columns)
-        spare = memory[: block.numel()].view(block.shape)
-        log_p = _wide_logits(block, softcap)
-        log_q = _wide_logits(original.compute(rows, columns), softcap).to(dtype)
-        normalizers[0, chosen] = normalizer = _normalize_(log_p, spare)
-        normalizers[1, chosen] = _normalize_(log_q, spare)
-        q = torch.exp(log_q, out=spare)
-        terms = log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0)  # a word that both models mask
-        divergence[chosen] = terms.sum(1)
+        blocks = current.compute(rows, current.columns[0]), original.compute(rows, current.columns[0])
+        divergence[chosen], normalizers[:, chosen] = choose("divergence_", *blocks).divergence_(
+            *blocks, softcap=softcap, store=want_direction
+        )
         if want_direction:
-            gradient = _logits_gradient_(log_p, q, normalizer, softcap, spare=terms)
-            direction[chosen] = torch.mm(block.copy_(gradient), weight).mul_(logit_scale)
+            direction[chosen] = torch.mm(blocks[0], weight).mul_(logit_scale)
     return divergence, normalizers, direction
 
 
 @_linear_kl_divergence.register_fake
 def _(hidden: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    count, dtype, want_direction = len(hidden), _wide_dtype(hidden.dtype), operands[-1]
+    count, dtype, want_direction = len(hidden), wide_dtype(hidden.dtype), operands[-1]
     direction = hidden.new_empty((count if want_direction else 0, hidden.shape[1]))
     return hidden.new_empty(count, dtype=dtype), hidden.new_empty((2, count, 2), dtype=dtype), direction
 
@@ -227,12 +174,12 @@ def _kl_backward_weight(
 
     def gradient(rows: slice, columns: slice) -> Tensor:
         block = current.compute(rows, columns)
-        log_p = _wide_logits(block, softcap)
-        log_q = _wide_logits(original.compute(rows, columns), softcap).to(log_p.dtype)
+        log_p = wide_logits(block, softcap)
+        log_q = wide_logits(original.compute(rows, columns), softcap)
         for logits, numbers in ((log_p, normalizer[rows]), (log_q, reference_normalizer[rows])):
             logits.sub_(numbers[:, :1]).sub_(numbers[:, 1:])
         q = log_q.exp_()
-        grad = _logits_gradient_(log_p, q, normalizer[rows], softcap).mul_(scale[rows])
+        grad = divergence_gradient_(log_p, q, normalizer[rows], softcap).mul_(scale[rows])
         return block.copy_(grad)
 
     return weight_gradient(current, gradient)

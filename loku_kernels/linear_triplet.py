@@ -17,8 +17,8 @@ from torch.library import custom_op
 from loku_kernels.backends import choose, reference
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_operands
-from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, weight_gradient
-from loku_kernels.tracing import traced
+from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, part_of, weight_gradient
+from loku_kernels.tracing import once_differentiable, traced
 from loku_kernels.triplet import fake_triplets
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # triplet, runner_up_id, direction
@@ -61,7 +61,7 @@ def linear_forward(
     """
     # The host knows on a CPU alone which rows count. A question to another device would wait for it.
     index = None
-    if hidden.device.type == "cpu" and (counted := labels != ignore_index).all().item() is False:
+    if hidden.is_cpu and (counted := labels != ignore_index).all().item() is False:
         check_label_values(labels, len(weight), ignore_index)  # the error names a position in all labels
         index = counted.nonzero()[:, 0]
         hidden, labels = hidden[index], labels[index]
@@ -90,13 +90,14 @@ def _whole_rows(logits: LogitsBlocks, labels: Tensor, ignore_index: int, want_di
     results = []
     for rows in logits.rows:
         block = logits.compute(rows, logits.columns[0])
+        targets = part_of(labels, rows)
         if want_direction:
             backend = choose("rest_probabilities_", block)
-            results.append(backend.rest_probabilities_(block, labels[rows], ignore_index, softcap=softcap))
-            torch.mm(block, weight, out=direction[rows])
+            results.append(backend.rest_probabilities_(block, targets, ignore_index, softcap=softcap))
+            torch.mm(block, weight, out=part_of(direction, rows))
         else:
             backend = choose("triplet_forward", block)
-            results.append(backend.triplet_forward(block, labels[rows], ignore_index, softcap=softcap))
+            results.append(backend.triplet_forward(block, targets, ignore_index, softcap=softcap))
     if len(results) == 1:
         return *results[0], direction
     if not results:
@@ -280,7 +281,7 @@ class _LinearSoftmaxTriplet(torch.autograd.Function):
         return result[0], result[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_triplet is None:
             return (None,) * 8
@@ -409,19 +410,19 @@ _linear_softmax_triplet.register_autograd(_linear_backward, setup_context=_save_
 
 
 def apply_without_autocast(
-    function: Callable[..., Any], operands: tuple[Tensor | None, ...], *settings: Any
+    function: Callable[..., Any], operands: tuple[Tensor, *tuple[Tensor | None, ...]], *settings: Any
 ) -> Any:
     """Call a function, with its operands cast under autocast as ``torch.nn.functional.linear`` casts them.
 
     Args:
         function: The function. It runs without autocast.
-        operands: Its first arguments. Each is a tensor or None.
+        operands: Its first arguments. Each is a tensor or None, the first a tensor.
         settings: Its other arguments.
 
     Returns:
         The function's result.
     """
-    device_type = next(x.device.type for x in operands if x is not None)
+    device_type = operands[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return function(*operands, *settings)
     dtype = torch.get_autocast_dtype(device_type)
@@ -496,7 +497,7 @@ def linear_softmax_triplet(
         IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
     check_linear_operands(hidden, weight, labels, bias, softcap)
-    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
+    rows = hidden if hidden.dim() == 2 else hidden.reshape(labels.numel(), hidden.shape[-1])
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = (labels.reshape(-1), ignore_index, float(softcap or 0.0), float(logit_scale), want_direction)
     if traced(hidden, weight, bias, labels):

@@ -79,7 +79,7 @@ def _multiplies_into_float32(device: torch.device) -> bool:
 
 
 class LogitsBlocks:
-    """Computes blocks of the logits of hidden states (N, D). All blocks use the same memory.
+    """Computes blocks of the logits of hidden states (N, D). Several blocks use the same memory.
 
     Args:
         hidden: The hidden states (N, D), float32, bfloat16, float16 or float64.
@@ -102,11 +102,13 @@ class LogitsBlocks:
     ) -> None:
         self.hidden, self.weight, self.bias, self.softcap = hidden, weight, bias, softcap
         self.scale = logit_scale / softcap if softcap else logit_scale
-        count, vocab, device = len(hidden), len(weight), hidden.device.type
+        count, vocab = hidden.shape[0], weight.shape[0]
+        device = "cpu" if hidden.is_cpu else hidden.device.type
         cut = block_slices if device == "cpu" else whole_row_slices
         self.rows, self.columns = slices or cut(count, vocab, hidden.dtype.itemsize, device)
-        size = max((_length(r) for r in self.rows), default=0) * max(_length(c) for c in self.columns)
-        self.memory = hidden.new_empty(size)
+        self.memory = None  # a single block has none of its own
+        if len(self.rows) * len(self.columns) > 1:
+            self.memory = hidden.new_empty(max(map(_length, self.rows)) * max(map(_length, self.columns)))
 
     def compute(self, rows: slice, columns: slice) -> Tensor:
         """Compute the logits of a block. With a softcap, compute their tanh, which is logits / softcap.
@@ -118,16 +120,30 @@ class LogitsBlocks:
         Returns:
             The block (rows, columns), in the dtype of the operands. The next call overwrites it.
         """
-        shape = _length(rows), _length(columns)
-        block = self.memory[: shape[0] * shape[1]].view(shape)
-        hidden, weight = self.hidden[rows], self.weight[columns].t()
+        hidden, weight = part_of(self.hidden, rows), part_of(self.weight, columns).t()
+        block = None
+        if self.memory is not None:
+            height, width = _length(rows), _length(columns)
+            block = self.memory[: height * width].view(height, width)
         if self.bias is not None:
-            torch.addmm(self.bias[columns], hidden, weight, beta=self.scale, alpha=self.scale, out=block)
-        elif self.scale != 1.0:
-            block.addmm_(hidden, weight, beta=0, alpha=self.scale)  # beta = 0 ignores the old content
+            bias = part_of(self.bias, columns)
+            block = torch.addmm(bias, hidden, weight, beta=self.scale, alpha=self.scale, out=block)
+        elif self.scale != 1.0:  # beta = 0 ignores the first argument's numbers
+            first = hidden.new_empty(1, 1) if block is None else block
+            block = torch.addmm(first, hidden, weight, beta=0, alpha=self.scale, out=block)
         else:
-            torch.mm(hidden, weight, out=block)
+            block = torch.mm(hidden, weight, out=block)
         return block.tanh_() if self.softcap else block
+
+
+def part_of(tensor: Tensor, part: slice) -> Tensor:
+    """Return a slice of a tensor's first dimension, which is the tensor itself if the slice is whole.
+
+    Args:
+        tensor: The tensor (N, ...).
+        part: A slice of range(N).
+    """
+    return tensor if _length(part) == tensor.shape[0] else tensor[part]
 
 
 def _length(part: slice) -> int:

@@ -26,7 +26,7 @@ from loku_kernels.linear_triplet import (
     linear_forward,
     linear_softmax_triplet,
 )
-from loku_kernels.tracing import traced
+from loku_kernels.tracing import once_differentiable, traced
 from loku_kernels.triplet import ihl_forward_backward_, scale_rows_, softmax_triplet
 
 
@@ -97,7 +97,7 @@ class _TripletLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         return ctx.grad_triplet * grad_loss.unsqueeze(-1), None, None, None, None
 
@@ -109,24 +109,22 @@ class _LogitsLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, loss: TokenLoss, ignore_index: int, reduction: Reduction
     ) -> Tensor:
-        triplet, runner_up_id = choose("triplet_forward", logits).triplet_forward(
-            logits, labels, ignore_index
+        backend = choose("triplet_forward", logits)  # it serves the other two operations too
+        triplet, runner_up_id = backend.triplet_forward(logits, labels, ignore_index)
+        dtype = _loss_dtype(logits.dtype)
+        value, grad_triplet = backend.token_losses(
+            loss, triplet, labels, ignore_index, reduction, dtype, True
         )
-        value, grad_triplet = choose("token_losses", labels).token_losses(
-            loss, triplet, labels, ignore_index, reduction, _loss_dtype(logits.dtype), ctx.needs_input_grad[0]
-        )
-        ctx.save_for_backward(grad_triplet, logits, labels, triplet, runner_up_id)
-        ctx.ignore_index = ignore_index
+        ctx.save_for_backward(logits, labels)
+        # Nobody else has these tensors, so nobody overwrites them.
+        ctx.backend, ctx.grad_triplet, ctx.own = backend, grad_triplet, (ignore_index, triplet, runner_up_id)
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
-        grad_triplet, logits, labels, *saved = ctx.saved_tensors
-        backend = choose("triplet_backward", logits)
-        grad = backend.triplet_backward(
-            grad_triplet, logits, labels, ctx.ignore_index, *saved, factor=grad_loss
-        )
+        logits, labels = ctx.saved_tensors
+        grad = ctx.backend.triplet_backward(ctx.grad_triplet, logits, labels, *ctx.own, factor=grad_loss)
         return grad, None, None, None, None
 
 
@@ -156,7 +154,7 @@ class _LinearLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_triplet, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -192,7 +190,7 @@ class _InplaceIHL(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.grad is None:
             raise RuntimeError(
@@ -364,9 +362,10 @@ def _linear_loss(
         value = _loss_of_triplet(loss, triplet, labels, ignore_index, reduction)
         return value.to(_loss_dtype(hidden.dtype))
     check_linear_operands(hidden, weight, labels, bias, softcap)
-    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
+    rows = hidden if hidden.dim() == 2 else hidden.reshape(labels.numel(), hidden.shape[-1])
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
-    settings = (labels.reshape(-1), ignore_index, float(softcap or 0.0), float(logit_scale), want_direction)
+    labels_of_rows = labels if labels.dim() == 1 else labels.reshape(-1)
+    settings = (labels_of_rows, ignore_index, float(softcap or 0.0), float(logit_scale), want_direction)
     value = apply_without_autocast(_LinearLoss.apply, (rows, weight, bias), *settings, loss, reduction)
     return value.view(labels.shape) if reduction == "none" else value
 

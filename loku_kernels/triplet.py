@@ -11,7 +11,7 @@ from torch.library import custom_op
 
 from loku_kernels.backends import choose
 from loku_kernels.checks import IGNORE_INDEX, check_logits
-from loku_kernels.tracing import traced
+from loku_kernels.tracing import once_differentiable, traced
 
 
 def fake_triplets(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ class _SoftmaxTriplet(torch.autograd.Function):
         return triplet, runner_up_id
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         if grad_triplet is None:
             return None, None, None

@@ -22,9 +22,9 @@ from resource_table import Facts, Table, argument_parser, differences, report
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from loku_kernels.backends.online_state import OnlineState
-from loku_kernels.backends.triton import fisher, triplet
+from loku_kernels.backends.triton import divergence, fisher, triplet
 
 TABLE = Path(__file__).parent / "triton_table.json"
 TARGETS = {
@@ -38,6 +38,8 @@ MULTIPROCESSORS = 132  # as on an H100; the launchers ask for the number
 VOCAB = 50257  # odd, so rows begin at any alignment
 LONG_VOCAB = 128256
 MANY, FEW = 4096, 16  # numbers of rows
+# kernels that read a few numbers a row, among them the combination of several parts
+NO_WHOLE_ROWS = r"mean_scale .*|token_losses .*|triplet bf16 PARTS=(?!1$)\d+"
 
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments by name, options
 
@@ -50,42 +52,53 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches_of_triplet(dtype: torch.dtype, vocab: int, rows: int) -> None:
+def launches_of_triplet(dtype: torch.dtype, vocab: int, rows: int, softcap: float = 0.0) -> None:
     """Launch all kernels on whole rows of logits."""
     logits, labels = meta(rows, vocab, dtype=dtype), meta(rows, dtype=torch.int64)
-    found, ids = triplet.triplet_forward(logits, labels, -100)
-    triplet.triplet_backward(found, logits, labels, -100, found, ids)
-    triplet.inverted_hinge_(logits, labels, -100, meta(dtype=torch.float64))
-    triplet.scale_rows_(logits, meta(dtype=torch.float32))
+    scale = meta(dtype=torch.float64)
+    found, ids = triplet.triplet_forward(logits, labels, -100, softcap=softcap)
+    triplet.triplet_backward(found, logits, labels, -100, found, ids, factor=scale, softcap=softcap)
+    triplet.rest_probabilities_(logits, labels, -100, softcap=softcap)
+    if not softcap:
+        triplet.inverted_hinge_(logits, labels, -100, scale)
+        triplet.scale_rows_(logits, scale)
 
 
-def launches_of_columns(
-    dtype: torch.dtype, out_dtype: torch.dtype | None = None, softcap: float = 0.0
-) -> None:
-    """Launch the kernel on a block of columns, with the block as output if there is a dtype for it."""
-    logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
-    out = None if out_dtype is None else meta(1024, 8192, dtype=out_dtype)
-    state = OnlineState.start(labels)
-    triplet.triplet_columns_(logits, labels, state, first_column=8192, softcap=softcap, out=out)
+def launches_of_losses(dtype: torch.dtype) -> None:
+    """Launch the kernels on the numbers of the rows, with losses in a dtype."""
+    found, labels = meta(4096, 3, dtype=torch.float64), meta(4096, dtype=torch.int64)
+    for loss in ("inverted_hinge", "cross_entropy"):
+        for reduction in ("mean", "none"):
+            triplet.token_losses(loss, found, labels, -100, reduction, dtype, True)
 
 
-def launches_of_trained_head(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
-    """Launch the backward on a block of columns."""
-    logits, labels = meta(1024, 8192, dtype=dtype), meta(1024, dtype=torch.int64)
-    found = meta(1024, 3, dtype=torch.float64)
-    out = meta(1024, 8192, dtype=out_dtype)
-    triplet.triplet_backward(found, logits, labels, -100, found, labels, first_column=8192, out=out)
+def launches_of_hidden(dtype: torch.dtype) -> None:
+    """Launch the end of the linear operator's backward, with a softcap."""
+    found, labels = meta(1024, 3, dtype=torch.float64), meta(1024, dtype=torch.int64)
+    weight, direction = meta(VOCAB, 4096, dtype=dtype), meta(1024, 4096, dtype=dtype)
+    factor = meta(dtype=torch.float32)
+    triplet.hidden_gradient(
+        found, factor, weight, labels, found, labels, direction, softcap=30.0, logit_scale=1.0
+    )
 
 
-def launches_of_fisher(dtype: torch.dtype) -> None:
-    """Launch the Fisher kernels, with a divisor and without."""
-    inputs, grad_outputs = meta(16, 128, 4096, dtype=dtype), meta(16, 128, 4096, dtype=dtype)
+def launches_of_divergence(dtype: torch.dtype) -> None:
+    """Launch the kernel on rows of both models, with a softcap and without."""
+    logits, reference_logits = meta(1024, VOCAB, dtype=dtype), meta(1024, VOCAB, dtype=dtype)
+    for softcap in (0.0, 30.0):
+        divergence.divergence_(logits, reference_logits, softcap=softcap, store=True)
+
+
+def launches_of_fisher(dtype: torch.dtype, tokens: int = 512, whole: int = 0) -> None:
+    """Launch the Fisher's kernel, with a divisor and without, by tensor descriptors if ``whole`` is not 0."""
+    inputs, grad_outputs = meta(16, tokens, 4096, dtype=dtype), meta(16, tokens, 4096, dtype=dtype)
     weight = meta(4096, 4096, dtype=torch.float32)
-    fisher.accumulate_squared_grad_(weight, inputs, grad_outputs, None)
-    fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
+    with mock.patch.object(fisher, "_longest_whole_sample", lambda device: whole):
+        fisher.accumulate_squared_grad_(weight, inputs, grad_outputs, None)
+        fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
 
 
-def record(launcher: Callable[..., None], *args: Any, **options: Any) -> list[Launch]:
+def record(launcher: Callable[..., Any], *args: Any, **options: Any) -> list[Launch]:
     """Return the launches of a launcher, which is called with the other arguments."""
     launches: list[Launch] = []
 
@@ -104,7 +117,7 @@ def record(launcher: Callable[..., None], *args: Any, **options: Any) -> list[La
 
     patches: list[Any] = [
         mock.patch.object(module, name, Recorder(kernel))
-        for module in (triplet, fisher)
+        for module in (triplet, fisher, divergence)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
     ]
@@ -125,32 +138,41 @@ def all_launches() -> dict[str, Launch]:
 
     def add(name: str, launches: Iterable[Launch]) -> None:
         for kernel, arguments, options in launches:
-            detail = [
-                f"{key}={arguments[key]}"
-                for key in ("PARTS", "GRADIENT", "STORE", "DIVIDE")
-                if key in arguments
-            ]
+            keys = ("PARTS", "WRITE", "SOFTCAP", "LOSS", "REDUCTION", "DESCRIBED", "DIVIDE")
+            detail = [f"{key}={arguments[key]}" for key in keys if arguments.get(key, "") != ""]
             full = " ".join([kernel.__name__.removesuffix("_kernel"), name, *detail])
             named.setdefault(full, (kernel, arguments, options))
 
     for short, dtype in DTYPES.items():
         add(short, record(launches_of_triplet, dtype, VOCAB, MANY))
-        add(short, record(launches_of_columns, dtype, dtype))
+        add(f"{short} softcap", record(launches_of_triplet, dtype, VOCAB, MANY, 30.0))
+        add(short, record(launches_of_hidden, dtype))
+        add(short, record(launches_of_divergence, dtype))
         add(short, record(launches_of_fisher, dtype))
     # The following do not depend on the dtype.
     few = record(launches_of_triplet, torch.bfloat16, VOCAB, FEW)
-    add("bf16", [launch for launch in few if launch[0] is not triplet.scale_rows_kernel])
+    add("bf16", [launch for launch in few if launch[0].__name__ != "scale_rows_kernel"])
     long = record(launches_of_triplet, torch.bfloat16, LONG_VOCAB, MANY)
-    add("bf16 long", [launch for launch in long if launch[0] is triplet.inverted_hinge_kernel])
-    add("bf16", record(launches_of_columns, torch.bfloat16))
-    add("bf16 softcap", record(launches_of_columns, torch.bfloat16, torch.bfloat16, softcap=30.0))
-    add("fp32", record(launches_of_columns, torch.float32))
-    add("fp32 to bf16", record(launches_of_columns, torch.float32, torch.bfloat16))
-    add("fp32 to bf16", record(launches_of_trained_head, torch.float32, torch.bfloat16))
-    add("fp32 to bf16 softcap", record(launches_of_columns, torch.float32, torch.bfloat16, softcap=30.0))
+    add("bf16 long", [launch for launch in long if launch[1].get("WRITE")])
+    add("int64", record(triplet.mean_scale, meta(4096, dtype=torch.int64), -100))
+    add("fp32", record(launches_of_losses, torch.float32))
+    add("fp64", record(launches_of_losses, torch.float64))
     with mock.patch.object(fisher, "_precision", lambda dtype: "tf32"):
         add("tf32", record(launches_of_fisher, torch.float32))
+    add("bf16 short", record(launches_of_fisher, torch.bfloat16, 200))
+    for tokens in (128, 200, 512):
+        add(f"bf16 T={tokens}", record(launches_of_fisher, torch.bfloat16, tokens, whole=208))
+    add("fp16", record(launches_of_fisher, torch.float16, whole=208))
     return named
+
+
+def serves(launch: Launch, target: GPUTarget) -> bool:
+    """Say whether a target can have a launch. Tensor descriptors need an NVIDIA GPU of capability 9 or 10."""
+    arguments = launch[1]
+    if not arguments.get("DESCRIBED"):
+        return True
+    whole = {90: 208, 100: 128}.get(target.arch, -1)
+    return bool(arguments["STEPS"] * arguments["BLOCK_T"] + arguments["TAIL"] <= whole)
 
 
 # --- compilation ----------------------------------------------------------------------------------
@@ -177,7 +199,10 @@ def source(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
         if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            block = POINTERS[value.base.dtype].removeprefix("*") + str(value.block_shape)
+            signature[parameter.name], aligned = f"tensordesc<{block}>", False
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, int):
@@ -212,12 +237,14 @@ def compile_nvidia(
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     ptx = compiled.asm["ptx"]
     copies = [int(size) for size in re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (?:0x)?(\w+)", ptx)]
+    copies += [16] * ptx.count("cp.async.bulk.tensor")  # at least
+    additions = widest(ptx, r"red\.global\S*?\.add(?:\.v(\d))?\.f(\d+)")
     return {
         "registers": found(r"Used (\d+) registers", log.getvalue()),
         "spilled_bytes": sum(map(int, spills)),
         "shared_bytes": compiled.metadata.shared,
         "widest_load": max(copies + [widest(ptx, r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)")]),
-        "widest_store": widest(ptx, r"st\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)"),
+        "widest_store": max(additions, widest(ptx, r"st\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)")),
     }
 
 
@@ -250,12 +277,15 @@ def table(targets: Iterable[str]) -> Table:
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache  # a cached kernel has no report of ptxas
         triton.knobs.nvidia.dump_ptxas_log = True
-        for name, launch in all_launches().items():
-            rows[name] = {}
-            for architecture in targets:
-                target = TARGETS[architecture]
-                compile_one = compile_amd if target.backend == "hip" else compile_nvidia
-                rows[name][architecture] = compile_one(*launch, target)
+        for architecture in targets:
+            target = TARGETS[architecture]
+            amd = target.backend == "hip"
+            with mock.patch.object(triplet, "FUSED_MOST_WARPS", 16 if amd else 32):
+                launches = all_launches()
+            for name, launch in launches.items():
+                if serves(launch, target):
+                    facts = (compile_amd if amd else compile_nvidia)(*launch, target)
+                    rows.setdefault(name, {})[architecture] = facts
     return {"triton": triton.__version__, "kernels": rows}
 
 
@@ -268,9 +298,9 @@ def problems(ours: Table, committed: Table) -> list[str]:
     for name, row in ours["kernels"].items():
         for architecture, cell in row.items():
             place = f"{name} on {architecture}: {cell}"
-            if architecture != "gfx942" and cell["spilled_bytes"]:
+            if cell["spilled_bytes"]:
                 lines.append(f"spills: {place}")
-            if cell["widest_load"] < 16 and not name.startswith("triplet_combine"):
+            if cell["widest_load"] < 16 and not re.fullmatch(NO_WHOLE_ROWS, name):
                 lines.append(f"narrow loads: {place}")
     return lines + differences(ours, committed, "triton")
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from loku_kernels import logits_blocks
 from loku_kernels.backends import native
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loku_kernels.backends import reference
 from loku_kernels.backends.online_state import OnlineState
+from loku_kernels.backends.reference import fisher as reference_fisher
 from loku_kernels.checks import Reduction, TokenLoss, bad_label_error
 
 _core: Any
@@ -67,51 +67,56 @@ def serves(tensor: Tensor) -> bool:
     Returns:
         True for float32, bfloat16, float16 and, as the dtype of labels, int64 on the CPU.
     """
-    known = tensor.dtype in _DTYPE_TAGS or tensor.dtype == torch.int64
-    return _core is not None and known and tensor.device.type == "cpu"
+    known = tensor.dtype in _DTYPE_TAGS or tensor.dtype is torch.int64
+    return known and tensor.is_cpu and _core is not None
 
 
 def _threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def _require(name: str, tensor: Tensor, shape: Any, dtype: torch.dtype) -> None:
+def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ``ValueError`` unless the tensor has this shape and dtype, on the CPU."""
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be {dtype} of shape {tuple(shape)} on cpu, got {tensor.dtype} "
             f"{tuple(tensor.shape)} on {tensor.device}"
         )
 
 
-def _require_rows(logits: Tensor) -> None:
-    """Raise ``ValueError`` unless logits have a dtype of the core and contiguous rows, on the CPU."""
-    if logits.dim() < 1 or (logits.stride(-1) != 1 and logits.numel() > 0):
-        raise ValueError(f"the last dimension of logits must be contiguous, got strides {logits.stride()}")
-    if logits.dtype not in _DTYPE_TAGS or logits.device.type != "cpu":
-        raise ValueError(
-            f"logits must be float32, bfloat16 or float16 on cpu, got {logits.dtype} on {logits.device}"
-        )
-
-
 class _Rows:
-    """The rows of a tensor (..., V), as the core's functions take them, and the memory of their offsets."""
+    """The rows of a tensor (..., V), as the core's functions take them, and the memory of their offsets.
+
+    Raises:
+        ValueError: The core cannot compute on the tensor, or its rows are not contiguous.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
+        tag = _DTYPE_TAGS.get(tensor.dtype)
+        if tag is None or not tensor.is_cpu:
+            raise ValueError(
+                f"logits must be float32, bfloat16 or float16 on cpu, got {tensor.dtype} on {tensor.device}"
+            )
+        if tensor.dim() < 1:
+            raise ValueError("logits must have rows, got a scalar")
         *sizes, columns = tensor.shape
-        offsets, stride, count = None, 0, 1
+        self.offsets: Tensor | None = None
+        stride, count, address = 0, 1, 0
         if tensor.is_contiguous():
             stride, count = columns, tensor.numel() // columns if columns else 0
+        elif tensor.stride(-1) != 1:
+            raise ValueError(
+                f"the last dimension of logits must be contiguous, got strides {tensor.stride()}"
+            )
         elif len(sizes) == 1:
             stride, count = tensor.stride(0), sizes[0]
         else:
             offsets = torch.zeros((), dtype=torch.int64)
             for size, step in zip(sizes, tensor.stride()[:-1], strict=True):
                 offsets = offsets.unsqueeze(-1) + torch.arange(size) * step
-            count = offsets.numel()
-        self.offsets = None if offsets is None else offsets.reshape(-1).contiguous()
-        address = 0 if self.offsets is None else self.offsets.data_ptr()
-        self.arguments = (tensor.data_ptr(), address, stride, count, columns, _DTYPE_TAGS[tensor.dtype])
+            self.offsets = offsets.reshape(-1)
+            count, address = self.offsets.numel(), self.offsets.data_ptr()
+        self.arguments = (tensor.data_ptr(), address, stride, count, columns, tag)
 
 
 class _Factors:
@@ -120,7 +125,7 @@ class _Factors:
     def __init__(self, factor: Tensor | None, shape: torch.Size) -> None:
         self.each: Tensor | None = None
         self.arguments: tuple[float, int] = (1.0, 0)
-        if factor is not None and factor.device.type != "cpu":
+        if factor is not None and not factor.is_cpu:
             raise ValueError(f"factor must be on cpu, got {factor.device}")
         if factor is not None and factor.dim() == 0:
             self.arguments = (factor.item(), 0)
@@ -155,14 +160,14 @@ def _call_for_triplets(
     name: str, logits: Tensor, labels: Tensor, ignore_index: int, number: float
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of a function that returns triplets, and call it with its last ``number``."""
-    shape = labels.shape
-    _require_rows(logits)
-    _require("labels", labels, logits.shape[:-1], torch.int64)
-    if logits.shape[-1] < 2:
+    *shape, vocab = logits.shape
+    rows = _Rows(logits)
+    _require("labels", labels, (*shape,), torch.int64)
+    if vocab < 2:
         raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
+    labels = labels.contiguous()
     triplet = torch.empty((*shape, 3), dtype=torch.float64)
-    runner_up_id = torch.empty(shape, dtype=torch.int64)
-    labels, rows = labels.contiguous(), _Rows(logits)
+    runner_up_id = torch.empty_like(labels)
     bad = getattr(_core, name)(
         rows.arguments,
         labels.data_ptr(),
@@ -173,7 +178,7 @@ def _call_for_triplets(
         _threads(),
     )
     if bad >= 0:
-        raise bad_label_error(labels, bad, logits.shape[-1], ignore_index)
+        raise bad_label_error(labels, bad, vocab, ignore_index)
     return triplet, runner_up_id
 
 
@@ -192,20 +197,17 @@ def triplet_backward(
 ) -> Tensor:
     """See ``reference.triplet_backward``."""
     shape = logits.shape[:-1]
-    _require_rows(logits)
     if out is None:
-        out = torch.empty(logits.shape, dtype=logits.dtype)
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     else:
         _require("out", out, logits.shape, logits.dtype)
-        _require_rows(out)
+    rows, out_rows, factors = _Rows(logits), _Rows(out), _Factors(factor, shape)
     _require("labels", labels, shape, torch.int64)
     _require("runner_up_id", runner_up_id, shape, torch.int64)
     _require("triplet", triplet, (*shape, 3), torch.float64)
     _require("grad_triplet", grad_triplet, (*shape, 3), torch.float64)
-    labels, triplet, runner_up_id, grad_triplet = (
-        x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet)
-    )
-    rows, out_rows, factors = _Rows(logits), _Rows(out), _Factors(factor, shape)
+    labels, runner_up_id = labels.contiguous(), runner_up_id.contiguous()
+    triplet, grad_triplet = triplet.contiguous(), grad_triplet.contiguous()
     _core.triplet_backward(
         rows.arguments,
         first_column,
@@ -233,7 +235,7 @@ def triplet_columns_(
 ) -> None:
     """See ``reference.triplet_columns_``."""
     shape = (len(logits),)
-    _require_rows(logits)
+    rows = _Rows(logits)
     _require("labels", labels, shape, torch.int64)
     _require("numbers", state.numbers, (*shape, 4), torch.float64)
     for name in ("runner_up_id", "demoted_id"):
@@ -243,7 +245,7 @@ def triplet_columns_(
     if not all(x.is_contiguous() for x in (labels, *state)):
         raise ValueError("labels and state must be contiguous")
     _core.triplet_columns_(
-        _Rows(logits).arguments,
+        rows.arguments,
         first_column,
         labels.data_ptr(),
         softcap,
@@ -255,7 +257,6 @@ def triplet_columns_(
 
 def scale_rows_(logits: Tensor, factor: Tensor) -> None:
     """See ``reference.scale_rows_``. Rows whose factor is 1 are left alone."""
-    _require_rows(logits)
     rows, factors = _Rows(logits), _Factors(factor, logits.shape[:-1])
     _core.scale_rows_(rows.arguments, *factors.arguments, _threads())
 
@@ -321,16 +322,15 @@ def hidden_gradient(
     _require("triplet", triplet, (*shape, 3), torch.float64)
     _require("grad_triplet", grad_triplet, (*shape, 3), torch.float64)
     _require("direction", direction, (*shape, width), weight.dtype)
-    _require_rows(weight)
-    labels, triplet, runner_up_id, grad_triplet, direction = (
-        x.contiguous() for x in (labels, triplet, runner_up_id, grad_triplet, direction)
-    )
+    weight_rows = _Rows(weight)
+    labels, runner_up_id = labels.contiguous(), runner_up_id.contiguous()
+    triplet, grad_triplet, direction = triplet.contiguous(), grad_triplet.contiguous(), direction.contiguous()
     factors = _Factors(factor, shape)
     out = torch.empty_like(direction)
     bad = _core.hidden_gradient(
         grad_triplet.data_ptr(),
         *factors.arguments,
-        (weight.data_ptr(), weight.stride(0)),
+        (weight.data_ptr(), weight_rows.arguments[2]),
         vocab,
         labels.data_ptr(),
         triplet.data_ptr(),
@@ -363,9 +363,9 @@ def accumulate_squared_grad_(
     fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, divisor: Tensor | None
 ) -> None:
     """See ``reference.accumulate_squared_grad_``. The sums are float32."""
-    if inputs.dtype == torch.bfloat16 and reference.multiplies_bfloat16(inputs.device):
+    if inputs.dtype == torch.bfloat16 and reference_fisher.multiplies_bfloat16(inputs.device):
         arguments = (fisher, inputs, grad_outputs, divisor)
-        reference.accumulate_by_products_(*arguments, torch.bfloat16, _add_squares)
+        reference_fisher.accumulate_by_products_(*arguments, torch.bfloat16, _add_squares)
         return
     if inputs.dim() != 3 or inputs.device.type != "cpu":
         raise ValueError(f"inputs must be (n, T, k) on cpu, got {tuple(inputs.shape)} on {inputs.device}")

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +25,8 @@ OPTIONS = {
     "fisher": ["--shape", "2x3x8x6", "--models"],
     "fisher_memory": ["--shape", "2x8", "--budget", "none"],
     "fila": ["--shape", "40x30x2", "--rank", "4", "--no-embedded"],
-    "unlearn": ["--shape", "2x12"],
+    "unlearn": ["--shape", "2x12", "--dtype", "float32", "bfloat16"],
+    "host_time": ["--shape", "4x8x16"],
     "scaling": ["--shape", "8x301", "8x602", "--large", "6x400", "128x400", "--limit-gib", "0.0001"],
 }
 
@@ -103,10 +106,11 @@ def test_report_reads_the_committed_results(tmp_path):
     gpu = tables.split("<!-- gpu_h200 -->")[1].split("<!-- /gpu_h200 -->")[0]
     assert "On one NVIDIA H200, torch 2.11.0, Triton 3.6.0" in gpu
     assert "0 functions failed and 0 cases were left out" in gpu
-    assert "| 8192 x 32000 | 0.152 (1.25) | 0.296 (2.45) |" in gpu
-    plan = importlib.import_module("gpu_plan")
-    for shape in {shape for shapes in plan.SHAPES.values() for shape in shapes}:
-        assert f"\n| {plan.label_of(shape).replace('x', ' x ')} | " in gpu
+    # 2 x 8192 x 32000 bytes in 0.152 ms, of 4.8 TB/s
+    assert "| 8192 x 32000 | 0.152 (1.25; 3456 GB/s, 72%) | 0.296 (2.45; 1771 GB/s, 37%) |" in gpu
+    rows = json.loads((BENCHMARKS / "results" / "gpu_h200.json").read_text())["rows"]
+    for shape in {row["shape"] for row in rows}:
+        assert f"\n| {shape.replace('x', ' x ')} | " in gpu
 
 
 def test_time_on_a_gpu_is_between_events_behind_a_wait(monkeypatch):
@@ -132,23 +136,73 @@ def test_time_on_a_gpu_is_between_events_behind_a_wait(monkeypatch):
     assert calls == ["wait", "record", "call", "record", "synchronize"]
 
 
-# --- benchmarks/gpu.py ----------------------------------------------------------------------------
+def test_processor_time_counts_every_thread_and_no_waiting():
+    harness = importlib.import_module("harness")
 
-SMALL: dict[str, list[tuple[int, ...]]] = {
-    "forward": [(6, 50), (8, 40)],
-    "fused": [(6, 50)],
-    "linear": [(12, 8, 60)],
-    "fisher": [(2, 3, 8, 6)],
-    "fila": [(40, 36, 2)],
-}
+    def busy():
+        end = time.thread_time() + 1e-3
+        while time.thread_time() < end:
+            pass
+
+    def in_another_thread():
+        thread = threading.Thread(target=busy)
+        thread.start()
+        thread.join()
+
+    assert harness.processor_seconds_of(in_another_thread) >= 1e-3
+    assert harness.processor_seconds_of(lambda: time.sleep(5e-3)) < 2.5e-3
+
+
+def test_percentiles_lie_around_the_median():
+    harness = importlib.import_module("harness")
+    seconds = iter([9.0, 5.0, 1.0, 2.0, 3.0, 4.0])  # the first is the warm-up
+    found = harness.measured({"f": lambda: None}, runs=5, timer=lambda *call: next(seconds), memory=False)
+    (row,) = found.rows()
+    assert row["milliseconds"] == 3e3
+    assert row["milliseconds_p20"] == pytest.approx(1.8e3) and row["milliseconds_p80"] == pytest.approx(4.2e3)
+
+
+def test_host_time_is_over_eager_cross_entropy(results):
+    path = results / "host_time_cpu.json"
+    if not path.exists():
+        pytest.skip("needs the result of the other test here")
+    result = json.loads(path.read_text())
+    times = {row["name"]: row["times"]["eager cross_entropy"] for row in result["rows"]}
+    assert times["eager cross_entropy"] == 1
+    losses = {"ihl_loss", "ihl_loss in place", "cross_entropy_loss"}
+    assert times.keys() > losses | {"linear_ihl_loss", "linear_cross_entropy_loss"}
+    (line,) = importlib.import_module("tables").host_time(result).splitlines()[2:]
+    assert f"({times['linear_ihl_loss']:.2f})" in line
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda loss: 1.1 * loss, lambda loss: loss.detach() - (loss - loss.detach())]
+)
+def test_unlearn_checks_losses_and_gradients_in_bfloat16(wrong, monkeypatch, results):
+    """A loss that is 10% off, and a gradient of the wrong sign, stop the benchmark."""
+    unlearn = importlib.import_module("unlearn")
+    right = unlearn.official_loss
+    monkeypatch.setattr(unlearn, "official_loss", lambda *arguments: wrong(right(*arguments)))
+    command = [
+        "--dtype",
+        "bfloat16",
+        *OPTIONS["unlearn"][:2],
+        "--threads",
+        "1",
+        "--json",
+        str(results / "no"),
+    ]
+    with pytest.raises(AssertionError, match=r"gives|is off by"):
+        unlearn.main(command, build_model=partial(tiny_model, "gpt_neo"))
+
+
+# --- benchmarks/gpu.py ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """The command for a GPU, on the CPU and in small, to test how it goes on."""
     module = importlib.import_module("gpu")
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "SHAPES", SMALL)
     monkeypatch.setattr(module, "SECONDS", 0)
     harness = importlib.import_module("harness")
     monkeypatch.setattr(harness, "peak_extra_bytes", lambda function, device: [function()] and 0)
@@ -156,10 +210,11 @@ def gpu(monkeypatch):
 
 
 def test_gpu_plan(capsys):
-    gpu, plan, cases = (importlib.import_module(name) for name in ("gpu", "gpu_plan", "gpu_cases"))
+    gpu, plan, cases, runs = map(importlib.import_module, ("gpu", "gpu_plan", "gpu_cases", "gpu_runs"))
     gpu.main(["--dry-run", "--card", "H200 SXM"])
     printed = capsys.readouterr().out
-    assert list(plan.SHAPES) == list(cases.CASES) and {*cases.CASES, "build", "tests"} == set(plan.STEPS)
+    assert list(plan.SHAPES) == [*cases.CASES, *runs.CASES, *runs.RUNS] == list(plan.SMALL_SHAPES)
+    assert list(plan.STEPS) == list(plan.BUDGETS) == ["build", "tests", *plan.SHAPES]
     for step, shapes in plan.SHAPES.items():
         assert f"\n{step}: " in printed
         for shape in shapes:
@@ -179,9 +234,8 @@ def test_gpu_goes_on_from_the_committed_results(gpu, tmp_path, monkeypatch):
     earlier = json.loads(path.read_text())
     result_files = importlib.import_module("result_files")
     monkeypatch.setattr(result_files, "environment", lambda *args: earlier["environment"])
-    run = gpu.Run(tmp_path, 1)
-    plan = importlib.import_module("gpu_plan")
-    assert all(run.done(step, plan.label_of(s)) for step, shapes in plan.SHAPES.items() for s in shapes)
+    run = gpu.Run(tmp_path, 1, "cpu")
+    assert all(run.done(row["step"], row["shape"]) for row in earlier["rows"])
     run.write()
     assert json.loads(path.read_text()) == earlier
 
@@ -193,45 +247,79 @@ def test_gpu_measures_what_it_can_and_goes_on(gpu, tmp_path, monkeypatch):
 
     cases_of, plan, peers = (importlib.import_module(name) for name in ("gpu_cases", "gpu_plan", "peers"))
     monkeypatch.setitem(cases_of.CASES, "fused", too_large)
-    command, path = ["--out", str(tmp_path), "--only", *SMALL], tmp_path / "gpu.json"
+    small = plan.SMALL_SHAPES
+    command, path = ["--device", "cpu", "--out", str(tmp_path)], tmp_path / "gpu.json"
     gpu.main([*command, "--minutes", "0"])
     result = json.loads(path.read_text())
-    assert not result["rows"] and len(result["left_out"]) == sum(map(len, SMALL.values()))
+    assert not result["rows"] and len(result["left_out"]) == sum(map(len, small.values()))
 
     gpu.main(command)
     result = json.loads(path.read_text())
     assert not result["left_out"]
-    failed = {"step": "fused", "shape": "6x50", "why": "OutOfMemoryError: out of memory"}
-    assert failed in result["failed"]
+    assert result["failed"] == [{"step": "fused", "shape": "6x50", "why": "OutOfMemoryError: out of memory"}]
     cases = {(row["step"], row["shape"]) for row in result["rows"]}
-    expected = {(step, plan.label_of(shape)) for step, shapes in SMALL.items() for shape in shapes}
+    expected = {(step, plan.label_of(shape)) for step, shapes in small.items() for shape in shapes}
     assert cases == expected - {("fused", "6x50")}
-    names = {row["name"] for row in result["rows"]}
-    assert names >= {
-        "softmax_triplet [native]",
-        "linear_ihl_loss [native]",
-        "with divisor [native]",
-    }
-    assert all(row["milliseconds"] > 0 and row["times_floor"] > 0 for row in result["rows"])
+    names = {step: {row["name"] for row in result["rows"] if row["step"] == step} for step in small}
+    assert "softmax_triplet [native]" in names["forward"] and "with divisor [native]" in names["fisher"]
+    assert "linear_ihl_loss [native]" in names["linear"] and "ihl_loss in place" in names["host"]
+    assert names["step"] == {"without adapters", "forward and backward", "whole step"}
+    assert names["initialise"] == {"first call", "second call"}
+    assert names["run"] == {"whole run", "Fisher and initialisation", "training", "saving"}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        assert "torch chunked linear_cross_entropy" in names["linear"]
+    times = {row["name"]: row["milliseconds"] for row in result["rows"] if row["step"] == "run"}
+    assert sum(times.values()) == pytest.approx(2 * times["whole run"], rel=0.1)
+    for row in result["rows"]:
+        assert row["milliseconds"] > 0
+        if row["step"] not in ("initialise", "run"):
+            assert row["times_floor"] > 0 and row["milliseconds_p20"] <= row["milliseconds_p80"]
     committed = json.loads((BENCHMARKS / "results" / "gpu_h200.json").read_text())
     assert result.keys() == committed.keys()
-    for step in SMALL.keys() - {"fused"}:
+    for step in {row["step"] for row in committed["rows"]} - {"fused"}:
         ours, theirs = (
-            {row["name"]: row.keys() for row in rows if row["step"] == step}
+            {row["name"]: set(row) for row in rows if row["step"] == step}
             for rows in (result["rows"], committed["rows"])
         )
-        assert all(keys == theirs[name] for name, keys in ours.items() if name in theirs), step
+        percentiles = {"milliseconds_p20", "milliseconds_p80"}
+        assert all(keys - percentiles == theirs[name] for name, keys in ours.items() if name in theirs), step
     assert (tmp_path / "gpu_linear.png").exists() or not peers.importable("matplotlib")
+    table = importlib.import_module("gpu_tables").gpu(result)
+    assert "| 2 x 64 x 96 x 80 x 4 x 8 x 2 | whole run |" in table and "1 functions failed" in table
 
     kept = [row for row in result["rows"] if row["step"] != "forward"]
     path.write_text(json.dumps({**result, "rows": kept}))
     measured = []
-    monkeypatch.setattr(gpu, "measure", lambda run, *case: measured.append(case))
+    monkeypatch.setattr(gpu, "measure", lambda run, step, shape, seconds: measured.append((step, shape)))
     gpu.main(command)
-    assert measured == [("forward", shape) for shape in SMALL["forward"]]
+    assert measured == [("forward", shape) for shape in small["forward"]]
     path.write_text(json.dumps({**result, "environment": {**result["environment"], "commit": "another"}}))
     with pytest.raises(SystemExit, match="another commit"):
         gpu.main(command)
+
+
+def test_gpu_stops_a_case_at_the_end_of_its_time_and_keeps_its_rows(gpu, tmp_path, monkeypatch):
+    def two_rows(device, *shape):
+        yield {"name": "first call", "milliseconds": 1.0}
+        time.sleep(30)
+        yield {"name": "second call", "milliseconds": 1.0}
+
+    runs, cases = importlib.import_module("gpu_runs"), importlib.import_module("gpu_cases")
+    monkeypatch.setitem(runs.RUNS, "initialise", two_rows)
+    never_ends = cases.Case({"ours": lambda: time.sleep(30)}, lambda times: times["ours"])
+    monkeypatch.setitem(cases.CASES, "fused", lambda *shape: never_ends)
+    run = gpu.Run(tmp_path, 1, "cpu")
+    begin = time.monotonic()
+    gpu.measure(run, "initialise", (2, 64, 96, 80), 0.2)
+    gpu.measure(run, "fused", (6, 50), 0.2)
+    assert time.monotonic() - begin < 20
+    assert [row["name"] for row in run.rows] == ["first call"]
+    assert [entry["step"] for entry in run.failed] == ["initialise", "fused"]
+    assert all(entry["why"] == "OutOfTime: stopped after 0 s" for entry in run.failed)
+    # The budget of a step ends it before the time of the command does.
+    monkeypatch.setitem(gpu.BUDGETS, "fused", 0)
+    gpu.run_steps(run, ["fused"], {"fused": [(8, 50)]})
+    assert run.left_out == [{"step": "fused", "shape": "8x50"}]
 
 
 def test_gpu_loses_no_function_to_another(gpu, tmp_path, monkeypatch):
@@ -250,8 +338,8 @@ def test_gpu_loses_no_function_to_another(gpu, tmp_path, monkeypatch):
         functions, lambda times: times["never"], lambda times: 2 * times["ours"], over=("late", "ours")
     )
     monkeypatch.setitem(cases.CASES, "forward", lambda *shape: case)
-    run = gpu.Run(tmp_path, 1)
-    gpu.measure(run, "forward", (6, 50))
+    run = gpu.Run(tmp_path, 1, "cpu")
+    gpu.measure(run, "forward", (6, 50), 60)
     (row,) = run.rows
     assert row["name"] == "ours" and row["times_floor"] is None and row["over"] == {"ours": 1.0}
     assert row["times_target"] == pytest.approx(0.5)

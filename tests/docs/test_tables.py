@@ -18,6 +18,7 @@ TABLES = {
         "fisher_memory",
         "fila",
         "scaling",
+        "host_time",
         "demo",
         "gpu_h200",
     },

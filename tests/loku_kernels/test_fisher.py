@@ -46,7 +46,7 @@ def check(inputs, grad_outputs):
     st.integers(0, 99),
 )
 def test_any_shape_and_tile(n, tokens, d, k, dtype, size, seed):
-    with mock.patch.multiple(reference, TILE_BYTES=size, TOKEN_BYTES=size):
+    with mock.patch.multiple(reference.fisher, TILE_BYTES=size, TOKEN_BYTES=size):
         check(*fisher_operands(n, tokens, d, k, dtype, seed))
 
 
@@ -68,7 +68,7 @@ def test_native_kernel_runs(monkeypatch):
     for dtype, kernel in ((torch.float32, "accumulate_squared_grad_"), (torch.bfloat16, "add_squares_")):
         with (
             mock.patch.object(native, "_core", wraps=native._core) as core,
-            mock.patch.object(reference, "multiplies_bfloat16", lambda device: True),
+            mock.patch.object(reference.fisher, "multiplies_bfloat16", lambda device: True),
         ):
             accumulate_squared_grad_(torch.zeros(8, 12), *fisher_operands(2, 5, 8, 12, dtype))
         assert getattr(core, kernel).call_count >= 1
@@ -93,7 +93,7 @@ def test_thread_count_changes_nothing(backend):
 @pytest.mark.parametrize("native", [False, True])
 def test_bfloat16_without_bias(native):
     inputs, grad_outputs = fisher_operands(8, 50, 300, 200, torch.bfloat16)
-    with mock.patch.object(reference, "multiplies_bfloat16", lambda device: native):
+    with mock.patch.object(reference.fisher, "multiplies_bfloat16", lambda device: native):
         ours = accumulate_squared_grad_(torch.zeros(300, 200), inputs, grad_outputs).double()
     expected = exact_fisher(inputs, grad_outputs)
     error = (ours - expected) / expected

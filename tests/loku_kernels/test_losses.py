@@ -1,5 +1,6 @@
 """``ihl_loss`` and ``cross_entropy_loss`` on logits, in place and not, against their formulas in float64."""
 
+import contextlib
 from unittest import mock
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from kernel_checks import assert_as_good_as_eager, gradients, lean_eager_ihl, per_row
 from kernel_inputs import DTYPES, IGNORE, planted_logits
 from peak_memory import PeakMemory, needs_proc
+from torch.utils.flop_counter import FlopCounterMode
 
-from loku_kernels import cross_entropy_loss, ihl_loss, softmax_triplet
+from loku_kernels import cross_entropy_loss, ihl_loss, linear_ihl_loss, softmax_triplet
 from loku_kernels.backends import choose, native, reference
 
 needs_core = pytest.mark.skipif(native._core is None, reason="no compiled core")
@@ -228,3 +230,71 @@ def test_compile(loss_function):
         expected = gradient(step, logits, labels)
         assert expected[-1].abs().sum() > 0
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compile_inplace(dtype, reduction):
+    """The in-place loss is one graph, in both directions."""
+    torch.compiler.reset()
+    logits, labels = planted_logits(12, 33, dtype)
+    logits = logits.nan_to_num(neginf=-9.0)
+
+    def step(logits):
+        return ihl_loss(logits * 2, labels, inplace=True, reduction=reduction)
+
+    results = []
+    for run in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        leaf = logits.clone().requires_grad_()
+        loss = run(leaf)
+        (loss * 0.5).backward()
+        results.append((loss.detach(), leaf.grad))
+    assert results[1][1].abs().sum() > 0
+    torch.testing.assert_close(*results)
+
+
+def test_operators_and_functions_agree():
+    """A dispatch mode sends a loss to the registered operators, which give the same numbers."""
+    logits, labels = planted_logits(24, 50, torch.float32)
+    for loss_function in (ihl_loss, cross_entropy_loss):
+        for reduction in ("mean", "sum", "none"):
+            results = []
+            for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+                leaf = logits.nan_to_num(neginf=-9.0).requires_grad_()
+                with mode:
+                    loss = loss_function(leaf, labels, reduction=reduction)
+                    loss.sum().backward()
+                results.append((loss.detach(), leaf.grad))
+            torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("loss_function", [ihl_loss, cross_entropy_loss])
+def test_a_second_derivative_is_refused(loss_function):
+    logits, labels = planted_logits(6, 9, torch.float64)
+    leaf = logits.nan_to_num(neginf=-9.0).requires_grad_()
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(weight * loss_function(leaf, labels), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@needs_core
+def test_calls_of_the_core(monkeypatch):
+    """A loss is three calls of kernels, and an in-place loss four with a gradient of another size."""
+    monkeypatch.delenv("LOKU_BACKEND", raising=False)
+    logits, labels = planted_logits(12, 33, torch.float32)
+    leaf = logits.nan_to_num(neginf=-9.0).requires_grad_()
+    hidden, weight = torch.randn(12, 5, requires_grad=True), torch.randn(33, 5)
+
+    def calls(loss):
+        with mock.patch.object(native, "_core", wraps=native._core) as core:
+            loss().backward()
+        return [name for name, *_ in core.mock_calls]
+
+    assert calls(lambda: ihl_loss(leaf, labels)) == ["triplet_forward", "token_losses", "triplet_backward"]
+    assert calls(lambda: 2 * ihl_loss(leaf * 1, labels, inplace=True)) == [
+        *("number_counted", "inverted_hinge_", "token_losses", "scale_rows_")
+    ]
+    assert calls(lambda: linear_ihl_loss(hidden, weight, labels)) == [
+        *("rest_probabilities_", "token_losses", "hidden_gradient")
+    ]

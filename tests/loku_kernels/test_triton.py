@@ -1,16 +1,13 @@
 """Triton kernels against the float64 reference, in Triton's interpreter and on a GPU if there is one.
 
-``TRITON_INTERPRET`` must be set before triton is imported, so the interpreter has a process of its own.
-``test_in_the_interpreter`` runs this file there. In this process the same tests need a GPU.
+``test_in_the_interpreter`` runs this file in the interpreter. In this process the same tests need a GPU.
 """
 
-import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -20,38 +17,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_as_good_as_eager, lean_eager_ihl, ulp
 from kernel_inputs import IGNORE, planted_logits
-
-from loku_kernels import (
-    accumulate_squared_grad_,
-    ihl_loss,
-    linear_ihl_loss,
-    linear_softmax_triplet,
-    logits_blocks,
-    softmax_triplet,
+from triton_ahead import (
+    DEVICE,
+    DTYPES,
+    EXAMPLES,
+    INTERPRETED,
+    TABLE_SCRIPT,
+    gpu_alone,
+    on,
+    on_device,
+    outside,
+    run_in_the_interpreter,
+    sources,
+    triton_table,
 )
-from loku_kernels.backends import reference
-from loku_kernels.backends.online_state import OnlineState
-from loku_kernels.losses import cross_entropy
+
+from loku_kernels import ihl_loss, linear_ihl_loss, linear_kl_divergence_loss, softmax_triplet
+from loku_kernels.backends import choose, reference
 
 pytest.importorskip("triton", reason="no triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# The interpreter does not round to the nearest bfloat16, and its products in bfloat16 are wrong.
-DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
-EXAMPLES = 8 if INTERPRETED else 60
-TABLE_SCRIPT = Path(__file__).parents[2] / "scripts" / "triton_table.py"
 LONGEST = 1500 if INTERPRETED else 140_000
-
-on_device = (
-    (lambda test: test)
-    if INTERPRETED
-    else (
-        lambda test: pytest.mark.gpu(
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test)
-        )
-    )
-)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +53,8 @@ def small_blocks():
         return
     from loku_kernels.backends.triton import triplet
 
-    with mock.patch.multiple(triplet, WARPS=1, FUSED_WARPS=1, VECTORS=1):
+    small = {"LOSS_ROWS": 64, "LABELS": 64, "HIDDEN_COLUMNS": 32}
+    with mock.patch.multiple(triplet, WARPS=1, FUSED_WARPS=1, VECTORS=1, **small):
         yield
 
 
@@ -83,10 +70,6 @@ def launched(parts=None, vectors=None):
     return mock.patch.multiple(triplet, **changes) if changes else mock.patch.multiple(triplet, WARPS=8)
 
 
-def on(device, *tensors):
-    return [x.to(device) for x in tensors]
-
-
 def assert_close_to(exact, ours, dtype):
     """Assert that ours (N, V) is exact (N, V) rounded, up to a few ulps of the row's largest entry."""
     scale = exact.abs().amax(-1, keepdim=True)
@@ -94,14 +77,14 @@ def assert_close_to(exact, ours, dtype):
     assert error.le(4 * max(ulp(dtype), 5e-7) * scale + torch.finfo(dtype).smallest_normal).all()
 
 
-def check_triplet(logits, labels, seed=0):
-    """Check forward and backward on logits (..., V)."""
+def check_triplet(logits, labels, seed=0, softcap=0.0):
+    """Check forward, backward and the probabilities of the rest on logits (..., V), or their tanh."""
     from loku_kernels.backends import triton as kernels
 
     vocab, dtype = logits.shape[-1], logits.dtype
     flat, flat_labels = logits.cpu().reshape(-1, vocab), labels.cpu().reshape(-1)
-    exact, exact_id = reference.softmax_triplet(flat, flat_labels)
-    triplet, runner_up_id = kernels.triplet_forward(logits, labels, IGNORE)
+    exact, exact_id = reference.softmax_triplet(flat, flat_labels, IGNORE, softcap)
+    triplet, runner_up_id = kernels.triplet_forward(logits, labels, IGNORE, softcap=softcap)
     assert triplet.dtype == torch.float64 and runner_up_id.dtype == torch.int64
     assert torch.equal(runner_up_id.cpu().reshape(-1), exact_id)
     ours = triplet.cpu().reshape(-1, 3)
@@ -110,82 +93,45 @@ def check_triplet(logits, labels, seed=0):
     assert torch.equal(ours[:, 2].isfinite(), finite)
     assert (ours[:, 2] - exact[:, 2])[finite].abs().le(2e-6).all()
 
-    upstream = torch.randn(triplet.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    def expected_of(grad_triplet):
+        saved = (flat, flat_labels, IGNORE, exact, exact_id, 0, softcap)
+        return reference.softmax_triplet_backward(grad_triplet, *saved)
+
+    generator = torch.Generator().manual_seed(seed)
+    upstream = torch.randn(triplet.shape, generator=generator, dtype=torch.float64)
+    factor = torch.rand(labels.shape, generator=generator) + 0.5
+    factor = [None, factor, factor.mean().half(), factor.flatten()[0].double().expand(labels.shape)][seed % 4]
+    scaled = upstream if factor is None else upstream * factor.double()[..., None]
     arguments = (upstream.to(logits.device), logits, labels, IGNORE, triplet, runner_up_id)
-    grad = kernels.triplet_backward(*arguments)
-    expected = reference.softmax_triplet_backward(
-        upstream.reshape(-1, 3), flat, flat_labels, IGNORE, exact, exact_id
-    )
+    options = {"factor": None if factor is None else factor.to(logits.device), "softcap": softcap}
+    grad = kernels.triplet_backward(*arguments, **options)
+    expected = expected_of(scaled.reshape(-1, 3))
     assert grad.is_contiguous() and grad.dtype == dtype
     assert_close_to(expected, grad.reshape(-1, vocab), dtype)
     for wrong in (torch.zeros_like(grad), -grad):
         if expected.abs().amax() > 1e-3:
             with pytest.raises(AssertionError):
                 assert_close_to(expected, wrong.reshape(-1, vocab), dtype)
+    if vocab > 2:
+        cut = vocab // 2
+        blocks = [
+            kernels.triplet_backward(
+                arguments[0], logits[..., part], *arguments[2:], first_column=part.start, **options
+            )
+            for part in (slice(0, cut), slice(cut, vocab))
+        ]
+        assert_close_to(expected, torch.cat(blocks, -1).reshape(-1, vocab), dtype)
     if not any(stride == 0 for stride in logits.stride()):
         clone = as_laid_out(logits)
-        kernels.triplet_backward(upstream.to(logits.device), clone, *arguments[2:], out=clone)
+        kernels.triplet_backward(arguments[0], clone, *arguments[2:], out=clone, **options)
         assert torch.equal(clone, grad)
 
-
-def check_columns(logits, labels, cuts, softcap, out_dtype=None):
-    """Check logits (N, V), block by block of columns, as the linear operator takes them.
-
-    No label is ignored. The terms overwrite the logits, or have a tensor of their own in ``out_dtype``.
-    """
-    from loku_kernels.backends import triton as kernels
-
-    dtype, scale = out_dtype or logits.dtype, softcap or 1.0
-    exact, exact_id = reference.softmax_triplet(logits.cpu().double() * scale, labels.cpu())
-    unit = torch.zeros_like(exact)
-    unit[:, 2] = 1.0
-    arguments = (logits.cpu(), labels.cpu(), IGNORE, exact, exact_id)
-    expected = reference.softmax_triplet_backward(unit, *arguments, 0, softcap)
-
-    def place_for(block):
-        return block if out_dtype is None else torch.empty(block.shape, dtype=dtype, device=block.device)
-
-    state, silent = OnlineState.start(labels), OnlineState.start(labels)
-    terms = torch.zeros(logits.shape, dtype=torch.float64)
-    for first, end in itertools.pairwise([0, *cuts, logits.shape[1]]):
-        block = logits[:, first:end].clone()
-        kernels.triplet_columns_(block, labels, silent, first_column=first, softcap=softcap)
-        assert torch.equal(block, logits[:, first:end])
-        out = place_for(block)
-        kernels.triplet_columns_(block, labels, state, first_column=first, softcap=softcap, out=out)
-        terms *= state.rescale.cpu().double()[:, None]
-        demoted = state.demoted_id.cpu()
-        row = (demoted >= 0).nonzero()[:, 0]
-        terms[row, demoted[row]] = state.demoted_share.cpu().double()[row]
-        terms[:, first:end] = out.cpu().double()
-    for ours, theirs in zip(state[:2], silent[:2], strict=True):
-        assert torch.equal(ours, theirs)
-    triplet = state.triplet().cpu()
-    assert torch.equal(state.runner_up_id.cpu(), exact_id)
-    torch.testing.assert_close(triplet, exact, rtol=1e-12, atol=2e-6)
-    rest_sum = state.numbers[:, 3:].cpu()
-    assert_close_to(expected, torch.where(rest_sum == 0, 0.0, terms / rest_sum), dtype)
-
-    upstream = torch.randn(triplet.shape, dtype=torch.float64)
-    expected = reference.softmax_triplet_backward(upstream, *arguments, 0, softcap)
-    saved = (exact.to(logits.device), exact_id.to(logits.device))
-    grad = torch.cat(
-        [
-            kernels.triplet_backward(
-                upstream.to(logits.device),
-                logits[:, first:end],
-                labels,
-                IGNORE,
-                *saved,
-                first_column=first,
-                softcap=softcap,
-                out=None if out_dtype is None else place_for(logits[:, first:end]),
-            )
-            for first, end in itertools.pairwise([0, *cuts, logits.shape[1]])
-        ],
-        1,
-    )
-    assert_close_to(expected, grad, dtype)
+        clone = as_laid_out(logits)
+        again, again_id = kernels.rest_probabilities_(clone, labels, IGNORE, softcap=softcap)
+        assert torch.equal(again_id, runner_up_id) and torch.equal(again[..., :2], triplet[..., :2])
+        torch.testing.assert_close(again[..., 2], triplet[..., 2], rtol=1e-12, atol=2e-6)
+        unit = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(exact.shape)
+        assert_close_to(expected_of(unit), clone.reshape(-1, vocab), dtype)
 
 
 def as_laid_out(tensor):
@@ -238,34 +184,14 @@ def test_planted(dtype, v, parts):
     st.sampled_from(["plain", "padded", "sliced", "three strides", "one row", "expanded"]),
     st.sampled_from([1, 2, 8]),
     st.sampled_from([1, 2]),
-)
-def test_any_shape_and_stride(n, v, dtype, seed, layout, parts, vectors):
-    logits, labels = on(DEVICE, *planted_logits(4 * n, v, dtype, seed))
-    with launched(parts, vectors):
-        check_triplet(*laid_out(logits, labels, layout), seed)
-
-
-@on_device
-@settings(deadline=None, max_examples=EXAMPLES)
-@given(
-    st.integers(2, LONGEST),
-    st.lists(st.floats(0, 1), max_size=2),
-    st.sampled_from(DTYPES),
-    st.integers(0, 1000),
     st.sampled_from([0.0, 6.0]),
-    st.booleans(),
 )
-def test_any_columns(v, cuts, dtype, seed, softcap, narrow):
-    """The terms have the dtype of the logits, or are 16-bit for float32 logits, as on CUDA."""
-    logits, labels = planted_logits(11, v, torch.float32 if narrow else dtype, seed)
+def test_any_shape_and_stride(n, v, dtype, seed, layout, parts, vectors, softcap):
+    logits, labels = planted_logits(4 * n, v, dtype, seed)
     if softcap:
-        logits = torch.tanh(logits / softcap)
-    logits, labels = on(DEVICE, logits, labels.where(labels != IGNORE, 0))
-    check_columns(logits, labels, unique(cuts, v), softcap, DTYPES[-1] if narrow else None)
-
-
-def unique(cuts, v):
-    return sorted({1 + int(cut * (v - 2)) for cut in cuts})
+        logits = torch.tanh(logits.double() / softcap).to(dtype)
+    with launched(parts, vectors):
+        check_triplet(*laid_out(*on(DEVICE, logits, labels), layout), seed, softcap)
 
 
 @on_device
@@ -281,6 +207,7 @@ def test_in_place_leaves_the_neighbours_alone(dtype, parts):
         inside.copy_(logits)
         kernels.inverted_hinge_(inside, labels, IGNORE, torch.ones((), dtype=torch.float64, device=DEVICE))
         kernels.scale_rows_(inside, torch.full((6,), 0.5, device=DEVICE))
+        kernels.rest_probabilities_(inside, labels, IGNORE)
     outside = memory.clone()
     outside[1:7, 5:266] = 77.0
     assert outside.eq(77.0).all()
@@ -369,6 +296,162 @@ def test_nan_and_inf_never_give_a_plausible_number(dtype, fill, position, parts)
         assert softmax_triplet(*on(DEVICE, masked, torch.tensor([0])))[0].softmax(-1).isnan().any()
 
 
+def planted_triplets():
+    """Triplets (N, 3) of planted logits and of extreme differences, and labels (N,)."""
+    logits, labels = planted_logits(96, 50, torch.float32)
+    triplet, _ = reference.softmax_triplet(logits, labels)
+    extreme = [-torch.inf, -3e38, -1e10, -40.0, 0.0, 1e-3, 40.0, 1e10, 3e38]
+    rows = [row for row in itertools.product(extreme, repeat=3) if max(row) > -torch.inf]
+    triplet = torch.cat([triplet, torch.tensor(rows, dtype=torch.float64)])
+    return triplet, torch.cat([labels, torch.zeros(len(rows), dtype=torch.int64)])
+
+
+@on_device
+@pytest.mark.parametrize("loss", ["inverted_hinge", "cross_entropy"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_token_losses(loss, reduction, dtype):
+    from loku_kernels.backends import triton as kernels
+
+    triplet, labels = planted_triplets()
+    if reduction != "none":  # a sum needs comparable numbers
+        few = triplet.abs().amax(-1) < 1e4
+        triplet, labels = triplet[few], labels[few]
+    losses, grad = reference.token_losses(loss, triplet, labels, IGNORE, reduction, torch.float64, True)
+    if (loss, reduction) == ("cross_entropy", "none"):  # -log_softmax loses the digits of p_target near 1
+        ordered = triplet.sort(-1, descending=True).values
+        others = (ordered[:, 1:] - ordered[:, :1]).exp().sum(-1)
+        losses = (ordered[:, 0] - triplet[:, 0] + others.log1p()).where(labels != IGNORE, 0.0)
+    arguments = (loss, *on(DEVICE, triplet, labels), IGNORE, reduction, dtype)
+    ours, ours_grad = kernels.token_losses(*arguments, True)
+    assert ours.dtype == dtype and ours_grad.dtype == torch.float64
+    tolerance = {"rtol": 8 * ulp(dtype), "atol": torch.finfo(dtype).smallest_normal}
+    torch.testing.assert_close(ours.cpu().double(), losses.to(dtype).double(), **tolerance)
+    scale = grad.abs().amax(-1, keepdim=True)
+    assert ((ours_grad.cpu() - grad).abs() <= 8 * ulp(dtype) * scale + tolerance["atol"]).all()
+    again, none = kernels.token_losses(*arguments, False)
+    assert torch.equal(again, ours) and none is None
+
+
+@on_device
+@pytest.mark.parametrize("loss", ["inverted_hinge", "cross_entropy"])
+def test_losses_of_nan_and_of_nothing(loss):
+    from loku_kernels.backends import triton as kernels
+
+    for place, fill in itertools.product(range(3), (torch.nan, torch.inf)):
+        triplet = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+        triplet[0, place] = fill
+        arguments = (*on(DEVICE, triplet, torch.tensor([0])), IGNORE, "none", torch.float32, True)
+        losses, grad = kernels.token_losses(loss, *arguments)
+        assert losses.isnan().all() and grad.isnan().all()
+    nothing = torch.full((1, 3), -torch.inf, dtype=torch.float64)
+    for labels, triplet in ((torch.tensor([IGNORE]), nothing), (torch.tensor([], dtype=int), nothing[:0])):
+        arguments = (*on(DEVICE, triplet, labels), IGNORE, "mean", torch.float32, True)
+        losses, grad = kernels.token_losses(loss, *arguments)
+        assert losses.item() == 0 and grad.eq(0).all()
+        assert kernels.mean_scale(labels.to(DEVICE), IGNORE).item() == 1
+    arguments = (*on(DEVICE, nothing, torch.tensor([0])), IGNORE, "none", torch.float32, True)
+    assert kernels.token_losses(loss, *arguments)[0].isnan().all()
+
+
+@on_device
+@pytest.mark.parametrize("rows", [1, 200, 20_001])
+def test_mean_scale(rows):
+    from loku_kernels.backends import triton as kernels
+
+    labels = torch.randint(-1, 2, (3, rows), generator=torch.Generator().manual_seed(rows))[:, : rows - 1]
+    for x in (labels, labels[:, ::2]):
+        scale = kernels.mean_scale(x.to(DEVICE), -1)
+        assert scale.dtype == torch.float64 and scale.item() == 1 / max((x != -1).sum().item(), 1)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 6.0])
+@pytest.mark.parametrize("columns", [5, 96])
+def test_hidden_gradient(dtype, softcap, columns):
+    from loku_kernels.backends import triton as kernels
+
+    generator = torch.Generator().manual_seed(columns)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rows, vocab = 11, 40
+    weight, direction = normal(vocab, columns + 3).to(dtype)[:, :columns], normal(rows, columns).to(dtype)
+    labels, runner_up_id = (torch.randint(0, vocab, (rows,), generator=generator) for _ in range(2))
+    grad, triplet = normal(rows, 3), normal(rows, 3)
+    if softcap:
+        triplet[:4, :2] = softcap * (1 - 1e-5 * torch.rand(4, 2, generator=generator, dtype=torch.float64))
+    triplet[2, 2], grad[2, 2] = -torch.inf, torch.nan  # without a rest, its gradient does not count
+    runner_up_id[3], labels[3], direction[3] = -1, IGNORE, torch.nan
+    for factor in (None, torch.tensor(3.0), torch.rand(rows, generator=generator).half()):
+        arguments = (grad, factor, weight, labels, triplet, runner_up_id, direction)
+        options = {"softcap": softcap, "logit_scale": 0.5}
+        wide = [x.double() if x is not None and x.is_floating_point() else x for x in arguments]
+        expected = reference.hidden_gradient(*wide, **options)
+        moved = [None if x is None else x.to(DEVICE) for x in arguments]
+        ours = kernels.hidden_gradient(*moved, **options)
+        assert ours.dtype == dtype
+        wide[0], wide[2], wide[6] = (x.abs() for x in (wide[0], wide[2], wide[6]))
+        bound = reference.hidden_gradient(*wide, **options) + torch.finfo(dtype).smallest_normal
+        assert ((ours.cpu().double() - expected).abs() <= 2 * max(ulp(dtype), 5e-7) * bound).all()
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 6.0])
+@pytest.mark.parametrize("v", [2, 3, 17, 300, 1301])
+@pytest.mark.parametrize("store", [False, True])
+def test_divergence(dtype, softcap, v, store):
+    """KL of rows that begin anywhere, with words that one model or both mask."""
+    rows = [torch.randn(9, v) * 4 for _ in range(2)]
+    rows[0][0, 0], rows[1][1, 0] = 60.0, 60.0  # memorised by one model
+    if softcap:
+        rows = [(x / softcap).tanh() for x in rows]
+    elif v > 3:
+        for x in rows:
+            x[2, 1] = -torch.inf
+        rows[1][3, 1] = -torch.inf
+    rows = [torch.nn.functional.pad(x, (3, 2)).to(dtype).to(DEVICE)[:, 3:-2] for x in rows]
+    exact_rows = [x.cpu().double() for x in rows]
+    exact, exact_normalizers = reference.divergence_(*exact_rows, softcap=softcap, store=store)
+    kept = rows[0].clone()
+    divergence, normalizers = choose("divergence_", *rows).divergence_(*rows, softcap=softcap, store=store)
+    assert divergence.dtype == normalizers.dtype == torch.float32
+    torch.testing.assert_close(divergence.cpu().double(), exact, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(normalizers.cpu().double(), exact_normalizers, rtol=1e-5, atol=2e-6)
+    if store:
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(rows[0].cpu().double(), exact_rows[0], rtol=eps, atol=max(eps * eps, 2e-6))
+        assert rows[0].count_nonzero() > 0
+    else:
+        assert torch.equal(rows[0], kept)
+
+
+@on_device
+def test_a_divergence_of_nan_is_nan():
+    rows = [torch.randn(4, 40, device=DEVICE) for _ in range(2)]
+    rows[0][0, 3], rows[1][1, 3], rows[0][2, 3] = torch.nan, torch.nan, torch.inf
+    divergence, _ = choose("divergence_", *rows).divergence_(*rows, softcap=0.0, store=True)
+    assert divergence[:3].isnan().all() and divergence[3].isfinite()
+    assert rows[0][:3].isnan().any(1).all() and rows[0][3].isfinite().all()
+
+
+@on_device
+def test_linear_divergence():
+    """The loss from hidden states by Triton is that of plain torch, with its gradient."""
+    leaf = torch.randn(12, 8, device=DEVICE, requires_grad=True)
+    operands = [torch.randn(300, 8, device=DEVICE), torch.randn(12, 8, device=DEVICE)]
+    loss = linear_kl_divergence_loss(leaf, *operands)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    log_p, log_q = ((x @ operands[0].t()).double().log_softmax(-1) for x in (leaf, operands[1]))
+    exact = torch.nn.functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    (expected,) = torch.autograd.grad(exact, leaf)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
 @on_device
 def test_linear_loss():
     generator = torch.Generator().manual_seed(0)
@@ -383,59 +466,7 @@ def test_linear_loss():
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
-@on_device
-@settings(deadline=None, max_examples=EXAMPLES)
-@given(
-    st.integers(1, 3),
-    st.integers(1, 40),
-    st.integers(1, 150),
-    st.integers(1, 150),
-    st.sampled_from(DTYPES),
-    st.booleans(),
-    st.integers(0, 99),
-)
-def test_fisher(n, tokens, d, k, dtype, strided, seed):
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(n, tokens, k, generator=generator).to(dtype)
-    grad_outputs = torch.randn(n, tokens, d, generator=generator).to(dtype)
-    grads = torch.einsum("ntd,ntk->ndk", grad_outputs.double(), inputs.double())
-    start, divisor = torch.rand(d, k, generator=generator), torch.rand(d, k, generator=generator) + 0.1
-    if strided:
-        inputs = inputs.transpose(1, 2).contiguous().transpose(1, 2)
-        grad_outputs = torch.nn.functional.pad(grad_outputs, (2, 3))[..., 2:-3]
-    inputs, grad_outputs = on(DEVICE, inputs, grad_outputs)
-    ours = accumulate_squared_grad_(start.clone().to(DEVICE), inputs, grad_outputs).cpu().double()
-    expected = start.double() + grads.square().sum(0)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5 * expected.max().item()}
-    torch.testing.assert_close(ours, expected, **tolerance)
-    for wrong in (start.double(), start.double() - grads.square().sum(0)):  # left out, and subtracted
-        with pytest.raises(AssertionError):
-            torch.testing.assert_close(wrong, expected, **tolerance)
-    rows, divisor = torch.ones(d).to(DEVICE), divisor.to(DEVICE)
-    accumulate_squared_grad_(rows, inputs, grad_outputs, divisor)
-    expected = 1 + (grads.square() / divisor.cpu().double()).sum((0, 2))
-    torch.testing.assert_close(rows.cpu().double(), expected, rtol=1e-4, atol=1e-5 * expected.max().item())
-
-
-@on_device
-def test_fisher_of_tokens_more_than_2_to_the_31_entries_apart():
-    generator = torch.Generator().manual_seed(0)
-    near = torch.randn(1, 3, 40, generator=generator).half().to(DEVICE)
-    stride = 2**30 + 8  # less than 2^31, and twice it is more
-    try:
-        memory = torch.empty(2 * stride + 40, dtype=torch.float16, device=DEVICE)
-    except RuntimeError:
-        pytest.skip("the system does not lend this much memory, even untouched")
-    far = memory.as_strided((1, 3, 40), (3 * stride, stride, 1)).copy_(near)
-    expected = accumulate_squared_grad_(torch.zeros(40, 40, device=DEVICE), near, near)
-    for operands in ((far, near), (near, far)):
-        ours = accumulate_squared_grad_(torch.zeros(40, 40, device=DEVICE), *operands)
-        assert torch.equal(ours, expected) and ours.gt(0).all()
-
-
 # --- on a GPU alone -------------------------------------------------------------------------------
-
-gpu_alone = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.gpu
@@ -510,25 +541,6 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.gpu
 @gpu_alone
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_of_16_bit_operands_are_float32(dtype):
-    generator = torch.Generator().manual_seed(0)
-    hidden = (4 * torch.randn(300, 64, generator=generator)).to("cuda", dtype).requires_grad_()
-    weight = torch.randn(5000, 64, generator=generator).to("cuda", dtype)
-    labels = torch.randint(0, 5000, (300,), generator=generator).cuda()
-    assert logits_blocks.product_dtype(weight) == torch.float32
-    triplet, runner_up_id = linear_softmax_triplet(hidden, weight, labels)
-    exact, exact_id = reference.softmax_triplet(hidden.detach().double() @ weight.double().t(), labels)
-    assert torch.equal(runner_up_id, exact_id)
-    assert (triplet - exact).abs().max() < 1e-3  # logits near 100, rounded to 16 bits, would be off by 0.02
-    cross_entropy(triplet).sum().backward()
-    leaf = hidden.detach().double().requires_grad_()
-    torch.nn.functional.cross_entropy(leaf @ weight.double().t(), labels, reduction="sum").backward()
-    assert (hidden.grad - leaf.grad).norm() < 4 * ulp(dtype) * leaf.grad.norm()
-
-
-@pytest.mark.gpu
-@gpu_alone
 def test_more_than_2_to_the_31_entries():
     rows, vocab = 16500, 131_072
     if torch.cuda.mem_get_info()[0] < 3 * rows * vocab * 2:
@@ -556,17 +568,10 @@ def test_a_bad_label_is_a_device_assert():
 
 # --- on any machine, in this process --------------------------------------------------------------
 
-outside = pytest.mark.skipif(INTERPRETED, reason="outside of the interpreter")
-
 
 @outside
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=1800, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_in_the_interpreter(__file__)
 
 
 @outside
@@ -579,50 +584,52 @@ def test_on_the_cpu_it_needs_the_interpreter():
 
 
 @outside
-def test_tf32_is_as_torch_has_it():
-    from loku_kernels.backends.triton import fisher
+def test_another_batch_compiles_nothing_anew(monkeypatch):
+    """Kernels are compiled for dtypes and options, not for numbers of rows, tokens or columns."""
+    table = triton_table(monkeypatch)
 
-    matmul = torch.backends.cuda.matmul
-    assert fisher._precision(torch.float32) == "ieee"
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"  # the older attribute allow_tf32 cannot be read afterwards
-        assert fisher._precision(torch.float32) == "tf32" and fisher._precision(torch.bfloat16) == "ieee"
-    finally:
-        matmul.fp32_precision = before
+    def of_triplet(vocab, rows):
+        return sources(table, table.launches_of_triplet, torch.bfloat16, vocab, rows)
+
+    assert len(of_triplet(50257, 4096)) == 5
+    assert of_triplet(50257, 4096) == of_triplet(50304, 4097) != of_triplet(50257, 16)
+    assert of_triplet(50257, 16) == of_triplet(50304, 13)
 
 
 @outside
-def test_another_batch_compiles_nothing_anew(monkeypatch):
-    """Kernels are compiled for dtypes and options, not for numbers of rows, tokens or columns."""
-    if not TABLE_SCRIPT.exists():
-        pytest.skip("no checkout")
-    monkeypatch.syspath_prepend(TABLE_SCRIPT.parent)
-    table = importlib.import_module("triton_table")
+@pytest.mark.parametrize(("rows", "several"), [(4096, 0), (16, 1)])
+def test_launches_of_each_operation(rows, several):
+    """Each operation launches one kernel, or two if several programs share a row."""
+    import triton
 
-    def compiled(launcher, *args):
-        launches = table.record(launcher, *args)
-        sources = [table.source(kernel, arguments) for kernel, arguments, _ in launches]
-        return [(source.fn.__name__, source.signature, source.constants, source.attrs) for source in sources]
+    from loku_kernels.backends import triton as kernels
+    from loku_kernels.backends.triton import triplet as launchers
 
-    def fisher(n, tokens):
-        operands = [table.meta(n, tokens, 4096, dtype=torch.bfloat16) for _ in range(2)]
-        fisher = table.meta(4096, 4096, dtype=torch.float32)
-        table.fisher.accumulate_squared_grad_(fisher, *operands, None)
+    logits, labels = torch.zeros(rows, 6000), torch.zeros(rows, dtype=torch.int64)
+    triplet, ids = torch.zeros(rows, 3, dtype=torch.float64), labels.clone()
+    scale = torch.ones((), dtype=torch.float64)
 
-    def columns(first, count):
-        block, labels = table.meta(1024, count, dtype=torch.float32), table.meta(1024, dtype=torch.int64)
-        state = OnlineState.start(labels)
-        table.triplet.triplet_columns_(block, labels, state, first_column=first, softcap=0.0, out=block)
+    def launches(operation, *arguments, **options):
+        with mock.patch.object(triton.JITFunction, "run") as run:
+            operation(*arguments, **options)
+        return run.call_count
 
-    def of_triplet(vocab, rows):
-        return compiled(table.launches_of_triplet, torch.bfloat16, vocab, rows)
-
-    assert len(of_triplet(50257, 4096)) == 4
-    assert of_triplet(50257, 4096) == of_triplet(50304, 4097) != of_triplet(50257, 16)
-    assert of_triplet(50257, 16) == of_triplet(50304, 13)
-    assert compiled(fisher, 16, 128) == compiled(fisher, 1, 77)
-    assert compiled(columns, 0, 4096) == compiled(columns, 4097, 4099)
+    with mock.patch.object(launchers, "_multiprocessors", lambda device: 132):
+        whole = (logits, labels, IGNORE)
+        assert launches(kernels.triplet_forward, *whole) == 1 + several
+        assert launches(kernels.inverted_hinge_, *whole, scale) == 1 + several
+        assert launches(kernels.rest_probabilities_, *whole, softcap=6.0) == 1 + several
+        backward = (triplet, *whole, triplet, ids)
+        assert launches(kernels.triplet_backward, *backward, factor=scale.expand(rows)) == 1
+        assert launches(kernels.scale_rows_, logits, scale) == 1
+        assert launches(kernels.mean_scale, labels, IGNORE) == 1
+        for reduction in ("none", "mean", "sum"):
+            losses = ("cross_entropy", triplet, labels, IGNORE, reduction, torch.float32, True)
+            assert launches(kernels.token_losses, *losses) == 1
+        hidden = (triplet, scale, logits[:, :64], labels, triplet, ids, logits[:, :64])
+        assert launches(kernels.hidden_gradient, *hidden, softcap=0.0, logit_scale=1.0) == 1
+        both = (logits, logits.clone())
+        assert launches(kernels.divergence_, *both, softcap=6.0, store=True) == 1
 
 
 @outside

@@ -1,10 +1,10 @@
 """Device functions of the Triton kernels: the reduction of a row of logits, and the gradient of its entries.
 
-A program walks a row, or one of several parts of it, in blocks that it holds in registers. It keeps the
-runner-up out of the sum of the rest. The sum is relative to the largest entry of the *rest*. So neither a
-dominant target nor a dominant runner-up costs the rest its digits. A block without a new runner-up is the
-common case. It needs one reduction across threads, for its maximum. The terms of the sum stay in their lanes
-until the end of the row.
+A program walks a row, or one of several parts of it, in blocks. A lane is the place of a vector of 16 bytes
+in a block. Each lane keeps the largest entry that it has met and its sum of exponentials relative to that
+entry. So the loop has no reduction across threads and no branch on the logits. The lanes meet at the end of
+the row. The runner-up is then in one lane's sum. If it leads, a subtraction would cost that sum its digits.
+So that lane's entries, V / lanes of them, are read once more and summed without the runner-up.
 
 An entry is a logit. With a softcap it is u = tanh(z / softcap) and stands for softcap * u (see
 ``loku_kernels/backends/__init__.py``). Arithmetic on entries is float32. Arithmetic on the triplet and its
@@ -16,6 +16,8 @@ import triton.language as tl
 
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 NO_COLUMN = tl.constexpr(2**31 - 1)
+LOG2_E = tl.constexpr(1.4426950408889634)
+AGAIN = tl.constexpr(32)  # vectors of the runner-up's lane that are read at a time
 
 
 # --- a row ----------------------------------------------------------------------------------------
@@ -62,40 +64,43 @@ def edge_columns(head, body, vocab, asked, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _exp_of_difference(x, reference, softcap, SOFTCAP: tl.constexpr):
-    """Compute exp(y - y_reference) of entries x and a reference entry."""
-    difference = x - reference
-    if SOFTCAP:
-        difference *= softcap
-    return tl.exp(difference)
+def exp_of_difference(difference, softcap, SOFTCAP: tl.constexpr):
+    """Compute exp(y - y_reference) from a difference of entries.
+
+    exp2 is one instruction. It flushes subnormal results to 0. exp would take four.
+    """
+    return tl.exp2(difference * ((softcap * LOG2_E) if SOFTCAP else LOG2_E))
 
 
 @triton.jit
-def _take_runner_up(x, column, target, runner_up, runner_up_id):
-    """Take the target, and a new runner-up if there is one, out of entries x at ``column``.
+def finite(largest):
+    """Return the entry to subtract. If all entries are masked, that is 0, because -inf - -inf is NaN."""
+    return tl.where(largest == MINUS_INFINITY, 0.0, largest)
+
+
+@triton.jit
+def _is_at(lane, inner, position):
+    """Say which entry of a block (lanes, entries of a vector) is at a position in the block.
+
+    A compiler knows each thread's ``inner``, so the comparison takes few registers.
+    """
+    VECTOR: tl.constexpr = inner.shape[0]
+    return (lane == position // VECTOR)[:, None] & (inner == position % VECTOR)[None, :]
+
+
+@triton.jit
+def take_block(x, largest, terms, softcap, SOFTCAP: tl.constexpr):
+    """Take a block (lanes, entries of a vector) into the lanes' largest entries and sums.
 
     Returns:
-        x with -inf in place of both, the largest entry that joins the rest, the former runner-up (-inf if it
-        stays), the runner-up, and its column. The former runner-up joins the rest too.
+        The block's largest entries, those of all, and the sums relative to them.
     """
-    x = tl.where(column == target, MINUS_INFINITY, x)
-    top = tl.max(x)
-    best = tl.min(tl.where(x == top, column, NO_COLUMN))
-    # The lower column wins on ties. The ids are compared, because the edge at the begin of a row comes last.
-    take = (top > runner_up) | ((top == runner_up) & (best < runner_up_id) & (top > MINUS_INFINITY))
-    x = tl.where(column == tl.where(take, best, -1), MINUS_INFINITY, x)
-    leaving = tl.where(take, runner_up, MINUS_INFINITY)
-    joining = tl.maximum(tl.max(x), leaving)
-    return x, joining, leaving, tl.where(take, top, runner_up), tl.where(take, best, runner_up_id)
-
-
-@triton.jit
-def _raise_largest(largest, joining, softcap, SOFTCAP: tl.constexpr):
-    """Return the new largest entry of the rest, the entry to subtract, and the factor of earlier terms."""
-    new_largest = tl.maximum(largest, joining)
-    # If all entries are masked, no entry can be subtracted. A NaN shows in the sum for any reference.
-    reference = tl.where(new_largest == MINUS_INFINITY, 0.0, new_largest)
-    return new_largest, reference, _exp_of_difference(largest, reference, softcap, SOFTCAP)
+    x = x.to(tl.float32)
+    top = tl.max(x, 1)
+    raised = tl.maximum(largest, top)
+    reference = finite(raised)
+    terms *= exp_of_difference(largest - reference, softcap, SOFTCAP)
+    return top, raised, terms + tl.sum(exp_of_difference(x - reference[:, None], softcap, SOFTCAP), 1)
 
 
 @triton.jit
@@ -117,41 +122,98 @@ def reduce_row(
         exp(y - largest).
     """
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // VECTOR
     aligned, head, body = split_row(start, vocab, VECTOR)
     begin, end = part_of(body, part, PARTS, BLOCK)
+    target_position = target - head
 
-    runner_up = MINUS_INFINITY
-    runner_up_id = (target == 0).to(tl.int32)  # the lowest other column, if all are masked
-    largest = MINUS_INFINITY
-    demoted = 0.0  # sum of the terms of former runner-ups
-    terms = tl.zeros([BLOCK // VECTOR], tl.float32)  # the other terms, one lane for each vector of a block
-    lane = tl.arange(0, BLOCK)
-    block = logits + aligned + begin
-    for position in range(begin, end, BLOCK):
-        x = tl.load(block + lane, mask=lane < body - position, other=MINUS_INFINITY).to(tl.float32)
-        block += BLOCK
-        joining = tl.max(x)  # largest entry that joins the rest
-        leaving = MINUS_INFINITY
-        offset = position + head  # column of the block's first entry
-        if (joining > runner_up) | ((target >= offset) & (target < offset + BLOCK)):
-            # Lanes stand for columns here, because they take no registers.
-            x, joining, leaving, runner_up, runner_up_id = _take_runner_up(
-                x, lane, target - offset, runner_up, runner_up_id - offset
-            )
-            runner_up_id += offset
-        largest, reference, factor = _raise_largest(largest, joining, softcap, SOFTCAP)
-        share = _exp_of_difference(x, reference, softcap, SOFTCAP)
-        terms = terms * factor + tl.sum(tl.reshape(share, [BLOCK // VECTOR, VECTOR]), 1)
-        demoted = demoted * factor + _exp_of_difference(leaving, reference, softcap, SOFTCAP)
+    lane, inner = tl.arange(0, LANES), tl.arange(0, VECTOR)
+    entry = lane[:, None] * VECTOR + inner[None, :]
+    largest = tl.full([LANES], MINUS_INFINITY, tl.float32)
+    terms = tl.zeros([LANES], tl.float32)
+    met = tl.zeros([LANES], tl.int32)  # position of the block in which the lane first met its largest entry
+    # The block of the target comes last, so that the loop need not look for the target.
+    here = (target_position >= begin) & (target_position < end)
+    last = tl.where(here, begin + (target_position - begin) // BLOCK * BLOCK, end)
+    body_row = logits + aligned
+    last_x = tl.load(body_row + last + entry, mask=entry < end - last, other=MINUS_INFINITY)
+    position = tl.where(last == begin, begin + BLOCK, begin)
+    ahead = tl.load(body_row + position + entry, mask=entry < end - position, other=MINUS_INFINITY)
+    for _ in range(begin, tl.where(here, end - BLOCK, end), BLOCK):
+        top, raised, terms = take_block(ahead, largest, terms, softcap, SOFTCAP)
+        met = tl.where(top > largest, position, met)
+        largest = raised
+        position += tl.where(position + BLOCK == last, 2 * BLOCK, BLOCK)
+        ahead = tl.load(body_row + position + entry, mask=entry < end - position, other=MINUS_INFINITY)
+    last_x = tl.where(_is_at(lane, inner, target_position - last), MINUS_INFINITY, last_x)
+    top, raised, terms = take_block(last_x, largest, terms, softcap, SOFTCAP)
+    met = tl.where((top > largest) | ((top == largest) & (last < met)), last, met)
+    largest = raised
 
     column, valid = edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
-    x = tl.load(logits + start + column, mask=valid, other=MINUS_INFINITY).to(tl.float32)
-    x, joining, leaving, runner_up, runner_up_id = _take_runner_up(x, column, target, runner_up, runner_up_id)
-    largest, reference, factor = _raise_largest(largest, joining, softcap, SOFTCAP)
-    total = (tl.sum(terms) + demoted) * factor
-    total += tl.sum(_exp_of_difference(x, reference, softcap, SOFTCAP))
-    total += _exp_of_difference(leaving, reference, softcap, SOFTCAP)
-    return runner_up, runner_up_id, largest, total
+    edge = tl.load(logits + start + column, mask=valid & (column != target), other=MINUS_INFINITY)
+    edge = edge.to(tl.float32)
+
+    # The runner-up, and the lowest column that has it. In the body the earliest vector that has it decides.
+    runner_up = tl.maximum(tl.max(largest), tl.max(edge))
+    masked = runner_up == MINUS_INFINITY
+    vector = tl.min(tl.where((largest == runner_up) & (not masked), met + lane * VECTOR, NO_COLUMN))
+    missing = vector == NO_COLUMN
+    position = tl.where(missing, 0, vector) + inner
+    readable = position < tl.where(missing, 0, end)
+    tied = tl.load(logits + aligned + position, mask=readable, other=MINUS_INFINITY).to(tl.float32)
+    is_tied = readable & (tied == runner_up) & (position != target_position)
+    of_body = tl.min(tl.where(is_tied, head + position, NO_COLUMN))
+    of_edge = tl.min(tl.where((edge == runner_up) & valid & (column != target), column, NO_COLUMN))
+    # If all other words are masked, it is the lowest of them.
+    runner_up_id = tl.where(masked, (target == 0).to(tl.int32), tl.minimum(of_body, of_edge))
+
+    # The lane of the runner-up, without the runner-up.
+    again = tl.where(of_body < of_edge, vector // VECTOR % LANES, LANES)  # no lane if it is in an edge
+    again_largest = MINUS_INFINITY
+    again_terms = 0.0
+    for first in range(begin, tl.where(again < LANES, end, begin), AGAIN * BLOCK):
+        place = first + tl.arange(0, AGAIN)[:, None] * BLOCK + again * VECTOR + inner[None, :]
+        keep = (place < end) & (place != target_position) & (place != runner_up_id - head)
+        x = tl.load(logits + aligned + place, mask=keep, other=MINUS_INFINITY).to(tl.float32)
+        again_raised = tl.maximum(again_largest, tl.max(x))
+        again_reference = finite(again_raised)
+        again_terms *= exp_of_difference(again_largest - again_reference, softcap, SOFTCAP)
+        again_terms += tl.sum(exp_of_difference(x - again_reference, softcap, SOFTCAP))
+        again_largest = again_raised
+
+    # A NaN is never taken out. If all other words are masked but it, `runner_up_id` may be its column.
+    edge = tl.where((column == runner_up_id) & (edge == runner_up), MINUS_INFINITY, edge)
+    largest = tl.where(lane == again, MINUS_INFINITY, largest)
+    terms = tl.where(lane == again, 0.0, terms)
+    rest_largest = tl.maximum(tl.maximum(tl.max(largest), again_largest), tl.max(edge))
+    reference = finite(rest_largest)
+    total = tl.sum(terms * exp_of_difference(largest - reference, softcap, SOFTCAP))
+    total += tl.sum(exp_of_difference(edge - reference, softcap, SOFTCAP))
+    total += again_terms * exp_of_difference(again_largest - reference, softcap, SOFTCAP)
+    return runner_up, runner_up_id, rest_largest, total
+
+
+@triton.jit
+def combine_parts(partial, partial_ids, n, softcap, PARTS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Combine the results of ``reduce_row`` for the parts of row n. Returns the row's."""
+    place = n.to(tl.int64) * PARTS + tl.arange(0, PARTS)
+    tops = tl.load(partial + place * 3)
+    largests = tl.load(partial + place * 3 + 1)
+    totals = tl.load(partial + place * 3 + 2)
+    ids = tl.load(partial_ids + place)
+    runner_up = tl.max(tops)
+    runner_up_id = tl.min(tl.where(tops == runner_up, ids, NO_COLUMN))
+    demoted = tl.where(ids == runner_up_id, MINUS_INFINITY, tops)  # the other parts' join the rest
+    largest = tl.maximum(tl.max(demoted), tl.max(largests))
+    reference = finite(largest)
+    totals *= exp_of_difference(largests - reference, softcap, SOFTCAP)
+    return (
+        runner_up,
+        runner_up_id,
+        largest,
+        tl.sum(totals + exp_of_difference(demoted - reference, softcap, SOFTCAP)),
+    )
 
 
 # --- a row's numbers ------------------------------------------------------------------------------
@@ -177,53 +239,36 @@ def log_of_rest(largest, total):
 
 
 @triton.jit
-def write_triplet(triplet, runner_up_ids, n, target, runner_up, rest, runner_up_id):
-    """Store the triplet and the runner-up's column of row n."""
-    tl.store(triplet + n * 3, target)
-    tl.store(triplet + n * 3 + 1, runner_up)
-    tl.store(triplet + n * 3 + 2, rest)
-    tl.store(runner_up_ids + n, runner_up_id.to(tl.int64))
+def softmax_of_triplet(target, runner_up, rest, REAL: tl.constexpr):
+    """Compute the softmax p0, p1, p2 of triplets in the type REAL. Only the differences are float64.
 
-
-@triton.jit
-def write_ignored(triplet, runner_up_ids, n):
-    """Store zeros and -1 for an ignored row n."""
-    zero = tl.full((), 0.0, tl.float64)
-    write_triplet(triplet, runner_up_ids, n, zero, zero, zero, tl.full((), -1, tl.int32))
-
-
-@triton.jit
-def inverted_hinge_gradient(target, runner_up, rest, scale):
-    """Compute ``scale`` times the gradient of IHL = 1 + p_0 - p_1 in the triplet, with p its softmax.
-
-    Only sums of probabilities occur, so nothing cancels for p_0 near 1.
-
-    Every thread of a program computes this. The exponentials and quotients are float32, because float64 would
-    take some 200 instructions more. An H100 has half as many units for float64 as for float32, other GPUs
-    have a 64th. Only the differences are float64.
+    float64 exponentials and quotients would take some 200 instructions more. An H100 has half as many units
+    for float64 as for float32, other GPUs have a 64th.
     """
     top = tl.maximum(target, tl.maximum(runner_up, rest))
-    e0 = tl.exp((target - top).to(tl.float32))
-    e1 = tl.exp((runner_up - top).to(tl.float32))
-    e2 = tl.exp((rest - top).to(tl.float32))
+    e0 = tl.exp((target - top).to(REAL))
+    e1 = tl.exp((runner_up - top).to(REAL))
+    e2 = tl.exp((rest - top).to(REAL))
     total = e0 + e1 + e2
-    p0, p1, p2 = e0 / total, e1 / total, e2 / total
-    return scale * (p0 * (2 * p1 + p2)), -scale * (p1 * (2 * p0 + p2)), scale * (p2 * (p1 - p0))
+    return e0 / total, e1 / total, e2 / total
 
 
 @triton.jit
-def _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP: tl.constexpr):
-    """Compute g0 at the target, g1 at the runner-up and g2 exp(y - rest) elsewhere, times the slope."""
-    # `rest` is split into two floats. One float would lose the digits that exp() needs at a large offset.
-    rest_high = rest.to(tl.float32)
-    rest_low = (rest - rest_high.to(tl.float64)).to(tl.float32)
-    missing = rest == MINUS_INFINITY  # no rest, so no gradient
-    rest_high, rest_low = tl.where(missing, 0.0, rest_high), tl.where(missing, 0.0, rest_low)
-    share = tl.exp(((x * softcap if SOFTCAP else x) - rest_high) - rest_low)
-    grad = share * tl.where(missing, 0.0, g2.to(tl.float32))
-    grad = tl.where(column == target, g0.to(tl.float32), grad)
-    grad = tl.where(column == runner_up_id, g1.to(tl.float32), grad)
-    return grad * ((1.0 - x) * (1.0 + x)) if SOFTCAP else grad
+def inverted_hinge_gradient(p0, p1, p2):
+    """Compute the gradient of IHL = 1 + p0 - p1 in the triplet, with p its softmax.
+
+    Only sums of probabilities occur, so nothing cancels for p0 near 1.
+    """
+    return p0 * (2 * p1 + p2), -p1 * (2 * p0 + p2), p2 * (p1 - p0)
+
+
+# --- the gradient of a row's entries --------------------------------------------------------------
+
+
+@triton.jit
+def _slope_of(x, SOFTCAP: tl.constexpr):
+    """Return dy/dz of entries. It is 1 without a softcap."""
+    return (1.0 - x) * (1.0 + x) if SOFTCAP else 1.0
 
 
 @triton.jit
@@ -261,20 +306,36 @@ def write_gradient(
         out_aligned = out_start + head
     begin, end = part_of(body, part, PARTS, BLOCK)
     readable, readable_body = tl.where(counted, vocab, 0), tl.where(counted, body, 0)
-    lane = tl.arange(0, BLOCK)
+
+    # `rest` is split into the entry nearest to it and a difference. The entry alone would lose the digits
+    # that exp() needs at a large offset. The difference, at most log V, becomes a factor. Without a rest
+    # there is no gradient.
+    missing = rest == MINUS_INFINITY
+    rest_entry = rest.to(tl.float32) / softcap if SOFTCAP else rest.to(tl.float32)
+    rest_low = tl.where(missing, 0.0, (rest - exact_logit(rest_entry, softcap, SOFTCAP)).to(tl.float32))
+    rest_entry = tl.where(missing, 0.0, rest_entry)
+    g0 = tl.where(counted, g0.to(tl.float32), 0.0)
+    g1 = tl.where(counted, g1.to(tl.float32), 0.0)
+    g2 = tl.where(missing | (not counted), 0.0, g2.to(tl.float32)) * tl.exp2(-rest_low * LOG2_E)
+
+    lane, inner = tl.arange(0, BLOCK // VECTOR), tl.arange(0, VECTOR)
+    entry = lane[:, None] * VECTOR + inner[None, :]
     blocks = tl.cdiv(end - begin, BLOCK)
     for i in range(blocks):  # backwards, because the cache still has the last blocks of an earlier pass
         position = begin + (blocks - 1 - i) * BLOCK
-        x = tl.load(logits + aligned + position + lane, mask=lane < readable_body - position, other=0.0)
-        offset = position + head  # column of the block's first entry
-        grad = _gradient_of_entries(
-            x.to(tl.float32), lane, target - offset, runner_up_id - offset, g0, g1, g2, rest, softcap, SOFTCAP
-        )
-        tl.store(
-            out + out_aligned + position + lane, grad.to(out.dtype.element_ty), mask=lane < body - position
-        )
+        x = tl.load(logits + aligned + position + entry, mask=entry < readable_body - position, other=0.0)
+        x = x.to(tl.float32)
+        grad = exp_of_difference(x - rest_entry, softcap, SOFTCAP) * g2
+        t, r = target - head - position, runner_up_id - head - position
+        if ((t >= 0) & (t < BLOCK)) | ((r >= 0) & (r < BLOCK)):
+            grad = tl.where(_is_at(lane, inner, t), g0, grad)
+            grad = tl.where(_is_at(lane, inner, r), g1, grad)
+        grad = (grad * _slope_of(x, SOFTCAP)).to(out.dtype.element_ty)
+        tl.store(out + out_aligned + position + entry, grad, mask=entry < body - position)
     # The edges are so short that several threads hold each entry. Only one of them stores it, after its load.
     column, valid = edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
-    grad = _gradient_of_entries(x, column, target, runner_up_id, g0, g1, g2, rest, softcap, SOFTCAP)
-    tl.store(out + out_start + column, grad.to(out.dtype.element_ty), mask=valid)
+    grad = exp_of_difference(x - rest_entry, softcap, SOFTCAP) * g2
+    grad = tl.where(column == target, g0, tl.where(column == runner_up_id, g1, grad))
+    grad = (grad * _slope_of(x, SOFTCAP)).to(out.dtype.element_ty)
+    tl.store(out + out_start + column, grad, mask=valid)

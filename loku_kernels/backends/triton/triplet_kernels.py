@@ -1,9 +1,9 @@
-"""Softmax triplet, Triton kernels: forward, backward, the fused in-place kernel, columns and scaling.
+"""Softmax triplet, Triton kernels: forward, backward, the fused in-place kernels, losses and scaling.
 
-A program takes a row, or one of several parts of it. The reduction of a row and the gradient of its entries
-are in ``rows.py``, the launches in ``triplet.py``. Before each kernel are its floors: the bytes that it must
-move and the instructions that it takes. The measured times are from one H200, in
-benchmarks/results/gpu_h200.json. There a copy of 8192 x 128256 bfloat16 logits takes 0.98 ms.
+A program takes a row of logits, or one of several parts of it. The reduction of a row and the gradient of its
+entries are in ``rows.py``, the launches in ``triplet.py``. Before each kernel are its floors: the bytes that
+it must move, and the instructions an entry that its loop takes in the code compiled for sm_90. A copy of
+bfloat16 logits leaves an H200 the time for some 31 instructions an entry.
 """
 
 import triton
@@ -11,8 +11,8 @@ import triton.language as tl
 
 from loku_kernels.backends.triton.rows import (
     MINUS_INFINITY,
-    NO_COLUMN,
     assert_label,
+    combine_parts,
     edge_columns,
     exact_logit,
     inverted_hinge_gradient,
@@ -20,21 +20,20 @@ from loku_kernels.backends.triton.rows import (
     part_of,
     reduce_row,
     row_start,
+    softmax_of_triplet,
     split_row,
     write_gradient,
-    write_ignored,
-    write_triplet,
 )
 
-# --- forward --------------------------------------------------------------------------------------
+# --- forward, alone or with the gradient in place -------------------------------------------------
 #
-# Floors: one read of the logits, and about 6 instructions an entry (convert, max, subtract, multiply, exp2,
-# fused multiply-add), of which a multiprocessor issues 128 a clock. Measured: 0.88 ms for 8192 x 128256
-# bfloat16.
+# Floors: one read of the logits, and one write with a gradient. The second read of a gradient is free only if
+# the L2 cache still has the row. Two programs a multiprocessor have 17 MB of rows under way at V = 32000
+# bfloat16 on an H100. At V = 128256 one program has 34 MB.
 
 
 @triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride", "vocab"])
-def triplet_forward_kernel(
+def triplet_parts_kernel(
     logits,
     inner_rows,
     outer_stride,
@@ -42,97 +41,112 @@ def triplet_forward_kernel(
     vocab,
     labels,
     ignore_index,
+    softcap,
     triplet,
-    runner_up_ids,
     partial,
     partial_ids,
     PARTS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute triplet (N, 3) and runner_up_ids (N,) of logits (N, V) and labels (N,).
+    """Reduce the parts of the rows of logits (N, V) to partial (N, PARTS, 3) and partial_ids (N, PARTS).
 
-    With several PARTS a row it computes partial (N, PARTS, 3) and partial_ids (N, PARTS) instead. Then
-    ``triplet_combine_kernel`` combines them.
+    The target's logit goes to the triplet, before ``triplet_kernel`` overwrites it.
     """
     n = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     label = tl.load(labels + n)
     if label == ignore_index:
-        if PARTS == 1:
-            write_ignored(triplet, runner_up_ids, n)
         return
     assert_label(label, vocab)
     target = label.to(tl.int32)
     start = row_start(n, inner_rows, outer_stride, inner_stride)
     runner_up, runner_up_id, largest, total = reduce_row(
-        logits, start, vocab, target, part, 1.0, PARTS, False, BLOCK
+        logits, start, vocab, target, part, softcap, PARTS, SOFTCAP, BLOCK
     )
-    if PARTS == 1:
-        target_logit = tl.load(logits + start + target).to(tl.float64)
-        rest = log_of_rest(largest, total)
-        write_triplet(triplet, runner_up_ids, n, target_logit, runner_up, rest, runner_up_id)
-    else:
-        place = n.to(tl.int64) * PARTS + part
-        tl.store(partial + place * 3, runner_up)
-        tl.store(partial + place * 3 + 1, largest)
-        tl.store(partial + place * 3 + 2, total)
-        tl.store(partial_ids + place, runner_up_id)
+    place = n.to(tl.int64) * PARTS + part
+    tl.store(partial + place * 3, runner_up)
+    tl.store(partial + place * 3 + 1, largest)
+    tl.store(partial + place * 3 + 2, total)
+    tl.store(partial_ids + place, runner_up_id)
+    target_logit = exact_logit(tl.load(logits + start + target), softcap, SOFTCAP)
+    tl.store(triplet + n * 3, target_logit, mask=part == 0)
 
 
-@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride"])
-def triplet_combine_kernel(
+@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride", "vocab"])
+def triplet_kernel(
     logits,
     inner_rows,
     outer_stride,
     inner_stride,
+    vocab,
     labels,
     ignore_index,
-    partial,
-    partial_ids,
+    softcap,
     triplet,
     runner_up_ids,
+    partial,
+    partial_ids,
     scale,
-    grad_triplet,
     PARTS: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    WRITE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Compute triplet and runner_up_ids from the results of the parts of each row.
+    """Compute triplet (N, 3) and runner_up_ids (N,) of logits (N, V) and labels (N,).
 
-    With GRADIENT it also computes ``scale`` times the gradient of IHL in the triplet.
+    With several PARTS a row it combines the results of ``triplet_parts_kernel``. WRITE "inverted_hinge"
+    overwrites the logits with ``scale`` times the gradient of IHL, "rest_probabilities" with exp(y - rest)
+    times the softcap's slope. Then PARTS programs share each row.
     """
-    n = tl.program_id(0)
-    label = tl.load(labels + n)
-    if label == ignore_index:
-        write_ignored(triplet, runner_up_ids, n)
-        return
-    place = n.to(tl.int64) * PARTS + tl.arange(0, PARTS)
-    tops = tl.load(partial + place * 3)
-    largests = tl.load(partial + place * 3 + 1)
-    totals = tl.load(partial + place * 3 + 2)
-    ids = tl.load(partial_ids + place)
-    top = tl.max(tops)
-    runner_up_id = tl.min(tl.where(tops == top, ids, NO_COLUMN))
-    demoted = tl.where((tops == top) & (ids == runner_up_id), MINUS_INFINITY, tops)
-
-    demoted, largests = demoted.to(tl.float64), largests.to(tl.float64)
-    largest = tl.maximum(tl.max(demoted), tl.max(largests))
-    reference = tl.where(largest == MINUS_INFINITY, 0.0, largest)
-    total = tl.sum(totals.to(tl.float64) * tl.exp(largests - reference) + tl.exp(demoted - reference))
+    PROGRAMS: tl.constexpr = PARTS if WRITE != "" else 1
+    n = tl.program_id(0) // PROGRAMS
+    part = tl.program_id(0) % PROGRAMS
     start = row_start(n, inner_rows, outer_stride, inner_stride)
-    target = tl.load(logits + start + label).to(tl.float64)
-    runner_up = top.to(tl.float64)
-    rest = log_of_rest(largest, total)
-    write_triplet(triplet, runner_up_ids, n, target, runner_up, rest, runner_up_id)
-    if GRADIENT:
-        g0, g1, g2 = inverted_hinge_gradient(target, runner_up, rest, tl.load(scale))
-        tl.store(grad_triplet + n * 3, g0)
-        tl.store(grad_triplet + n * 3 + 1, g1)
-        tl.store(grad_triplet + n * 3 + 2, g2)
+    label = tl.load(labels + n)
+    counted = label != ignore_index
+    target = tl.full((), -1, tl.int32)
+    runner_up_id = target
+    target_logit = tl.full((), 0.0, tl.float64)
+    runner_up_logit, rest = target_logit, target_logit
+    if counted:
+        assert_label(label, vocab)
+        target = label.to(tl.int32)
+        if PARTS == 1:
+            runner_up, runner_up_id, largest, total = reduce_row(
+                logits, start, vocab, target, 0, softcap, 1, SOFTCAP, BLOCK
+            )
+            target_logit = exact_logit(tl.load(logits + start + target), softcap, SOFTCAP)
+        else:
+            runner_up, runner_up_id, largest, total = combine_parts(
+                partial, partial_ids, n, softcap, PARTS, SOFTCAP
+            )
+            target_logit = tl.load(triplet + n * 3)
+        runner_up_logit = exact_logit(runner_up, softcap, SOFTCAP)
+        rest = log_of_rest(exact_logit(largest, softcap, SOFTCAP), total)
+    tl.store(triplet + n * 3, target_logit, mask=part == 0)
+    tl.store(triplet + n * 3 + 1, runner_up_logit, mask=part == 0)
+    tl.store(triplet + n * 3 + 2, rest, mask=part == 0)
+    tl.store(runner_up_ids + n, runner_up_id.to(tl.int64), mask=part == 0)
+    if WRITE != "":
+        g0 = tl.full((), 0.0, tl.float64)
+        g1, g2 = g0, g0 + 1.0
+        if WRITE == "inverted_hinge":
+            p0, p1, p2 = softmax_of_triplet(target_logit, runner_up_logit, rest, tl.float32)
+            g0, g1, g2 = inverted_hinge_gradient(p0, p1, p2)
+            factor = tl.load(scale)
+            g0, g1, g2 = g0 * factor, g1 * factor, g2 * factor
+        # Every thread has read the row, and each is about to overwrite a part of it.
+        tl.debug_barrier()
+        write_gradient(
+            logits, start, vocab, logits, start, part, counted, target, runner_up_id, g0, g1, g2, rest,
+            softcap, PARTS, SOFTCAP, True, BLOCK,
+        )  # fmt: skip
 
 
 # --- backward -------------------------------------------------------------------------------------
 #
-# Floors: one read and one write of the logits, and about 12 instructions an entry.
+# Floors: one read and one write of the logits.
 
 
 @triton.jit(
@@ -142,6 +156,7 @@ def triplet_combine_kernel(
         "inner_stride",
         "vocab",
         "first_column",
+        "factor_stride",
         "grad_inner_rows",
         "grad_outer_stride",
         "grad_inner_stride",
@@ -160,6 +175,8 @@ def triplet_backward_kernel(
     triplet,
     runner_up_ids,
     grad_triplet,
+    factors,
+    factor_stride,
     grad_logits,
     grad_inner_rows,
     grad_outer_stride,
@@ -169,14 +186,14 @@ def triplet_backward_kernel(
     SAME_ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute grad_logits (N, V), which may be the logits, from grad_triplet (N, 3).
+    """Compute grad_logits (N, V), which may be the logits, from factors (N,) times grad_triplet (N, 3).
 
     The logits may be a block of columns that begins at ``first_column``.
     """
     n = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     label = tl.load(labels + n)
-    counted = label != ignore_index
+    factor = 1.0 if factors is None else tl.load(factors + n * factor_stride).to(tl.float64)
     write_gradient(
         logits,
         row_start(n, inner_rows, outer_stride, inner_stride),
@@ -184,12 +201,12 @@ def triplet_backward_kernel(
         grad_logits,
         row_start(n, grad_inner_rows, grad_outer_stride, grad_inner_stride),
         part,
-        counted,
+        label != ignore_index,
         (label - first_column).to(tl.int32),
         (tl.load(runner_up_ids + n) - first_column).to(tl.int32),
-        tl.where(counted, tl.load(grad_triplet + n * 3), 0.0),
-        tl.load(grad_triplet + n * 3 + 1),  # an ignored row has no runner-up
-        tl.where(counted, tl.load(grad_triplet + n * 3 + 2), 0.0),
+        tl.load(grad_triplet + n * 3) * factor,
+        tl.load(grad_triplet + n * 3 + 1) * factor,
+        tl.load(grad_triplet + n * 3 + 2) * factor,
         tl.load(triplet + n * 3 + 2),
         softcap,
         PARTS,
@@ -199,132 +216,155 @@ def triplet_backward_kernel(
     )
 
 
-# --- forward and backward at once, in place -------------------------------------------------------
+# --- losses of rows, and their number -------------------------------------------------------------
 #
-# Floors: one read and one write of the logits from main memory, and about 18 instructions an entry. The
-# second read is free only if the L2 cache still has the row. Two programs a multiprocessor have 17 MB of rows
-# under way at V = 32000 bfloat16 on an H100. At V = 128256 one program has 34 MB. Measured: 2.23 ms for the
-# loss in place on 8192 x 128256 bfloat16.
+# One program serves a mean or a sum, so that the order of its additions is the same every time. Floors: 8
+# bytes a label (twice with a mean), and 48 bytes a row of triplet and gradient, which the caches have.
 
 
-@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride", "vocab"])
-def inverted_hinge_kernel(
-    logits,
-    inner_rows,
-    outer_stride,
-    inner_stride,
-    vocab,
+@triton.jit
+def _mean_scale(labels, rows, ignore_index, BLOCK: tl.constexpr):
+    """Compute 1 / max(number of labels that are not ignored, 1) in float64."""
+    i = tl.arange(0, BLOCK)
+    counts = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, rows, BLOCK):
+        counts += tl.load(labels + first + i, mask=first + i < rows, other=ignore_index) != ignore_index
+    return 1.0 / tl.maximum(tl.sum(counts), 1).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def mean_scale_kernel(labels, rows, ignore_index, scale, BLOCK: tl.constexpr):
+    """Compute scale () of labels (N,)."""
+    tl.store(scale, _mean_scale(labels, rows, ignore_index, BLOCK))
+
+
+@triton.jit
+def _log1p(s, TERMS: tl.constexpr):
+    """Compute log(1 + s) for 0 <= s <= 2, to the last digits near 0.
+
+    It is 2 artanh(s / (2 + s)), by its power series. The argument is at most 1/2.
+    """
+    z = s / (2 + s)
+    series = 0 * z
+    for i in tl.static_range(TERMS):
+        series = series * (z * z) + 1 / (2 * (TERMS - i) - 1)
+    return 2 * z * series
+
+
+@triton.jit(do_not_specialize=["rows"])
+def token_losses_kernel(
+    triplet,
     labels,
+    rows,
     ignore_index,
+    losses,
+    grad_triplet,
+    LOSS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute the losses (N,), or their mean or sum (), and grad_triplet (N, 3) if it is not None."""
+    # A loss in float64 has all its arithmetic in float64.
+    REAL: tl.constexpr = losses.dtype.element_ty
+    TERMS: tl.constexpr = 26 if REAL == tl.float64 else 13
+    i = tl.arange(0, BLOCK)
+    begin = 0 if REDUCTION != "none" else tl.program_id(0) * BLOCK
+    end = rows if REDUCTION != "none" else begin + 1
+    scale = _mean_scale(labels, rows, ignore_index, BLOCK) if REDUCTION == "mean" else 1.0
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(begin, end, BLOCK):
+        n = first + i
+        inside = n < rows
+        counted = tl.load(labels + n, mask=inside, other=ignore_index) != ignore_index
+        y0 = tl.load(triplet + n * 3, mask=counted, other=0.0)
+        y1 = tl.load(triplet + n * 3 + 1, mask=counted, other=0.0)
+        y2 = tl.load(triplet + n * 3 + 2, mask=counted, other=0.0)
+        p0, p1, p2 = softmax_of_triplet(y0, y1, y2, REAL)
+        if LOSS == "inverted_hinge":
+            loss = (2 * p0 + p2).to(tl.float64)
+            g0, g1, g2 = inverted_hinge_gradient(p0, p1, p2)
+        else:
+            # log(sum of exp(y)) is the largest y plus log1p(sum of the others' exp). Nothing cancels.
+            high, low = tl.maximum(y1, y2), tl.minimum(y1, y2)
+            top = tl.maximum(y0, high)
+            others = tl.exp((tl.minimum(y0, high) - top).to(REAL)) + tl.exp((low - top).to(REAL))
+            loss = (top - y0) + _log1p(others, TERMS).to(tl.float64)
+            loss = tl.where(p0 == p0, loss, p0.to(tl.float64))  # a maximum does not see a NaN
+            g0, g1, g2 = -(p1 + p2), p1, p2
+        loss = tl.where(counted, loss, 0.0)
+        if REDUCTION == "none":
+            tl.store(losses + n, loss.to(REAL), mask=inside)
+        else:
+            total += loss
+        if grad_triplet is not None:
+            tl.store(grad_triplet + n * 3, tl.where(counted, g0.to(tl.float64) * scale, 0.0), mask=inside)
+            tl.store(grad_triplet + n * 3 + 1, tl.where(counted, g1.to(tl.float64) * scale, 0.0), mask=inside)
+            tl.store(grad_triplet + n * 3 + 2, tl.where(counted, g2.to(tl.float64) * scale, 0.0), mask=inside)
+    if REDUCTION != "none":
+        tl.store(losses, (tl.sum(total) * scale).to(REAL))
+
+
+# --- the end of the linear operator's backward ----------------------------------------------------
+#
+# Floors: one read of the direction and one write of the gradient, (N, D) each, and two rows of the weight a
+# token, which the L2 cache has if tokens share words. 3 instructions an entry besides conversions.
+
+
+@triton.jit
+def _slope(y, softcap):
+    """Compute 1 - (y / softcap)^2 in float32. Only the products that may cancel are float64."""
+    return ((softcap - y) * (softcap + y)).to(tl.float32) / (softcap * softcap)
+
+
+@triton.jit(do_not_specialize=["factor_stride"])
+def hidden_gradient_kernel(
+    grad_triplet,
+    factors,
+    factor_stride,
+    weight,
+    weight_stride,
+    labels,
     triplet,
     runner_up_ids,
-    scale,
-    BLOCK: tl.constexpr,
-):
-    """Compute triplet and runner_up_ids, and overwrite logits (N, V) with ``scale`` x the gradient of IHL."""
-    n = tl.program_id(0)
-    start = row_start(n, inner_rows, outer_stride, inner_stride)
-    label = tl.load(labels + n)
-    counted = label != ignore_index
-    target = tl.full((), -1, tl.int32)
-    runner_up_id = tl.full((), -1, tl.int32)
-    g0 = tl.full((), 0.0, tl.float64)
-    g1, g2, rest = g0, g0, g0
-    if counted:
-        assert_label(label, vocab)
-        target = label.to(tl.int32)
-        runner_up, runner_up_id, largest, total = reduce_row(
-            logits, start, vocab, target, 0, 1.0, 1, False, BLOCK
-        )
-        target_logit = tl.load(logits + start + target).to(tl.float64)
-        runner_up_logit = runner_up.to(tl.float64)
-        rest = log_of_rest(largest, total)
-        write_triplet(triplet, runner_up_ids, n, target_logit, runner_up_logit, rest, runner_up_id)
-        g0, g1, g2 = inverted_hinge_gradient(target_logit, runner_up_logit, rest, tl.load(scale))
-        # Every thread has read the row, and each is about to overwrite a part of it.
-        tl.debug_barrier()
-    else:
-        write_ignored(triplet, runner_up_ids, n)
-    write_gradient(
-        logits, start, vocab, logits, start, 0, counted, target, runner_up_id, g0, g1, g2, rest, 1.0,
-        1, False, True, BLOCK,
-    )  # fmt: skip
-
-
-# --- the next columns of rows that come in blocks of columns --------------------------------------
-#
-# The linear operator launches this between its two products. Floors: one read of a block of logits, and one
-# write with ``out``. The first product has just written the block, so the L2 cache serves the read if the
-# block fits.
-
-
-@triton.jit(do_not_specialize=["row_stride", "columns", "first_column", "out_stride"])
-def triplet_columns_kernel(
-    logits,
-    row_stride,
+    direction,
+    direction_stride,
+    grad_hidden,
     columns,
-    first_column,
-    labels,
     softcap,
-    out,
-    out_stride,
-    numbers,
-    runner_up_ids,
-    rescales,
-    demoted_ids,
-    demoted_shares,
-    STORE: tl.constexpr,
+    logit_scale,
     SOFTCAP: tl.constexpr,
-    SAME_ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Take the logits (N, C) of the columns from ``first_column`` on into the state (see ``OnlineState``).
+    """Compute grad_hidden (N, D) from grad_triplet (N, 3), weight (V, D) and direction (N, D).
 
-    With STORE the terms go to out (N, C), which may be the logits: exp(y - rest_max) times the softcap's
-    slope, and 0 at target and runner-up.
+    It is factor (g0 slope_t weight[t] + g1 slope_r weight[r] + g2 logit_scale direction), and 0 in ignored
+    rows.
     """
     n = tl.program_id(0)
-    start = n.to(tl.int64) * row_stride
-    target = (tl.load(labels + n) - first_column).to(tl.int32)
-    top, top_id, largest, total = reduce_row(logits, start, columns, target, 0, softcap, 1, SOFTCAP, BLOCK)
-    if (target >= 0) & (target < columns):
-        tl.store(numbers + n * 4, exact_logit(tl.load(logits + start + target), softcap, SOFTCAP))
-    top, largest = exact_logit(top, softcap, SOFTCAP), exact_logit(largest, softcap, SOFTCAP)
-    total = total.to(tl.float64)
-
-    runner_up = tl.load(numbers + n * 4 + 1)
-    rest_max = tl.load(numbers + n * 4 + 2)
-    rest_sum = tl.load(numbers + n * 4 + 3)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    place = grad_hidden + n.to(tl.int64) * columns + column
     runner_up_id = tl.load(runner_up_ids + n)
-    better = top > runner_up
-    demoted = tl.where(better, runner_up, MINUS_INFINITY)
-    joining = tl.where(better, MINUS_INFINITY, top)  # the block's largest entry joins the rest
-    demoted_id = tl.where(demoted > MINUS_INFINITY, runner_up_id, -1)
-    runner_up_id = tl.where(better, top_id.to(tl.int64) + first_column, runner_up_id)
-    new_max = tl.maximum(tl.maximum(rest_max, largest), tl.maximum(demoted, joining))
-    reference = tl.where(new_max == MINUS_INFINITY, 0.0, new_max)
-    rescale, share = tl.exp(rest_max - reference), tl.exp(demoted - reference)
-    rest_sum = rest_sum * rescale + share + total * tl.exp(largest - reference) + tl.exp(joining - reference)
+    if runner_up_id < 0:
+        tl.store(place, tl.zeros([BLOCK], grad_hidden.dtype.element_ty), mask=inside)
+        return
+    factor = (
+        logit_scale if factors is None else tl.load(factors + n * factor_stride).to(tl.float64) * logit_scale
+    )
+    g0 = tl.load(grad_triplet + n * 3) * factor
+    g1 = tl.load(grad_triplet + n * 3 + 1) * factor
+    g2 = tl.load(grad_triplet + n * 3 + 2) * factor
+    g2 = tl.where(tl.load(triplet + n * 3 + 2) == MINUS_INFINITY, 0.0, g2)
     if SOFTCAP:
-        # A float64 division would be a call, which spills registers.
-        u = tl.where(demoted > MINUS_INFINITY, demoted, 0.0).to(tl.float32) / softcap
-        share *= (1.0 - u) * (1.0 + u)
-    # Every thread has read the state and the logits. Some are about to overwrite them.
-    tl.debug_barrier()
-    tl.store(numbers + n * 4 + 1, tl.where(better, top, runner_up))
-    tl.store(numbers + n * 4 + 2, new_max)
-    tl.store(numbers + n * 4 + 3, rest_sum)
-    tl.store(runner_up_ids + n, runner_up_id)
-    tl.store(rescales + n, rescale.to(tl.float32))
-    tl.store(demoted_ids + n, demoted_id)
-    tl.store(demoted_shares + n, share.to(tl.float32))
-    if STORE:
-        skip = (runner_up_id - first_column).to(tl.int32)
-        zero = tl.full((), 0.0, tl.float64)
-        write_gradient(
-            logits, start, columns, out, n.to(tl.int64) * out_stride, 0, True, target, skip, zero, zero,
-            zero + 1.0, reference, softcap, 1, SOFTCAP, SAME_ALIGNMENT, BLOCK,
-        )  # fmt: skip
+        g0 *= _slope(tl.load(triplet + n * 3), softcap)
+        g1 *= _slope(tl.load(triplet + n * 3 + 1), softcap)
+    target_row = weight + tl.load(labels + n) * weight_stride + column
+    runner_up_row = weight + runner_up_id * weight_stride + column
+    direction_row = direction + n.to(tl.int64) * direction_stride + column
+    total = g2.to(tl.float32) * tl.load(direction_row, mask=inside, other=0.0).to(tl.float32)
+    total += g0.to(tl.float32) * tl.load(target_row, mask=inside, other=0.0).to(tl.float32)
+    total += g1.to(tl.float32) * tl.load(runner_up_row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, total.to(grad_hidden.dtype.element_ty), mask=inside)
 
 
 # --- scaling by a factor that only the device knows -----------------------------------------------
@@ -332,7 +372,7 @@ def triplet_columns_kernel(
 # Floors: one read and one write of the logits, or none for a factor of 1.
 
 
-@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride", "vocab"])
+@triton.jit(do_not_specialize=["inner_rows", "outer_stride", "inner_stride", "vocab", "factor_stride"])
 def scale_rows_kernel(
     logits,
     inner_rows,
@@ -354,12 +394,12 @@ def scale_rows_kernel(
     start = row_start(n, inner_rows, outer_stride, inner_stride)
     aligned, head, body = split_row(start, vocab, VECTOR)
     begin, end = part_of(body, part, PARTS, BLOCK)
-    lane = tl.arange(0, BLOCK)
+    entry = tl.arange(0, BLOCK)
     block = logits + aligned + begin
     for position in range(begin, end, BLOCK):
-        inside = lane < body - position
-        x = tl.load(block + lane, mask=inside).to(tl.float32) * factor
-        tl.store(block + lane, x.to(logits.dtype.element_ty), mask=inside)
+        inside = entry < body - position
+        x = tl.load(block + entry, mask=inside).to(tl.float32) * factor
+        tl.store(block + entry, x.to(logits.dtype.element_ty), mask=inside)
         block += BLOCK
     column, valid = edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid).to(tl.float32) * factor
