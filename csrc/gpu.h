@@ -9,7 +9,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cassert>
 #include <cfloat>
 #include <climits>
 #include <cmath>

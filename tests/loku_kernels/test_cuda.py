@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,13 +213,12 @@ def test_clusters(emulation, monkeypatch, dtype, shared):
     assert len(clusters) >= 3 and max(clusters) == 8
 
 
-@pytest.mark.parametrize("v", [32000, 50257])
-def test_real_sizes_in_clusters(emulation, monkeypatch, v):
+@pytest.mark.parametrize("v, cluster", [(32000, 2), (50257, 2), (128256, 8), (262144, 8)])
+def test_real_sizes(emulation, monkeypatch, v, cluster):
     use_emulation(monkeypatch, emulation)
-    logits, labels = planted_logits(6, v, torch.bfloat16)
+    logits, labels = planted_logits(5, v, torch.bfloat16)
     check(logits.clone(), labels, scale=1 / 4096)
-    assert emulation.last_launch() // 10000 % 10000 == 2
-    logits, labels = planted_logits(3, v, torch.float16)
+    assert emulation.last_launch() // 10000 % 10000 == cluster
     check(logits, labels)
 
 
@@ -389,6 +389,18 @@ def test_bad_arguments_are_refused(emulation, monkeypatch):
         labels[2] = bad
         with pytest.raises(RuntimeError, match="the kernel failed"):
             cuda.rest_probabilities_(logits.clone(), labels, IGNORE)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_device_of_a_launch(monkeypatch, current):
+    """A device that is torch's current one is not entered, since that takes longer than a launch."""
+    entered, launched = [], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=70 + index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: entered.append(index) or nullcontext())
+    logits = SimpleNamespace(device=torch.device("cuda", 1))
+    cuda._launch(lambda *arguments: launched.append(arguments), logits, 5, 6)
+    assert launched == [(5, 6, (1, 71))] and entered == ([] if current == 1 else [1])
 
 
 # --- on a GPU alone -------------------------------------------------------------------------------
