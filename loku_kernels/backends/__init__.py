@@ -118,6 +118,8 @@ class Backend(Protocol):
         """Add squared per-sample gradients to ``fisher``, in place."""
 
 
+PLAIN: Backend = reference  # it serves every tensor
+
 OPERATIONS = (
     "triplet_forward",
     "triplet_backward",
