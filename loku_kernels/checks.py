@@ -132,14 +132,19 @@ def check_linear_operands(
     check_label_tensor(labels, hidden, "hidden")
     if weight.dtype not in LOGIT_DTYPES:
         raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
-    others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    autocast = torch.is_autocast_enabled(hidden.device.type)  # autocast makes the dtypes equal, as for linear
-    for name, tensor in others.items():
-        if tensor.dtype != hidden.dtype and not autocast:
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    _check_like_hidden("weight", weight, hidden)
+    if bias is not None:
+        _check_like_hidden("bias", bias, hidden)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
+def _check_like_hidden(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    """Raise ``ValueError`` unless an operand has dtype and device of the hidden states."""
+    if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        # Autocast makes the dtypes equal, as for ``linear``.
+        raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
