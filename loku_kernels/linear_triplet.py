@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from loku_kernels.autocast import apply_without_autocast, register_autocast
-from loku_kernels.backends import choose, native
+from loku_kernels.backends import choose
+from loku_kernels.backends.fused_losses import Saved, all_rows_stay, gradient_of_hidden, tensors_of
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_operands
-from loku_kernels.fused_losses import Saved, gradient_of_hidden, tensors_of
 from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, part_of, weight_gradient
 from loku_kernels.tracing import once_differentiable, traced
 from loku_kernels.triplet import fake_triplets
@@ -68,22 +68,6 @@ def linear_forward(
     logits = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
     result = forward_of_blocks(logits, labels[index], ignore_index, want_direction)
     return _spread(result, index, len(labels), want_direction)
-
-
-def all_rows_stay(labels: Tensor, ignore_index: int) -> bool:
-    """Say whether no row is dropped: the labels are not on a CPU, or all count.
-
-    The host knows on a CPU alone which rows count. A question to another device would wait for it.
-
-    Args:
-        labels: The labels (N,), int64.
-        ignore_index: The label of rows that do not count.
-    """
-    if not labels.is_cpu:
-        return True
-    if native.serves(labels):
-        return native.number_counted(labels, ignore_index) == labels.shape[0]
-    return bool((labels != ignore_index).all())
 
 
 def forward_of_blocks(

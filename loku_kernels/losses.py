@@ -12,6 +12,12 @@ from torch import Tensor
 
 from loku_kernels.autocast import apply_without_autocast
 from loku_kernels.backends import choose
+from loku_kernels.backends.fused_losses import (
+    all_rows_stay,
+    gradient_of_logits,
+    inverted_hinge_loss_,
+    loss_of_logits,
+)
 from loku_kernels.checks import (
     IGNORE_INDEX,
     Reduction,
@@ -21,9 +27,7 @@ from loku_kernels.checks import (
     check_logits,
     check_reduction,
 )
-from loku_kernels.fused_losses import gradient_of_logits, inverted_hinge_loss_, loss_of_logits
 from loku_kernels.linear_triplet import (
-    all_rows_stay,
     linear_backward,
     linear_forward,
     linear_softmax_triplet,

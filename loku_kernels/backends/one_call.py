@@ -1,6 +1,6 @@
 """Functions of the compiled core that compute two operations in one call, for the time of small losses.
 
-They check their arguments as ``native`` does. ``loku_kernels/fused_losses.py`` calls them wherever ``native``
+They check their arguments as ``native`` does. ``fused_losses.py`` calls them wherever ``native``
 is the chosen backend.
 """
 

@@ -305,7 +305,8 @@ def test_every_backend_has_the_same_loss(backend, dtype, reduction):
     counted = labels != IGNORE
     per_token = torch.zeros(24, dtype=torch.float64)
     per_token[counted] = reference.inverted_hinge_loss(exact[counted], labels[counted])
-    (per_token.sum() / (counted.sum() if reduction == "mean" else 1)).backward()
+    total = per_token.sum() / (counted.sum() if reduction == "mean" else 1)
+    total.backward()
     for inplace in (False, True):
         leaf = logits.clone().requires_grad_()
         loss = ihl_loss(leaf * 1, labels, reduction=reduction, inplace=inplace)

@@ -162,6 +162,22 @@ def gradient_of_hidden(
     )
 
 
+def all_rows_stay(labels: Tensor, ignore_index: int) -> bool:
+    """Say whether no row is dropped: the labels are not on a CPU, or all count.
+
+    The host knows on a CPU alone which rows count. A question to another device would wait for it.
+
+    Args:
+        labels: The labels (N,), int64.
+        ignore_index: The label of rows that do not count.
+    """
+    if not labels.is_cpu:
+        return True
+    if native.serves(labels):
+        return native.number_counted(labels, ignore_index) == labels.shape[0]
+    return bool((labels != ignore_index).all())
+
+
 def tensors_of(saved: Saved, count: int) -> tuple[Tensor, ...]:
     """Return grad_triplet (N, 3), triplet (N, 3) and runner_up_id (N,) of saved numbers.
 
