@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loku_kernels.backends.triton import fisher, triplet
+from loku_kernels.backends.triton import divergence, fisher, triplet
 
 TABLE = Path(__file__).parent / "triton_table.json"
 TARGETS = {
@@ -58,6 +58,7 @@ def launches_of_triplet(dtype: torch.dtype, vocab: int, rows: int, softcap: floa
     found, ids = triplet.triplet_forward(logits, labels, -100, softcap=softcap)
     triplet.triplet_backward(found, logits, labels, -100, found, ids, factor=scale, softcap=softcap)
     triplet.rest_probabilities_(logits, labels, -100, softcap=softcap)
+    divergence.divergence_(logits, logits, softcap=softcap, store=True)
     if not softcap:
         triplet.inverted_hinge_(logits, labels, -100, scale)
         triplet.scale_rows_(logits, scale)
@@ -108,7 +109,7 @@ def record(launcher: Callable[..., Any], *args: Any, **options: Any) -> list[Lau
 
     patches: list[Any] = [
         mock.patch.object(module, name, Recorder(kernel))
-        for module in (triplet, fisher)
+        for module in (triplet, divergence, fisher)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
     ]
@@ -252,7 +253,10 @@ def table(targets: Iterable[str]) -> Table:
         for architecture in targets:
             target = TARGETS[architecture]
             amd = target.backend == "hip"
-            with mock.patch.object(triplet, "FUSED_MOST_WARPS", 16 if amd else 32):
+            with (
+                mock.patch.object(triplet, "FUSED_MOST_WARPS", 16 if amd else 32),
+                mock.patch.object(divergence, "WARPS", 8 if amd else 16),
+            ):
                 launches = all_launches()
             for name, launch in launches.items():
                 facts = (compile_amd if amd else compile_nvidia)(*launch, target)

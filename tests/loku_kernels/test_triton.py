@@ -408,6 +408,38 @@ def test_hidden_gradient(dtype, softcap, columns):
 
 
 @on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [2, 17, 9001])
+@pytest.mark.parametrize("softcap", [0.0, 6.0])
+def test_divergence(dtype, v, softcap):
+    from loku_kernels.backends import triton as kernels
+
+    logits, _ = planted_logits(12, v, torch.float32)
+    others = logits + torch.randn(12, v, generator=torch.Generator().manual_seed(v))
+    others[0], others[1] = logits[0], others[1] + 100  # the same distribution, and one with another offset
+    logits[3, 0], others[3, 0] = -torch.inf, -1e9 if dtype == torch.float32 else -6e4
+    logits[7] -= 1000 - 100
+    if softcap:
+        logits, others = (torch.tanh(x.double() / softcap) for x in (logits, others))
+    logits, others = (x.to(dtype) for x in (logits, others))
+    memory = torch.full((14, v + 10), 77.0).to(dtype).to(DEVICE)
+    inside = memory[1:-1, 3:-7].copy_(logits)
+    for reference_logits in (others.to(DEVICE), torch.nn.functional.pad(others, (0, 1))[:, :-1].to(DEVICE)):
+        exact = logits.double()
+        expected, normalizers = reference.divergence_(exact, others.double(), softcap=softcap, store=True)
+        inside.copy_(logits)
+        kernels.divergence_(inside, reference_logits.clone(), softcap=softcap, store=False)
+        assert torch.equal(inside.cpu(), logits)
+        ours = kernels.divergence_(inside, reference_logits.clone(), softcap=softcap, store=True)
+        torch.testing.assert_close(ours[0].cpu().double(), expected, rtol=1e-5, atol=3e-6, equal_nan=True)
+        torch.testing.assert_close(ours[1].cpu().double(), normalizers, rtol=1e-6, atol=2e-6, equal_nan=True)
+        error = (inside.cpu().double() - exact).abs()
+        assert (error <= 2 * max(ulp(dtype), 5e-7) * exact.abs().amax(1, keepdim=True) + 5e-7).all()
+    memory[1:-1, 3:-7] = 77.0
+    assert memory.eq(77.0).all()
+
+
+@on_device
 def test_linear_loss():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(100, 8, generator=generator)
@@ -668,6 +700,7 @@ def test_launches_of_each_operation(rows, several):
         for reduction in ("none", "mean", "sum"):
             losses = ("cross_entropy", triplet, labels, IGNORE, reduction, torch.float32, True)
             assert launches(kernels.token_losses, *losses) == 1
+        assert launches(kernels.divergence_, logits, logits, softcap=0.0, store=True) == 1
         hidden = (triplet, scale, logits[:, :64], labels, triplet, ids, logits[:, :64])
         assert launches(kernels.hidden_gradient, *hidden, softcap=0.0, logit_scale=1.0) == 1
 

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from loku_kernels.backends.triton.divergence import divergence_
 from loku_kernels.backends.triton.fisher import accumulate_squared_grad_
 from loku_kernels.backends.triton.triplet import (
     hidden_gradient,
@@ -24,6 +25,7 @@ from loku_kernels.backends.triton.triplet import (
 __all__ = [
     "INTERPRETED",
     "accumulate_squared_grad_",
+    "divergence_",
     "hidden_gradient",
     "inverted_hinge_",
     "mean_scale",

@@ -64,7 +64,7 @@ def edge_columns(head, body, vocab, asked, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _exp(difference, softcap, SOFTCAP: tl.constexpr):
+def exp_of(difference, softcap, SOFTCAP: tl.constexpr):
     """Compute exp(y - y_reference) from a difference of entries.
 
     exp2 is one instruction. It flushes subnormal results to 0. exp would take four.
@@ -73,7 +73,7 @@ def _exp(difference, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _finite(largest):
+def finite(largest):
     """Return the entry to subtract. If all entries are masked, that is 0, because -inf - -inf is NaN."""
     return tl.where(largest == MINUS_INFINITY, 0.0, largest)
 
@@ -89,7 +89,7 @@ def _is_at(lane, inner, position):
 
 
 @triton.jit
-def _take(x, largest, terms, softcap, SOFTCAP: tl.constexpr):
+def take_block(x, largest, terms, softcap, SOFTCAP: tl.constexpr):
     """Take a block (lanes, entries of a vector) into the lanes' largest entries and sums.
 
     Returns:
@@ -98,9 +98,9 @@ def _take(x, largest, terms, softcap, SOFTCAP: tl.constexpr):
     x = x.to(tl.float32)
     top = tl.max(x, 1)
     raised = tl.maximum(largest, top)
-    reference = _finite(raised)
-    terms *= _exp(largest - reference, softcap, SOFTCAP)
-    return top, raised, terms + tl.sum(_exp(x - reference[:, None], softcap, SOFTCAP), 1)
+    reference = finite(raised)
+    terms *= exp_of(largest - reference, softcap, SOFTCAP)
+    return top, raised, terms + tl.sum(exp_of(x - reference[:, None], softcap, SOFTCAP), 1)
 
 
 @triton.jit
@@ -140,13 +140,13 @@ def reduce_row(
     position = tl.where(last == begin, begin + BLOCK, begin)
     ahead = tl.load(body_row + position + entry, mask=entry < end - position, other=MINUS_INFINITY)
     for _ in range(begin, tl.where(here, end - BLOCK, end), BLOCK):
-        top, raised, terms = _take(ahead, largest, terms, softcap, SOFTCAP)
+        top, raised, terms = take_block(ahead, largest, terms, softcap, SOFTCAP)
         met = tl.where(top > largest, position, met)
         largest = raised
         position += tl.where(position + BLOCK == last, 2 * BLOCK, BLOCK)
         ahead = tl.load(body_row + position + entry, mask=entry < end - position, other=MINUS_INFINITY)
     last_x = tl.where(_is_at(lane, inner, target_position - last), MINUS_INFINITY, last_x)
-    top, raised, terms = _take(last_x, largest, terms, softcap, SOFTCAP)
+    top, raised, terms = take_block(last_x, largest, terms, softcap, SOFTCAP)
     met = tl.where((top > largest) | ((top == largest) & (last < met)), last, met)
     largest = raised
 
@@ -177,20 +177,19 @@ def reduce_row(
         keep = (place < end) & (place != target_position) & (place != runner_up_id - head)
         x = tl.load(logits + aligned + place, mask=keep, other=MINUS_INFINITY).to(tl.float32)
         again_raised = tl.maximum(again_largest, tl.max(x))
-        again_reference = _finite(again_raised)
-        again_terms *= _exp(again_largest - again_reference, softcap, SOFTCAP)
-        again_terms += tl.sum(_exp(x - again_reference, softcap, SOFTCAP))
+        again_reference = finite(again_raised)
+        again_terms *= exp_of(again_largest - again_reference, softcap, SOFTCAP)
+        again_terms += tl.sum(exp_of(x - again_reference, softcap, SOFTCAP))
         again_largest = again_raised
 
     # A NaN is never taken out. If all other words are masked but it, `runner_up_id` may be its column.
     edge = tl.where((column == runner_up_id) & (edge == runner_up), MINUS_INFINITY, edge)
     largest = tl.where(lane == again, MINUS_INFINITY, largest)
-    terms = tl.where(lane == again, 0.0, terms)
     rest_largest = tl.maximum(tl.maximum(tl.max(largest), again_largest), tl.max(edge))
-    reference = _finite(rest_largest)
-    total = tl.sum(terms * _exp(largest - reference, softcap, SOFTCAP))
-    total += tl.sum(_exp(edge - reference, softcap, SOFTCAP))
-    total += again_terms * _exp(again_largest - reference, softcap, SOFTCAP)
+    reference = finite(rest_largest)
+    total = tl.sum(terms * exp_of(largest - reference, softcap, SOFTCAP))
+    total += tl.sum(exp_of(edge - reference, softcap, SOFTCAP))
+    total += again_terms * exp_of(again_largest - reference, softcap, SOFTCAP)
     return runner_up, runner_up_id, rest_largest, total
 
 
@@ -206,9 +205,9 @@ def combine_parts(partial, partial_ids, n, softcap, PARTS: tl.constexpr, SOFTCAP
     runner_up_id = tl.min(tl.where(tops == runner_up, ids, NO_COLUMN))
     demoted = tl.where(ids == runner_up_id, MINUS_INFINITY, tops)  # the other parts' join the rest
     largest = tl.maximum(tl.max(demoted), tl.max(largests))
-    reference = _finite(largest)
-    totals *= _exp(largests - reference, softcap, SOFTCAP)
-    return runner_up, runner_up_id, largest, tl.sum(totals + _exp(demoted - reference, softcap, SOFTCAP))
+    reference = finite(largest)
+    totals *= exp_of(largests - reference, softcap, SOFTCAP)
+    return runner_up, runner_up_id, largest, tl.sum(totals + exp_of(demoted - reference, softcap, SOFTCAP))
 
 
 # --- a row's numbers ------------------------------------------------------------------------------
@@ -320,7 +319,7 @@ def write_gradient(
         position = begin + (blocks - 1 - i) * BLOCK
         x = tl.load(logits + aligned + position + entry, mask=entry < readable_body - position, other=0.0)
         x = x.to(tl.float32)
-        grad = _exp(x - rest_entry, softcap, SOFTCAP) * g2
+        grad = exp_of(x - rest_entry, softcap, SOFTCAP) * g2
         t, r = target - head - position, runner_up_id - head - position
         if ((t >= 0) & (t < BLOCK)) | ((r >= 0) & (r < BLOCK)):
             grad = tl.where(_is_at(lane, inner, t), g0, grad)
@@ -330,7 +329,7 @@ def write_gradient(
     # The edges are so short that several threads hold each entry. Only one of them stores it, after its load.
     column, valid = edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
-    grad = _exp(x - rest_entry, softcap, SOFTCAP) * g2
+    grad = exp_of(x - rest_entry, softcap, SOFTCAP) * g2
     grad = tl.where(column == target, g0, tl.where(column == runner_up_id, g1, grad))
     grad = (grad * _slope_of(x, SOFTCAP)).to(out.dtype.element_ty)
     tl.store(out + out_start + column, grad, mask=valid)
