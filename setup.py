@@ -7,7 +7,7 @@ the core and computes with its plain-torch reference. A compiler that fails stop
 ``LOKU_CORE=0`` leaves the core out.
 
 CUDA kernels are built if nvcc is on PATH or in CUDA_HOME (default /usr/local/cuda). ``LOKU_CUDA=0`` leaves
-them out. ``LOKU_CUDA=1`` fails without nvcc. ``LOKU_CUDA_ARCHS="90"`` (default "80 90 100") restricts the
+them out. ``LOKU_CUDA=1`` fails without nvcc. ``LOKU_CUDA_ARCHS="90"`` (default "90 100") restricts the
 GPUs. The build prints its decision.
 """
 
@@ -22,10 +22,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/bindings.cpp", "csrc/fisher_cpu.cpp", "csrc/losses_cpu.cpp", "csrc/triplet_cpu.cpp"]
-CUDA_SOURCES = ["csrc/triplet_cuda.cu", "csrc/fisher_cuda.cu"]
+CUDA_SOURCES = ["csrc/fused_rows_cuda.cu"]
 # The oldest Python of pyproject.toml, as the tag of a wheel and as CPython's headers have it.
 STABLE_ABI = None if sysconfig.get_config_var("Py_GIL_DISABLED") else ("cp311", "0x030B0000")
-CUDA_ARCHS = "80 90 100"  # compute capabilities x 10; newer GPUs translate the last one's PTX
+CUDA_ARCHS = "90 100"  # compute capabilities x 10; newer GPUs translate the last one's PTX
 CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
     # Sums may be regrouped only if a loop says so. Nothing here reads errno or floating-point traps.

@@ -103,8 +103,8 @@ def operator_gemms(hidden: Tensor, weight: Tensor) -> Call:
         weight: The output embedding (V, D), of the same dtype.
     """
     (n, d), vocab = hidden.shape, weight.shape[0]
-    itemsize = logits_blocks.product_dtype(weight).itemsize
-    rows, columns = logits_blocks.block_slices(n, vocab, itemsize, weight.device.type)
+    blocks = logits_blocks.LogitsBlocks(hidden, weight, None, 0.0, 1.0)
+    rows, columns = blocks.rows, blocks.columns
     memory, out = hidden.new_empty(n * vocab), hidden.new_zeros(n, d)
 
     def gemms() -> None:

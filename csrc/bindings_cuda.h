@@ -3,8 +3,7 @@
 #pragma once
 
 #include "bindings.h"
-#include "fisher_cuda.h"
-#include "triplet_cuda.h"
+#include "fused_rows_cuda.h"
 
 namespace loku {
 
@@ -21,16 +20,12 @@ inline Stream Arguments::read() {
 inline int fill_cuda(PyObject* module) {
   static PyMethodDef methods[] = {
       method<cuda_error>("cuda_error"),
-      method<cuda_triplet_forward>("cuda_triplet_forward"),
-      method<cuda_triplet_backward>("cuda_triplet_backward"),
+      method<cuda_longest_row>("cuda_longest_row"),
       method<cuda_inverted_hinge_>("cuda_inverted_hinge_"),
-      method<cuda_triplet_columns_>("cuda_triplet_columns_"),
-      method<cuda_scale_rows_>("cuda_scale_rows_"),
-      method<cuda_accumulate_squared_grad_>("cuda_accumulate_squared_grad_"),
+      method<cuda_rest_probabilities_>("cuda_rest_probabilities_"),
       kLastMethod,
   };
-  if (PyModule_AddFunctions(module, methods)) return -1;
-  return PyModule_AddIntConstant(module, "FISHER_TILE", kFisherTile);
+  return PyModule_AddFunctions(module, methods);
 }
 
 }  // namespace loku

@@ -1,6 +1,7 @@
-// The CUDA kernels' interface to the machine: a few instructions, barriers, and the launch of a kernel.
+// The CUDA kernels' interface to the machine: its instructions, barriers and copies, and the launch of a
+// kernel.
 //
-// Kernels use only the names in this file and threadIdx, blockIdx, blockDim and __syncthreads.
+// Kernels use only the names in this file and threadIdx, blockIdx, blockDim, gridDim and __syncthreads.
 // tests/loku_kernels/cuda/emulated_gpu.h defines the same names for the CPU. It is included ahead of this
 // file, and so the kernels run without a GPU.
 #ifndef LOKU_GPU_H
@@ -8,9 +9,21 @@
 
 #include <cuda_runtime.h>
 
+#include <cfloat>
+#include <climits>
+#include <cmath>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "loku_kernels: the CUDA kernels need compute capability 9.0: set LOKU_CUDA_ARCHS to 90 or more"
+#endif
+
+#define LOKU_KERNEL_PARAMETER const __grid_constant__
 
 namespace loku {
 
@@ -19,17 +32,13 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
-// Loads are from any memory. Stores are to global memory.
-__device__ __forceinline__ Vector load_16_bytes(const void* address) {
-  const uint4 x = *static_cast<const uint4*>(address);
-  return {{x.x, x.y, x.z, x.w}};
-}
-
-// The store is in assembly, because nvcc would merge it with scalar stores in another branch.
+// Store to global memory. It is in assembly, because nvcc would merge it with scalar stores in another
+// branch.
 __device__ __forceinline__ void store_16_bytes(void* address, const Vector& v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
-               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
-               : "memory");
+  asm volatile(
+      "st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+      "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+      : "memory");
 }
 
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -39,6 +48,13 @@ __device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x)
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Compute 1 / x within 1 ulp. Subnormal results become 0.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -113,70 +129,112 @@ struct Float32Word {  // the only entry is both the low and the high one
 
 // --- threads of a warp, and blocks of a cluster ---------------------------------------------------
 
-template <typename T>
-__device__ __forceinline__ T shuffle_xor(T value, int mask) {
-  return __shfl_xor_sync(0xffffffffu, value, mask);
-}
+constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The dynamic shared memory of the block, 16-byte aligned.
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(kAllLanes, value, mask);
+}
+__device__ __forceinline__ int warp_max(int value) { return __reduce_max_sync(kAllLanes, value); }
+__device__ __forceinline__ int warp_min(int value) { return __reduce_min_sync(kAllLanes, value); }
+__device__ __forceinline__ uint32_t warp_or(uint32_t value) { return __reduce_or_sync(kAllLanes, value); }
+__device__ __forceinline__ unsigned warp_ballot(bool value) { return __ballot_sync(kAllLanes, value); }
+__device__ __forceinline__ int lowest_bit(unsigned mask) { return __ffs(static_cast<int>(mask)) - 1; }
+
+// End the kernel with an error.
+__device__ __forceinline__ void fail() { __trap(); }
+
+// The dynamic shared memory of the block, 128-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char buffer[];
+  extern __shared__ __align__(128) unsigned char buffer[];
   return buffer;
 }
 
-// A cluster is `size` consecutive blocks. Each of them can reach the shared memory of all. A cluster of one
-// block is an ordinary block. Devices before sm_90 have no others.
-__device__ __forceinline__ void cluster_barrier(int size) {
-#if __CUDA_ARCH__ >= 900
-  if (size > 1) {
-    __cluster_barrier_arrive();  // releases this thread's writes
-    __cluster_barrier_wait();    // acquires the others' writes
-    return;
+// Wait for all threads of all blocks of the cluster. This also waits for the thread's earlier stores to
+// global memory, so it belongs outside loops.
+__device__ __forceinline__ void cluster_barrier() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+// --- mbarriers, and what completes their phases ---------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// A phase of an mbarrier ends after one arrival and after the bytes that the arrival announced. Phase 0 has
+// parity 0.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+// Called after the inits, and before the barrier that lets others use them.
+__device__ __forceinline__ void mbarrier_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// The one arrival of a phase. It announces the bytes of the phase.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Wait for the end of the phase of this parity. It must be the current phase or the one before.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  const uint32_t address = shared_address(barrier);
+  uint32_t done = 0;
+#pragma unroll 1
+  for (int tries = 0; tries < (1 << 20); ++tries) {  // each suspends the thread for a while
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+    if (done) return;
   }
-#endif
-  __syncthreads();
+  fail();  // a lost copy is an error rather than a hang
 }
 
-template <typename T>
-__device__ __forceinline__ T* shared_of_block(T* shared, int size, int rank) {
-#if __CUDA_ARCH__ >= 900
-  if (size > 1) return static_cast<T*>(__cluster_map_shared_rank(shared, rank));
-#endif
-  return shared;
+// Copy from global to shared memory without waiting. The size and both addresses are multiples of 16 bytes.
+// The bytes complete a phase of the barrier.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
 }
 
-// --- copies to shared memory, and tensor cores ----------------------------------------------------
+// An address in the shared memory of a block of the cluster.
+using Remote = uint32_t;
 
-// Copy 16 bytes from global to shared memory, without waiting. Copy zeros if not `valid`.
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
+__device__ __forceinline__ Remote remote_address(const void* shared, int rank) {
+  Remote remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(shared)), "r"(rank));
+  return remote;
+}
+
+// Called before a message that lets other blocks overwrite shared memory which this thread has read.
+__device__ __forceinline__ void fence_messages() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Send a message to a block of the cluster without waiting. The bytes complete a phase of the barrier there.
+// So neither side needs a fence of global memory.
+__device__ __forceinline__ void send_16_bytes(Remote to, Remote barrier, const Vector& v) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void send_8_bytes(Remote to, Remote barrier, uint32_t a, uint32_t b) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "r"(a), "r"(b), "r"(barrier)
                : "memory");
-}
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Wait until at most kPending of this thread's committed groups are under way.
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Load four 8 x 8 matrices of 16-bit entries, transposed. Lanes 8 i to 8 i + 7 pass the addresses of the rows
-// of matrix i. Lane l gets the entries (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of each matrix.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4], const void* shared) {
-  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(from)
-               : "memory");
-}
-
-// Compute c (16 x 8) += a (16 x 16) b (16 x 8) of a 16-bit type, with float32 sums.
-template <typename Word>
-__device__ __forceinline__ void multiply_add_16x8x16(float* c, const uint32_t* a, const uint32_t* b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.%10.%10.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "C"(Word::kType));
 }
 
 // --- the host's side ------------------------------------------------------------------------------
@@ -196,15 +254,9 @@ inline std::string device_error() {
          cudaGetErrorString(status);
 }
 
-// The caller, loku_kernels/backends/native.py, has made this device torch's current one, and restores the
+// The caller, loku_kernels/backends/cuda.py, has made this device torch's current one, and restores the
 // former one. This library has a CUDA runtime of its own, which must be told too.
 inline void use_device(int device) { check_cuda(cudaSetDevice(device), "cudaSetDevice"); }
-
-struct DeviceLimits {
-  int shared_per_block;           // bytes that a block may ask for
-  int shared_per_multiprocessor;  // bytes; each resident block takes 1 KiB more than it asks for
-  bool clusters;
-};
 
 inline int device_attribute(cudaDeviceAttr attribute, int device, const char* name) {
   int value = 0;
@@ -212,49 +264,73 @@ inline int device_attribute(cudaDeviceAttr attribute, int device, const char* na
   return value;
 }
 
-// Return the limits of a kernel on the current device, `device`. Clusters need a device that launches them,
-// and code for such devices. Newer devices can translate code for older ones, but that code knows no
-// clusters.
-template <typename... Parameters>
-DeviceLimits device_limits(const char* name, void (*kernel)(Parameters...), int device) {
-  cudaFuncAttributes code = {};
-  check_cuda(cudaFuncGetAttributes(&code, kernel), name);
-  return {device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, name),
-          device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device, name),
-          code.ptxVersion >= 90 && device_attribute(cudaDevAttrClusterLaunch, device, name) != 0};
+// Return the bytes of shared memory that a block may ask for. Return 0 for a device that cannot run the
+// kernels.
+inline int shared_per_block(int device) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device, "capability") < 9) return 0;
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, "shared memory");
 }
 
 struct LaunchShape {
-  dim3 grid;
-  int threads;
-  size_t shared_bytes;  // dynamic shared memory
-  int cluster;          // blocks along x that form a cluster; the grid is a multiple of it
+  int cluster;       // blocks of a cluster
+  int threads;       // threads of a block
+  int shared_bytes;  // dynamic shared memory of a block
 };
 
-// Launch on the stream of the current device. An error names the kernel.
-template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, uintptr_t stream,
-            const Arguments&... arguments) {
-  if (shape.shared_bytes > 48 * 1024) {
-    // The limit is set to the device's maximum, because another thread may be about to launch with more
-    // memory.
-    int device = 0;
-    check_cuda(cudaGetDevice(&device), name);
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, name)),
-               name);
-  }
-  cudaLaunchAttribute attribute = {};
+inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, int clusters,
+                                        cudaLaunchAttribute& attribute) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = shape.grid;
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.gridDim = dim3(static_cast<unsigned>(shape.cluster) * static_cast<unsigned>(clusters));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.attrs = &attribute;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
+  return config;
+}
+
+// Count the clusters of a kernel that the current device, `device`, holds at a time. The count is kept,
+// because the driver takes longer for it than for a launch.
+template <typename Parameter>
+int resident_clusters(const char* name, void (*kernel)(Parameter), const LaunchShape& shape, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(Parameter), int, int, int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& count = known[{kernel, device, shape.cluster, shape.threads, shape.shared_bytes}];
+  if (count > 0) return count;
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_per_block(device)),
+      name);
+  if (shape.shared_bytes > 16384) {  // room for as many blocks as the registers allow
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               name);
+  }
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device, name);
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute attribute = {};
+    const cudaLaunchConfig_t config = launch_config(shape, multiprocessors, attribute);
+    check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), name);
+  } else {
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads,
+                                                             static_cast<size_t>(shape.shared_bytes)),
+               name);
+    count *= multiprocessors;
+  }
+  if (count <= 0)
+    throw std::runtime_error(std::string("loku_kernels, ") + name + ": no block fits the device");
+  return count;
+}
+
+// Launch on a stream of the current device. An error names the kernel.
+template <typename Parameter>
+void launch(const char* name, void (*kernel)(Parameter), const LaunchShape& shape, int clusters,
+            uintptr_t stream, const Parameter& parameter) {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = launch_config(shape, clusters, attribute);
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, parameter), name);
 }
 
 }  // namespace loku

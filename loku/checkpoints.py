@@ -41,7 +41,7 @@ from loku.saving.directories import replace_directory
 MANIFEST = "loku_checkpoint.json"
 _UNFINISHED = ".unfinished"
 _STATE = "trainer_state.json"
-_FORMAT = 2  # raised with each change of the facts that identify a run
+_FORMAT = 3  # raised with each change of the facts that identify a run
 
 
 def run_identity(

@@ -56,6 +56,8 @@ class UnlearnConfig(TrainingArguments):
         report_to: The reporters of the log, such as "tensorboard" or "wandb"; "none" by default.
         logging_steps: The number of steps between two lines of the log, 1 by default.
         logging_nan_inf_filter: Not used. The trainer stops at the first loss that is NaN or Inf.
+        tf32: Whether float32 products on CUDA are multiplied in TF32. None (default) does so in training if
+            the card has TF32 and the model float32 weights without autocast, and the log then has ``tf32``.
         method: The method, a key of ``loku.objectives.OBJECTIVES``: "ihl" (default), "ga", "gd", "kl", "dpo",
             "npo" or "idk".
         tuning: The parameters that are trained. "lora" (default) trains adapters. "full" trains all
@@ -66,6 +68,9 @@ class UnlearnConfig(TrainingArguments):
         lora_alpha: The alpha of the adapter, 32 by default. Its scaling is lora_alpha / lora_rank.
         target_modules: The names of the modules to adapt, or a sweep of the paper's Figure 4: "qv" (query and
             value), "qkvo" (key and output as well), "ffn" (every MLP linear), or "qv+ffn" (default).
+        fused_lora: Whether training multiplies the adapters of linears in the dtype of the model's own
+            products and adds into their outputs, True by default. False leaves the products to peft, which
+            casts the inputs to the adapters' dtype. See ``loku.lora_linear``.
         retain_weight: The factor of the retain loss beside the forget loss, 1.5 by default; Eq. 3 has 1.
         beta: The inverse temperature of DPO and NPO, 0.1 by default.
         refusals: The refusals of DPO and IDK: a list of strings, or the path of a file with one on each line.
@@ -143,6 +148,10 @@ class UnlearnConfig(TrainingArguments):
         default=False,
         metadata={"help": "Not used: UnlearnTrainer stops at the first loss that is NaN or Inf."},
     )
+    tf32: bool | None = field(
+        default=None,
+        metadata={"help": "Multiply float32 in TF32; by default in training, on cards that have it."},
+    )
 
     method: str = field(default="ihl", metadata={"help": "The method: ihl, ga, gd, kl, dpo, npo or idk."})
     tuning: Literal["lora", "full"] = field(
@@ -158,6 +167,10 @@ class UnlearnConfig(TrainingArguments):
     target_modules: list[str] | str | None = field(
         default="qv+ffn",
         metadata={"help": "The names of the modules to adapt, or a sweep: qv, qkvo, ffn or qv+ffn."},
+    )
+    fused_lora: bool = field(
+        default=True,
+        metadata={"help": "Multiply the adapters in the dtype of the model's products, in training."},
     )
     retain_weight: float = field(default=1.5, metadata={"help": "The factor of the retain loss."})
     beta: float = field(default=0.1, metadata={"help": "The inverse temperature of DPO and NPO."})

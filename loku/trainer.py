@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -55,10 +54,12 @@ from loku.head import (
     token_triplets,
     token_triplets_and_divergence,
 )
-from loku.memory import peak_device_memory, peak_memory
-from loku.models import CausalLM, evaluating, keep_differentiable_, load_model
+from loku.lora_linear import fused_lora
+from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
+from loku.precision import chooses_tf32, float32_products
+from loku.step_log import StepLog
 from loku_kernels import reduce_loss
 
 
@@ -168,7 +169,7 @@ class UnlearnTrainer(ResumableTrainer):
     """Minimise the forget loss plus the retain loss of paired rows, without holding their logits.
 
     The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
-    (``UnlearnConfig.init``).
+    (``UnlearnConfig.init``). LoRA linears are fused in ``train`` alone (``UnlearnConfig.fused_lora``).
 
     KL, DPO and NPO need the original model. A peft model with its frozen initial adapter computes as the
     original (``loku.reference_model``). It runs one more forward of the rows concerned. A model without an
@@ -186,8 +187,10 @@ class UnlearnTrainer(ResumableTrainer):
     ``retain_probability`` and ``refusal_probability``. They are means over the steps since the last log, over
     all processes. Rows that the method does not run are left out. The forget probability counts the true
     answers. ``tokens_per_second`` counts the tokens of all processes since the last log, without padding and
-    without the original model's forwards. ``peak_memory_gib`` is the largest peak memory of a process, in
-    GiB: of its CUDA device, or resident.
+    without the original model's forwards. ``model_flop_utilization`` is the share of the cards' peak that
+    their model FLOPs reach, on cards whose peak is known (``loku.utilization``). ``peak_memory_gib`` is the
+    largest peak memory of a process, in GiB: of its CUDA device, or resident. The first line of a run that
+    multiplies in TF32 by itself has ``tf32`` 1.
 
     Args:
         model: The causal LM, usually a peft model, or the path or hub name of one.
@@ -265,12 +268,8 @@ class UnlearnTrainer(ResumableTrainer):
         # must not divide again.
         self.model_accepts_loss_kwargs = True
         self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
-        # The values since the last log. Each metric has its part of the step's mean and its share of the
-        # step's tokens or rows, for each batch. Each batch has its number of tokens.
-        self._batch_metrics: dict[str, list[Tensor]] = {}
-        self._batch_shares: dict[str, list[Tensor]] = {}
-        self._tokens: list[Tensor] = []
-        self._since: float | None = None  # seconds, of time.perf_counter
+        self._step_log = StepLog()
+        self._first_log: dict[str, float] = {}
 
     def _check_rows(self, model: nn.Module, args: UnlearnConfig, forget: Any, retain: Any) -> None:
         if isinstance(retain, StreamedRows) and args.dataloader_num_workers > 0:
@@ -300,7 +299,10 @@ class UnlearnTrainer(ResumableTrainer):
         needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
         if needed and not self.train_dataset.references:
             self._keep_references()
-        return super().train(*args, **kwargs)
+        tf32 = chooses_tf32(self.args, self.model)
+        self._first_log = {"tf32": 1.0} if tf32 else {}
+        with fused_lora(self.model, self.args.fused_lora), float32_products("tf32" if tf32 else None):
+            return super().train(*args, **kwargs)
 
     def _keep_references(self) -> None:
         """Run the original model on every row that will be drawn, and keep the values of the objective."""
@@ -443,9 +445,7 @@ class UnlearnTrainer(ResumableTrainer):
         Returns:
             The scalar loss; or a tuple of it and ``{"triplet": (B, T, 3)}``.
         """
-        if self._since is None:
-            self._since = time.perf_counter()
-        self._tokens.append(inputs["token_count"].sum())
+        self._step_log.start()
         batch, triplet = self._batch(model, inputs)
         measured = self.objective.losses(batch)
         if model.training:
@@ -455,12 +455,13 @@ class UnlearnTrainer(ResumableTrainer):
                 rows = getattr(batch, kind)
                 probability = answer_probability(rows.triplet.detach(), rows.counted)
                 measured[f"{kind}_probability"] = reduce_loss(probability, rows.labelled(), "mean")
-            counts = self._counts({kind: getattr(batch, kind).counted for kind in self.objective.kinds})
+            counted = {kind: getattr(batch, kind).counted for kind in self.objective.kinds}
+            counts = self._counts(counted)
             totals = num_items_in_batch or counts
             shares = {name: counts[name].double() / totals[name].clamp(min=1) for name in measured}
-            for name, value in measured.items():
-                self._batch_metrics.setdefault(name, []).append(value.detach() * shares[name])
-                self._batch_shares.setdefault(name, []).append(shares[name])
+            self._step_log.add(measured, shares)
+            labels = torch.stack([mask.sum() for mask in counted.values()]).sum()
+            self._step_log.count(inputs["token_count"].sum(), labels)
         loss = measured["forget_loss"] * shares["forget_loss"]
         if "retain_loss" in measured:
             loss = loss + self.args.retain_weight * (measured["retain_loss"] * shares["retain_loss"])
@@ -476,21 +477,9 @@ class UnlearnTrainer(ResumableTrainer):
             args: The other arguments of ``transformers.Trainer.log``.
             kwargs: The other keyword arguments of ``transformers.Trainer.log``.
         """
-        if self._batch_metrics:
-            sums = [
-                torch.stack([torch.stack(parts).sum() for parts in kept.values()])
-                for kept in (self._batch_metrics, self._batch_shares)
-            ]
-            tokens = torch.stack(self._tokens).sum(dtype=torch.float64)
-            parts, shares, tokens = self.accelerator.reduce([*sums, tokens], "sum")
-            logs |= dict(zip(self._batch_metrics, (parts / shares).tolist(), strict=True))
-            now, since, device = time.perf_counter(), self._since, self.args.device
-            assert since is not None  # compute_loss has set it
-            logs["tokens_per_second"] = tokens.item() / (now - since)
-            peak = torch.tensor([peak_device_memory() or peak_memory()], dtype=torch.float64, device=device)
-            logs["peak_memory_gib"] = self.accelerator.gather(peak).max().item() / 2**30
-            self._since = now
-            self._batch_metrics.clear()
-            self._batch_shares.clear()
-            self._tokens.clear()
+        causal_lm: Any = unwrapped(self.model)
+        narrow = self.args.bf16 or self.args.fp16  # by autocast
+        dtype = torch.bfloat16 if narrow else causal_lm.dtype  # both 16-bit dtypes have a card's same peak
+        logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._first_log
+        self._first_log = {}
         super().log(logs, *args, **kwargs)

@@ -32,6 +32,7 @@ from loku.fila.initialize import (
 from loku.fila.targets import default_target_modules, fila_targets
 from loku.head import check_head, output_embedding
 from loku.models import keep_differentiable_, load_model
+from loku.precision import float32_products
 from loku.saving.adapter import save_portable_adapter
 from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
 from loku.trainer import PreparedRows, UnlearnTrainer, prepare_rows
@@ -195,7 +196,8 @@ def unlearn(
 class _OnceSharded(TrainerCallback):
     """Initialise after FSDP has put each process's share of the model on its device.
 
-    Before that one process would have to hold the whole model.
+    Before that one process would have to hold the whole model. The Fisher and the decomposition are in
+    float32, as in a run without FSDP, although training may multiply in TF32.
     """
 
     def __init__(self, initialize: Callable[[], None]) -> None:
@@ -204,7 +206,8 @@ class _OnceSharded(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.initialize()
+        with float32_products("ieee" if args.tf32 is None else None):
+            self.initialize()
 
 
 def _initialize_by_fila(peft_model: PeftModel, rows: PreparedRows, config: UnlearnConfig) -> None:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from loku_kernels.backends import choose
-from loku_kernels.backends import reference as reference_backend
-from loku_kernels.backends.reference.divergence import divergence_gradient_, wide_dtype, wide_logits
+from loku_kernels.autocast import register_autocast
+from loku_kernels.backends import PLAIN, choose
 from loku_kernels.checks import IGNORE_INDEX, Reduction, check_linear_operands
-from loku_kernels.linear_triplet import register_autocast
+from loku_kernels.log_probabilities import divergence_gradient_, wide_dtype, wide_logits
 from loku_kernels.logits_blocks import LogitsBlocks, Slices, block_slices, weight_gradient, whole_row_slices
 from loku_kernels.losses import reduce_loss
 
@@ -38,7 +37,7 @@ def _entry_bytes(hidden: Tensor) -> int:
     dtype, of which two are the logits themselves if that is their dtype.
     """
     itemsize, wide = hidden.dtype.itemsize, wide_dtype(hidden.dtype).itemsize
-    if choose("divergence_", hidden) is not reference_backend:
+    if choose("divergence_", hidden) is not PLAIN:
         return 2 * itemsize
     return 3 * wide + (2 * itemsize if itemsize < wide else 0)
 

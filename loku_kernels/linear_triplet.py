@@ -7,14 +7,14 @@ from block to block. On other devices a block has whole rows, and one pass compu
 The public function checks its arguments. The operators behind it do not check again.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from loku_kernels.backends import choose, reference
+from loku_kernels.autocast import apply_without_autocast, register_autocast
+from loku_kernels.backends import PLAIN, choose
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_operands
 from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, part_of, weight_gradient
@@ -201,7 +201,7 @@ def _gradient_of_hidden(
 ) -> Tensor:
     """Compute d hidden (N, D) from two rows of the weight and the direction. It needs no logits."""
     kernels_serve = weight.stride(1) == 1  # they read a row of the weight as it lies
-    backend = choose("hidden_gradient", direction, weight) if kernels_serve else reference
+    backend = choose("hidden_gradient", direction, weight) if kernels_serve else PLAIN
     return backend.hidden_gradient(
         grad_triplet,
         factor,
@@ -407,47 +407,6 @@ def _linear_backward(ctx: Any, grad_triplet: Tensor, *_: Tensor) -> tuple[Tensor
 
 
 _linear_softmax_triplet.register_autograd(_linear_backward, setup_context=_save_linear)
-
-
-def apply_without_autocast(
-    function: Callable[..., Any], operands: tuple[Tensor, *tuple[Tensor | None, ...]], *settings: Any
-) -> Any:
-    """Call a function, with its operands cast under autocast as ``torch.nn.functional.linear`` casts them.
-
-    Args:
-        function: The function. It runs without autocast.
-        operands: Its first arguments. Each is a tensor or None, the first a tensor.
-        settings: Its other arguments.
-
-    Returns:
-        The function's result.
-    """
-    device_type = operands[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return function(*operands, *settings)
-    dtype = torch.get_autocast_dtype(device_type)
-    with torch.autocast(device_type, enabled=False):
-        return function(*(None if x is None else x.to(dtype) for x in operands), *settings)
-
-
-# torch does not annotate the library.
-_library = torch.library.Library("loku_kernels", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
-
-
-def register_autocast(name: str, operator: Callable[..., Any], operands: int) -> None:
-    """Make an operator cast its first arguments under autocast, as ``torch.nn.functional.linear`` does.
-
-    Args:
-        name: The operator's name in the library ``loku_kernels``.
-        operator: The operator.
-        operands: The number of leading arguments to cast. Each is a tensor or None.
-    """
-
-    def cast(*args: Any) -> Any:
-        return apply_without_autocast(operator, args[:operands], *args[operands:])
-
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(name, cast, key)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 register_autocast("linear_softmax_triplet", _linear_softmax_triplet, operands=3)

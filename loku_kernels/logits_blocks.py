@@ -78,6 +78,20 @@ def _multiplies_into_float32(device: torch.device) -> bool:
     return True
 
 
+def product_dtype(operand: Tensor) -> torch.dtype:
+    """Choose the dtype of a product whose sum should not be rounded to 16 bits.
+
+    Args:
+        operand: An operand of the product.
+
+    Returns:
+        float32 for 16-bit operands if the library can multiply into it, else the dtype of ``operand``.
+    """
+    if operand.dtype.itemsize == 2 and _multiplies_into_float32(operand.device):
+        return torch.float32
+    return operand.dtype
+
+
 class LogitsBlocks:
     """Computes blocks of the logits of hidden states (N, D). Several blocks use the same memory.
 
@@ -164,8 +178,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        wide = a.dtype.itemsize == 2 and _multiplies_into_float32(a.device)
-        total += torch.mm(a, b, out_dtype=torch.float32) if wide else torch.mm(a, b)
+        dtype = product_dtype(a)
+        total += torch.mm(a, b) if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
 
 
 def weight_gradient(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loku_kernels.autocast import apply_without_autocast
 from loku_kernels.backends import choose
 from loku_kernels.checks import (
     IGNORE_INDEX,
@@ -21,7 +22,6 @@ from loku_kernels.checks import (
     check_reduction,
 )
 from loku_kernels.linear_triplet import (
-    apply_without_autocast,
     linear_backward,
     linear_forward,
     linear_softmax_triplet,

@@ -2,6 +2,8 @@
 
     python scripts/check_core.py
 
+With ``LOKU_CUDA=1`` the core must have its CUDA kernel.
+
 The sources of a checkout do not shadow what is installed, since they are not beside this file.
 """
 
@@ -29,6 +31,8 @@ def main():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for ours, plain in zip(results("native", dtype), results("reference", dtype), strict=True):
             torch.testing.assert_close(ours, plain)
+    if os.environ.get("LOKU_CUDA") == "1" and not _core.has_cuda:
+        raise SystemExit(f"{_core.__file__} has no CUDA kernel")
     print(f"{_core.__file__}: {_core.instruction_set}, OpenMP {_core.has_openmp}, CUDA {_core.has_cuda}")
 
 

@@ -1,11 +1,12 @@
-"""Resources of every compiled CUDA kernel, without a GPU: registers, spills, vector widths.
+"""Resources of every compiled CUDA kernel, without a GPU: registers, spills, stores, fences.
 
     python scripts/cuda_table.py            # compile, compare with the committed table
     python scripts/cuda_table.py --write    # compile, write the table
 
 The sources are compiled as in setup.py. Warnings of nvcc and ptxas are errors. ptxas reports registers and
-spills. The widest loads and stores of global memory are read off the PTX. Shared memory is not listed: it is
-dynamic, and the launchers in csrc ask for it.
+spills. The rest is read off the PTX: the widest stores to global memory, the bulk copies, and the barriers of
+a cluster and fences of global memory inside loops. Shared memory is not listed: it is dynamic, and the
+launchers in csrc ask for it.
 """
 
 import re
@@ -20,10 +21,9 @@ from resource_table import Facts, Table, argument_parser, differences, report
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "cuda_table.json"
-SOURCES = ("csrc/triplet_cuda.cu", "csrc/fisher_cuda.cu")
-ARCHS = (80, 90, 100)
-# Kernels that write as many bytes as they read.
-AS_MANY_WRITES = ("inverted_hinge", "triplet_columns", "triplet_backward", "scale_rows")
+SOURCE = "csrc/fused_rows_cuda.cu"
+ARCHS = (90, 100)
+ENDINGS = ("inverted_hinge", "rest_probabilities", "capped_rest_probabilities")  # of its enum Ending
 FLAGS = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
@@ -41,38 +41,50 @@ def nvcc_version() -> str:
 
 
 def kernel_name(symbol: str) -> str:
-    """Return the name in a mangled symbol, such as inverted_hinge_kernel<BFloat16Word, 1>.
+    """Return the name of a mangled symbol, such as inverted_hinge<BFloat16Word, cluster>.
 
-    All kernels are templates of a word type and of bools.
+    All kernels are templates of a word type, of an ending and of a bool.
     """
-    name = found(r"\d+([a-z][a-z_]*_kernel)I", symbol)
     word = found(r"\d+((?:BFloat16|Float16|Float32)Word)", symbol)
-    flags = re.findall(r"Lb([01])E", symbol)
-    return f"{name}<{', '.join([word, *flags])}>"
+    ending = ENDINGS[int(found(r"EndingE(\d)E", symbol))]
+    return f"{ending}<{word}, {'cluster' if found(r'Lb([01])E', symbol) == '1' else 'block'}>"
 
 
-def widest(code: str, instruction: str) -> int:
-    """Return the bytes of the widest global load ("ld") or store ("st") in the PTX of a function."""
-    widths = [
-        int(vector or 1) * int(bits) // 8
-        for vector, bits in re.findall(rf"\b{instruction}\.global(?:\.v([24]))?\.[a-z](\d+)", code)
-    ]
-    return max(widths, default=0)
+def widest_store(code: str) -> int:
+    """Return the bytes of the widest global store in the PTX of a function."""
+    stores = re.findall(r"\bst\.global[.\w:]*?(?:\.v([24]))?\.[a-z](\d+)\b", code)
+    return max((int(vector or 1) * int(bits) // 8 for vector, bits in stores), default=0)
 
 
-def compile_source(source: str, arch: int, folder: str) -> dict[str, Facts]:
-    """Compile a source for one architecture and return kernel -> its facts.
+def fences_in_loops(code: str) -> int:
+    """Count the barriers of a cluster and the fences of global memory inside the loops of a function's PTX.
+
+    A loop is all that lies between a label and a later branch to it. A fence of shared memory alone, which a
+    message between blocks needs, does not count.
+    """
+    lines = code.splitlines()
+    labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if re.match(r"\s*\$\w+:", line)}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
+        if branch and labels.get(branch[1], i) < i:
+            inside.update(range(labels[branch[1]], i))
+    fence = re.compile(r"\b(?:barrier\.cluster|membar|fence\.(?!proxy\.async\.shared::cta))")
+    return sum(bool(fence.search(lines[i])) for i in inside)
+
+
+def compile_source(arch: int, folder: str) -> dict[str, Facts]:
+    """Compile the source for one architecture and return kernel -> its facts.
 
     Args:
-        source: The path of the source in the repository.
-        arch: The compute capability, such as 90.
+        arch: The compute capability times ten, such as 90.
         folder: A folder for the compiler's files.
     """
     target = f"arch=compute_{arch},code=[compute_{arch},sm_{arch}]"
     command = ["nvcc", *FLAGS.split(), "-gencode", target, "-Xptxas", "-v,-warn-spills", "--keep"]
-    work = Path(folder) / f"{Path(source).stem}_{arch}"
+    work = Path(folder) / str(arch)
     work.mkdir()
-    command += ["--keep-dir", str(work), "-c", str(ROOT / source), "-o", str(work / "object.o")]
+    command += ["--keep-dir", str(work), "-c", str(ROOT / SOURCE), "-o", str(work / "object.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
@@ -85,39 +97,40 @@ def compile_source(source: str, arch: int, folder: str) -> dict[str, Facts]:
             "registers": int(found(r"Used (\d+) registers", log)),
             "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
             "stack_bytes": int(found(r"(\d+) bytes stack frame", log)),
-            "load_bytes": widest(code[symbol], "ld"),
-            "store_bytes": widest(code[symbol], "st"),
-            "async_copy_bytes": 16 if "cp.async.cg.shared.global" in code[symbol] else 0,
+            "store_bytes": widest_store(code[symbol]),
+            "bulk_copies": code[symbol].count("cp.async.bulk.shared::cluster.global"),
+            "fences_in_loops": fences_in_loops(code[symbol]),
         }
     return facts
 
 
 def table(archs: Sequence[int] = ARCHS) -> Table:
-    """Compile all sources for all architectures and return their table."""
+    """Compile the source for all architectures and return the table."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        jobs = {
-            (source, arch): pool.submit(compile_source, source, arch, folder)
-            for source in SOURCES
-            for arch in archs
-        }
         kernels: dict[str, dict[str, Facts]] = {}
-        for (_, arch), job in jobs.items():
-            for name, facts in job.result().items():
+        for arch, result in zip(
+            archs, pool.map(lambda arch: compile_source(arch, folder), archs), strict=True
+        ):
+            for name, facts in result.items():
                 kernels.setdefault(name, {})[f"sm_{arch}"] = facts
     return {"nvcc": nvcc_version(), "kernels": kernels}
 
 
 def problems(ours: Table, committed: Table) -> list[str]:
-    """Return a line for each problem of a table: spills, narrow accesses, differences from the committed."""
+    """Return a line for each problem of a table, such as a spill or a difference from the committed one."""
     lines = []
     for name, archs in ours["kernels"].items():
         for arch, facts in archs.items():
             if facts["spill_bytes"]:
                 lines.append(f"{name} spills {facts['spill_bytes']} bytes on {arch}")
-            if max(facts["load_bytes"], facts["async_copy_bytes"]) < 16:
-                lines.append(f"{name} loads at most {facts['load_bytes']} bytes at once on {arch}")
-            if name.startswith(AS_MANY_WRITES) and facts["store_bytes"] < 16:
+            if facts["fences_in_loops"]:
+                lines.append(
+                    f"{name} has {facts['fences_in_loops']} fences of global memory in loops on {arch}"
+                )
+            if facts["store_bytes"] < 16:
                 lines.append(f"{name} stores at most {facts['store_bytes']} bytes at once on {arch}")
+            if not facts["bulk_copies"]:
+                lines.append(f"{name} has no bulk copy on {arch}")
     return lines + differences(ours, committed, "nvcc")
 
 

@@ -22,6 +22,7 @@ from resource_table import Facts, Table, argument_parser, differences, report
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from loku_kernels.backends.triton import divergence, fisher, triplet
 
@@ -58,7 +59,6 @@ def launches_of_triplet(dtype: torch.dtype, vocab: int, rows: int, softcap: floa
     found, ids = triplet.triplet_forward(logits, labels, -100, softcap=softcap)
     triplet.triplet_backward(found, logits, labels, -100, found, ids, factor=scale, softcap=softcap)
     triplet.rest_probabilities_(logits, labels, -100, softcap=softcap)
-    divergence.divergence_(logits, logits, softcap=softcap, store=True)
     if not softcap:
         triplet.inverted_hinge_(logits, labels, -100, scale)
         triplet.scale_rows_(logits, scale)
@@ -82,12 +82,20 @@ def launches_of_hidden(dtype: torch.dtype) -> None:
     )
 
 
-def launches_of_fisher(dtype: torch.dtype) -> None:
-    """Launch the Fisher kernels, with a divisor and without."""
-    inputs, grad_outputs = meta(16, 128, 4096, dtype=dtype), meta(16, 128, 4096, dtype=dtype)
+def launches_of_divergence(dtype: torch.dtype) -> None:
+    """Launch the kernel on rows of both models, with a softcap and without."""
+    logits, reference_logits = meta(1024, VOCAB, dtype=dtype), meta(1024, VOCAB, dtype=dtype)
+    for softcap in (0.0, 30.0):
+        divergence.divergence_(logits, reference_logits, softcap=softcap, store=True)
+
+
+def launches_of_fisher(dtype: torch.dtype, tokens: int = 512, whole: int = 0) -> None:
+    """Launch the Fisher's kernel, with a divisor and without, by tensor descriptors if ``whole`` is not 0."""
+    inputs, grad_outputs = meta(16, tokens, 4096, dtype=dtype), meta(16, tokens, 4096, dtype=dtype)
     weight = meta(4096, 4096, dtype=torch.float32)
-    fisher.accumulate_squared_grad_(weight, inputs, grad_outputs, None)
-    fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
+    with mock.patch.object(fisher, "_longest_whole_sample", lambda device: whole):
+        fisher.accumulate_squared_grad_(weight, inputs, grad_outputs, None)
+        fisher.accumulate_squared_grad_(meta(4096, dtype=torch.float32), inputs, grad_outputs, weight)
 
 
 def record(launcher: Callable[..., Any], *args: Any, **options: Any) -> list[Launch]:
@@ -109,7 +117,7 @@ def record(launcher: Callable[..., Any], *args: Any, **options: Any) -> list[Lau
 
     patches: list[Any] = [
         mock.patch.object(module, name, Recorder(kernel))
-        for module in (triplet, divergence, fisher)
+        for module in (triplet, fisher, divergence)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
     ]
@@ -130,7 +138,7 @@ def all_launches() -> dict[str, Launch]:
 
     def add(name: str, launches: Iterable[Launch]) -> None:
         for kernel, arguments, options in launches:
-            keys = ("PARTS", "WRITE", "LOSS", "REDUCTION", "DIVIDE")
+            keys = ("PARTS", "WRITE", "SOFTCAP", "LOSS", "REDUCTION", "DESCRIBED", "DIVIDE")
             detail = [f"{key}={arguments[key]}" for key in keys if arguments.get(key, "") != ""]
             full = " ".join([kernel.__name__.removesuffix("_kernel"), name, *detail])
             named.setdefault(full, (kernel, arguments, options))
@@ -139,6 +147,7 @@ def all_launches() -> dict[str, Launch]:
         add(short, record(launches_of_triplet, dtype, VOCAB, MANY))
         add(f"{short} softcap", record(launches_of_triplet, dtype, VOCAB, MANY, 30.0))
         add(short, record(launches_of_hidden, dtype))
+        add(short, record(launches_of_divergence, dtype))
         add(short, record(launches_of_fisher, dtype))
     # The following do not depend on the dtype.
     few = record(launches_of_triplet, torch.bfloat16, VOCAB, FEW)
@@ -150,7 +159,20 @@ def all_launches() -> dict[str, Launch]:
     add("fp64", record(launches_of_losses, torch.float64))
     with mock.patch.object(fisher, "_precision", lambda dtype: "tf32"):
         add("tf32", record(launches_of_fisher, torch.float32))
+    add("bf16 short", record(launches_of_fisher, torch.bfloat16, 200))
+    for tokens in (128, 200, 512):
+        add(f"bf16 T={tokens}", record(launches_of_fisher, torch.bfloat16, tokens, whole=208))
+    add("fp16", record(launches_of_fisher, torch.float16, whole=208))
     return named
+
+
+def serves(launch: Launch, target: GPUTarget) -> bool:
+    """Say whether a target can have a launch. Tensor descriptors need an NVIDIA GPU of capability 9 or 10."""
+    arguments = launch[1]
+    if not arguments.get("DESCRIBED"):
+        return True
+    whole = {90: 208, 100: 128}.get(target.arch, -1)
+    return bool(arguments["STEPS"] * arguments["BLOCK_T"] + arguments["TAIL"] <= whole)
 
 
 # --- compilation ----------------------------------------------------------------------------------
@@ -177,7 +199,10 @@ def source(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
         if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            block = POINTERS[value.base.dtype].removeprefix("*") + str(value.block_shape)
+            signature[parameter.name], aligned = f"tensordesc<{block}>", False
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, int):
@@ -212,12 +237,14 @@ def compile_nvidia(
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     ptx = compiled.asm["ptx"]
     copies = [int(size) for size in re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (?:0x)?(\w+)", ptx)]
+    copies += [16] * ptx.count("cp.async.bulk.tensor")  # at least
+    additions = widest(ptx, r"red\.global\S*?\.add(?:\.v(\d))?\.f(\d+)")
     return {
         "registers": found(r"Used (\d+) registers", log.getvalue()),
         "spilled_bytes": sum(map(int, spills)),
         "shared_bytes": compiled.metadata.shared,
         "widest_load": max(copies + [widest(ptx, r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)")]),
-        "widest_store": widest(ptx, r"st\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)"),
+        "widest_store": max(additions, widest(ptx, r"st\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)")),
     }
 
 
@@ -253,14 +280,12 @@ def table(targets: Iterable[str]) -> Table:
         for architecture in targets:
             target = TARGETS[architecture]
             amd = target.backend == "hip"
-            with (
-                mock.patch.object(triplet, "FUSED_MOST_WARPS", 16 if amd else 32),
-                mock.patch.object(divergence, "WARPS", 8 if amd else 16),
-            ):
+            with mock.patch.object(triplet, "FUSED_MOST_WARPS", 16 if amd else 32):
                 launches = all_launches()
             for name, launch in launches.items():
-                facts = (compile_amd if amd else compile_nvidia)(*launch, target)
-                rows.setdefault(name, {})[architecture] = facts
+                if serves(launch, target):
+                    facts = (compile_amd if amd else compile_nvidia)(*launch, target)
+                    rows.setdefault(name, {})[architecture] = facts
     return {"triton": triton.__version__, "kernels": rows}
 
 

@@ -27,6 +27,7 @@ COMMON = (
     "lr_scheduler_type",
     "weight_decay",
     "bf16",
+    "tf32",
     "gradient_checkpointing",
     "use_cpu",
     "seed",

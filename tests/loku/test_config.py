@@ -27,7 +27,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(UnlearnConfig)}
 OWN = [name for name in FIELDS if name in UnlearnConfig.__annotations__]
 DECIDING = [name for name in OWN if name not in UnlearnConfig.FREE_FIELDS]
 # Other valid values of the fields whose type does not tell one.
-OTHER = {"method": "gd", "target_modules": "qv", "model_init_kwargs": {"dtype": "bfloat16"}}
+OTHER = {"method": "gd", "target_modules": "qv", "model_init_kwargs": {"dtype": "bfloat16"}, "tf32": False}
 
 
 def make(cls=UnlearnConfig, **settings):

@@ -209,9 +209,9 @@ def one_step(method, tmp_path, rate=1e-3):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     results = []
     for _ in range(2):
-        trainer._batch_metrics.clear()
+        trainer._step_log.parts.clear()
         loss = trainer.compute_loss(model, batch)
-        results.append({name: values[0].item() for name, values in trainer._batch_metrics.items()})
+        results.append({name: values[0].item() for name, values in trainer._step_log.parts.items()})
         grads = torch.autograd.grad(loss, parameters)
         norm = torch.stack([grad.norm() for grad in grads]).norm()
         with torch.no_grad():

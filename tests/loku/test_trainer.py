@@ -65,9 +65,9 @@ def test_rows_without_labels_add_nothing(method, tmp_path):
     results = []
     for indices in ([0, 2], [0, None, 2, None]):
         batch = collate_pairs(items(trainer.train_dataset, indices), pad_token_id=0)
-        trainer._batch_metrics.clear()
+        trainer._step_log.parts.clear()
         loss = trainer.compute_loss(model, batch)
-        metrics = {name: values[0] for name, values in trainer._batch_metrics.items()}
+        metrics = {name: values[0] for name, values in trainer._step_log.parts.items()}
         results.append((loss, metrics, torch.autograd.grad(loss, parameters)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

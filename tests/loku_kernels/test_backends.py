@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,6 +12,8 @@ from kernel_inputs import DTYPES, planted_logits
 
 from loku_kernels import backends, softmax_triplet
 from loku_kernels.backends import OPERATIONS, cuda, native, reference
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -124,12 +128,12 @@ def test_a_missing_triton_is_refused(monkeypatch):
         backends.choose("triplet_forward", torch.zeros(2, 3))
 
 
-def test_the_choice_on_cuda(monkeypatch):
+def test_the_choice_on_cuda(monkeypatch, request):
     """Triton serves a pretended CUDA tensor, unless a measurement near its V prefers the core."""
     pytest.importorskip("triton")
     from loku_kernels.backends import triton
 
-    tensor = mock.Mock(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(4, 50257))
+    tensor = mock.Mock(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(4, 50257), is_cpu=False)
     assert backends.choose("triplet_forward", tensor) is triton
     tensor.dtype = torch.float64
     assert backends.choose("triplet_forward", tensor) is reference
@@ -142,6 +146,8 @@ def test_the_choice_on_cuda(monkeypatch):
         ("rest_probabilities_", torch.bfloat16, 32000, (8, 0)): ("cuda", "made up"),
     }
     monkeypatch.setattr(backends, "MEASURED_ON_CUDA", table)
+    request.addfinalizer(backends._row_kernel_is_faster.cache_clear)
+    backends._row_kernel_is_faster.cache_clear()
     assert backends.choose("inverted_hinge_", tensor) is cuda
     with mock.patch.object(cuda, "serves", lambda tensor: False):  # a core without CUDA, an old driver
         assert backends.choose("inverted_hinge_", tensor) is triton
@@ -153,3 +159,26 @@ def test_the_choice_on_cuda(monkeypatch):
     monkeypatch.setattr(backends, "_triton", lambda: None)
     monkeypatch.delenv("LOKU_BACKEND")
     assert backends.choose("inverted_hinge_", tensor) is reference  # no triton: plain torch
+
+
+def test_measured_rows_name_results_that_show_them():
+    """The row kernel is faster than Triton in the committed result, for each V of the table."""
+    assert backends.MEASURED_ON_CUDA
+    for (operation, dtype, vocab, capability), (name, file) in backends.MEASURED_ON_CUDA.items():
+        assert (operation, dtype, capability, name) in {
+            ("inverted_hinge_", torch.bfloat16, (9, 0), "cuda"),
+            ("rest_probabilities_", torch.bfloat16, (9, 0), "cuda"),
+        }
+        path = ROOT / file
+        if not path.exists():
+            pytest.skip("no checkout")
+        rows = json.loads(path.read_text())
+        times = {
+            variant: min(
+                row["ms"]
+                for row in rows
+                if row["variant"] == variant and row.get("shape", "").endswith(f"x{vocab}") and "ms" in row
+            )
+            for variant in ("bulk16", "triton fused op")
+        }
+        assert times["bulk16"] < times["triton fused op"]

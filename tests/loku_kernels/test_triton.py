@@ -1,16 +1,13 @@
 """Triton kernels against the float64 reference, in Triton's interpreter and on a GPU if there is one.
 
-``TRITON_INTERPRET`` must be set before triton is imported, so the interpreter has a process of its own.
-``test_in_the_interpreter`` runs this file there. In this process the same tests need a GPU.
+``test_in_the_interpreter`` runs this file in the interpreter. In this process the same tests need a GPU.
 """
 
-import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -20,29 +17,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_as_good_as_eager, lean_eager_ihl, ulp
 from kernel_inputs import IGNORE, planted_logits
+from triton_ahead import (
+    DEVICE,
+    DTYPES,
+    EXAMPLES,
+    INTERPRETED,
+    TABLE_SCRIPT,
+    gpu_alone,
+    on,
+    on_device,
+    outside,
+    run_in_the_interpreter,
+    sources,
+    triton_table,
+)
 
-from loku_kernels import accumulate_squared_grad_, ihl_loss, linear_ihl_loss, softmax_triplet
-from loku_kernels.backends import reference
+from loku_kernels import ihl_loss, linear_ihl_loss, linear_kl_divergence_loss, softmax_triplet
+from loku_kernels.backends import choose, reference
 
 pytest.importorskip("triton", reason="no triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# The interpreter does not round to the nearest bfloat16, and its products in bfloat16 are wrong.
-DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
-EXAMPLES = 8 if INTERPRETED else 60
-TABLE_SCRIPT = Path(__file__).parents[2] / "scripts" / "triton_table.py"
 LONGEST = 1500 if INTERPRETED else 140_000
-
-on_device = (
-    (lambda test: test)
-    if INTERPRETED
-    else (
-        lambda test: pytest.mark.gpu(
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test)
-        )
-    )
-)
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +68,6 @@ def launched(parts=None, vectors=None):
     if vectors:
         changes["VECTORS"] = vectors
     return mock.patch.multiple(triplet, **changes) if changes else mock.patch.multiple(triplet, WARPS=8)
-
-
-def on(device, *tensors):
-    return [x.to(device) for x in tensors]
 
 
 def assert_close_to(exact, ours, dtype):
@@ -409,34 +400,56 @@ def test_hidden_gradient(dtype, softcap, columns):
 
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("v", [2, 17, 9001])
 @pytest.mark.parametrize("softcap", [0.0, 6.0])
-def test_divergence(dtype, v, softcap):
-    from loku_kernels.backends import triton as kernels
-
-    logits, _ = planted_logits(12, v, torch.float32)
-    others = logits + torch.randn(12, v, generator=torch.Generator().manual_seed(v))
-    others[0], others[1] = logits[0], others[1] + 100  # the same distribution, and one with another offset
-    logits[3, 0], others[3, 0] = -torch.inf, -1e9 if dtype == torch.float32 else -6e4
-    logits[7] -= 1000 - 100
+@pytest.mark.parametrize("v", [2, 3, 17, 300, 1301])
+@pytest.mark.parametrize("store", [False, True])
+def test_divergence(dtype, softcap, v, store):
+    """KL of rows that begin anywhere, with words that one model or both mask."""
+    rows = [torch.randn(9, v) * 4 for _ in range(2)]
+    rows[0][0, 0], rows[1][1, 0] = 60.0, 60.0  # memorised by one model
     if softcap:
-        logits, others = (torch.tanh(x.double() / softcap) for x in (logits, others))
-    logits, others = (x.to(dtype) for x in (logits, others))
-    memory = torch.full((14, v + 10), 77.0).to(dtype).to(DEVICE)
-    inside = memory[1:-1, 3:-7].copy_(logits)
-    for reference_logits in (others.to(DEVICE), torch.nn.functional.pad(others, (0, 1))[:, :-1].to(DEVICE)):
-        exact = logits.double()
-        expected, normalizers = reference.divergence_(exact, others.double(), softcap=softcap, store=True)
-        inside.copy_(logits)
-        kernels.divergence_(inside, reference_logits.clone(), softcap=softcap, store=False)
-        assert torch.equal(inside.cpu(), logits)
-        ours = kernels.divergence_(inside, reference_logits.clone(), softcap=softcap, store=True)
-        torch.testing.assert_close(ours[0].cpu().double(), expected, rtol=1e-5, atol=3e-6, equal_nan=True)
-        torch.testing.assert_close(ours[1].cpu().double(), normalizers, rtol=1e-6, atol=2e-6, equal_nan=True)
-        error = (inside.cpu().double() - exact).abs()
-        assert (error <= 2 * max(ulp(dtype), 5e-7) * exact.abs().amax(1, keepdim=True) + 5e-7).all()
-    memory[1:-1, 3:-7] = 77.0
-    assert memory.eq(77.0).all()
+        rows = [(x / softcap).tanh() for x in rows]
+    elif v > 3:
+        for x in rows:
+            x[2, 1] = -torch.inf
+        rows[1][3, 1] = -torch.inf
+    rows = [torch.nn.functional.pad(x, (3, 2)).to(dtype).to(DEVICE)[:, 3:-2] for x in rows]
+    exact_rows = [x.cpu().double() for x in rows]
+    exact, exact_normalizers = reference.divergence_(*exact_rows, softcap=softcap, store=store)
+    kept = rows[0].clone()
+    divergence, normalizers = choose("divergence_", *rows).divergence_(*rows, softcap=softcap, store=store)
+    assert divergence.dtype == normalizers.dtype == torch.float32
+    torch.testing.assert_close(divergence.cpu().double(), exact, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(normalizers.cpu().double(), exact_normalizers, rtol=1e-5, atol=2e-6)
+    if store:
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(rows[0].cpu().double(), exact_rows[0], rtol=eps, atol=max(eps * eps, 2e-6))
+        assert rows[0].count_nonzero() > 0
+    else:
+        assert torch.equal(rows[0], kept)
+
+
+@on_device
+def test_a_divergence_of_nan_is_nan():
+    rows = [torch.randn(4, 40, device=DEVICE) for _ in range(2)]
+    rows[0][0, 3], rows[1][1, 3], rows[0][2, 3] = torch.nan, torch.nan, torch.inf
+    divergence, _ = choose("divergence_", *rows).divergence_(*rows, softcap=0.0, store=True)
+    assert divergence[:3].isnan().all() and divergence[3].isfinite()
+    assert rows[0][:3].isnan().any(1).all() and rows[0][3].isfinite().all()
+
+
+@on_device
+def test_linear_divergence():
+    """The loss from hidden states by Triton is that of plain torch, with its gradient."""
+    leaf = torch.randn(12, 8, device=DEVICE, requires_grad=True)
+    operands = [torch.randn(300, 8, device=DEVICE), torch.randn(12, 8, device=DEVICE)]
+    loss = linear_kl_divergence_loss(leaf, *operands)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    log_p, log_q = ((x @ operands[0].t()).double().log_softmax(-1) for x in (leaf, operands[1]))
+    exact = torch.nn.functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    (expected,) = torch.autograd.grad(exact, leaf)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
 
 
 @on_device
@@ -453,59 +466,7 @@ def test_linear_loss():
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
-@on_device
-@settings(deadline=None, max_examples=EXAMPLES)
-@given(
-    st.integers(1, 3),
-    st.integers(1, 40),
-    st.integers(1, 150),
-    st.integers(1, 150),
-    st.sampled_from(DTYPES),
-    st.booleans(),
-    st.integers(0, 99),
-)
-def test_fisher(n, tokens, d, k, dtype, strided, seed):
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(n, tokens, k, generator=generator).to(dtype)
-    grad_outputs = torch.randn(n, tokens, d, generator=generator).to(dtype)
-    grads = torch.einsum("ntd,ntk->ndk", grad_outputs.double(), inputs.double())
-    start, divisor = torch.rand(d, k, generator=generator), torch.rand(d, k, generator=generator) + 0.1
-    if strided:
-        inputs = inputs.transpose(1, 2).contiguous().transpose(1, 2)
-        grad_outputs = torch.nn.functional.pad(grad_outputs, (2, 3))[..., 2:-3]
-    inputs, grad_outputs = on(DEVICE, inputs, grad_outputs)
-    ours = accumulate_squared_grad_(start.clone().to(DEVICE), inputs, grad_outputs).cpu().double()
-    expected = start.double() + grads.square().sum(0)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5 * expected.max().item()}
-    torch.testing.assert_close(ours, expected, **tolerance)
-    for wrong in (start.double(), start.double() - grads.square().sum(0)):  # left out, and subtracted
-        with pytest.raises(AssertionError):
-            torch.testing.assert_close(wrong, expected, **tolerance)
-    rows, divisor = torch.ones(d).to(DEVICE), divisor.to(DEVICE)
-    accumulate_squared_grad_(rows, inputs, grad_outputs, divisor)
-    expected = 1 + (grads.square() / divisor.cpu().double()).sum((0, 2))
-    torch.testing.assert_close(rows.cpu().double(), expected, rtol=1e-4, atol=1e-5 * expected.max().item())
-
-
-@on_device
-def test_fisher_of_tokens_more_than_2_to_the_31_entries_apart():
-    generator = torch.Generator().manual_seed(0)
-    near = torch.randn(1, 3, 40, generator=generator).half().to(DEVICE)
-    stride = 2**30 + 8  # less than 2^31, and twice it is more
-    try:
-        memory = torch.empty(2 * stride + 40, dtype=torch.float16, device=DEVICE)
-    except RuntimeError:
-        pytest.skip("the system does not lend this much memory, even untouched")
-    far = memory.as_strided((1, 3, 40), (3 * stride, stride, 1)).copy_(near)
-    expected = accumulate_squared_grad_(torch.zeros(40, 40, device=DEVICE), near, near)
-    for operands in ((far, near), (near, far)):
-        ours = accumulate_squared_grad_(torch.zeros(40, 40, device=DEVICE), *operands)
-        assert torch.equal(ours, expected) and ours.gt(0).all()
-
-
 # --- on a GPU alone -------------------------------------------------------------------------------
-
-gpu_alone = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.gpu
@@ -607,17 +568,10 @@ def test_a_bad_label_is_a_device_assert():
 
 # --- on any machine, in this process --------------------------------------------------------------
 
-outside = pytest.mark.skipif(INTERPRETED, reason="outside of the interpreter")
-
 
 @outside
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=1800, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_in_the_interpreter(__file__)
 
 
 @outside
@@ -630,44 +584,16 @@ def test_on_the_cpu_it_needs_the_interpreter():
 
 
 @outside
-def test_tf32_is_as_torch_has_it():
-    from loku_kernels.backends.triton import fisher
-
-    matmul = torch.backends.cuda.matmul
-    assert fisher._precision(torch.float32) == "ieee"
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"  # the older attribute allow_tf32 cannot be read afterwards
-        assert fisher._precision(torch.float32) == "tf32" and fisher._precision(torch.bfloat16) == "ieee"
-    finally:
-        matmul.fp32_precision = before
-
-
-@outside
 def test_another_batch_compiles_nothing_anew(monkeypatch):
     """Kernels are compiled for dtypes and options, not for numbers of rows, tokens or columns."""
-    if not TABLE_SCRIPT.exists():
-        pytest.skip("no checkout")
-    monkeypatch.syspath_prepend(TABLE_SCRIPT.parent)
-    table = importlib.import_module("triton_table")
-
-    def compiled(launcher, *args):
-        launches = table.record(launcher, *args)
-        sources = [table.source(kernel, arguments) for kernel, arguments, _ in launches]
-        return [(source.fn.__name__, source.signature, source.constants, source.attrs) for source in sources]
-
-    def fisher(n, tokens):
-        operands = [table.meta(n, tokens, 4096, dtype=torch.bfloat16) for _ in range(2)]
-        fisher = table.meta(4096, 4096, dtype=torch.float32)
-        table.fisher.accumulate_squared_grad_(fisher, *operands, None)
+    table = triton_table(monkeypatch)
 
     def of_triplet(vocab, rows):
-        return compiled(table.launches_of_triplet, torch.bfloat16, vocab, rows)
+        return sources(table, table.launches_of_triplet, torch.bfloat16, vocab, rows)
 
     assert len(of_triplet(50257, 4096)) == 5
     assert of_triplet(50257, 4096) == of_triplet(50304, 4097) != of_triplet(50257, 16)
     assert of_triplet(50257, 16) == of_triplet(50304, 13)
-    assert compiled(fisher, 16, 128) == compiled(fisher, 1, 77)
 
 
 @outside
@@ -700,9 +626,10 @@ def test_launches_of_each_operation(rows, several):
         for reduction in ("none", "mean", "sum"):
             losses = ("cross_entropy", triplet, labels, IGNORE, reduction, torch.float32, True)
             assert launches(kernels.token_losses, *losses) == 1
-        assert launches(kernels.divergence_, logits, logits, softcap=0.0, store=True) == 1
         hidden = (triplet, scale, logits[:, :64], labels, triplet, ids, logits[:, :64])
         assert launches(kernels.hidden_gradient, *hidden, softcap=0.0, logit_scale=1.0) == 1
+        both = (logits, logits.clone())
+        assert launches(kernels.divergence_, *both, softcap=6.0, store=True) == 1
 
 
 @outside

@@ -64,7 +64,7 @@ def edge_columns(head, body, vocab, asked, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def exp_of(difference, softcap, SOFTCAP: tl.constexpr):
+def exp_of_difference(difference, softcap, SOFTCAP: tl.constexpr):
     """Compute exp(y - y_reference) from a difference of entries.
 
     exp2 is one instruction. It flushes subnormal results to 0. exp would take four.
@@ -99,8 +99,8 @@ def take_block(x, largest, terms, softcap, SOFTCAP: tl.constexpr):
     top = tl.max(x, 1)
     raised = tl.maximum(largest, top)
     reference = finite(raised)
-    terms *= exp_of(largest - reference, softcap, SOFTCAP)
-    return top, raised, terms + tl.sum(exp_of(x - reference[:, None], softcap, SOFTCAP), 1)
+    terms *= exp_of_difference(largest - reference, softcap, SOFTCAP)
+    return top, raised, terms + tl.sum(exp_of_difference(x - reference[:, None], softcap, SOFTCAP), 1)
 
 
 @triton.jit
@@ -178,8 +178,8 @@ def reduce_row(
         x = tl.load(logits + aligned + place, mask=keep, other=MINUS_INFINITY).to(tl.float32)
         again_raised = tl.maximum(again_largest, tl.max(x))
         again_reference = finite(again_raised)
-        again_terms *= exp_of(again_largest - again_reference, softcap, SOFTCAP)
-        again_terms += tl.sum(exp_of(x - again_reference, softcap, SOFTCAP))
+        again_terms *= exp_of_difference(again_largest - again_reference, softcap, SOFTCAP)
+        again_terms += tl.sum(exp_of_difference(x - again_reference, softcap, SOFTCAP))
         again_largest = again_raised
 
     # A NaN is never taken out. If all other words are masked but it, `runner_up_id` may be its column.
@@ -187,9 +187,9 @@ def reduce_row(
     largest = tl.where(lane == again, MINUS_INFINITY, largest)
     rest_largest = tl.maximum(tl.maximum(tl.max(largest), again_largest), tl.max(edge))
     reference = finite(rest_largest)
-    total = tl.sum(terms * exp_of(largest - reference, softcap, SOFTCAP))
-    total += tl.sum(exp_of(edge - reference, softcap, SOFTCAP))
-    total += again_terms * exp_of(again_largest - reference, softcap, SOFTCAP)
+    total = tl.sum(terms * exp_of_difference(largest - reference, softcap, SOFTCAP))
+    total += tl.sum(exp_of_difference(edge - reference, softcap, SOFTCAP))
+    total += again_terms * exp_of_difference(again_largest - reference, softcap, SOFTCAP)
     return runner_up, runner_up_id, rest_largest, total
 
 
@@ -206,8 +206,9 @@ def combine_parts(partial, partial_ids, n, softcap, PARTS: tl.constexpr, SOFTCAP
     demoted = tl.where(ids == runner_up_id, MINUS_INFINITY, tops)  # the other parts' join the rest
     largest = tl.maximum(tl.max(demoted), tl.max(largests))
     reference = finite(largest)
-    totals *= exp_of(largests - reference, softcap, SOFTCAP)
-    return runner_up, runner_up_id, largest, tl.sum(totals + exp_of(demoted - reference, softcap, SOFTCAP))
+    totals *= exp_of_difference(largests - reference, softcap, SOFTCAP)
+    totals += exp_of_difference(demoted - reference, softcap, SOFTCAP)
+    return runner_up, runner_up_id, largest, tl.sum(totals)
 
 
 # --- a row's numbers ------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def write_gradient(
         position = begin + (blocks - 1 - i) * BLOCK
         x = tl.load(logits + aligned + position + entry, mask=entry < readable_body - position, other=0.0)
         x = x.to(tl.float32)
-        grad = exp_of(x - rest_entry, softcap, SOFTCAP) * g2
+        grad = exp_of_difference(x - rest_entry, softcap, SOFTCAP) * g2
         t, r = target - head - position, runner_up_id - head - position
         if ((t >= 0) & (t < BLOCK)) | ((r >= 0) & (r < BLOCK)):
             grad = tl.where(_is_at(lane, inner, t), g0, grad)
@@ -329,7 +330,7 @@ def write_gradient(
     # The edges are so short that several threads hold each entry. Only one of them stores it, after its load.
     column, valid = edge_columns(head, body, vocab, part == PARTS - 1, VECTOR)
     x = tl.load(logits + start + column, mask=valid & (column < readable), other=0.0).to(tl.float32)
-    grad = exp_of(x - rest_entry, softcap, SOFTCAP) * g2
+    grad = exp_of_difference(x - rest_entry, softcap, SOFTCAP) * g2
     grad = tl.where(column == target, g0, tl.where(column == runner_up_id, g1, grad))
     grad = (grad * _slope_of(x, SOFTCAP)).to(out.dtype.element_ty)
     tl.store(out + out_start + column, grad, mask=valid)

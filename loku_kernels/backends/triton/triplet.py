@@ -97,13 +97,8 @@ def _pieces(strided: Sequence[Tensor], per_row: Sequence[Any]) -> Iterator[tuple
             yield from _pieces([x[i] for x in strided], [None if x is None else x[i] for x in per_row])
 
 
-def same_alignment(a: Tensor, b: Tensor) -> bool:
-    """Say whether the row strides of two tensors agree up to whole vectors of 16 bytes.
-
-    Args:
-        a: A tensor (..., V).
-        b: A tensor (..., V) in the same dtype.
-    """
+def _same_alignment(a: Tensor, b: Tensor) -> bool:
+    """Say whether the row strides of two tensors agree up to whole vectors of 16 bytes."""
     vector = 16 // a.element_size()
     return all((x - y) % vector == 0 for x, y in zip(a.stride()[:-1], b.stride()[:-1], strict=True))
 
@@ -262,7 +257,7 @@ def triplet_backward(
                 *_row_strides(grad),
                 PARTS=parts,
                 SOFTCAP=softcap > 0,
-                SAME_ALIGNMENT=same_alignment(y, grad),
+                SAME_ALIGNMENT=_same_alignment(y, grad),
                 BLOCK=_block(y, WARPS),
                 num_warps=WARPS,
             )

@@ -1,0 +1,49 @@
+"""TensorFloat-32 (TF32) for the float32 products of a training run.
+
+TF32 rounds the operands of a float32 product to 10 bits of mantissa, and sums in float32. Cards multiply in
+it many times faster than in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+
+def chooses_tf32(args: TrainingArguments, model: nn.Module) -> bool:
+    """Whether a run multiplies in TF32 although its settings do not say so.
+
+    It does if ``args.tf32`` is None, the CUDA device has TF32 (compute capability 8.0 and above), and the
+    model has float32 matrices whose products autocast does not make narrower.
+
+    Args:
+        args: The settings.
+        model: The model.
+    """
+    if args.tf32 is not None or args.bf16 or args.fp16 or args.device.type != "cuda":
+        return False
+    if torch.version.cuda is None or torch.cuda.get_device_capability(args.device) < (8, 0):
+        return False
+    return any(p.dtype == torch.float32 and p.dim() > 1 for p in model.parameters())
+
+
+@contextmanager
+def float32_products(precision: Literal["tf32", "ieee"] | None) -> Iterator[None]:
+    """Set the precision of CUDA's float32 products within the context.
+
+    Args:
+        precision: "tf32" for TensorFloat-32, "ieee" for float32, or None to leave the precision as it is.
+    """
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        if precision is not None:
+            torch.backends.cuda.matmul.fp32_precision = precision
+        yield
+    finally:
+        if precision is not None:
+            torch.backends.cuda.matmul.fp32_precision = before
