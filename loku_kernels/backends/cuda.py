@@ -8,6 +8,7 @@ functions leave longer rows to Triton. They check every size and dtype that goes
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -90,12 +91,13 @@ def _fits(logits: Tensor) -> bool:
     return logits.data_ptr() % 16 == 0 and all(size * stride % 16 == 0 for stride in logits.stride()[:-1])
 
 
+@functools.cache
 def _fallback() -> ModuleType:
     """Return the backend for longer rows: Triton's, or the reference where triton is not installed."""
-    try:
-        from loku_kernels.backends import triton
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
         return reference
+    from loku_kernels.backends import triton
+
     return triton
 
 
