@@ -59,6 +59,7 @@ def launches_of_triplet(dtype: torch.dtype, vocab: int, rows: int, softcap: floa
     found, ids = triplet.triplet_forward(logits, labels, -100, softcap=softcap)
     triplet.triplet_backward(found, logits, labels, -100, found, ids, factor=scale, softcap=softcap)
     triplet.rest_probabilities_(logits, labels, -100, softcap=softcap)
+    divergence.divergence_(logits, meta(rows, vocab, dtype=dtype), softcap=softcap, store=True)
     if not softcap:
         triplet.inverted_hinge_(logits, labels, -100, scale)
         triplet.scale_rows_(logits, scale)
@@ -80,13 +81,6 @@ def launches_of_hidden(dtype: torch.dtype) -> None:
     triplet.hidden_gradient(
         found, factor, weight, labels, found, labels, direction, softcap=30.0, logit_scale=1.0
     )
-
-
-def launches_of_divergence(dtype: torch.dtype) -> None:
-    """Launch the kernel on rows of both models, with a softcap and without."""
-    logits, reference_logits = meta(1024, VOCAB, dtype=dtype), meta(1024, VOCAB, dtype=dtype)
-    for softcap in (0.0, 30.0):
-        divergence.divergence_(logits, reference_logits, softcap=softcap, store=True)
 
 
 def launches_of_fisher(dtype: torch.dtype, tokens: int = 512, whole: int = 0) -> None:
@@ -138,7 +132,7 @@ def all_launches() -> dict[str, Launch]:
 
     def add(name: str, launches: Iterable[Launch]) -> None:
         for kernel, arguments, options in launches:
-            keys = ("PARTS", "WRITE", "SOFTCAP", "LOSS", "REDUCTION", "DESCRIBED", "DIVIDE")
+            keys = ("PARTS", "WRITE", "LOSS", "REDUCTION", "DESCRIBED", "DIVIDE")
             detail = [f"{key}={arguments[key]}" for key in keys if arguments.get(key, "") != ""]
             full = " ".join([kernel.__name__.removesuffix("_kernel"), name, *detail])
             named.setdefault(full, (kernel, arguments, options))
@@ -147,11 +141,13 @@ def all_launches() -> dict[str, Launch]:
         add(short, record(launches_of_triplet, dtype, VOCAB, MANY))
         add(f"{short} softcap", record(launches_of_triplet, dtype, VOCAB, MANY, 30.0))
         add(short, record(launches_of_hidden, dtype))
-        add(short, record(launches_of_divergence, dtype))
         add(short, record(launches_of_fisher, dtype))
     # The following do not depend on the dtype.
     few = record(launches_of_triplet, torch.bfloat16, VOCAB, FEW)
-    add("bf16", [launch for launch in few if launch[0].__name__ != "scale_rows_kernel"])
+    add(
+        "bf16",
+        [launch for launch in few if "PARTS" in launch[1] and launch[0].__name__ != "scale_rows_kernel"],
+    )
     long = record(launches_of_triplet, torch.bfloat16, LONG_VOCAB, MANY)
     add("bf16 long", [launch for launch in long if launch[1].get("WRITE")])
     add("int64", record(triplet.mean_scale, meta(4096, dtype=torch.int64), -100))

@@ -185,7 +185,6 @@ def reduce_row(
     # A NaN is never taken out. If all other words are masked but it, `runner_up_id` may be its column.
     edge = tl.where((column == runner_up_id) & (edge == runner_up), MINUS_INFINITY, edge)
     largest = tl.where(lane == again, MINUS_INFINITY, largest)
-    terms = tl.where(lane == again, 0.0, terms)
     rest_largest = tl.maximum(tl.maximum(tl.max(largest), again_largest), tl.max(edge))
     reference = finite(rest_largest)
     total = tl.sum(terms * exp_of_difference(largest - reference, softcap, SOFTCAP))
@@ -208,12 +207,8 @@ def combine_parts(partial, partial_ids, n, softcap, PARTS: tl.constexpr, SOFTCAP
     largest = tl.maximum(tl.max(demoted), tl.max(largests))
     reference = finite(largest)
     totals *= exp_of_difference(largests - reference, softcap, SOFTCAP)
-    return (
-        runner_up,
-        runner_up_id,
-        largest,
-        tl.sum(totals + exp_of_difference(demoted - reference, softcap, SOFTCAP)),
-    )
+    totals += exp_of_difference(demoted - reference, softcap, SOFTCAP)
+    return runner_up, runner_up_id, largest, tl.sum(totals)
 
 
 # --- a row's numbers ------------------------------------------------------------------------------
