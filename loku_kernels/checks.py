@@ -57,13 +57,13 @@ def check_label_tensor(labels: Tensor, tensor: Tensor, name: str) -> None:
     Raises:
         ValueError: The labels are not int64, or have another shape or device.
     """
-    expected = tuple(tensor.shape[:-1])
-    if tuple(labels.shape) != expected:
+    expected = tensor.shape[:-1]
+    if labels.shape != expected:
         raise ValueError(
-            f"labels must have the shape of {name} without its last dimension, {expected}, "
+            f"labels must have the shape of {name} without its last dimension, {tuple(expected)}, "
             f"got {tuple(labels.shape)}"
         )
-    if labels.dtype != torch.int64:
+    if labels.dtype is not torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if labels.device != tensor.device:
         raise ValueError(f"labels must be on the device of {name}, {tensor.device}, got {labels.device}")
@@ -143,7 +143,7 @@ def check_linear_operands(
 
 def _check_like_hidden(name: str, tensor: Tensor, hidden: Tensor) -> None:
     """Raise ``ValueError`` unless an operand has dtype and device of the hidden states."""
-    if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         # Autocast makes the dtypes equal, as for ``linear``.
         raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
     if tensor.device != hidden.device:
