@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loku_kernels.krylov import KrylovSpace, eigh, eigvalsh
 from loku_kernels.logits_blocks import product_dtype
 
 OVERSAMPLING = 8  # vectors beyond the rank in a block
@@ -31,7 +32,6 @@ GROUP_BYTES = 8 << 20  # bytes of a group of matrices and their blocks on the CP
 DEVICE_GROUP_BYTES = 3 << 30  # bytes of the blocks of a group elsewhere: all 128 of 4096 x 4096 at rank 32
 FLOAT32_BYTES = 64 << 20  # bytes of the float32 copy of a narrower weight, at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SOLVES_ONE_BY_ONE = torch.version.hip is None and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 
 def row_scaled_svd(
@@ -205,66 +205,6 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-class _Space:
-    """Subspaces of left vectors, one for each matrix M, with their images M^T Q.
-
-    Args:
-        batch: The number of matrices.
-        capacity: The number of vectors that are held at most.
-        d: The length of a left vector.
-        k: The length of an image.
-        device: The device of the matrices.
-    """
-
-    def __init__(self, batch: int, capacity: int, d: int, k: int, device: torch.device) -> None:
-        self.size = 0
-        self._basis = torch.empty(batch, capacity, d, device=device)
-        # Images and their Gram matrix in float64: its eigenvalues are the squares of S.
-        self._images = torch.empty(batch, capacity, k, dtype=torch.float64, device=device)
-        self._gram = torch.empty(batch, capacity, capacity, dtype=torch.float64, device=device)
-        self.values = self.vectors = self._gram[:, :0]  # the Gram matrix's eigenvalues and eigenvectors
-
-    @property
-    def basis(self) -> Tensor:
-        """The vectors Q (batch, size, d), float32, orthonormal."""
-        return self._basis[:, : self.size]
-
-    @property
-    def images(self) -> Tensor:
-        """The images (batch, size, k) of the vectors, float64."""
-        return self._images[:, : self.size]
-
-    @property
-    def gram(self) -> Tensor:
-        """The Gram matrix (batch, size, size) of the images, float64."""
-        return self._gram[:, : self.size, : self.size]
-
-    def append(self, block: Tensor, image: Tensor) -> None:
-        """Add vectors (batch, b, d), orthonormal to the held ones, and their images (batch, b, k)."""
-        new = slice(self.size, self.size + block.shape[1])
-        self._basis[:, new], self._images[:, new] = block, image
-        self.size = new.stop
-        self._gram[:, new, : new.stop] = self._images[:, new] @ self.images.mT
-        self._gram[:, : new.start, new] = self._gram[:, new, : new.start].mT
-
-    def solve(self) -> None:
-        """Compute the ascending eigenvalues (batch, size) and the eigenvectors of the Gram matrix."""
-        self.values, self.vectors = _eigh(self.gram)
-
-    def restart(self, size: int) -> None:
-        """Keep the ``size`` leading eigenvectors that ``solve`` found, and nothing else."""
-        rotation = self.vectors[:, :, -size:].flip(2).mT
-        basis, images = rotation.float() @ self.basis, rotation @ self.images
-        self.size = size
-        self._basis[:, :size], self._images[:, :size] = basis, images
-        self._gram[:, :size, :size] = self.values[:, -size:].flip(1).diag_embed()
-
-    def keep(self, indices: list[int]) -> None:
-        """Keep the spaces of some of the matrices alone, by their indices."""
-        self._basis, self._images, self._gram = (x[indices] for x in (self._basis, self._images, self._gram))
-        self.values, self.vectors = self.values[indices], self.vectors[indices]
-
-
 def _taken(x: Tensor, indices: list[int]) -> Tensor:
     """Return a part of a batch by ascending indices, without a copy if it is all of it."""
     return x if len(indices) == len(x) else x[indices]
@@ -287,7 +227,8 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, offset: int) -> t
     _require_finite(block, offset)
     rounding = noise[:, :d].roll(1, 1) * (1e-6 / d**0.5)
     capacity = min(d, width * CAPACITY)
-    space = _Space(len(matrix), capacity, d, matrix.k, matrix.device)
+    at_first = min(capacity, width * (MIN_DEPTH + 1))
+    space = KrylovSpace(len(matrix), at_first, capacity, d, matrix.k, matrix.device)
     s, v = block.new_empty(len(matrix), rank), block.new_empty(len(matrix), rank, matrix.k)
     places = list(range(len(matrix)))  # of the matrices that are left
     energies: list[Tensor] = []
@@ -299,13 +240,16 @@ def _krylov_svd(matrix: _ScaledRows, rank: int, noise: Tensor, offset: int) -> t
         image = matrix.transpose_times(block)
         space.append(block, image)
         if depth < MIN_DEPTH:
-            energies.append(_energy(_eigvalsh(space.gram), rank))
+            energies.append(_energy(eigvalsh(space.gram), rank))
             block = matrix.times(image)
             continue
         space.solve()
         energies = [*energies[-2:], _energy(space.values, rank)]
         converged = _converged(*energies).tolist()
-        done = [i for i, enough in enumerate(converged) if enough or depth == MAX_DEPTH]
+        if depth == MAX_DEPTH or all(converged):
+            done = list(range(len(places)))
+        else:
+            done = [i for i in range(len(places)) if converged[i] and _stops_alone(matrix.device)]
         if done:
             there = [places[i] for i in done]
             rotation = _taken(space.vectors, done)[:, :, -rank:].flip(2).mT
@@ -332,7 +276,7 @@ def _whole_svd(matrix: _ScaledRows, rank: int, noise: Tensor, offset: int) -> tu
     images = image_of(identity.expand(len(matrix), -1, -1)).double()
     gram = images @ images.mT
     _require_finite(gram, offset)
-    values, vectors = _eigh(gram)
+    values, vectors = eigh(gram)
     rotation = vectors[:, :, -rank:].flip(2).mT
     return _from_right_vectors(matrix, rotation @ images if wide else rotation, values, noise)
 
@@ -356,36 +300,19 @@ def _from_right_vectors(
         v, _ = _gram_schmidt(v)
     # V is ahead of Q, so the Rayleigh-Ritz step uses V itself.
     image = matrix.times(v.float()).double()
-    values, vectors = _eigh(image @ image.mT)
+    values, vectors = eigh(image @ image.mT)
     s = values.flip(1).clamp_min(0).sqrt() * matrix.unit[:, None]
     return s.float(), (vectors.flip(2).mT @ v).float()
+
+
+def _stops_alone(device: torch.device) -> bool:
+    """Say whether a matrix stops before its group. A group of the CPU is too small to be taken apart."""
+    return device.type != "cpu"
 
 
 def _energy(values: Tensor, rank: int) -> Tensor:
     """The energy (batch,) of the ``rank`` leading directions, from ascending eigenvalues (batch, n)."""
     return values[:, -rank:].clamp_min(0).sum(1)
-
-
-# torch before 2.12 solves a batch of eigenproblems on a CUDA device one by one, in 1 to 2 ms each, if they
-# are larger than 32 x 32. The host is faster then.
-
-
-def _solver_device(device: torch.device, size: int) -> torch.device:
-    """Choose the device that solves eigenproblems (batch, size, size) of a device."""
-    one_by_one = device.type == "cuda" and size > 32 and _SOLVES_ONE_BY_ONE
-    return torch.device("cpu") if one_by_one else device
-
-
-def _eigh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the ascending eigenvalues (batch, n) and eigenvectors (batch, n, n) of x (batch, n, n)."""
-    values, vectors = torch.linalg.eigh(x.to(_solver_device(x.device, x.shape[-1])))
-    return values.to(x.device), vectors.to(x.device)
-
-
-def _eigvalsh(x: Tensor) -> Tensor:
-    """Compute the ascending eigenvalues (batch, n) of x (batch, n, n)."""
-    values: Tensor = torch.linalg.eigvalsh(x.to(_solver_device(x.device, x.shape[-1])))
-    return values.to(x.device)
 
 
 def _require_finite(product: Tensor, offset: int) -> None:

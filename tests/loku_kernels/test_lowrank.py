@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import DTYPES
 
-from loku_kernels import lowrank, row_scaled_svd
+from loku_kernels import krylov, lowrank, row_scaled_svd
 
 SPECTRA = {
     "i^-0.5": lambda i: i**-0.5,
@@ -320,7 +320,9 @@ def test_a_card_decomposes_all_matrices_of_a_llama_7b_shape_together():
 
 
 def test_each_matrix_of_a_group_stops_by_itself(monkeypatch):
-    """A matrix with a flat spectrum neither holds up the others nor gets their number of blocks."""
+    """On a card, a matrix with a flat spectrum does not hold up the others."""
+    assert lowrank._stops_alone(torch.device("cuda")) and not lowrank._stops_alone(torch.device("cpu"))
+    monkeypatch.setattr(lowrank, "_stops_alone", lambda device: True)
     monkeypatch.setattr(lowrank, "GROUP_BYTES", 1 << 30)
     generator = torch.Generator().manual_seed(0)
     weights, scales = torch.randn(4, 300, 280, generator=generator), torch.ones(4, 300)
@@ -372,10 +374,10 @@ def test_the_solver_of_eigenproblems(monkeypatch):
     """The host solves the batches that torch would solve one by one on a card."""
     card, host = torch.device("cuda", 1), torch.device("cpu")
     for one_by_one in (False, True):
-        monkeypatch.setattr(lowrank, "_SOLVES_ONE_BY_ONE", one_by_one)
-        assert lowrank._solver_device(card, 32) == card
-        assert lowrank._solver_device(card, 33) == (host if one_by_one else card)
-        assert lowrank._solver_device(host, 33) == host
+        monkeypatch.setattr(krylov, "_SOLVES_ONE_BY_ONE", one_by_one)
+        assert krylov.solver_device(card, 32) == card
+        assert krylov.solver_device(card, 33) == (host if one_by_one else card)
+        assert krylov.solver_device(host, 33) == host
 
 
 def test_reduced_precision_of_float32_products_changes_nothing():
@@ -413,7 +415,7 @@ def test_reduced_precision_of_float32_products_changes_nothing():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_on_a_card(dtype, one_by_one, monkeypatch):
-    monkeypatch.setattr(lowrank, "_SOLVES_ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(krylov, "_SOLVES_ONE_BY_ONE", one_by_one)
     generator = torch.Generator().manual_seed(0)
     before = torch.get_float32_matmul_precision()
     try:
