@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# torch before 2.12 solves a batch of eigenproblems on a CUDA device one by one, in about 1 ms each, if they are
-# larger than 32 x 32. One core of the host takes 0.7 ms for one of 120 x 120.
+# torch before 2.12 solves a batch of eigenproblems on a CUDA device one by one, in about 1 ms each, if they
+# are larger than 32 x 32. One core of the host takes 0.7 ms for one of 120 x 120.
 _SOLVES_ONE_BY_ONE = torch.version.hip is None and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 

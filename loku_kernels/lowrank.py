@@ -162,7 +162,7 @@ class _ScaledRows:
         for i, w in enumerate(self.weights):
             for start in range(0, self.d, self.rows):
                 part = slice(start, start + self.rows)
-                out[i, :, part] = x[i] @ w[part].float().T
+                torch.mm(x[i], w[part].float().T, out=out[i, :, part])
         return out.mul_(self.row_scales)
 
     def transpose_times(self, y: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class _ScaledRows:
         y = y * self.row_scales
         if isinstance(self.weights, Tensor) and self.rows == self.d and not self.by_parts:
             return y @ self.weights
-        out = y.new_zeros(*y.shape[:2], self.k)
+        out = y.new_empty(*y.shape[:2], self.k)
         if self.by_parts:
             for i, (w, parts) in enumerate(zip(self.weights, _bfloat16_parts(y), strict=True)):
                 _sum_of_parts(_wide_product(parts, w), out[i])
@@ -178,7 +178,7 @@ class _ScaledRows:
         for i, w in enumerate(self.weights):
             for start in range(0, self.d, self.rows):
                 part = slice(start, start + self.rows)
-                out[i].addmm_(y[i, :, part], w[part].float())
+                torch.addmm(out[i], y[i, :, part], w[part].float(), beta=int(start > 0), out=out[i])
         return out
 
 

@@ -85,16 +85,14 @@ class HostCopies:
             if tensor.device not in self._streams:
                 stream = self._streams[tensor.device] = cuda.Stream(tensor.device)
                 stream.wait_stream(cuda.current_stream(tensor.device))
-        self._thread = Thread(target=self._run, name="host copies", daemon=True)
-        self._thread.start()
+        Thread(target=self._run, name="host copies", daemon=True).start()
 
     def wait_for(self, name: str) -> Tensor:
         """Return the copy of a tensor as soon as it is made. Any error of the thread is raised here."""
         return self._copies[name].result()
 
     def finished(self) -> dict[str, Tensor]:
-        """Wait until the thread has ended, and return the copies that it has made, by name."""
-        self._thread.join()
+        """Wait until the thread has made all copies or failed, and return those that are made, by name."""
         return {name: copy.result() for name, copy in self._copies.items() if copy.exception() is None}
 
     def _run(self) -> None:
