@@ -15,7 +15,6 @@ original model from the initial factors, which are kept as a second, frozen adap
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -37,15 +36,13 @@ from loku.distributed import (
     reshard_,
     same_in_all_processes_,
 )
+from loku.fila.factors import add_low_rank_, fila_factors
+from loku.fila.originals import HostCopies
 from loku.fila.row_scale_cache import cached_row_scales
 from loku.fila.row_scales import FilaConfig, fisher_row_scales, reiterable
 from loku.fila.targets import REFERENCE_ADAPTER, adapter_factors, adapter_layers, base_weight, fila_targets
 from loku_kernels import row_scaled_svd
 
-# A direction whose singular value is below this share of the largest is numerical noise. S^(-1/2) would blow
-# up its column of B. So its row of A and its column of B are zero.
-_NOISE = 1e-6
-_BLOCK_ELEMENTS = 1 << 22  # the most elements of a weight that are in float64 at a time
 _BASE_COPY = "_loku_base_weights"
 
 
@@ -75,44 +72,6 @@ def _checked_row_scales(row_scales: Mapping[str, Tensor], layers: dict[str, Lora
     return checked
 
 
-# Low-rank arithmetic on a weight runs in float64, a block of rows at a time. So each element of the result is
-# rounded once, autocast and TF32 change nothing, and there is no second copy of a large weight.
-
-
-def _wide_dtype(device: torch.device) -> torch.dtype:
-    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # others may lack float64
-
-
-def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    rows = max(1, _BLOCK_ELEMENTS // tensors[0].shape[1])
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-
-
-def _add_low_rank_(weight: Tensor, B: Tensor, A: Tensor, factor: float) -> None:
-    """weight (d, k) += factor * B (d, r) A (r, k)."""
-    dtype = _wide_dtype(weight.device)
-    A = A.to(dtype)
-    for w, b in _row_blocks(weight, B):
-        w.copy_(torch.addmm(w.to(dtype), b.to(dtype), A, alpha=factor))
-
-
-def _factors(weight: Tensor, S: Tensor, V: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """FILA's B (d, rank) and A (rank, k), each divided by sqrt(scaling).
-
-    S (q,) and V (k, q) are the singular values and right singular vectors, q <= rank.
-    """
-    dtype = _wide_dtype(weight.device)
-    S, V = S.to(dtype), V.to(dtype)
-    kept = S > _NOISE * S[0]
-    root = torch.where(kept, S.sqrt(), 0.0)
-    inverse = torch.where(kept, S.rsqrt(), 0.0)
-    B = torch.cat([w.to(dtype) @ V for (w,) in _row_blocks(weight)]) * inverse
-    A = (V * root).T
-    spare = rank - S.shape[0]
-    B, A = nn.functional.pad(B, (0, spare)), nn.functional.pad(A, (0, 0, 0, spare))
-    return B / math.sqrt(scaling), A / math.sqrt(scaling)
-
-
 def _same_shape_groups(layers: dict[str, LoraLinear], adapter_name: str) -> list[list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, layer in layers.items():
@@ -123,12 +82,15 @@ def _same_shape_groups(layers: dict[str, LoraLinear], adapter_name: str) -> list
     return list(groups.values())
 
 
-def _initialize(layers: dict[str, LoraLinear], row_scales: dict[str, Tensor], adapter_name: str) -> None:
+def _initialize(
+    layers: dict[str, LoraLinear], row_scales: dict[str, Tensor], adapter_name: str, originals: HostCopies
+) -> None:
     for names in _same_shape_groups(layers, adapter_name):
         weights = [full_tensor(base_weight(layers[name]).detach()) for name in names]
-        for name, weight in zip(names, weights, strict=True):
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"{name}: its weight is not finite; check the model that was loaded")
+        finite = torch.stack([torch.isfinite(weight).all() for weight in weights]).tolist()  # one transfer
+        if not all(finite):
+            name = names[finite.index(False)]
+            raise ValueError(f"{name}: its weight is not finite; check the model that was loaded")
         rank = layers[names[0]].r[adapter_name]
         S, V = row_scaled_svd(
             [w.float() if w.dtype == torch.float64 else w for w in weights],
@@ -137,7 +99,8 @@ def _initialize(layers: dict[str, LoraLinear], row_scales: dict[str, Tensor], ad
         )
         for i, name in enumerate(names):
             layer = layers[name]
-            factors = _factors(weights[i], S[i], V[i], rank, layer.scaling[adapter_name])
+            factors = fila_factors(weights[i], S[i], V[i], rank, layer.scaling[adapter_name])
+            originals.wait_for(name)
             _move_into_adapter(layer, adapter_name, *factors)
 
 
@@ -154,7 +117,7 @@ def _add_to_base_(layer: LoraLinear, adapter_name: str, factor: float) -> None:
     weight = base_weight(layer).detach()
     B, A = (factor.detach() for factor in adapter_factors(layer, adapter_name))
     whole = full_tensor(weight)
-    _add_low_rank_(whole, full_tensor(B), full_tensor(A), factor * layer.scaling[adapter_name])
+    add_low_rank_(whole, full_tensor(B), full_tensor(A), factor * layer.scaling[adapter_name])
     if whole is not weight:
         copy_whole_(weight, whole)
 
@@ -214,8 +177,8 @@ def initialize_from_row_scales(
     reshard_(peft_model)
     layers = fila_targets(peft_model, adapter_name)
     checked = _checked_row_scales(row_scales, layers)
-    with _keeping_originals(peft_model, layers, adapter_name):
-        _initialize(layers, checked, adapter_name)
+    with _keeping_originals(peft_model, layers, adapter_name) as originals:
+        _initialize(layers, checked, adapter_name, originals)
 
 
 @torch.no_grad()
@@ -252,8 +215,9 @@ def initialize_from_factors(
                 f"{name}: B and A must have the shapes {[tuple(shape) for shape in held]}, got "
                 f"{[tuple(shape) for shape in given]}; use the rank that they were made with"
             )
-    with _keeping_originals(peft_model, layers, adapter_name):
+    with _keeping_originals(peft_model, layers, adapter_name) as originals:
         for name, layer in layers.items():
+            originals.wait_for(name)
             _move_into_adapter(layer, adapter_name, *factors[name])
 
 
@@ -278,26 +242,30 @@ def _local_weight(layer: LoraLinear) -> Tensor:
 @contextmanager
 def _keeping_originals(
     peft_model: PeftModel, layers: dict[str, LoraLinear], adapter_name: str
-) -> Iterator[None]:
+) -> Iterator[HostCopies]:
     """Keep the weights that an initialisation overwrites, and add the reference adapter when it is done.
 
     If the initialisation fails, the weights are put back.
+
+    Yields:
+        The copies of the weights. A weight may be overwritten once its copy is made.
     """
-    originals = {name: _local_weight(layer).to("cpu", copy=True) for name, layer in layers.items()}
+    order = [name for names in _same_shape_groups(layers, adapter_name) for name in names]
+    originals = HostCopies({name: _local_weight(layers[name]) for name in order})
     factors = [factor for layer in layers.values() for factor in adapter_factors(layer, adapter_name)]
     old_factors = [factor.clone() for factor in factors]
     try:
-        yield
+        yield originals
         _add_reference(peft_model, layers, adapter_name)
     except BaseException:
-        for name, layer in layers.items():
-            _local_weight(layer).copy_(originals[name])
+        for name, original in originals.finished().items():  # without a copy a weight was not overwritten
+            _local_weight(layers[name]).copy_(original)
         for factor, old in zip(factors, old_factors, strict=True):
             factor.copy_(old)
         if REFERENCE_ADAPTER in peft_model.peft_config:
             peft_model.delete_adapter(REFERENCE_ADAPTER)
         raise
-    setattr(peft_model, _BASE_COPY, originals)
+    setattr(peft_model, _BASE_COPY, originals.finished())
 
 
 def release_base_copy_(peft_model: PeftModel) -> None:

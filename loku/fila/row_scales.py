@@ -31,6 +31,8 @@ from loku.models import evaluating, model_device, unwrapped
 from loku_kernels import accumulate_squared_grad_
 
 _KERNEL_BYTES = 8 << 20  # the most bytes that ``accumulate_squared_grad_`` allocates
+# The activations of more tokens would be the second largest part of a card's memory, and gain no speed.
+_DEVICE_TOKENS = 1024
 
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -115,14 +117,15 @@ def fisher_row_scales(
         modules: The linear modules of ``model`` to measure, by their names. A forward may call each once.
         forget_batches: An iterable of dicts with ``input_ids``, ``attention_mask`` and ``labels`` (B, T),
             int64. It is iterated several times; an iterator is read into a list. The grouping and padding of
-            the samples do not change the result.
+            the samples do not change the result. A card takes at most 1024 tokens, or one row, in a forward:
+            it takes the rows of a larger batch in parts.
         retain_batches: The batches of the retain set, as for ``forget_batches``.
         damping: The number that is added to the retain Fisher, >= 0; 1 by default.
         damping_mode: "relative" (default) multiplies the damping by the mean retain Fisher of the module.
             "absolute" takes it as it is; the official code has 1e-5.
         memory_budget: The memory that may be held on a device beside a forward and backward without weight
             gradients: a size like "4GiB", a number of bytes, or None (default) for no limit. It pays for the
-            retain Fishers, float32, 4 bytes a weight, and for the modules' inputs of the largest batch. The
+            retain Fishers, float32, 4 bytes a weight, and for the modules' inputs of the largest forward. The
             modules are measured in as many groups as the budget needs, and each group takes its own pair of
             passes over the data. There is one group without a limit.
         progress: Whether to print the number of passes and the memory that they hold, and to show a progress
@@ -139,8 +142,10 @@ def fisher_row_scales(
         FloatingPointError: A Fisher or a loss is NaN or Inf. The message names the pass, module and batch.
     """
     retain_batches, forget_batches = reiterable(retain_batches), reiterable(forget_batches)
+    limit = _token_limit(model_device(model))
     tokens = max(
-        _largest_batch(retain_batches, "retain Fisher"), _largest_batch(forget_batches, "forget Fisher")
+        _largest_batch(retain_batches, "retain Fisher", limit),
+        _largest_batch(forget_batches, "forget Fisher", limit),
     )
     budget = memory_bytes(memory_budget)
     groups = plan_groups(modules, tokens, budget)
@@ -178,9 +183,28 @@ class FisherGroup(NamedTuple):
         return self.held + self.kernel
 
 
-def _largest_batch(batches: Batches, description: str) -> int:
-    """The number of tokens of the largest batch, with its padding."""
-    tokens = max((batch["input_ids"].numel() for batch in batches), default=None)
+def _token_limit(device: torch.device) -> int | None:
+    """The most tokens that a forward takes at once, if it can take fewer; None on the CPU."""
+    return None if device.type == "cpu" else _DEVICE_TOKENS
+
+
+def _parts(batches: Batches, limit: int | None) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    """Yield the number and the rows of each batch, in equal parts of at most ``limit`` tokens or one row."""
+    for number, batch in enumerate(batches):
+        rows, length = batch["input_ids"].shape
+        most = rows if limit is None else max(1, limit // length)
+        if rows <= most:
+            yield number, batch
+            continue
+        parts = -(-rows // most)
+        step = -(-rows // parts)
+        for start in range(0, rows, step):
+            yield number, {name: x[start : start + step] for name, x in model_tokens(batch).items()}
+
+
+def _largest_batch(batches: Batches, description: str, limit: int | None) -> int:
+    """The number of tokens of the largest part of a batch, with its padding."""
+    tokens = max((part["input_ids"].numel() for _, part in _parts(batches, limit)), default=None)
     if tokens is None:
         raise ValueError(f"no batch for the {description}")
     return tokens
@@ -325,16 +349,17 @@ def _accumulate(
 
     handles = [module.register_forward_hook(capture(name)) for name, module in modules.items()]
     device = model_device(model)
-    count, losses = 0, []
+    count, losses, numbers = 0, [], []
     try:
         shown = tqdm(batches, desc=description, disable=not progress, leave=False)
-        for batch, counts in share_of_batches(shown):
+        for (number, batch), counts in share_of_batches(_parts(shown, _token_limit(device))):
             batch = {name: values.to(device) for name, values in model_tokens(batch).items()}
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             loss = negative_log_likelihood(model, batch)
             loss.backward()
             losses.append(loss.detach())
+            numbers.append(number)
             missing = [name for name in modules if inputs.get(name, True) is not None]
             if missing:
                 raise RuntimeError(f"{missing[0]} took no part in the forward and backward of the model")
@@ -345,14 +370,20 @@ def _accumulate(
             handle.remove()
     for total in totals.values():
         sum_over_processes_(total)
-    _check_finite(totals, losses, description)
+    _check_finite(totals, losses, numbers, description)
     return int(sum_over_processes_(torch.tensor(count, device=device)).item())
 
 
-def _check_finite(totals: Mapping[str, Tensor], losses: list[Tensor], description: str) -> None:
-    """Raise FloatingPointError if a total or a loss has a NaN or Inf. It names the first module and batch."""
+def _check_finite(
+    totals: Mapping[str, Tensor], losses: list[Tensor], numbers: list[int], description: str
+) -> None:
+    """Raise FloatingPointError if a total or a loss has a NaN or Inf. It names the first module and batch.
+
+    ``numbers`` has the number of the batch of each loss.
+    """
     bad = next((name for name, total in totals.items() if not torch.isfinite(total.sum())), None)
-    batches = (~torch.isfinite(torch.stack(losses))).nonzero().flatten().tolist()
+    finite = torch.isfinite(torch.stack(losses)).tolist()
+    batches = [number for number, good in zip(numbers, finite, strict=True) if not good]
     if bad is None and not batches:
         return
     where = "every module's is finite" if bad is None else f"{bad} is the first module whose is not"

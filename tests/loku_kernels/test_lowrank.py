@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import DTYPES
 
-from loku_kernels import lowrank, row_scaled_svd
+from loku_kernels import krylov, lowrank, row_scaled_svd
 
 SPECTRA = {
     "i^-0.5": lambda i: i**-0.5,
@@ -234,3 +234,198 @@ def test_takes_parameters_and_leaves_them_alone():
     s, v = row_scaled_svd([weight], torch.ones(1, 300), 3)
     assert not s.requires_grad and not v.requires_grad
     assert weight.detach().equal(before) and weight.grad is None
+
+
+# What a GPU does otherwise, on the CPU: products by parts, whole groups, the host's eigenproblems
+
+
+@pytest.fixture
+def by_parts(monkeypatch):
+    """Multiply bfloat16 weights as a GPU does, with a product that the CPU has."""
+    shapes = []
+
+    def product(a, b):
+        assert a.dtype == b.dtype == torch.bfloat16
+        shapes.append((tuple(a.shape), tuple(b.shape)))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(lowrank, "product_dtype", lambda operand: torch.float32)
+    monkeypatch.setattr(lowrank, "_wide_product", product)
+    return shapes
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-30, 1e30])
+def test_products_by_parts_are_as_exact_as_in_float32(by_parts, factor):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 48, 256, generator=generator).bfloat16()
+    scales = log_normal(2, 48, generator=generator)
+    x, y = (torch.randn(2, 5, n, generator=generator) * factor for n in (256, 48))
+    matrix, exact = lowrank._ScaledRows(weights, scales), scales.double()[..., None] * weights.double()
+    exact = exact / scales.amax(1).double()[:, None, None]
+    cases = [
+        (matrix.times(x), x.double() @ exact.mT, x.double().abs() @ exact.mT.abs()),
+        (matrix.transpose_times(y), y.double() @ exact, y.double().abs() @ exact.abs()),
+    ]
+    for ours, expected, size in cases:
+        assert ((ours - expected).abs() <= 2**-22 * size).all()  # two parts alone are off by up to 2^-17
+    assert by_parts == [((15, 256), (256, 48))] * 2 + [((15, 48), (48, 256))] * 2
+
+
+@pytest.mark.parametrize("d, k", [(384, 384), (768, 256), (256, 768), (30, 40)])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_decomposition_by_parts(by_parts, d, k, as_list):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.stack([planted(d, k, SPECTRA["i^-0.5"], generator) for _ in range(2)]).bfloat16()
+    scales = log_normal(2, d, generator=generator)
+    check(list(weights) if as_list else weights, scales, 8)
+    assert by_parts
+
+
+class EigenCalls:
+    """Counts the calls of torch's solvers for symmetric eigenproblems, by the shapes of their batches."""
+
+    def __init__(self, monkeypatch):
+        self.vectors, self.values = [], []
+        for name, shapes in (("eigh", self.vectors), ("eigvalsh", self.values)):
+            monkeypatch.setattr(torch.linalg, name, self.counting(getattr(torch.linalg, name), shapes))
+
+    @staticmethod
+    def counting(solve, shapes):
+        def counted(x):
+            shapes.append(tuple(x.shape))
+            return solve(x)
+
+        return counted
+
+
+def test_one_batched_eigenproblem_a_depth_for_all_matrices(monkeypatch):
+    monkeypatch.setattr(lowrank, "GROUP_BYTES", 1 << 30)
+    generator = torch.Generator().manual_seed(0)
+    weights, scales = torch.randn(7, 96, 128, generator=generator), log_normal(7, 96, generator=generator)
+    calls = EigenCalls(monkeypatch)
+    check(weights, scales, 4)
+    assert calls.values == [(7, 12, 12), (7, 24, 24)]
+    assert calls.vectors == [(7, 36, 36), (7, 4, 4)]
+
+
+def test_a_card_decomposes_all_matrices_of_a_llama_7b_shape_together():
+    card = torch.device("cuda")
+    for d, k, matrices in ((4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32)):
+        group = lowrank._group_size(card, d, k, 32)
+        assert matrices <= group
+        held = 40 * (lowrank.CAPACITY * (4 * d + 8 * k) + 24 * (d + k))
+        assert group * held <= 3 << 30 < (group + 1) * held
+        assert lowrank._group_size(torch.device("cpu"), d, k, 32) == 1
+    assert lowrank._group_size(card, 1 << 20, 1 << 20, 64) == 1
+
+
+def test_each_matrix_of_a_group_stops_by_itself(monkeypatch):
+    """On a card, a matrix with a flat spectrum does not hold up the others."""
+    assert lowrank._stops_alone(torch.device("cuda")) and not lowrank._stops_alone(torch.device("cpu"))
+    monkeypatch.setattr(lowrank, "_stops_alone", lambda device: True)
+    monkeypatch.setattr(lowrank, "GROUP_BYTES", 1 << 30)
+    generator = torch.Generator().manual_seed(0)
+    weights, scales = torch.randn(4, 300, 280, generator=generator), torch.ones(4, 300)
+    for i in (0, 1, 3):
+        weights[i] = planted(300, 280, SPECTRA["0.9^i"], generator)
+    calls = EigenCalls(monkeypatch)
+    s, v = row_scaled_svd(weights, scales, 4)
+    batches = [shape[0] for shape in calls.vectors]
+    assert batches[:2] == [4, 3] and set(batches[2:]) == {1} and len(batches) > 4
+    again, vectors = row_scaled_svd(list(weights), scales, 4)
+    for i in range(4):
+        bounds = (1e-2, 2e-2) if i == 2 else (1e-3, 1e-2)
+        for measured in (quality(weights[i], scales[i], s[i], v[i]) for s, v in ((s, v), (again, vectors))):
+            assert measured[0] <= bounds[0] and measured[1] <= bounds[1] and measured[2] <= 1e-5
+        alone, _ = row_scaled_svd(weights[i : i + 1], scales[i : i + 1], 4)
+        torch.testing.assert_close(alone[0], s[i], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("capacity", [3, 4, 6])
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_a_restarted_basis_is_bounded_and_as_good(capacity, rank, monkeypatch):
+    monkeypatch.setattr(lowrank, "CAPACITY", capacity)
+    generator = torch.Generator().manual_seed(rank)
+    weights, scales = torch.randn(2, 400, 300, generator=generator), torch.ones(2, 400)
+    calls = EigenCalls(monkeypatch)
+    s, v = row_scaled_svd(weights, scales, rank)
+    width = rank + lowrank.OVERSAMPLING
+    sizes = [shape[1] for shape in calls.vectors if shape[1] > rank]
+    assert max(sizes) <= capacity * width
+    assert capacity == 6 or sizes.count(capacity * width) > 1  # it was restarted
+    for measured in map(quality, weights, scales, s, v):
+        assert measured[0] <= 2e-3 and measured[1] <= 5e-3 and measured[2] <= 1e-5, measured
+
+
+@pytest.mark.parametrize("capacity", [3, 4])
+def test_a_restart_in_a_space_that_is_nearly_used_up(capacity, monkeypatch):
+    monkeypatch.setattr(lowrank, "CAPACITY", capacity)
+    generator = torch.Generator().manual_seed(0)
+    for side in (37, 40, 49):  # the width is 12, so the last block is narrower
+        for low_rank in (2, side):
+            weight = torch.randn(1, side, low_rank, generator=generator) @ torch.eye(low_rank, side)
+            s, v = row_scaled_svd(weight, torch.ones(1, side), 4)
+            exact = torch.linalg.svdvals(weight.double())[:, :4]
+            assert ((s - exact).abs() <= 2e-2 * exact + 1e-5 * exact[:, :1]).all()
+            torch.testing.assert_close(v[0].T @ v[0], torch.eye(4), rtol=0, atol=1e-5)
+
+
+def test_the_solver_of_eigenproblems(monkeypatch):
+    """The host solves the batches that torch would solve one by one on a card."""
+    card, host = torch.device("cuda", 1), torch.device("cpu")
+    for one_by_one in (False, True):
+        monkeypatch.setattr(krylov, "_SOLVES_ONE_BY_ONE", one_by_one)
+        assert krylov.solver_device(card, 32) == card
+        assert krylov.solver_device(card, 33) == (host if one_by_one else card)
+        assert krylov.solver_device(host, 33) == host
+
+
+def test_reduced_precision_of_float32_products_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    weights, scales = torch.randn(2, 300, 200, generator=generator), log_normal(2, 300, generator=generator)
+    expected = row_scaled_svd(weights, scales, 4)
+    libraries = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        reduced = [library.fp32_precision for library in libraries]
+        assert reduced == ["tf32", "bf16"]
+        inside = []
+        real = torch.linalg.cholesky
+
+        def cholesky(x):
+            inside.append([library.fp32_precision for library in libraries])
+            return real(x)
+
+        with mock.patch.object(torch.linalg, "cholesky", cholesky):
+            ours = row_scaled_svd(weights, scales, 4)
+        with pytest.raises(ValueError, match="finite"):
+            row_scaled_svd(weights * torch.nan, scales, 4)
+        assert [library.fp32_precision for library in libraries] == reduced
+        assert all(precision == ["ieee", "ieee"] for precision in inside) and inside
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.equal(b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_on_a_card(dtype, one_by_one, monkeypatch):
+    monkeypatch.setattr(krylov, "_SOLVES_ONE_BY_ONE", one_by_one)
+    generator = torch.Generator().manual_seed(0)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        for d, k in ((384, 384), (768, 256), (256, 768), (60, 40)):
+            for spectrum in SPECTRA:
+                weight = planted(d, k, SPECTRA[spectrum], generator).to(dtype)
+                scales = log_normal(2, d, generator=generator)
+                s, v = row_scaled_svd(weight.cuda().expand(2, -1, -1), scales.cuda(), 8)
+                for measured in map(quality, [weight] * 2, scales, s.cpu(), v.cpu()):
+                    assert measured[0] <= 1e-3 and measured[1] <= 1e-2 and measured[2] <= 1e-5, measured
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -12,6 +12,7 @@ from tiny_models import KINDS, tiny_model
 from torch import nn
 
 from loku.data import collate
+from loku.fila import row_scales
 from loku.fila.row_scales import FilaConfig, fisher_row_scales, memory_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,3 +231,94 @@ def test_config_is_checked():
     ]:
         with pytest.raises(ValueError, match=message):
             FilaConfig(**options)
+
+
+# A card takes the rows of a large batch in parts
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Take at most 20 tokens in a forward, as a card takes 1024, and return the shapes of the forwards."""
+    monkeypatch.setattr(row_scales, "_token_limit", lambda device: 20)
+    shapes, real = [], row_scales.negative_log_likelihood
+
+    def recorded(model, batch):
+        shapes.append(tuple(batch["input_ids"].shape))
+        return real(model, batch)
+
+    monkeypatch.setattr(row_scales, "negative_log_likelihood", recorded)
+    return shapes
+
+
+def test_the_parts_of_batches_change_nothing(in_parts, monkeypatch):
+    model = tiny_model("llama")
+    forget, retain = batches(rows(5, 0), 5), batches(rows(7, 1), 7)
+    ours = fisher_row_scales(model, targets(model), forget, retain, progress=False)
+    sizes = [shape[0] * shape[1] for shape in in_parts]
+    assert len(in_parts) > 2 and all(
+        size <= 20 or shape[0] == 1 for size, shape in zip(sizes, in_parts, strict=True)
+    )
+    assert sum(shape[0] for shape in in_parts) == 12
+    monkeypatch.setattr(row_scales, "_token_limit", lambda device: None)
+    in_parts.clear()
+    whole = fisher_row_scales(model, targets(model), forget, retain, progress=False)
+    assert [shape[0] for shape in in_parts] == [7, 5]
+    for name in whole:
+        torch.testing.assert_close(ours[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_are_equal_and_keep_their_batch():
+    def shapes(limit, *given):
+        data = [{name: torch.zeros(shape) for name in ("input_ids", "labels", "other")} for shape in given]
+        parts = list(row_scales._parts(data, limit))
+        assert all(("other" in part) == (len(part["labels"]) == given[n][0]) for n, part in parts)
+        return [(n, tuple(part["input_ids"].shape)) for n, part in parts]
+
+    assert shapes(1024, (8, 200)) == [(0, (4, 200))] * 2
+    assert shapes(1024, (5, 400), (2, 512), (1, 3000)) == [
+        (0, (2, 400)), (0, (2, 400)), (0, (1, 400)), (1, (2, 512)), (2, (1, 3000)),
+    ]  # fmt: skip
+    assert shapes(1024, (3, 2000)) == [(0, (1, 2000))] * 3
+    assert shapes(None, (80, 2000)) == [(0, (80, 2000))]
+    assert row_scales._token_limit(torch.device("cpu")) is None
+    assert row_scales._token_limit(torch.device("cuda")) == 1024
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_of_its_part(in_parts):
+    model = tiny_model("llama")
+    data, poisoned = batches(rows(6, 0, vocab=96), 3), batches(rows(6, 1, vocab=96), 3)
+    poisoned[1]["input_ids"][0, 0] = 96
+    model.model.embed_tokens.weight.data[96] = torch.nan
+    with pytest.raises(FloatingPointError, match="the loss is not finite from batch 1 on"):
+        fisher_row_scales(model, targets(model), data, poisoned, progress=False)
+    assert len(in_parts) > 2
+
+
+def test_parts_save_fewer_bytes_for_the_backward(in_parts, monkeypatch):
+    """The activations of a forward are in proportion to its tokens."""
+    model, saved = tiny_model("llama"), []
+    one_part = row_scales.negative_log_likelihood
+
+    def recorded(model, batch):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = one_part(model, batch)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved.append(sum(size for pointer, size in storages.items() if pointer not in weights))
+        return loss
+
+    monkeypatch.setattr(row_scales, "negative_log_likelihood", recorded)
+    ids = torch.randint(0, 97, (8, 10))
+    data = [{"input_ids": ids, "labels": ids}]
+    peaks = []
+    for limit in (None, 40, 20):
+        monkeypatch.setattr(row_scales, "_token_limit", lambda device, limit=limit: limit)
+        saved.clear()
+        fisher_row_scales(model, targets(model), data, data, progress=False)
+        peaks.append(max(saved))
+    assert peaks[1] < 0.6 * peaks[0] and peaks[2] < 0.6 * peaks[1]
