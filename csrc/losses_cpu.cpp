@@ -81,6 +81,40 @@ void token_losses(Loss loss, const double* triplet, const int64_t* labels, int64
   }
 }
 
+// Compute the loss of logits: triplet_forward, or rest_probabilities_ to overwrite them, and token_losses.
+int64_t logits_loss(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+                    bool overwrite, Loss loss, Reduction reduction, bool wide, void* out, double* saved,
+                    int threads) {
+  const Saved kept{saved, logits.count};
+  const auto compute = overwrite ? rest_probabilities_ : triplet_forward;
+  const int64_t bad = compute(logits, labels, ignore_index, softcap, kept.triplets(), threads);
+  if (bad >= 0) return bad;
+  token_losses(loss, saved, labels, logits.count, ignore_index, reduction, wide, out, kept.gradient(),
+               threads);
+  return -1;
+}
+
+// Compute IHL, and overwrite the logits with `scale` times the gradient of the rows' sum.
+int64_t inverted_hinge_loss_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
+                             Reduction reduction, bool wide, void* out, int threads) {
+  std::vector<double> triplet(3 * logits.count);
+  std::vector<int64_t> runner_up_id(logits.count);
+  const Triplets triplets = {triplet.data(), runner_up_id.data()};
+  const int64_t bad = inverted_hinge_(logits, labels, ignore_index, scale, triplets, threads);
+  if (bad >= 0) return bad;
+  token_losses(Loss::kInvertedHinge, triplet.data(), labels, logits.count, ignore_index, reduction, wide, out,
+               nullptr, threads);
+  return -1;
+}
+
+// Compute the gradient of the logits from the numbers that logits_loss has saved.
+void logits_loss_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, double* saved,
+                          const Factors& factors, const Rows& grad_logits, int threads) {
+  const Saved kept{saved, logits.count};
+  triplet_backward(logits, 0, labels, ignore_index, kept.triplets(), kept.gradient(), factors, 0.0f,
+                   grad_logits, threads);
+}
+
 // Compute factor * (g_0 y'_t W[t] + g_1 y'_r W[r] + g_2 logit_scale O) of each row, where y' is the slope of
 // the logits. An ignored row gets zeros.
 int64_t hidden_gradient(const double* grad_triplet, const Factors& factors, const MatrixRows& weight,
@@ -119,6 +153,16 @@ int64_t hidden_gradient(const double* grad_triplet, const Factors& factors, cons
     });
   });
   return -1;
+}
+
+// Compute hidden_gradient from the numbers that logits_loss has saved.
+int64_t hidden_loss_backward(double* saved, const Factors& factors, const MatrixRows& weight, int64_t vocab,
+                             const int64_t* labels, const MatrixRows& direction, float softcap,
+                             double logit_scale, int64_t count, int64_t width, DType dtype, void* out,
+                             int threads) {
+  const Saved kept{saved, count};
+  return hidden_gradient(kept.gradient(), factors, weight, vocab, labels, kept.triplets(), direction, softcap,
+                         logit_scale, count, width, dtype, out, threads);
 }
 
 }  // namespace loku

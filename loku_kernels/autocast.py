@@ -20,7 +20,7 @@ def apply_without_autocast(
     Returns:
         The function's result.
     """
-    device_type = operands[0].device.type
+    device_type = "cpu" if operands[0].is_cpu else operands[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return function(*operands, *settings)
     dtype = torch.get_autocast_dtype(device_type)

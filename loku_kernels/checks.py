@@ -57,13 +57,13 @@ def check_label_tensor(labels: Tensor, tensor: Tensor, name: str) -> None:
     Raises:
         ValueError: The labels are not int64, or have another shape or device.
     """
-    expected = tuple(tensor.shape[:-1])
-    if tuple(labels.shape) != expected:
+    expected = tensor.shape[:-1]
+    if labels.shape != expected:
         raise ValueError(
-            f"labels must have the shape of {name} without its last dimension, {expected}, "
+            f"labels must have the shape of {name} without its last dimension, {tuple(expected)}, "
             f"got {tuple(labels.shape)}"
         )
-    if labels.dtype != torch.int64:
+    if labels.dtype is not torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if labels.device != tensor.device:
         raise ValueError(f"labels must be on the device of {name}, {tensor.device}, got {labels.device}")
@@ -132,14 +132,19 @@ def check_linear_operands(
     check_label_tensor(labels, hidden, "hidden")
     if weight.dtype not in LOGIT_DTYPES:
         raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
-    others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    autocast = torch.is_autocast_enabled(hidden.device.type)  # autocast makes the dtypes equal, as for linear
-    for name, tensor in others.items():
-        if tensor.dtype != hidden.dtype and not autocast:
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    _check_like_hidden("weight", weight, hidden)
+    if bias is not None:
+        _check_like_hidden("bias", bias, hidden)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
+def _check_like_hidden(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    """Raise ``ValueError`` unless an operand has dtype and device of the hidden states."""
+    if tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        # Autocast makes the dtypes equal, as for ``linear``.
+        raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")

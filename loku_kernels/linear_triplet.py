@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from loku_kernels.autocast import apply_without_autocast, register_autocast
-from loku_kernels.backends import PLAIN, choose
+from loku_kernels.backends import choose
+from loku_kernels.backends.fused_losses import Saved, all_rows_stay, gradient_of_hidden, tensors_of
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_operands
 from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, part_of, weight_gradient
@@ -59,16 +60,29 @@ def linear_forward(
     Raises:
         IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
-    # The host knows on a CPU alone which rows count. A question to another device would wait for it.
-    index = None
-    if hidden.is_cpu and (counted := labels != ignore_index).all().item() is False:
-        check_label_values(labels, len(weight), ignore_index)  # the error names a position in all labels
-        index = counted.nonzero()[:, 0]
-        hidden, labels = hidden[index], labels[index]
-    logits = LogitsBlocks(hidden, weight, bias, softcap, logit_scale)
+    if all_rows_stay(labels, ignore_index):
+        logits = LogitsBlocks(hidden, weight, bias, softcap, logit_scale)
+        return forward_of_blocks(logits, labels, ignore_index, want_direction)
+    check_label_values(labels, len(weight), ignore_index)  # the error names a position in all labels
+    index = (labels != ignore_index).nonzero()[:, 0]
+    logits = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
+    result = forward_of_blocks(logits, labels[index], ignore_index, want_direction)
+    return _spread(result, index, len(labels), want_direction)
+
+
+def forward_of_blocks(
+    logits: LogitsBlocks, labels: Tensor, ignore_index: int, want_direction: bool
+) -> Triplets:
+    """Compute the result of ``linear_forward`` from the blocks of the rows that stay.
+
+    Args:
+        logits: The blocks of the logits.
+        labels: The labels (N,), int64.
+        ignore_index: The label of rows that do not count.
+        want_direction: If false, O has no rows.
+    """
     by_block = _whole_rows if len(logits.columns) == 1 else _blocks_of_columns
-    result = by_block(logits, labels, ignore_index, want_direction)
-    return result if index is None else _spread(result, index, len(counted), want_direction)
+    return by_block(logits, labels, ignore_index, want_direction)
 
 
 def _spread(result: Triplets, index: Tensor, count: int, want_direction: bool) -> Triplets:
@@ -102,7 +116,8 @@ def _whole_rows(logits: LogitsBlocks, labels: Tensor, ignore_index: int, want_di
         return *results[0], direction
     if not results:
         return torch.zeros(0, 3, dtype=torch.float64, device=hidden.device), labels.clone(), direction
-    return *map(torch.cat, zip(*results, strict=True)), direction
+    triplets, runner_up_ids = zip(*results, strict=True)
+    return torch.cat(triplets), torch.cat(runner_up_ids), direction
 
 
 def _blocks_of_columns(
@@ -152,9 +167,9 @@ def _add_demoted(total: Tensor, weight: Tensor, state: OnlineState) -> None:
 
 def linear_backward(
     needs: tuple[bool, bool, bool],
-    grad_triplet: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    saved: Saved,
     factor: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor],
     ignore_index: int,
     softcap: float,
     logit_scale: float,
@@ -163,10 +178,9 @@ def linear_backward(
 
     Args:
         needs: Three flags. Each says whether the gradient of hidden states, weight or bias is wanted.
-        grad_triplet: The gradient (N, 3) of the triplets, float64.
-        factor: The factors (N,) of the rows' ``grad_triplet``, or one factor (), or None for 1.
-        saved: hidden (N, D), weight (V, D), bias (V,) or None and labels (N,), and the three results of
-            ``linear_forward``.
+        operands: hidden (N, D), weight (V, D), bias (V,) or None, labels (N,) and the direction (N, D).
+        saved: The gradient (N, 3) of the triplets, float64, the triplets and their runner-ups.
+        factor: The factors (N,) of the rows' gradients, or one factor (), or None for 1.
         ignore_index: The label of rows that do not count.
         softcap: The softcap. 0 means none.
         logit_scale: The factor of the logits, applied before the softcap.
@@ -174,50 +188,23 @@ def linear_backward(
     Returns:
         The three gradients, in the dtype of the operands. One that is not wanted is None.
     """
-    hidden, weight, bias, labels, triplet, runner_up_id, direction = saved
+    hidden, weight, bias, labels, direction = operands
     grad_hidden = grad_weight = grad_bias = None
     if needs[0]:
-        grad_hidden = _gradient_of_hidden(
-            grad_triplet, factor, weight, labels, triplet, runner_up_id, direction, softcap, logit_scale
-        )
+        grad_hidden = gradient_of_hidden(saved, factor, weight, labels, direction, softcap, logit_scale)
     if needs[1] or needs[2]:
+        grad_triplet, triplet, runner_up_id = tensors_of(saved, len(labels))
+        if factor is not None:
+            grad_triplet = grad_triplet * factor.unsqueeze(-1)
         grad_weight, grad_bias = _gradient_of_weight(
-            grad_triplet, factor, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap,
+            grad_triplet, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap,
             logit_scale,
         )  # fmt: skip
     return grad_hidden, grad_weight if needs[1] else None, grad_bias if needs[2] else None
 
 
-def _gradient_of_hidden(
-    grad_triplet: Tensor,
-    factor: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    triplet: Tensor,
-    runner_up_id: Tensor,
-    direction: Tensor,
-    softcap: float,
-    logit_scale: float,
-) -> Tensor:
-    """Compute d hidden (N, D) from two rows of the weight and the direction. It needs no logits."""
-    kernels_serve = weight.stride(1) == 1  # they read a row of the weight as it lies
-    backend = choose("hidden_gradient", direction, weight) if kernels_serve else PLAIN
-    return backend.hidden_gradient(
-        grad_triplet,
-        factor,
-        weight,
-        labels,
-        triplet,
-        runner_up_id,
-        direction,
-        softcap=softcap,
-        logit_scale=logit_scale,
-    )
-
-
 def _gradient_of_weight(
     grad_triplet: Tensor,
-    factor: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -230,7 +217,7 @@ def _gradient_of_weight(
 ) -> tuple[Tensor, Tensor]:
     """Compute d weight (V, D) and d bias (V,). Each block of logits is computed again."""
     counted = labels != ignore_index
-    grad = grad_triplet * logit_scale if factor is None else grad_triplet * (factor * logit_scale)[..., None]
+    grad = grad_triplet * logit_scale
     if hidden.device.type == "cpu":
         index = counted.nonzero()[:, 0]
         hidden, labels, grad = hidden[index], labels[index], grad[index]
@@ -273,20 +260,23 @@ class _LinearSoftmaxTriplet(torch.autograd.Function):
         logit_scale: float,
         want_direction: bool,
     ) -> tuple[Tensor, Tensor]:
+        triplet, runner_up_id, direction = linear_forward(
+            hidden, weight, bias, labels, ignore_index, softcap, logit_scale, want_direction
+        )
         ctx.settings = (ignore_index, softcap, logit_scale)
-        result = linear_forward(hidden, weight, bias, labels, *ctx.settings, want_direction)
-        ctx.save_for_backward(hidden, weight, bias, labels, *result)
-        ctx.mark_non_differentiable(result[1])
+        ctx.save_for_backward(triplet, runner_up_id, hidden, weight, bias, labels, direction)
+        ctx.mark_non_differentiable(runner_up_id)
         ctx.set_materialize_grads(False)
-        return result[0], result[1]
+        return triplet, runner_up_id
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_triplet is None:
             return (None,) * 8
-        needs = ctx.needs_input_grad[:3]
-        return *linear_backward(needs, grad_triplet, None, ctx.saved_tensors, *ctx.settings), *[None] * 5
+        triplet, runner_up_id, *operands = ctx.saved_tensors
+        saved, needs = (grad_triplet, triplet, runner_up_id), ctx.needs_input_grad[:3]
+        return *linear_backward(needs, operands, saved, None, *ctx.settings), *[None] * 5
 
 
 # --- operators ------------------------------------------------------------------------------------
@@ -332,9 +322,8 @@ def _linear_backward_hidden(
     softcap: float,
     logit_scale: float,
 ) -> Tensor:
-    return _gradient_of_hidden(
-        grad_triplet, None, weight, labels, triplet, runner_up_id, direction, softcap, logit_scale
-    )
+    saved = (grad_triplet, triplet, runner_up_id)
+    return gradient_of_hidden(saved, None, weight, labels, direction, softcap, logit_scale)
 
 
 @_linear_backward_hidden.register_fake
@@ -365,9 +354,8 @@ def _linear_backward_weight(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
     return _gradient_of_weight(
-        grad_triplet, None, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap,
-        logit_scale,
-    )  # fmt: skip
+        grad_triplet, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap, logit_scale
+    )
 
 
 @_linear_backward_weight.register_fake

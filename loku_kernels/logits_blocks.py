@@ -114,8 +114,8 @@ class LogitsBlocks:
         logit_scale: float,
         slices: Slices | None = None,
     ) -> None:
-        self.hidden, self.weight, self.bias, self.softcap = hidden, weight, bias, softcap
-        self.scale = logit_scale / softcap if softcap else logit_scale
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.softcap, self.logit_scale = softcap, logit_scale
         count, vocab = hidden.shape[0], weight.shape[0]
         device = "cpu" if hidden.is_cpu else hidden.device.type
         cut = block_slices if device == "cpu" else whole_row_slices
@@ -134,20 +134,57 @@ class LogitsBlocks:
         Returns:
             The block (rows, columns), in the dtype of the operands. The next call overwrites it.
         """
-        hidden, weight = part_of(self.hidden, rows), part_of(self.weight, columns).t()
         block = None
         if self.memory is not None:
             height, width = _length(rows), _length(columns)
             block = self.memory[: height * width].view(height, width)
-        if self.bias is not None:
-            bias = part_of(self.bias, columns)
-            block = torch.addmm(bias, hidden, weight, beta=self.scale, alpha=self.scale, out=block)
-        elif self.scale != 1.0:  # beta = 0 ignores the first argument's numbers
-            first = hidden.new_empty(1, 1) if block is None else block
-            block = torch.addmm(first, hidden, weight, beta=0, alpha=self.scale, out=block)
-        else:
-            block = torch.mm(hidden, weight, out=block)
-        return block.tanh_() if self.softcap else block
+        hidden, weight = part_of(self.hidden, rows), part_of(self.weight, columns)
+        bias = None if self.bias is None else part_of(self.bias, columns)
+        return logits_of(hidden, weight, bias, self.softcap, self.logit_scale, out=block)
+
+
+def logits_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    logit_scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Compute logits. With a softcap, compute their tanh, which is logits / softcap.
+
+    Args:
+        hidden: The hidden states (n, D).
+        weight: The words' rows (C, D) of the output embedding.
+        bias: The words' biases (C,), or None.
+        softcap: The softcap. 0 means none.
+        logit_scale: The factor of the logits, applied before the softcap.
+        out: The tensor (n, C) for the result. Default: a new one.
+
+    Returns:
+        The logits (n, C), in the dtype of the operands.
+    """
+    scale = logit_scale / softcap if softcap else logit_scale
+    if bias is not None:
+        logits = torch.addmm(bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
+    elif scale != 1.0:  # beta = 0 ignores the first argument's numbers
+        first = hidden.new_empty(1, 1) if out is None else out
+        logits = torch.addmm(first, hidden, weight.t(), beta=0, alpha=scale, out=out)
+    else:
+        logits = torch.mm(hidden, weight.t(), out=out)
+    return logits.tanh_() if softcap else logits
+
+
+def fits_one_block(hidden: Tensor, weight: Tensor) -> bool:
+    """Say whether the logits of hidden states (N, D) and an output embedding (V, D) are one block.
+
+    Args:
+        hidden: The hidden states.
+        weight: The output embedding.
+    """
+    count, entries, cpu = hidden.shape[0], hidden.shape[0] * weight.shape[0], hidden.is_cpu
+    limit = _block_bytes("cpu" if cpu else hidden.device.type)
+    return 0 < count <= (BLOCK_ROWS if cpu else CUDA_BLOCK_ROWS) and entries * hidden.itemsize <= limit
 
 
 def part_of(tensor: Tensor, part: slice) -> Tensor:

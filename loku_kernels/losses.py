@@ -12,6 +12,12 @@ from torch import Tensor
 
 from loku_kernels.autocast import apply_without_autocast
 from loku_kernels.backends import choose
+from loku_kernels.backends.fused_losses import (
+    all_rows_stay,
+    gradient_of_logits,
+    inverted_hinge_loss_,
+    loss_of_logits,
+)
 from loku_kernels.checks import (
     IGNORE_INDEX,
     Reduction,
@@ -26,6 +32,7 @@ from loku_kernels.linear_triplet import (
     linear_forward,
     linear_softmax_triplet,
 )
+from loku_kernels.logits_blocks import fits_one_block, logits_of
 from loku_kernels.tracing import once_differentiable, traced
 from loku_kernels.triplet import ihl_forward_backward_, scale_rows_, softmax_triplet
 
@@ -107,25 +114,20 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, loss: TokenLoss, ignore_index: int, reduction: Reduction
+        ctx: Any, logits: Tensor, labels: Tensor, settings: tuple[TokenLoss, int, Reduction]
     ) -> Tensor:
-        backend = choose("triplet_forward", logits)  # it serves the other two operations too
-        triplet, runner_up_id = backend.triplet_forward(logits, labels, ignore_index)
+        loss, ctx.ignore_index, reduction = settings
         dtype = _loss_dtype(logits.dtype)
-        value, grad_triplet = backend.token_losses(
-            loss, triplet, labels, ignore_index, reduction, dtype, True
-        )
+        # Nobody else has the saved numbers, so nobody overwrites them.
+        value, ctx.saved = loss_of_logits(loss, logits, labels, ctx.ignore_index, reduction, dtype)
         ctx.save_for_backward(logits, labels)
-        # Nobody else has these tensors, so nobody overwrites them.
-        ctx.backend, ctx.grad_triplet, ctx.own = backend, grad_triplet, (ignore_index, triplet, runner_up_id)
         return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
-        grad = ctx.backend.triplet_backward(ctx.grad_triplet, logits, labels, *ctx.own, factor=grad_loss)
-        return grad, None, None, None, None
+        return gradient_of_logits(ctx.saved, logits, labels, ctx.ignore_index, grad_loss), None, None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -138,27 +140,30 @@ class _LinearLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        ignore_index: int,
-        softcap: float,
-        logit_scale: float,
         want_direction: bool,
+        settings: tuple[int, float, float],
         loss: TokenLoss,
         reduction: Reduction,
     ) -> Tensor:
-        ctx.settings = (ignore_index, softcap, logit_scale)
-        result = linear_forward(hidden, weight, bias, labels, *ctx.settings, want_direction)
-        value, grad_triplet = choose("token_losses", labels).token_losses(
-            loss, result[0], labels, ignore_index, reduction, _loss_dtype(hidden.dtype), True
-        )
-        ctx.save_for_backward(grad_triplet, hidden, weight, bias, labels, *result)
+        ctx.settings = ignore_index, softcap, logit_scale = settings
+        request = (labels, ignore_index, reduction, _loss_dtype(hidden.dtype))
+        if want_direction and fits_one_block(hidden, weight) and all_rows_stay(labels, ignore_index):
+            block = logits_of(hidden, weight, bias, softcap, logit_scale)
+            value, ctx.saved = loss_of_logits(loss, block, *request, softcap, overwrite=True)
+            direction = torch.mm(block, weight)
+        else:
+            *own, direction = linear_forward(hidden, weight, bias, labels, *settings, want_direction)
+            backend = choose("token_losses", labels)
+            value, grad_triplet = backend.token_losses(loss, own[0], *request, True)
+            ctx.saved = (grad_triplet, *own)
+        ctx.save_for_backward(hidden, weight, bias, labels, direction)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_triplet, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        return *linear_backward(needs, grad_triplet, grad_loss, saved, *ctx.settings), *[None] * 7
+        needs, operands = ctx.needs_input_grad[:3], ctx.saved_tensors
+        return *linear_backward(needs, operands, ctx.saved, grad_loss, *ctx.settings), *[None] * 5
 
 
 class _InplaceIHL(torch.autograd.Function):
@@ -166,28 +171,23 @@ class _InplaceIHL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
-        tracing = traced(logits, labels)
-        grad = logits.detach()
+        ctx.grad, ctx.tracing = logits.detach(), traced(logits, labels)
         # The forward's one write applies the mean's 1/N, except in float16. There it would round to 0 the
-        # small gradients that a loss scale protects, so the backward applies it. 1/N stays a tensor, so that
-        # the host does not wait for the device.
-        share = _mean_scale(labels, ignore_index) if reduction == "mean" else None
-        late = logits.dtype == torch.float16
-        scale = torch.ones((), dtype=torch.float64, device=logits.device) if late or share is None else share
+        # small gradients that a loss scale protects, so the backward applies it.
+        late, dtype = logits.dtype == torch.float16, _loss_dtype(logits.dtype)
+        if not ctx.tracing:
+            torch.autograd.graph.increment_version(ctx.grad)  # a kernel writes unseen by autograd
+            value, ctx.pending = inverted_hinge_loss_(ctx.grad, labels, ignore_index, reduction, dtype, late)
+            return value
+        share = None
+        if reduction == "mean":
+            share = (labels != ignore_index).sum().clamp(min=1).double().reciprocal()
+        one = torch.ones((), dtype=torch.float64, device=logits.device)
         ctx.pending = share if late else None
-        if tracing:
-            triplet, _ = ihl_forward_backward_(grad, labels, ignore_index, scale)
-            value = _loss_of_triplet("inverted_hinge", triplet, labels, ignore_index, reduction)
-            value = value.to(_loss_dtype(logits.dtype))
-        else:
-            torch.autograd.graph.increment_version(grad)  # a kernel writes unseen by autograd
-            backend = choose("inverted_hinge_", logits)
-            triplet, _ = backend.inverted_hinge_(grad, labels, ignore_index, scale)
-            value, _ = choose("token_losses", labels).token_losses(
-                "inverted_hinge", triplet, labels, ignore_index, reduction, _loss_dtype(logits.dtype), False
-            )
-        ctx.grad, ctx.tracing = grad, tracing
-        return value
+        triplet, _ = ihl_forward_backward_(
+            ctx.grad, labels, ignore_index, one if late or share is None else share
+        )
+        return _loss_of_triplet("inverted_hinge", triplet, labels, ignore_index, reduction).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -204,13 +204,6 @@ class _InplaceIHL(torch.autograd.Function):
         else:
             choose("scale_rows_", grad).scale_rows_(grad, factor)
         return grad, None, None, None
-
-
-def _mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
-    """Compute 1 over the number of labels (...) that count, a float64 tensor ()."""
-    if traced(labels):
-        return (labels != ignore_index).sum().clamp(min=1).double().reciprocal()
-    return choose("mean_scale", labels).mean_scale(labels, ignore_index)
 
 
 def _loss_of_triplet(
@@ -268,8 +261,8 @@ def _logits_loss(
         value = _loss_of_triplet(loss, triplet, labels, ignore_index, reduction)
         return value.to(_loss_dtype(logits.dtype))
     check_logits(logits, labels)
-    value = _LogitsLoss.apply(logits, labels, loss, ignore_index, reduction)
-    return value
+    thin_value: Tensor = _LogitsLoss.apply(logits, labels, (loss, ignore_index, reduction))
+    return thin_value
 
 
 def ihl_loss(
@@ -363,11 +356,13 @@ def _linear_loss(
         return value.to(_loss_dtype(hidden.dtype))
     check_linear_operands(hidden, weight, labels, bias, softcap)
     rows = hidden if hidden.dim() == 2 else hidden.reshape(labels.numel(), hidden.shape[-1])
+    rows_labels = labels if labels.dim() == 1 else labels.reshape(-1)
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
-    labels_of_rows = labels if labels.dim() == 1 else labels.reshape(-1)
-    settings = (labels_of_rows, ignore_index, float(softcap or 0.0), float(logit_scale), want_direction)
-    value = apply_without_autocast(_LinearLoss.apply, (rows, weight, bias), *settings, loss, reduction)
-    return value.view(labels.shape) if reduction == "none" else value
+    settings = (ignore_index, float(softcap or 0.0), float(logit_scale))
+    thin_value: Tensor = apply_without_autocast(
+        _LinearLoss.apply, (rows, weight, bias), rows_labels, want_direction, settings, loss, reduction
+    )
+    return thin_value.view(labels.shape) if reduction == "none" else thin_value
 
 
 def linear_ihl_loss(

@@ -234,7 +234,7 @@ def compile_nvidia(
     ptx = compiled.asm["ptx"]
     copies = [int(size) for size in re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (?:0x)?(\w+)", ptx)]
     copies += [16] * ptx.count("cp.async.bulk.tensor")  # at least
-    additions = widest(ptx, r"red\.global\S*?\.add(?:\.v(\d))?\.f(\d+)")
+    additions = widest(ptx, r"(?:red|atom)\.global\S*?\.add(?:\.v(\d))?\.f(\d+)")
     return {
         "registers": found(r"Used (\d+) registers", log.getvalue()),
         "spilled_bytes": sum(map(int, spills)),

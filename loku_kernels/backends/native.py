@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ except ImportError:
 
 # The tags of the core's DType, Loss and Reduction.
 _DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_LOSS_TAGS = {"inverted_hinge": 0, "cross_entropy": 1}
-_REDUCTION_TAGS = {"mean": 0, "sum": 1, "none": 2}
+LOSS_TAGS = {"inverted_hinge": 0, "cross_entropy": 1}
+REDUCTION_TAGS = {"mean": 0, "sum": 1, "none": 2}
 
 _forked = False
 
@@ -71,11 +72,11 @@ def serves(tensor: Tensor) -> bool:
     return known and tensor.is_cpu and _core is not None
 
 
-def _threads() -> int:
+def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise ``ValueError`` unless the tensor has this shape and dtype, on the CPU."""
     if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
         raise ValueError(
@@ -84,7 +85,7 @@ def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dty
         )
 
 
-class _Rows:
+class Rows:
     """The rows of a tensor (..., V), as the core's functions take them, and the memory of their offsets.
 
     Raises:
@@ -119,7 +120,7 @@ class _Rows:
         self.arguments = (tensor.data_ptr(), address, stride, count, columns, tag)
 
 
-class _Factors:
+class Factors:
     """The factors of rows as the core's functions take them: one number, or the address of many."""
 
     def __init__(self, factor: Tensor | None, shape: torch.Size) -> None:
@@ -145,7 +146,7 @@ def inverted_hinge_(
     logits: Tensor, labels: Tensor, ignore_index: int, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.inverted_hinge_``."""
-    _require("scale", scale, (), torch.float64)
+    require("scale", scale, (), torch.float64)
     return _call_for_triplets("inverted_hinge_", logits, labels, ignore_index, scale.item())
 
 
@@ -161,8 +162,8 @@ def _call_for_triplets(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of a function that returns triplets, and call it with its last ``number``."""
     *shape, vocab = logits.shape
-    rows = _Rows(logits)
-    _require("labels", labels, (*shape,), torch.int64)
+    rows = Rows(logits)
+    require("labels", labels, (*shape,), torch.int64)
     if vocab < 2:
         raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
     labels = labels.contiguous()
@@ -175,7 +176,7 @@ def _call_for_triplets(
         number,
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
-        _threads(),
+        threads(),
     )
     if bad >= 0:
         raise bad_label_error(labels, bad, vocab, ignore_index)
@@ -200,12 +201,12 @@ def triplet_backward(
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     else:
-        _require("out", out, logits.shape, logits.dtype)
-    rows, out_rows, factors = _Rows(logits), _Rows(out), _Factors(factor, shape)
-    _require("labels", labels, shape, torch.int64)
-    _require("runner_up_id", runner_up_id, shape, torch.int64)
-    _require("triplet", triplet, (*shape, 3), torch.float64)
-    _require("grad_triplet", grad_triplet, (*shape, 3), torch.float64)
+        require("out", out, logits.shape, logits.dtype)
+    rows, out_rows, factors = Rows(logits), Rows(out), Factors(factor, shape)
+    require("labels", labels, shape, torch.int64)
+    require("runner_up_id", runner_up_id, shape, torch.int64)
+    require("triplet", triplet, (*shape, 3), torch.float64)
+    require("grad_triplet", grad_triplet, (*shape, 3), torch.float64)
     labels, runner_up_id = labels.contiguous(), runner_up_id.contiguous()
     triplet, grad_triplet = triplet.contiguous(), grad_triplet.contiguous()
     _core.triplet_backward(
@@ -219,7 +220,7 @@ def triplet_backward(
         *factors.arguments,
         softcap,
         out_rows.arguments,
-        _threads(),
+        threads(),
     )
     return out
 
@@ -235,13 +236,13 @@ def triplet_columns_(
 ) -> None:
     """See ``reference.triplet_columns_``."""
     shape = (len(logits),)
-    rows = _Rows(logits)
-    _require("labels", labels, shape, torch.int64)
-    _require("numbers", state.numbers, (*shape, 4), torch.float64)
+    rows = Rows(logits)
+    require("labels", labels, shape, torch.int64)
+    require("numbers", state.numbers, (*shape, 4), torch.float64)
     for name in ("runner_up_id", "demoted_id"):
-        _require(name, getattr(state, name), shape, torch.int64)
+        require(name, getattr(state, name), shape, torch.int64)
     for name in ("rescale", "demoted_share"):
-        _require(name, getattr(state, name), shape, torch.float32)
+        require(name, getattr(state, name), shape, torch.float32)
     if not all(x.is_contiguous() for x in (labels, *state)):
         raise ValueError("labels and state must be contiguous")
     _core.triplet_columns_(
@@ -251,22 +252,31 @@ def triplet_columns_(
         softcap,
         store,
         *(x.data_ptr() for x in state),
-        _threads(),
+        threads(),
     )
 
 
 def scale_rows_(logits: Tensor, factor: Tensor) -> None:
     """See ``reference.scale_rows_``. Rows whose factor is 1 are left alone."""
-    rows, factors = _Rows(logits), _Factors(factor, logits.shape[:-1])
-    _core.scale_rows_(rows.arguments, *factors.arguments, _threads())
+    rows, factors = Rows(logits), Factors(factor, logits.shape[:-1])
+    _core.scale_rows_(rows.arguments, *factors.arguments, threads())
 
 
 def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
     """See ``reference.mean_scale``."""
-    _require("labels", labels, labels.shape, torch.int64)
+    return torch.tensor(1 / max(number_counted(labels, ignore_index), 1), dtype=torch.float64)
+
+
+def number_counted(labels: Tensor, ignore_index: int) -> int:
+    """Count the labels that are not ignored.
+
+    Args:
+        labels: The labels (...), int64.
+        ignore_index: The label of rows that do not count.
+    """
+    require("labels", labels, labels.shape, torch.int64)
     labels = labels.contiguous()
-    count = _core.number_counted(labels.data_ptr(), labels.numel(), ignore_index)
-    return torch.tensor(1 / max(count, 1), dtype=torch.float64)
+    return int(_core.number_counted(labels.data_ptr(), labels.numel(), ignore_index))
 
 
 def token_losses(
@@ -280,24 +290,24 @@ def token_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """See ``reference.token_losses``."""
     shape = labels.shape
-    _require("labels", labels, shape, torch.int64)
-    _require("triplet", triplet, (*shape, 3), torch.float64)
+    require("labels", labels, shape, torch.int64)
+    require("triplet", triplet, (*shape, 3), torch.float64)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be float32 or float64, got {dtype}")
     labels, triplet = labels.contiguous(), triplet.contiguous()
     value = torch.empty(shape if reduction == "none" else (), dtype=dtype)
     grad_triplet = torch.empty_like(triplet) if want_grad else None
     _core.token_losses(
-        _LOSS_TAGS[loss],
+        LOSS_TAGS[loss],
         triplet.data_ptr(),
         labels.data_ptr(),
         labels.numel(),
         ignore_index,
-        _REDUCTION_TAGS[reduction],
+        REDUCTION_TAGS[reduction],
         dtype == torch.float64,
         value.data_ptr(),
         0 if grad_triplet is None else grad_triplet.data_ptr(),
-        _threads(),
+        threads(),
     )
     return value, grad_triplet
 
@@ -315,34 +325,49 @@ def hidden_gradient(
     logit_scale: float,
 ) -> Tensor:
     """See ``reference.hidden_gradient``."""
-    vocab, width = weight.shape
     shape = labels.shape
-    _require("labels", labels, shape[:1], torch.int64)
-    _require("runner_up_id", runner_up_id, shape, torch.int64)
-    _require("triplet", triplet, (*shape, 3), torch.float64)
-    _require("grad_triplet", grad_triplet, (*shape, 3), torch.float64)
-    _require("direction", direction, (*shape, width), weight.dtype)
-    weight_rows = _Rows(weight)
-    labels, runner_up_id = labels.contiguous(), runner_up_id.contiguous()
-    triplet, grad_triplet, direction = triplet.contiguous(), grad_triplet.contiguous(), direction.contiguous()
-    factors = _Factors(factor, shape)
+    require("runner_up_id", runner_up_id, shape, torch.int64)
+    require("triplet", triplet, (*shape, 3), torch.float64)
+    require("grad_triplet", grad_triplet, (*shape, 3), torch.float64)
+    triplet, runner_up_id, grad_triplet = (x.contiguous() for x in (triplet, runner_up_id, grad_triplet))
+    saved = (triplet.data_ptr(), runner_up_id.data_ptr())
+
+    def call(factors: tuple[float, int], weight_rows: tuple[Any, ...], labels: int, *rest: Any) -> int:
+        arguments = (grad_triplet.data_ptr(), *factors, *weight_rows, labels, *saved, *rest)
+        return int(_core.hidden_gradient(*arguments))
+
+    return gradient_of_hidden(call, factor, weight, labels, direction, softcap, logit_scale)
+
+
+def gradient_of_hidden(
+    call: Callable[..., int],
+    factor: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    direction: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> Tensor:
+    """Check the arguments that two functions share, and ``call`` the core with them."""
+    vocab, width = weight.shape
+    require("labels", labels, labels.shape[:1], torch.int64)
+    require("direction", direction, (*labels.shape, width), weight.dtype)
+    rows, factors = Rows(weight), Factors(factor, labels.shape)
+    labels, direction = labels.contiguous(), direction.contiguous()
     out = torch.empty_like(direction)
-    bad = _core.hidden_gradient(
-        grad_triplet.data_ptr(),
-        *factors.arguments,
-        (weight.data_ptr(), weight_rows.arguments[2]),
-        vocab,
+    address, _, stride, _, _, tag = rows.arguments
+    bad = call(
+        factors.arguments,
+        ((address, stride), vocab),
         labels.data_ptr(),
-        triplet.data_ptr(),
-        runner_up_id.data_ptr(),
         (direction.data_ptr(), width),
         softcap,
         logit_scale,
-        len(labels),
+        labels.shape[0],
         width,
-        _DTYPE_TAGS[weight.dtype],
+        tag,
         out.data_ptr(),
-        _threads(),
+        threads(),
     )
     if bad >= 0:
         raise ValueError(f"row {bad} has a label or a runner-up outside of the weight's {vocab} rows")
@@ -369,11 +394,11 @@ def accumulate_squared_grad_(
         return
     if inputs.dim() != 3 or inputs.device.type != "cpu":
         raise ValueError(f"inputs must be (n, T, k) on cpu, got {tuple(inputs.shape)} on {inputs.device}")
-    _require("grad_outputs", grad_outputs, (*inputs.shape[:2], grad_outputs.shape[-1]), inputs.dtype)
+    require("grad_outputs", grad_outputs, (*inputs.shape[:2], grad_outputs.shape[-1]), inputs.dtype)
     weight_shape = (grad_outputs.shape[2], inputs.shape[2])
-    _require("fisher", fisher, weight_shape[: 2 if divisor is None else 1], torch.float32)
+    require("fisher", fisher, weight_shape[: 2 if divisor is None else 1], torch.float32)
     if divisor is not None:
-        _require("divisor", divisor, weight_shape, torch.float32)
+        require("divisor", divisor, weight_shape, torch.float32)
     if 0 in (*inputs.shape, *grad_outputs.shape):
         return
     total = fisher.contiguous()
@@ -386,7 +411,7 @@ def accumulate_squared_grad_(
         _features(grad_outputs),
         _matrix(total),
         _matrix(divisor),
-        _threads(),
+        threads(),
     )
     if total is not fisher:
         fisher.copy_(total)
@@ -394,8 +419,8 @@ def accumulate_squared_grad_(
 
 def _add_squares(fisher: Tensor, product: Tensor, scratch: Tensor) -> None:
     """Add the squares of a bfloat16 product (rows, columns) to a tile of the Fisher in float32."""
-    _require("product", product, fisher.shape, torch.bfloat16)
-    _require("fisher", fisher, product.shape, torch.float32)
+    require("product", product, fisher.shape, torch.bfloat16)
+    require("fisher", fisher, product.shape, torch.float32)
     if not product.is_contiguous() or fisher.stride(1) != 1:
         raise ValueError("product must be contiguous, and so must the rows of fisher")
-    _core.add_squares_(product.data_ptr(), *product.shape, _matrix(fisher), _threads())
+    _core.add_squares_(product.data_ptr(), *product.shape, _matrix(fisher), threads())

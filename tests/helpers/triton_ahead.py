@@ -1,4 +1,4 @@
-"""Where the tests of the Triton kernels run, and what Triton compiles for GPUs that need not be present.
+"""The two processes in which tests of Triton kernels run, and compilation for GPUs that need not be present.
 
 ``TRITON_INTERPRET`` must be set before triton is imported, so the interpreter has a process of its own.
 ``run_in_the_interpreter`` starts a test file there. In the first process the same tests need a GPU.

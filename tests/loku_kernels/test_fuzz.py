@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import loku_kernels
-from loku_kernels.backends import native, reference
+from loku_kernels.backends import native, one_call, reference
 from loku_kernels.backends.online_state import OnlineState
 
 pytestmark = pytest.mark.skipif(native._core is None, reason="no compiled core")
@@ -288,7 +288,7 @@ def _state():
 def right_arguments(name):
     """Return right arguments, by name, of a function of ``native``."""
     labels, triplet = torch.zeros(N, dtype=torch.int64), torch.zeros(N, 3, dtype=torch.float64)
-    logits = torch.zeros(N, V)
+    logits, saved = torch.zeros(N, V), torch.zeros(7 * N, dtype=torch.float64)
     return {
         "triplet_forward": {"logits": logits, "labels": labels, "ignore_index": -100},
         "inverted_hinge_": {
@@ -326,6 +326,38 @@ def right_arguments(name):
             "dtype": torch.float32,
             "want_grad": True,
         },
+        "logits_loss": {
+            "loss": "cross_entropy",
+            "logits": logits,
+            "labels": labels,
+            "ignore_index": -100,
+            "reduction": "none",
+            "dtype": torch.float32,
+        },
+        "inverted_hinge_loss_": {
+            "logits": logits,
+            "labels": labels,
+            "ignore_index": -100,
+            "reduction": "mean",
+            "dtype": torch.float32,
+            "late": False,
+        },
+        "logits_loss_backward": {
+            "saved": saved,
+            "logits": logits,
+            "labels": labels,
+            "ignore_index": -100,
+            "factor": torch.ones(N),
+        },
+        "hidden_loss_backward": {
+            "saved": saved,
+            "factor": torch.ones(N),
+            "weight": torch.zeros(V, 2),
+            "labels": labels,
+            "direction": torch.zeros(N, 2),
+            "softcap": 0.0,
+            "logit_scale": 1.0,
+        },
         "hidden_gradient": {
             "grad_triplet": triplet,
             "factor": torch.ones(N),
@@ -355,7 +387,7 @@ def call_native(name, arguments):
     if name == "triplet_columns_":
         state = OnlineState(*(arguments.pop(field) for field in OnlineState._fields))
         arguments.update(state=state)
-    getattr(native, name)(**arguments)
+    getattr(one_call if hasattr(one_call, name) else native, name)(**arguments)
 
 
 def lies_about(tensor):
@@ -374,6 +406,7 @@ def lies_about(tensor):
     [
         *("triplet_forward", "inverted_hinge_", "rest_probabilities_", "triplet_backward"),
         *("triplet_columns_", "scale_rows_", "mean_scale", "token_losses", "hidden_gradient"),
+        *("logits_loss", "inverted_hinge_loss_", "logits_loss_backward", "hidden_loss_backward"),
         *("accumulate_squared_grad_", "_add_squares"),
     ],
 )
@@ -437,8 +470,9 @@ def test_the_core_refuses_arguments_that_are_no_addresses(data):
     functions = (
         *("triplet_forward", "triplet_backward", "inverted_hinge_", "rest_probabilities_"),
         *("triplet_columns_", "scale_rows_", "token_losses", "number_counted", "hidden_gradient"),
+        *("logits_loss", "inverted_hinge_loss_", "logits_loss_backward", "hidden_loss_backward"),
         *("accumulate_squared_grad_", "add_squares_"),
     )
     name = data.draw(st.sampled_from(functions))
     with pytest.raises(TypeError):
-        getattr(native._core, name)(*data.draw(st.lists(junk, max_size=13)))
+        getattr(native._core, name)(*data.draw(st.lists(junk, max_size=14)))

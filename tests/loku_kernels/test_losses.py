@@ -12,8 +12,8 @@ from kernel_inputs import DTYPES, IGNORE, planted_logits
 from peak_memory import PeakMemory, needs_proc
 from torch.utils.flop_counter import FlopCounterMode
 
-from loku_kernels import cross_entropy_loss, ihl_loss, linear_ihl_loss, softmax_triplet
-from loku_kernels.backends import choose, native, reference
+from loku_kernels import cross_entropy_loss, ihl_loss, linear_ihl_loss, losses, softmax_triplet
+from loku_kernels.backends import native, reference
 
 needs_core = pytest.mark.skipif(native._core is None, reason="no compiled core")
 
@@ -140,7 +140,7 @@ def test_inplace_is_native_and_overwrites(dtype, monkeypatch):
     with mock.patch.object(native, "_core", wraps=native._core) as core:
         loss = ihl_loss(logits, labels, inplace=True)
         loss.backward()
-    assert core.inverted_hinge_.call_count == 1 and core.triplet_forward.call_count == 0
+    assert core.inverted_hinge_loss_.call_count == 1 and core.triplet_forward.call_count == 0
     assert logits.data_ptr() == address
     torch.testing.assert_close(logits.detach(), source.grad)
     torch.library.opcheck(
@@ -193,15 +193,9 @@ def test_inplace_allocates_nothing_of_the_size_of_the_logits():
 def test_a_wrong_gradient_fails(monkeypatch):
     check = test_memorised_tokens_keep_their_digits
     check()
-    backend = choose("token_losses", torch.zeros(1, dtype=torch.int64))
-    right = backend.token_losses
-    for wrong in (torch.zeros_like, torch.neg):
-
-        def changed(*arguments, change=wrong):
-            loss, gradient = right(*arguments)
-            return loss, change(gradient)
-
-        monkeypatch.setattr(backend, "token_losses", changed)
+    right = losses.gradient_of_logits
+    for change in (torch.zeros_like, torch.neg):
+        monkeypatch.setattr(losses, "gradient_of_logits", lambda *args, change=change: change(right(*args)))
         with pytest.raises(AssertionError):
             check()
 
@@ -280,7 +274,7 @@ def test_a_second_derivative_is_refused(loss_function):
 
 @needs_core
 def test_calls_of_the_core(monkeypatch):
-    """A loss is three calls of kernels, and an in-place loss four with a gradient of another size."""
+    """A loss is one call of the core, and its gradient another. In place the labels are counted before."""
     monkeypatch.delenv("LOKU_BACKEND", raising=False)
     logits, labels = planted_logits(12, 33, torch.float32)
     leaf = logits.nan_to_num(neginf=-9.0).requires_grad_()
@@ -291,10 +285,37 @@ def test_calls_of_the_core(monkeypatch):
             loss().backward()
         return [name for name, *_ in core.mock_calls]
 
-    assert calls(lambda: ihl_loss(leaf, labels)) == ["triplet_forward", "token_losses", "triplet_backward"]
+    assert calls(lambda: ihl_loss(leaf, labels)) == ["logits_loss", "logits_loss_backward"]
     assert calls(lambda: 2 * ihl_loss(leaf * 1, labels, inplace=True)) == [
-        *("number_counted", "inverted_hinge_", "token_losses", "scale_rows_")
+        *("number_counted", "inverted_hinge_loss_", "scale_rows_")
     ]
+    labels = labels.clamp(0)
     assert calls(lambda: linear_ihl_loss(hidden, weight, labels)) == [
-        *("rest_probabilities_", "token_losses", "hidden_gradient")
+        *("number_counted", "logits_loss", "hidden_loss_backward")
     ]
+    assert "triplet_forward" in calls(lambda: softmax_triplet(leaf, labels)[0].sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_backend_has_the_same_loss(backend, dtype, reduction):
+    """The core's single call and the operations one by one give one loss, in place and not."""
+    logits, labels = planted_logits(24, 50, dtype)
+    exact = logits.double().requires_grad_()
+    counted = labels != IGNORE
+    per_token = torch.zeros(24, dtype=torch.float64)
+    per_token[counted] = reference.inverted_hinge_loss(exact[counted], labels[counted])
+    total = per_token.sum() / (counted.sum() if reduction == "mean" else 1)
+    total.backward()
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        loss = ihl_loss(leaf * 1, labels, reduction=reduction, inplace=inplace)
+        loss.sum().backward()
+        torch.testing.assert_close(
+            loss.sum().double(),
+            per_token.sum() / (counted.sum() if reduction == "mean" else 1),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        error = (leaf.grad.double() - exact.grad).norm() / exact.grad.norm()
+        assert error < 4 * torch.finfo(dtype).eps + 1e-6

@@ -74,7 +74,7 @@ def check(inputs, grad_outputs, described):
     grads = torch.einsum("ntd,ntk->ndk", grad_outputs.cpu().double(), inputs.cpu().double())
     generator = torch.Generator().manual_seed(1)
     divisor = torch.rand(d, k, generator=generator) + 0.1
-    memory = torch.full((d + 2, k + 6), 77.0, device=DEVICE)
+    memory = torch.full((d + 2, k + 6), -0.0, device=DEVICE)  # adding even a zero makes it positive
     ours = memory[1:-1, 4 : k + 4].fill_(0.5)
     rows = torch.ones(d, device=DEVICE)
     with mock.patch.object(fisher, "_describe", wraps=fisher._describe) as describe:
@@ -88,8 +88,8 @@ def check(inputs, grad_outputs, described):
         if (wrong - expected).abs().max() > 0:
             with pytest.raises(AssertionError):
                 torch.testing.assert_close(wrong, expected, **exact)
-    ours.fill_(77.0)
-    assert memory.eq(77.0).all()
+    ours.fill_(-0.0)
+    assert memory.eq(0).all() and memory.signbit().all()
     expected = 1 + (grads.square() / divisor.double()).sum((0, 2))
     torch.testing.assert_close(rows.cpu().double(), expected, **exact)
 
@@ -210,19 +210,25 @@ def test_the_same_each_time(whole, tokens):
 
 
 @on_device
-def test_fisher_of_tokens_more_than_2_to_the_31_entries_apart():
-    generator = torch.Generator().manual_seed(0)
-    near = torch.randn(1, 3, 40, generator=generator).half().to(DEVICE)
-    stride = 2**30 + 8  # less than 2^31, and twice it is more
+@pytest.mark.parametrize("whole", WHOLE)
+@pytest.mark.parametrize(
+    ("n", "tokens", "stride"),
+    [
+        (1, 3, 2**30 + 8),  # less than 2^31, and twice it is more
+        (3, 1, 2**30 + 8),
+        (1, 70, 2**25 + 8),  # more than 2^31 after two steps of 32 tokens
+    ],
+)
+def test_operands_more_than_2_to_the_31_entries_apart(whole, n, tokens, stride):
+    near = whole_numbers(n, tokens, 40, 0)
     try:
-        memory = torch.empty(2 * stride + 40, dtype=torch.float16, device=DEVICE)
+        memory = torch.empty((n * tokens - 1) * stride + 40, dtype=torch.float16, device=DEVICE)
     except RuntimeError:
         pytest.skip("the system does not lend this much memory, even untouched")
-    far = memory.as_strided((1, 3, 40), (3 * stride, stride, 1)).copy_(near)
-    expected = accumulate_squared_grad_(torch.zeros(40, 40, device=DEVICE), near, near)
-    for operands in ((far, near), (near, far)):
-        ours = accumulate_squared_grad_(torch.zeros(40, 40, device=DEVICE), *operands)
-        assert torch.equal(ours, expected) and ours.gt(0).all()
+    far = memory.as_strided((n, tokens, 40), (stride, stride, 1)).copy_(near)
+    with served(whole):
+        for operands in ((far, near), (near, far)):
+            check(*operands, described=whole > 0)
 
 
 # --- on any machine, in this process --------------------------------------------------------------
@@ -335,10 +341,9 @@ def test_described_loads_are_under_way_during_a_product(monkeypatch, architectur
     # The stages before the loop, all but the one that the loop's first turn loads.
     assert copies >= 2 and before.count(copy) // copies in (options["num_stages"] - 1, options["num_stages"])
     ptx = kernel.asm["ptx"]
-    assert "cp.async.bulk.tensor.3d" in ptx and "red.global.gpu.relaxed.add.v4.f32" in ptx
-    assert not re.search(
-        r"\b(ld|st)\.global", ptx
-    )  # neither a pointer's load nor a Fisher's that is waited for
+    assert "cp.async.bulk.tensor.3d" in ptx
+    assert re.search(r"(red|atom)\.global\.gpu\.relaxed\.add\.v4\.f32", ptx)
+    assert not re.search(r"\b(ld|st)\.global", ptx)  # nothing waits for the Fisher
     if architecture == "sm_90":
         length = tokens if tokens < 200 else {200: 208, 512: 64}[tokens]
         assert (

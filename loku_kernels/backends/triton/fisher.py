@@ -202,9 +202,14 @@ def _longest_whole_sample(device: torch.device) -> int:
 
 def _describable(x: Tensor) -> bool:
     """Say whether a descriptor can read x (n, T, features), whose features are contiguous."""
-    size = x.element_size()
-    used = [size * x.stride(i) for i in (0, 1) if x.shape[i] > 1]
-    return size == 2 and x.data_ptr() % 16 == 0 and all(0 < s < 2**40 and s % 16 == 0 for s in used)
+    if x.element_size() != 2 or x.data_ptr() % 16:
+        return False
+    samples, tokens, _ = x.shape
+    sample_stride, token_stride, _ = x.stride()
+    # Strides are whole vectors of 16 bytes, below 2^40 bytes. A dimension of length 1 may have any stride.
+    return (samples == 1 or (sample_stride % 8 == 0 and 0 < sample_stride < 2**39)) and (
+        tokens == 1 or (token_stride % 8 == 0 and 0 < token_stride < 2**39)
+    )
 
 
 def _describe(x: Tensor, tokens: int, features: int) -> TensorDescriptor | None:
@@ -212,7 +217,7 @@ def _describe(x: Tensor, tokens: int, features: int) -> TensorDescriptor | None:
     if not tokens:
         return None
     samples, length, width = x.shape
-    unused = -(-width // 8) * 8  # the stride of a dimension of length 1 may be anything
+    unused = -(-width // 8) * 8
     strides = [x.stride(0) if samples > 1 else unused, x.stride(1) if length > 1 else unused, 1]
     return TensorDescriptor(x, [samples, length, width], strides, [1, tokens, features])
 
@@ -232,7 +237,9 @@ def accumulate_squared_grad_(
     samples, tokens, k = inputs.shape
     d = grad_outputs.shape[2]
     device = inputs.device
-    whole = _longest_whole_sample(device) if _describable(inputs) and _describable(grad_outputs) else 0
+    whole = _longest_whole_sample(device)
+    if whole and not (_describable(inputs) and _describable(grad_outputs)):
+        whole = 0
     precision = _precision(inputs.dtype)
     options = launch_options(inputs.dtype, precision, tokens, whole)
     block_d, block_k = options["BLOCK_D"], options["BLOCK_K"]
