@@ -59,12 +59,11 @@ def divergence_kernel(
     softcap,
     divergences,
     normalizers,
-    reference_normalizers,
     STORE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute divergences (N,) and normalizers (N, 2) of rows of logits (N, V).
+    """Compute divergences (N,) and normalizers (2, N, 2) of rows of logits (N, V).
 
     The rows lie alike in both tensors. With STORE the gradient of the divergence overwrites ``logits``.
     """
@@ -111,8 +110,9 @@ def divergence_kernel(
     scale = softcap if SOFTCAP else 1.0
     tl.store(normalizers + n * 2, top_p * scale)
     tl.store(normalizers + n * 2 + 1, log_p)
-    tl.store(reference_normalizers + n * 2, top_q * scale)
-    tl.store(reference_normalizers + n * 2 + 1, log_q)
+    normalizers += tl.num_programs(0) * 2
+    tl.store(normalizers + n * 2, top_q * scale)
+    tl.store(normalizers + n * 2 + 1, log_q)
 
 
 def divergence_(
@@ -134,8 +134,7 @@ def divergence_(
                 vocab,
                 softcap,
                 divergence,
-                normalizers[0],
-                normalizers[1],
+                normalizers,
                 STORE=store,
                 SOFTCAP=softcap > 0,
                 BLOCK=BLOCK_BYTES // logits.element_size(),
