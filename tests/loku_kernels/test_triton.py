@@ -32,7 +32,13 @@ from triton_ahead import (
     triton_table,
 )
 
-from loku_kernels import ihl_loss, linear_ihl_loss, linear_kl_divergence_loss, softmax_triplet
+from loku_kernels import (
+    cross_entropy_loss,
+    ihl_loss,
+    linear_ihl_loss,
+    linear_kl_divergence_loss,
+    softmax_triplet,
+)
 from loku_kernels.backends import choose, reference
 
 pytest.importorskip("triton", reason="no triton")
@@ -450,6 +456,56 @@ def test_linear_divergence():
     (expected,) = torch.autograd.grad(exact, leaf)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def launches_of(step):
+    """List the kernels that a step launches. In the interpreter they are ours and those of torch."""
+    step()
+    if not INTERPRETED:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        return [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    from triton.runtime.interpreter import InterpretedFunction
+
+    ours, run = [], InterpretedFunction.run
+
+    def note(self, *args, **options):
+        ours.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    with mock.patch.object(InterpretedFunction, "run", note):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+    of_torch = {
+        f"aten::{name}" for name in ("mm", "addmm", "tanh_", "cat", "mul", "add", "ones", "where", "sum")
+    }
+    return ours + [event.name for event in profile.events() if event.name in of_torch]
+
+
+@on_device
+def test_launches_of_losses(monkeypatch):
+    """A loss and its gradient launch at most 4 kernels, and the linear form at most 4 and 4 a block."""
+    from loku_kernels import logits_blocks
+
+    logits = torch.randn(12, 40, device=DEVICE, requires_grad=True)
+    labels = torch.arange(12, device=DEVICE)
+    assert len(launches_of(lambda: ihl_loss(logits, labels).backward())) <= 4
+    assert len(launches_of(lambda: cross_entropy_loss(logits, labels).backward())) <= 4
+    work = torch.randn(12, 40, device=DEVICE).requires_grad_()
+    assert len(launches_of(lambda: ihl_loss(work, labels, inplace=True).backward())) <= 4
+    hidden = torch.randn(12, 8, device=DEVICE, requires_grad=True)
+    weight = torch.randn(40, 8, device=DEVICE)
+
+    def linear():
+        hidden.grad = None
+        linear_ihl_loss(hidden, weight, labels, softcap=6.0).backward()
+
+    assert len(launches_of(linear)) <= 4 + 4
+    for rows in ("BLOCK_ROWS", "CUDA_BLOCK_ROWS"):
+        monkeypatch.setattr(logits_blocks, rows, 4)  # three blocks
+    found = launches_of(linear)
+    assert 3 * 3 < len(found) <= 4 + 3 * 4
 
 
 @on_device
