@@ -19,7 +19,7 @@ from loku_kernels.backends.fused_losses import Saved, all_rows_stay, gradient_of
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_operands
 from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, part_of, weight_gradient
-from loku_kernels.tracing import once_differentiable, traced
+from loku_kernels.tracing import once_differentiable, traced, traced_gradient
 from loku_kernels.triplet import fake_triplets
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # triplet, runner_up_id, direction
@@ -101,6 +101,8 @@ def _whole_rows(logits: LogitsBlocks, labels: Tensor, ignore_index: int, want_di
     """Compute the result of ``linear_forward`` from blocks of whole rows."""
     hidden, weight, softcap = logits.hidden, logits.weight, logits.softcap
     direction = torch.empty_like(hidden) if want_direction else hidden.new_empty(0, hidden.shape[1])
+    if len(logits.rows) > 1 and labels.is_cpu:  # the error of a block names a position in the block
+        check_label_values(labels, len(weight), ignore_index)
     results = []
     for rows in logits.rows:
         block = logits.compute(rows, logits.columns[0])
@@ -133,7 +135,8 @@ def _blocks_of_columns(
         targets = labels[rows]
         state = OnlineState.start(targets)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros(len(targets), hidden.shape[1] if want_direction else 0, dtype=dtype)
+        width = hidden.shape[1] if want_direction else 0
+        total = torch.zeros(len(targets), width, dtype=dtype, device=hidden.device)
         for columns in logits.columns:
             block = logits.compute(rows, columns)
             choose("triplet_columns_", block).triplet_columns_(
@@ -190,16 +193,22 @@ def linear_backward(
     """
     hidden, weight, bias, labels, direction = operands
     grad_hidden = grad_weight = grad_bias = None
-    if needs[0]:
+    by_operators = traced_gradient(saved[0] if factor is None else factor)
+    if needs[0] and not by_operators:
         grad_hidden = gradient_of_hidden(saved, factor, weight, labels, direction, softcap, logit_scale)
-    if needs[1] or needs[2]:
-        grad_triplet, triplet, runner_up_id = tensors_of(saved, len(labels))
+    if by_operators or needs[1] or needs[2]:
+        grad_triplet, *own = tensors_of(saved, labels)
         if factor is not None:
             grad_triplet = grad_triplet * factor.unsqueeze(-1)
-        grad_weight, grad_bias = _gradient_of_weight(
-            grad_triplet, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap,
-            logit_scale,
-        )  # fmt: skip
+    if needs[0] and by_operators:
+        grad_hidden = _linear_backward_hidden(
+            grad_triplet, weight, labels, *own, direction, softcap, logit_scale
+        )
+    if needs[1] or needs[2]:
+        compute: Any = _linear_backward_weight if by_operators else _gradient_of_weight
+        grad_weight, grad_bias = compute(
+            grad_triplet, hidden, weight, bias, labels, ignore_index, *own, softcap, logit_scale
+        )
     return grad_hidden, grad_weight if needs[1] else None, grad_bias if needs[2] else None
 
 

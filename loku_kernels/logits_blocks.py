@@ -232,6 +232,10 @@ def weight_gradient(
     Returns:
         The gradient (V, D) of the weight and the gradient (V,) of the bias, in the dtype of the weight.
     """
+    device_type = logits.weight.device.type
+    if torch.is_autocast_enabled(device_type):  # a backward under autocast multiplies what the forward has
+        with torch.autocast(device_type, enabled=False):
+            return weight_gradient(logits, gradient)
     weight = logits.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)

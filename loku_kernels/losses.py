@@ -17,6 +17,7 @@ from loku_kernels.backends.fused_losses import (
     gradient_of_logits,
     inverted_hinge_loss_,
     loss_of_logits,
+    tensors_of,
 )
 from loku_kernels.checks import (
     IGNORE_INDEX,
@@ -33,8 +34,13 @@ from loku_kernels.linear_triplet import (
     linear_softmax_triplet,
 )
 from loku_kernels.logits_blocks import fits_one_block, logits_of
-from loku_kernels.tracing import once_differentiable, traced
-from loku_kernels.triplet import ihl_forward_backward_, scale_rows_, softmax_triplet
+from loku_kernels.tracing import once_differentiable, traced, traced_gradient
+from loku_kernels.triplet import (
+    ihl_forward_backward_,
+    scale_rows_,
+    softmax_triplet,
+    softmax_triplet_backward,
+)
 
 
 def inverted_hinge(triplet: Tensor) -> Tensor:
@@ -127,7 +133,11 @@ class _LogitsLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
-        return gradient_of_logits(ctx.saved, logits, labels, ctx.ignore_index, grad_loss), None, None
+        if not traced_gradient(grad_loss):
+            return gradient_of_logits(ctx.saved, logits, labels, ctx.ignore_index, grad_loss), None, None
+        grad_triplet, *own = tensors_of(ctx.saved, labels)
+        grad_triplet = grad_triplet * grad_loss.unsqueeze(-1)
+        return softmax_triplet_backward(grad_triplet, logits, labels, ctx.ignore_index, *own), None, None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -171,11 +181,11 @@ class _InplaceIHL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
-        ctx.grad, ctx.tracing = logits.detach(), traced(logits, labels)
+        ctx.grad = logits.detach()
         # The forward's one write applies the mean's 1/N, except in float16. There it would round to 0 the
         # small gradients that a loss scale protects, so the backward applies it.
         late, dtype = logits.dtype == torch.float16, _loss_dtype(logits.dtype)
-        if not ctx.tracing:
+        if not traced(logits, labels):
             torch.autograd.graph.increment_version(ctx.grad)  # a kernel writes unseen by autograd
             value, ctx.pending = inverted_hinge_loss_(ctx.grad, labels, ignore_index, reduction, dtype, late)
             return value
@@ -199,7 +209,7 @@ class _InplaceIHL(torch.autograd.Function):
             )
         grad, ctx.grad = ctx.grad, None
         factor = grad_loss if ctx.pending is None else grad_loss * ctx.pending
-        if ctx.tracing:
+        if traced_gradient(grad_loss):
             scale_rows_(grad, factor)
         else:
             choose("scale_rows_", grad).scale_rows_(grad, factor)

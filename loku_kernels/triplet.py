@@ -11,7 +11,7 @@ from torch.library import custom_op
 
 from loku_kernels.backends import choose
 from loku_kernels.checks import IGNORE_INDEX, check_logits
-from loku_kernels.tracing import once_differentiable, traced
+from loku_kernels.tracing import once_differentiable, traced, traced_gradient
 
 
 def fake_triplets(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def _(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor
 
 
 @custom_op("loku_kernels::softmax_triplet_backward", mutates_args=())
-def _softmax_triplet_backward(
+def softmax_triplet_backward(
     grad_triplet: Tensor,
     logits: Tensor,
     labels: Tensor,
@@ -47,7 +47,7 @@ def _softmax_triplet_backward(
     return backend.triplet_backward(grad_triplet, logits, labels, ignore_index, triplet, runner_up_id)
 
 
-@_softmax_triplet_backward.register_fake
+@softmax_triplet_backward.register_fake
 def _(
     grad_triplet: Tensor,
     logits: Tensor,
@@ -67,7 +67,7 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _logits_backward(ctx: Any, grad_triplet: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
     logits, labels, triplet, runner_up_id = ctx.saved_tensors
-    grad = _softmax_triplet_backward(grad_triplet, logits, labels, ctx.ignore_index, triplet, runner_up_id)
+    grad = softmax_triplet_backward(grad_triplet, logits, labels, ctx.ignore_index, triplet, runner_up_id)
     return grad, None, None
 
 
@@ -94,8 +94,10 @@ class _SoftmaxTriplet(torch.autograd.Function):
         if grad_triplet is None:
             return None, None, None
         logits, labels, *saved = ctx.saved_tensors
-        backend = choose("triplet_backward", logits)
-        return backend.triplet_backward(grad_triplet, logits, labels, ctx.ignore_index, *saved), None, None
+        arguments = (grad_triplet, logits, labels, ctx.ignore_index, *saved)
+        if traced_gradient(grad_triplet):
+            return softmax_triplet_backward(*arguments), None, None
+        return choose("triplet_backward", logits).triplet_backward(*arguments), None, None
 
 
 def softmax_triplet(

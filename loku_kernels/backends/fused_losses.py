@@ -148,7 +148,7 @@ def gradient_of_hidden(
         )
     else:
         backend = choose("hidden_gradient", direction, weight)
-    grad_triplet, triplet, runner_up_id = tensors_of(saved, len(labels))
+    grad_triplet, triplet, runner_up_id = tensors_of(saved, labels)
     return backend.hidden_gradient(
         grad_triplet,
         factor,
@@ -178,14 +178,16 @@ def all_rows_stay(labels: Tensor, ignore_index: int) -> bool:
     return bool((labels != ignore_index).all())
 
 
-def tensors_of(saved: Saved, count: int) -> tuple[Tensor, ...]:
-    """Return grad_triplet (N, 3), triplet (N, 3) and runner_up_id (N,) of saved numbers.
+def tensors_of(saved: Saved, labels: Tensor) -> tuple[Tensor, ...]:
+    """Return grad_triplet (..., 3), triplet (..., 3) and runner_up_id (...) of saved numbers.
 
     Args:
         saved: The numbers of ``loss_of_logits``.
-        count: The number of rows N.
+        labels: The labels (...) of the rows.
     """
     if len(saved) == 3:
         return saved
+    shape, count = labels.shape, labels.numel()
     triplet, grad_triplet, runner_up_id = saved[0].split([3 * count, 3 * count, count])
-    return grad_triplet.view(count, 3), triplet.view(count, 3), runner_up_id.view(torch.int64)
+    runner_up_id = runner_up_id.view(torch.int64).view(shape)
+    return grad_triplet.view(*shape, 3), triplet.view(*shape, 3), runner_up_id

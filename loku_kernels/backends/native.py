@@ -112,9 +112,9 @@ class Rows:
         elif len(sizes) == 1:
             stride, count = tensor.stride(0), sizes[0]
         else:
-            offsets = torch.zeros((), dtype=torch.int64)
+            offsets = torch.zeros((), dtype=torch.int64, device="cpu")
             for size, step in zip(sizes, tensor.stride()[:-1], strict=True):
-                offsets = offsets.unsqueeze(-1) + torch.arange(size) * step
+                offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * step
             self.offsets = offsets.reshape(-1)
             count, address = self.offsets.numel(), self.offsets.data_ptr()
         self.arguments = (tensor.data_ptr(), address, stride, count, columns, tag)
@@ -167,7 +167,7 @@ def _call_for_triplets(
     if vocab < 2:
         raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
     labels = labels.contiguous()
-    triplet = torch.empty((*shape, 3), dtype=torch.float64)
+    triplet = labels.new_empty((*shape, 3), dtype=torch.float64)
     runner_up_id = torch.empty_like(labels)
     bad = getattr(_core, name)(
         rows.arguments,
@@ -264,7 +264,8 @@ def scale_rows_(logits: Tensor, factor: Tensor) -> None:
 
 def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
     """See ``reference.mean_scale``."""
-    return torch.tensor(1 / max(number_counted(labels, ignore_index), 1), dtype=torch.float64)
+    share = 1 / max(number_counted(labels, ignore_index), 1)
+    return torch.tensor(share, dtype=torch.float64, device="cpu")
 
 
 def number_counted(labels: Tensor, ignore_index: int) -> int:
@@ -295,7 +296,7 @@ def token_losses(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be float32 or float64, got {dtype}")
     labels, triplet = labels.contiguous(), triplet.contiguous()
-    value = torch.empty(shape if reduction == "none" else (), dtype=dtype)
+    value = labels.new_empty(shape if reduction == "none" else (), dtype=dtype)
     grad_triplet = torch.empty_like(triplet) if want_grad else None
     _core.token_losses(
         LOSS_TAGS[loss],

@@ -53,8 +53,8 @@ def logits_loss(
     if vocab < 2:
         raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
     labels = labels.contiguous()
-    value = torch.empty(shape if reduction == "none" else (), dtype=dtype)
-    saved = torch.empty(_SAVED_NUMBERS * labels.numel(), dtype=torch.float64)
+    value = labels.new_empty(shape if reduction == "none" else (), dtype=dtype)
+    saved = labels.new_empty(_SAVED_NUMBERS * labels.numel(), dtype=torch.float64)
     bad = native._core.logits_loss(
         rows.arguments,
         labels.data_ptr(),
@@ -103,7 +103,7 @@ def inverted_hinge_loss_(
     if vocab < 2:
         raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
     labels = labels.contiguous()
-    value = torch.empty(shape if reduction == "none" else (), dtype=dtype)
+    value = labels.new_empty(shape if reduction == "none" else (), dtype=dtype)
     share = 1 / max(native.number_counted(labels, ignore_index), 1) if reduction == "mean" else 1.0
     bad = native._core.inverted_hinge_loss_(
         rows.arguments,

@@ -46,9 +46,9 @@ class OnlineState(NamedTuple):
         return cls(
             numbers,
             (labels == 0).long(),  # a column other than the target's
-            torch.ones(n, device=device),
+            torch.ones(n, dtype=torch.float32, device=device),
             torch.full_like(labels, -1),
-            torch.zeros(n, device=device),
+            torch.zeros(n, dtype=torch.float32, device=device),
         )
 
     def triplet(self) -> Tensor:

@@ -226,6 +226,28 @@ def test_errors(backend):
         linear_softmax_triplet(hidden, weight, labels)
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_the_error_of_a_later_block_names_the_position_among_all_labels(needs_grad):
+    hidden, labels = torch.zeros(2500, 4, requires_grad=needs_grad), torch.zeros(2500, dtype=torch.int64)
+    labels[2100] = 9
+    with pytest.raises(IndexError, match="label 9 at position 2100"):
+        linear_softmax_triplet(hidden, torch.zeros(9, 4), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ignore_index_above_the_vocabulary(dtype):
+    hidden, weight, bias, labels = planted_operands(12, 4, 9, dtype)
+    hidden, columns = hidden.requires_grad_(), weight.t().contiguous().t()
+    expected, ours = (
+        torch.autograd.grad(
+            linear_ihl_loss(hidden, w, labels.where(labels != IGNORE, index), bias, ignore_index=index),
+            hidden,
+        )
+        for w, index in ((weight, IGNORE), (columns, 40))
+    )
+    torch.testing.assert_close(ours, expected)
+
+
 @needs_proc
 def test_memory_is_a_block():
     n, d, v = 512, 64, 100_000  # the logits are 195 MiB, and a block at most 16 MiB

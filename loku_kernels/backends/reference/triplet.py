@@ -461,5 +461,6 @@ def hidden_gradient(
     grad = torch.cat([grad[:, :2] * slope, rest], 1).to(dtype)
     total = direction * grad[:, 2:]
     for column, index in enumerate((labels, runner_up_id)):
-        total.addcmul_(weight.index_select(0, index.clamp(0)).to(dtype), grad[:, column, None])
+        rows = weight.index_select(0, index.clamp(0, len(weight) - 1))  # a row that does not count has any
+        total.addcmul_(rows.to(dtype), grad[:, column, None])
     return total.where(runner_up_id[:, None] >= 0, 0.0).to(weight.dtype)
