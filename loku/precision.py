@@ -43,8 +43,8 @@ def float32_products(precision: Literal["tf32", "ieee"] | None) -> Iterator[None
     before = matmul.fp32_precision
     changes = precision not in (None, before)
     try:
-        # The older attribute sets the newer, too. Setting the newer alone makes torch raise at each read of the
-        # older or of torch.get_float32_matmul_precision, which the autotuning of torch.compile reads.
+        # The older attribute sets the newer, too. With the newer alone torch raises at each read of the older
+        # and of torch.get_float32_matmul_precision, which the autotuning of torch.compile reads.
         if changes:
             matmul.allow_tf32 = precision == "tf32"
         yield
