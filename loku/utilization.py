@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from loku.models import unwrapped
@@ -74,6 +76,13 @@ def _size(module: nn.Module) -> int:
     return weight.numel() if type(module).__name__ == "Conv1D" else 0
 
 
+def _active_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
+    """The one module of a wrapper that its forward runs: the copy of the active adapter, or the original."""
+    names: Any = () if wrapper.disable_adapters else wrapper.active_adapters
+    module: nn.Module = wrapper.modules_to_save[names[0]] if names else wrapper.original_module
+    return module
+
+
 def _linear_flops(module: nn.Module) -> int:
     weight = getattr(module, "weight", None)
     return _size(module) * (6 if getattr(weight, "requires_grad", False) else 4)
@@ -95,8 +104,11 @@ def model_flops(model: nn.Module) -> ModelFlops | None:
         return None
     left_out: set[Any] = set()
     for layer in base.modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, ModulesToSaveWrapper):
+            left_out |= {layer, *layer.modules()} - set(_active_module(layer).modules())
+        elif isinstance(layer, BaseTunerLayer):
             left_out.add(layer)  # it has the sizes of its base layer
+        if isinstance(layer, LoraLayer):
             for factors in (layer.lora_A, layer.lora_B):
                 left_out |= {factor for name, factor in factors.items() if name not in layer.active_adapters}
     head = set(base.get_output_embeddings().modules())

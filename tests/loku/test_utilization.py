@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from small_trainers import FORGET, RETAIN, VOCAB, arguments, lora
 from tiny_models import KINDS, tiny_model
 from torch import nn
@@ -45,6 +45,19 @@ def test_torch_counts_the_same(kind, tuning):
     flops = model_flops(model)
     assert counted_flops(with_input_gradients(model)) == B * T * (flops.token + flops.label)
     assert flops.label == (4 if tuning == "lora" else 6) * 32 * VOCAB
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"], task_type="CAUSAL_LM"),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    ],
+    ids=["modules_to_save", "another tuner"],
+)
+def test_a_wrapped_linear_counts_once(config):
+    model = get_peft_model(tiny_model("llama", VOCAB), config)
+    assert counted_flops(with_input_gradients(model)) == B * T * sum(model_flops(model))
 
 
 def test_a_mixture_of_experts_has_no_count():
