@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loku.memory import peak_device_memory, peak_memory
-from loku.utilization import ModelFlops, model_flops, peak_flops
+from loku.utilization import ModelFlops, device_count, model_flops, peak_flops
 
 
 class StepLog(TrainerCallback):
@@ -99,7 +99,8 @@ class StepLog(TrainerCallback):
             self._flops = model_flops(model)
         if peak is not None and self._flops is not None:
             done = tokens.item() * self._flops.token + labels.item() * self._flops.label
-            values["model_flop_utilization"] = done / (seconds * peak * accelerator.num_processes)
+            peak *= device_count(model, device) * accelerator.num_processes
+            values["model_flop_utilization"] = done / (seconds * peak)
         memory = torch.tensor([peak_device_memory() or peak_memory()], dtype=torch.float64, device=device)
         values["peak_memory_gib"] = accelerator.gather(memory).max().item() / 2**30
         self._since = now

@@ -67,6 +67,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
+def device_count(model: nn.Module, device: torch.device) -> int:
+    """Count the devices of a process that share the work on a model. A device map spreads its layers.
+
+    Args:
+        model: The model.
+        device: The device of the batches. The CPU beside a GPU does not count.
+    """
+    return max(1, len({p.device for p in model.parameters() if p.device.type == device.type}))
+
+
 def _size(module: nn.Module) -> int:
     """The number of weights of a linear, also of a quantised one; 0 for other modules."""
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
