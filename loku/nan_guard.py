@@ -75,6 +75,12 @@ class LossCheck(TrainerCallback):
         self._locate = locate
         self._pending: list[tuple[list[str], Tensor, Any]] = []  # names, losses, batch of each micro-batch
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop the losses of an earlier run, which may have failed within a step."""
+        self._pending.clear()
+
     def add(self, losses: Mapping[str, Tensor], batch: Any) -> None:
         """Keep the losses of a micro-batch for the check.
 

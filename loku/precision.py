@@ -39,11 +39,16 @@ def float32_products(precision: Literal["tf32", "ieee"] | None) -> Iterator[None
     Args:
         precision: "tf32" for TensorFloat-32, "ieee" for float32, or None to leave the precision as it is.
     """
-    before = torch.backends.cuda.matmul.fp32_precision
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    changes = precision not in (None, before)
     try:
-        if precision is not None:
-            torch.backends.cuda.matmul.fp32_precision = precision
+        # The older attribute sets the newer, too. With the newer alone torch raises at each read of the older
+        # and of torch.get_float32_matmul_precision, which the autotuning of torch.compile reads.
+        if changes:
+            matmul.allow_tf32 = precision == "tf32"
         yield
     finally:
-        if precision is not None:
-            torch.backends.cuda.matmul.fp32_precision = before
+        if changes:
+            matmul.allow_tf32 = before == "tf32"
+            matmul.fp32_precision = before  # "none", the initial value, has no other name

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loku.memory import peak_device_memory, peak_memory
-from loku.utilization import ModelFlops, model_flops, peak_flops
+from loku.utilization import ModelFlops, device_count, model_flops, peak_flops
 
 
-class StepLog:
+class StepLog(TrainerCallback):
     """Gathers the values of micro-batches on their device, and reads them when the trainer logs.
+
+    As a callback of the trainer it begins anew with each run. A run that failed leaves the values of a step
+    that was not finished. Two runs have a time between them that is of neither.
 
     Attributes:
         parts: Each metric's parts of the step's mean, one 0-dimensional tensor for each micro-batch.
@@ -22,12 +26,21 @@ class StepLog:
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.parts: dict[str, list[Tensor]] = {}
         self.shares: dict[str, list[Tensor]] = {}
         self._tokens: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._flops: ModelFlops | None = None
         self._since: float | None = None  # seconds, of time.perf_counter
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin anew."""
+        self._begin()
 
     def start(self) -> None:
         """Start the clock at the first micro-batch, unless it runs."""
@@ -86,7 +99,8 @@ class StepLog:
             self._flops = model_flops(model)
         if peak is not None and self._flops is not None:
             done = tokens.item() * self._flops.token + labels.item() * self._flops.label
-            values["model_flop_utilization"] = done / (seconds * peak * accelerator.num_processes)
+            peak *= device_count(model, device) * accelerator.num_processes
+            values["model_flop_utilization"] = done / (seconds * peak)
         memory = torch.tensor([peak_device_memory() or peak_memory()], dtype=torch.float64, device=device)
         values["peak_memory_gib"] = accelerator.gather(memory).max().item() / 2**30
         self._since = now

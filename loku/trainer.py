@@ -269,6 +269,7 @@ class UnlearnTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._step_log = StepLog()
+        self.add_callback(self._step_log)
         self._first_log: dict[str, float] = {}
 
     def _check_rows(self, model: nn.Module, args: UnlearnConfig, forget: Any, retain: Any) -> None:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from loku.models import unwrapped
@@ -65,6 +67,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
+def device_count(model: nn.Module, device: torch.device) -> int:
+    """Count the devices of a process that share the work on a model. A device map spreads its layers.
+
+    Args:
+        model: The model.
+        device: The device of the batches. The CPU beside a GPU does not count.
+    """
+    return max(1, len({p.device for p in model.parameters() if p.device.type == device.type}))
+
+
 def _size(module: nn.Module) -> int:
     """The number of weights of a linear, also of a quantised one; 0 for other modules."""
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -72,6 +84,13 @@ def _size(module: nn.Module) -> int:
         return sizes[0] * sizes[1]
     weight: Any = getattr(module, "weight", None)
     return weight.numel() if type(module).__name__ == "Conv1D" else 0
+
+
+def _active_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
+    """The one module of a wrapper that its forward runs: the copy of the active adapter, or the original."""
+    names: Any = () if wrapper.disable_adapters else wrapper.active_adapters
+    module: nn.Module = wrapper.modules_to_save[names[0]] if names else wrapper.original_module
+    return module
 
 
 def _linear_flops(module: nn.Module) -> int:
@@ -95,8 +114,11 @@ def model_flops(model: nn.Module) -> ModelFlops | None:
         return None
     left_out: set[Any] = set()
     for layer in base.modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, ModulesToSaveWrapper):
+            left_out |= {layer, *layer.modules()} - set(_active_module(layer).modules())
+        elif isinstance(layer, BaseTunerLayer):
             left_out.add(layer)  # it has the sizes of its base layer
+        if isinstance(layer, LoraLayer):
             for factors in (layer.lora_A, layer.lora_B):
                 left_out |= {factor for name, factor in factors.items() if name not in layer.active_adapters}
     head = set(base.get_output_embeddings().modules())

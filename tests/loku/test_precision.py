@@ -81,6 +81,36 @@ def test_the_precision_is_put_back():
     assert precision() == before
 
 
+def older_settings():
+    """The settings that say the same by older names. torch raises if they contradict the newer one."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()
+
+
+def test_the_older_names_stay_readable():
+    """Compilers, libraries and users read them during a run."""
+    before = precision(), older_settings()
+    with float32_products("tf32"):
+        assert older_settings() == (True, "high")
+        with float32_products("ieee"):
+            assert older_settings() == (False, "highest")
+        assert (precision(), older_settings()) == ("tf32", (True, "high"))
+    assert (precision(), older_settings()) == before
+
+
+@pytest.mark.parametrize("choice", ["high", "medium"])
+def test_a_choice_of_the_user_stays(choice):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.set_float32_matmul_precision(choice)
+    try:
+        with float32_products("tf32"):
+            assert torch.get_float32_matmul_precision() == choice
+        assert torch.get_float32_matmul_precision() == choice
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = before
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 class Seen(TrainerCallback):
     def __init__(self):
         self.precisions = []

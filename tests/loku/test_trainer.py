@@ -1,6 +1,7 @@
 """``UnlearnTrainer`` keeps transformers' and TRL's conventions, and a step's loss is that of one batch."""
 
 import math
+import time
 
 import datasets
 import pytest
@@ -54,6 +55,46 @@ def test_micro_batches_are_one_batch(method, tmp_path):
         assert len(parts_log) == len(log) == 2
         for entry, expected in zip(parts_log, log, strict=True):
             assert entry == pytest.approx(expected, rel=1e-6)  # "loss" is summed in float32
+
+
+@pytest.mark.parametrize("again", ["train", "auto_find_batch_size"])
+def test_a_run_after_a_failed_one_logs_its_own_steps(tmp_path, monkeypatch, again):
+    """Neither the losses of an unfinished step nor the time since then are in the second run's log."""
+    automatic = again == "auto_find_batch_size"
+
+    def run(size, fails):
+        trainer = trainer_of(
+            with_lora(tiny_model("llama", VOCAB)),
+            "ihl",
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=2,
+            max_steps=1,
+            auto_find_batch_size=automatic,
+        )
+        whole_loss, failed = trainer.compute_loss, []
+
+        def compute_loss(*args, **kwargs):
+            loss = whole_loss(*args, **kwargs)
+            if fails and not failed:
+                failed.append(True)
+                monkeypatch.setattr(time, "perf_counter", lambda now=time.perf_counter: now() + 1000)
+                trainer._loss_check._pending[-1][1].fill_(math.nan)  # of the values that are kept
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+        trainer.compute_loss = compute_loss
+        if fails and not automatic:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                trainer.train()
+        trainer.train()
+        return next(entry for entry in trainer.state.log_history if "forget_loss" in entry)
+
+    found = run(4 if automatic else 2, fails=True)
+    expected = run(2, fails=False)
+    assert found["tokens_per_second"] > 1
+    for name in ("forget_loss", "retain_loss", "forget_probability"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)

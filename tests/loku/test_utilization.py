@@ -1,8 +1,10 @@
 """The model FLOPs of a step are those that torch counts, and the peaks those of the data sheets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from small_trainers import FORGET, RETAIN, VOCAB, arguments, lora
 from tiny_models import KINDS, tiny_model
 from torch import nn
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from loku import UnlearnTrainer, step_log, utilization
-from loku.utilization import PEAK_FLOPS, model_flops, peak_flops
+from loku.utilization import PEAK_FLOPS, device_count, model_flops, peak_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +47,19 @@ def test_torch_counts_the_same(kind, tuning):
     flops = model_flops(model)
     assert counted_flops(with_input_gradients(model)) == B * T * (flops.token + flops.label)
     assert flops.label == (4 if tuning == "lora" else 6) * 32 * VOCAB
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"], task_type="CAUSAL_LM"),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    ],
+    ids=["modules_to_save", "another tuner"],
+)
+def test_a_wrapped_linear_counts_once(config):
+    model = get_peft_model(tiny_model("llama", VOCAB), config)
+    assert counted_flops(with_input_gradients(model)) == B * T * sum(model_flops(model))
 
 
 def test_a_mixture_of_experts_has_no_count():
@@ -92,10 +107,20 @@ def test_peaks(monkeypatch):
     assert all(1e14 < peak < 1e16 for peak in PEAK_FLOPS.values())
 
 
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [(["cuda:0"], 1), (["cuda:0", "cuda:1", "cuda:1"], 2), (["cuda:1", "cpu", "meta"], 1), (["meta"], 1)],
+)
+def test_devices_that_share_a_model(devices, expected):
+    placed = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device(d)) for d in devices])
+    for device in ("cuda", "cuda:0"):  # accelerate's device of a single process has no index
+        assert device_count(placed, torch.device(device)) == expected
+
+
 @pytest.mark.parametrize(("options", "dtype"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16)])
 def test_the_log(tmp_path, monkeypatch, options, dtype):
     """The log has the share of a known peak, by the tokens of its steps without padding."""
-    seen, peak = [], 1e9
+    seen, peak, devices = [], 1e9, 3
 
     def known_peak(device, dtype):
         seen.append(dtype)
@@ -110,12 +135,13 @@ def test_the_log(tmp_path, monkeypatch, options, dtype):
 
     assert not any("model_flop_utilization" in entry for entry in run()[1])
     monkeypatch.setattr(step_log, "peak_flops", known_peak)
+    monkeypatch.setattr(step_log, "device_count", lambda model, device: devices)
     trainer, log = run()
     assert seen == [dtype] * 2
     flops = utilization.model_flops(trainer.model)
     batches = [*trainer.get_train_dataloader()]
     for entry in log:
-        per_token = entry["model_flop_utilization"] * peak / entry["tokens_per_second"]
+        per_token = entry["model_flop_utilization"] * peak * devices / entry["tokens_per_second"]
         shares = [(b["labels"][:, 1:] != -100).sum() / b["token_count"].sum() for b in batches]
         expected = [flops.token + share.item() * flops.label for share in shares]
         assert any(per_token == pytest.approx(value, rel=1e-6) for value in expected)
