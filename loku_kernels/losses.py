@@ -94,7 +94,7 @@ _TOKEN_LOSSES = {"inverted_hinge": inverted_hinge, "cross_entropy": cross_entrop
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 class _TripletLoss(torch.autograd.Function):

@@ -139,14 +139,15 @@ def logits_loss_backward(
     native.require("saved", saved, (_SAVED_NUMBERS * labels.numel(),), torch.float64)
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     labels = labels.contiguous()
-    rows, out_rows, factors = native.Rows(logits), native.Rows(out), native.Factors(factor, labels.shape)
+    rows, factors = native.Rows(logits), native.Factors(factor, labels.shape)
+    _, _, _, count, columns, tag = rows.arguments
     native._core.logits_loss_backward(
         rows.arguments,
         labels.data_ptr(),
         ignore_index,
         saved.data_ptr(),
         *factors.arguments,
-        out_rows.arguments,
+        (out.data_ptr(), 0, columns, count, columns, tag),
         native.threads(),
     )
     return out
