@@ -239,6 +239,7 @@ class UnlearnTrainer(ResumableTrainer):
         self._check_rows(model, args, forget, retain)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
+        output_embedding(model)  # refuses a head that it cannot handle, which the first step would
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
         if (name := next(half, None)) is not None:
             raise ValueError(

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from loku.commands import CommandParser, Commands
@@ -211,10 +212,27 @@ def _summary(
             format_table(columns) if columns else "no loss was logged: see --logging_strategy",
             "",
             f"{seconds:.0f} s, peak memory {', '.join(memory)}{processes}",
+            *_speed(logged),
             f"saved to {places['output']}. To load it:",
             *(f"    {line}" for line in _loading_lines(places, kind)),
         ]
     )
+
+
+def _speed(logged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The speed of the steps and the precision that the run chose by itself, in words."""
+    if not logged:
+        return []
+    facts = [f"{median(entry['tokens_per_second'] for entry in logged):.0f} tokens a second"]
+    shares = [entry["model_flop_utilization"] for entry in logged if "model_flop_utilization" in entry]
+    if shares:
+        facts.append(f"{median(shares):.1%} of the peak in model FLOPs")
+    lines = ["training: " + ", ".join(facts)]
+    if any("tf32" in entry for entry in logged):
+        lines.append(
+            "training multiplied float32 in TF32, the card's faster form (--tf32 false switches it off)"
+        )
+    return lines
 
 
 def _shown(value: Any) -> Any:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from loku import UnlearnConfig, cli, demo
 from loku.commands.settings import read_fields
-from loku.commands.unlearn import COMMON, PLACES
+from loku.commands.unlearn import COMMON, PLACES, _speed
 from loku_kernels.backends import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,6 +51,17 @@ def unlearn(folder, output, *more, **replaced):
 # Runs
 
 
+def test_the_speed_and_the_precision_in_words():
+    log = [
+        {"tokens_per_second": speed, "model_flop_utilization": share, **first}
+        for speed, share, first in ((10.0, 0.1, {"tf32": 1.0}), (400.4, 0.3125, {}), (500.0, 0.5, {}))
+    ]
+    speed, precision = _speed(log)
+    assert speed == "training: 400 tokens a second, 31.2% of the peak in model FLOPs"
+    assert "TF32" in precision and "--tf32 false" in precision
+    assert _speed([{"tokens_per_second": 7.0}]) == ["training: 7 tokens a second"] and _speed([]) == []
+
+
 def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
     settings = tmp_path / "run.yaml"
     settings.write_text(
@@ -69,6 +80,7 @@ def test_unlearn_by_file_and_options(folder, tmp_path, capfd):
     for name in ("forget_loss", "retain_loss", "forget_probability", "retain_probability"):
         assert re.search(rf"{name}\s+[\d.]+\s+[\d.]+", printed)
     assert re.search(r"\d+ s, peak memory \d+ MiB resident", printed)
+    assert re.search(r"training: [1-9]\d* tokens a second\n", printed) and "TF32" not in printed
 
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}

@@ -183,7 +183,9 @@ def test_gradients_of_factors_are_rounded_once(monkeypatch):
     found = lora_linear._factor_gradient(left, right, 0.375, torch.float32)
     exact = left.double().t() @ right.double() * 0.375
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-    assert lora_linear._factor_gradient(left, right, 0.375, torch.bfloat16).dtype == torch.bfloat16
+    narrow = lora_linear._factor_gradient(left, right, 0.3, torch.bfloat16)
+    rounded_once = wide_product(left.t(), right, torch.float32).mul(0.3).bfloat16()
+    torch.testing.assert_close(narrow, rounded_once, rtol=0, atol=0)
 
 
 def test_a_backward_inside_autocast_keeps_the_dtype_of_its_forward():
@@ -196,6 +198,25 @@ def test_a_backward_inside_autocast_keeps_the_dtype_of_its_forward():
         y.backward(torch.ones_like(y))
     torch.testing.assert_close(x.grad, expected[1], rtol=0, atol=0)
     torch.testing.assert_close(layer.lora_A["default"].weight.grad, expected[2]["lora_A.default.weight"])
+
+
+def test_the_active_adapter_counts():
+    """Its factors and its scaling, which here is another than that of the first adapter."""
+    layer, x = layer_of(), draw(ROWS, IN)
+    second_adapter(layer, ["other"])
+    assert layer.scaling["other"] != layer.scaling["default"] and is_fused(layer, x)
+    ours, theirs = (outcome(layer, x, fused) for fused in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert ours[2].keys() == {"lora_A.other.weight", "lora_B.other.weight"}
+
+
+def test_a_class_that_sharding_gave_stays():
+    """FSDP2 gives the modules that it shards a class of its own, and needs it after the context, too."""
+    model = nn.Sequential(layer_of())
+    sharded = type("Sharded", (FusedLoraLinear,), {})
+    with fused_lora(model):
+        model[0].__class__ = sharded
+    assert type(model[0]) is sharded
 
 
 def test_frozen_factors_and_inputs():

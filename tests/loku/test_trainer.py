@@ -202,6 +202,10 @@ def test_a_model_by_name_raw_rows_and_a_peft_config(saved, tmp_path):
         UnlearnTrainer(trainer.model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora())
     with pytest.raises(ValueError, match="by its path or name"):
         UnlearnTrainer(tiny_model("llama"), args, QUESTIONS, TEXTS)
+    on_head = lora()
+    on_head.target_modules = {"lm_head"}
+    with pytest.raises(ValueError, match="the output embedding of LlamaForCausalLM is a Linear"):
+        UnlearnTrainer(tiny_model("llama", VOCAB), arguments(tmp_path), FORGET, RETAIN, peft_config=on_head)
 
 
 def test_the_command_line_takes_model_arguments(tmp_path):
