@@ -75,6 +75,10 @@ def test_losses(backend, loss):
     torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-9)
     error = (leaf.grad - exact_leaf.grad).norm() / exact_leaf.grad.norm()
     assert error < 2e-6
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    value = loss(leaves[0], leaves[1], labels, leaves[2])
+    once, thrice = (torch.autograd.grad(value * k, leaves, retain_graph=True) for k in (1, -3))
+    torch.testing.assert_close(thrice, tuple(-3 * x for x in once))
     # A zeroed and a negated gradient would not pass.
     for wrong in (torch.zeros_like(leaf.grad), -leaf.grad):
         assert (wrong - exact_leaf.grad).norm() / exact_leaf.grad.norm() > 0.5

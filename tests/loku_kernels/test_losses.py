@@ -1,6 +1,7 @@
 """``ihl_loss`` and ``cross_entropy_loss`` on logits, in place and not, against their formulas in float64."""
 
 import contextlib
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -147,6 +148,15 @@ def test_inplace_is_native_and_overwrites(dtype, monkeypatch):
         torch.ops.loku_kernels.ihl_forward_backward_.default,
         (source.detach().clone(), labels, IGNORE, torch.tensor(1.0, dtype=torch.float64)),
     )
+
+
+def test_inplace_keeps_the_small_gradients_that_a_loss_scale_protects(backend):
+    """The mean's 1/N would round them to 0 in float16, before the factor of the loss restores them."""
+    logits, labels = torch.zeros(4000, 4, dtype=torch.float16), torch.zeros(4000, dtype=torch.int64)
+    logits[:, 1] = 9.0
+    _, expected = gradients(ihl_loss, logits.double(), labels, torch.tensor(2.0**16))
+    _, grad = gradients(partial(ihl_loss, inplace=True), logits, labels, torch.tensor(2.0**16))
+    torch.testing.assert_close(grad.double(), expected, rtol=2e-2, atol=0.0)
 
 
 def test_inplace_contract():

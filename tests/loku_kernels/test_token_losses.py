@@ -1,11 +1,13 @@
 """The losses of triplets, the softmax of the rest and the gradient of hidden states, against float64."""
 
+import math
+
 import pytest
 import torch
 from kernel_inputs import DTYPES, IGNORE, planted_logits, planted_operands
 
 from loku_kernels import cross_entropy, inverted_hinge, reduce_loss, softmax_triplet, triplet_loss
-from loku_kernels.backends import choose, reference
+from loku_kernels.backends import choose, native, reference
 
 LOSSES = {"inverted_hinge": inverted_hinge, "cross_entropy": cross_entropy}
 
@@ -83,6 +85,30 @@ def test_hostile_triplets(backend, loss):
     else:
         assert value[5] == 0.5
         torch.testing.assert_close(grad[6, 0], 2 * p1 + p2, rtol=1e-9, atol=0)
+
+
+@pytest.mark.skipif(native._core is None, reason="no compiled core")
+def test_the_core_keeps_the_digits_of_a_memorised_token():
+    """The probabilities of the others, 2e-13 here, are added to 1 by no operation."""
+    triplet = torch.tensor([[30.0, 0.0, 0.0]], dtype=torch.float64)
+    labels = torch.zeros(1, dtype=torch.int64)
+    value, grad = native.token_losses("cross_entropy", triplet, labels, IGNORE, "sum", torch.float64, True)
+    exact = math.log1p(2 * math.exp(-30))
+    assert value.item() == pytest.approx(exact, rel=1e-12, abs=0.0)
+    assert grad[0, 0].item() == pytest.approx(-exact, rel=1e-12, abs=0.0)
+
+
+@pytest.mark.skipif(native._core is None, reason="no compiled core")
+def test_the_core_reads_no_row_outside_of_the_weight():
+    triplet, weight = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(5, 4)
+    for label, runner_up in ((5, 0), (-1, 0), (0, 5)):
+        ids = [torch.tensor([0, x]) for x in (label, runner_up)]
+        with pytest.raises(ValueError, match="row 1 has a label or a runner-up outside"):
+            native.hidden_gradient(
+                *(triplet, None, weight, ids[0], triplet, ids[1], torch.zeros(2, 4)),
+                softcap=0.0,
+                logit_scale=1.0,
+            )
 
 
 def test_nothing_counts(backend):

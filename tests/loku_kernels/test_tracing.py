@@ -92,6 +92,18 @@ def test_a_penalty_of_the_gradient_is_refused(name):
         penalty.backward()
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "in place" not in name])
+def test_an_operand_that_changed_before_the_backward_is_refused(name):
+    function, leaves = function_and_leaves(name)
+    for i in range(len(leaves)):
+        operands = [x * 1 for x in leaves]
+        loss = function(*operands)
+        with torch.no_grad():
+            operands[i].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lazy_negation(name):
     function, leaves = function_and_leaves(name)
