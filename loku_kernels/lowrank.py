@@ -176,9 +176,10 @@ class _ScaledRows:
                 _sum_of_parts(_wide_product(parts, w), out[i])
             return out
         for i, w in enumerate(self.weights):
-            for start in range(0, self.d, self.rows):
+            torch.mm(y[i, :, : self.rows], w[: self.rows].float(), out=out[i])
+            for start in range(self.rows, self.d, self.rows):
                 part = slice(start, start + self.rows)
-                torch.addmm(out[i], y[i, :, part], w[part].float(), beta=int(start > 0), out=out[i])
+                out[i].addmm_(y[i, :, part], w[part].float())
         return out
 
 
