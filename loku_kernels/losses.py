@@ -152,19 +152,22 @@ class _LinearLoss(torch.autograd.Function):
         labels: Tensor,
         want_direction: bool,
         settings: tuple[int, float, float],
-        loss: TokenLoss,
-        reduction: Reduction,
+        request: tuple[TokenLoss, Reduction, torch.dtype],
     ) -> Tensor:
+        loss, reduction, dtype = request
         ctx.settings = ignore_index, softcap, logit_scale = settings
-        request = (labels, ignore_index, reduction, _loss_dtype(hidden.dtype))
         if want_direction and fits_one_block(hidden, weight) and all_rows_stay(labels, ignore_index):
             block = logits_of(hidden, weight, bias, softcap, logit_scale)
-            value, ctx.saved = loss_of_logits(loss, block, *request, softcap, overwrite=True)
+            value, ctx.saved = loss_of_logits(
+                loss, block, labels, ignore_index, reduction, dtype, softcap, overwrite=True
+            )
             direction = torch.mm(block, weight)
         else:
             *own, direction = linear_forward(hidden, weight, bias, labels, *settings, want_direction)
             backend = choose("token_losses", labels)
-            value, grad_triplet = backend.token_losses(loss, own[0], *request, True)
+            value, grad_triplet = backend.token_losses(
+                loss, own[0], labels, ignore_index, reduction, dtype, True
+            )
             ctx.saved = (grad_triplet, *own)
         ctx.save_for_backward(hidden, weight, bias, labels, direction)
         return value
@@ -173,7 +176,7 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         needs, operands = ctx.needs_input_grad[:3], ctx.saved_tensors
-        return *linear_backward(needs, operands, ctx.saved, grad_loss, *ctx.settings), *[None] * 5
+        return *linear_backward(needs, operands, ctx.saved, grad_loss, *ctx.settings), *[None] * 4
 
 
 class _InplaceIHL(torch.autograd.Function):
@@ -369,8 +372,9 @@ def _linear_loss(
     rows_labels = labels if labels.dim() == 1 else labels.reshape(-1)
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = (ignore_index, float(softcap or 0.0), float(logit_scale))
+    request = (loss, reduction, _loss_dtype(hidden.dtype))
     thin_value: Tensor = apply_without_autocast(
-        _LinearLoss.apply, (rows, weight, bias), rows_labels, want_direction, settings, loss, reduction
+        _LinearLoss.apply, (rows, weight, bias), rows_labels, want_direction, settings, request
     )
     return thin_value.view(labels.shape) if reduction == "none" else thin_value
 

@@ -73,7 +73,8 @@ def row_scaled_svd(
     if device.type != "cpu":
         weights = list(weights)  # a part of the matrices is then taken without a copy
     # Drawn on the CPU, so that every device gets the same numbers.
-    noise = torch.randn(width, max(d, k), generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(width, max(d, k), generator=generator, device="cpu", dtype=torch.float32).to(device)
     s = torch.empty(len(weights), rank, dtype=torch.float32, device=device)
     v = torch.empty(len(weights), rank, k, dtype=torch.float32, device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _float32_products():

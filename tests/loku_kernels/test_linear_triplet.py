@@ -1,5 +1,6 @@
 """``linear_softmax_triplet`` and the linear losses against whole logits in float64."""
 
+import contextlib
 from unittest import mock
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from kernel_checks import check_linear, eager_logits
 from kernel_inputs import DTYPES, IGNORE, planted_operands
 from peak_memory import PeakMemory, needs_proc
+from torch.utils.flop_counter import FlopCounterMode
 
 from loku_kernels import (
     linear_cross_entropy_loss,
@@ -155,6 +157,13 @@ def test_autocast_is_that_of_linear(dtype):
     assert torch.equal(triplet, expected) and torch.equal(mixed, expected)
     triplet.sum().backward()
     assert hidden.grad.dtype == torch.float32 and hidden.grad.abs().sum() > 0
+
+
+def test_a_loss_of_float64_operands_is_float64_under_autocast():
+    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float64)
+    for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):  # by functions and by operators
+        with torch.autocast("cpu", torch.bfloat16), mode:
+            assert linear_ihl_loss(hidden, weight, labels, bias).dtype == torch.float64
 
 
 def test_gradcheck_and_opcheck():
