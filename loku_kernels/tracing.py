@@ -3,7 +3,7 @@
 A function that computes on plain tensors calls its kernel from a ``torch.autograd.Function``. Under
 ``torch.compile``, ``torch.export``, a dispatch mode, a transform of ``torch.func`` or a tensor subclass it
 calls a registered operator of ``torch.ops.loku_kernels`` instead. Those need an operator with a fake
-implementation, and the operator costs some 100 us of processor time a call.
+implementation. The operator takes more processor time a call than a small loss by the function.
 """
 
 import functools
