@@ -23,6 +23,8 @@ from loku_kernels.tracing import once_differentiable, traced, traced_gradient
 from loku_kernels.triplet import fake_triplets
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # triplet, runner_up_id, direction
+# hidden (N, D), weight (V, D), bias (V,) or None, labels (N,), direction (N, D)
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -60,29 +62,15 @@ def linear_forward(
     Raises:
         IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
-    if all_rows_stay(labels, ignore_index):
-        logits = LogitsBlocks(hidden, weight, bias, softcap, logit_scale)
-        return forward_of_blocks(logits, labels, ignore_index, want_direction)
-    check_label_values(labels, len(weight), ignore_index)  # the error names a position in all labels
-    index = (labels != ignore_index).nonzero()[:, 0]
-    logits = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale)
-    result = forward_of_blocks(logits, labels[index], ignore_index, want_direction)
-    return _spread(result, index, len(labels), want_direction)
-
-
-def forward_of_blocks(
-    logits: LogitsBlocks, labels: Tensor, ignore_index: int, want_direction: bool
-) -> Triplets:
-    """Compute the result of ``linear_forward`` from the blocks of the rows that stay.
-
-    Args:
-        logits: The blocks of the logits.
-        labels: The labels (N,), int64.
-        ignore_index: The label of rows that do not count.
-        want_direction: If false, O has no rows.
-    """
+    count, index = len(labels), None
+    if not all_rows_stay(labels, ignore_index):
+        check_label_values(labels, len(weight), ignore_index)  # the error names a position in all labels
+        index = (labels != ignore_index).nonzero()[:, 0]
+        hidden, labels = hidden[index], labels[index]
+    logits = LogitsBlocks(hidden, weight, bias, softcap, logit_scale)
     by_block = _whole_rows if len(logits.columns) == 1 else _blocks_of_columns
-    return by_block(logits, labels, ignore_index, want_direction)
+    result = by_block(logits, labels, ignore_index, want_direction)
+    return result if index is None else _spread(result, index, count, want_direction)
 
 
 def _spread(result: Triplets, index: Tensor, count: int, want_direction: bool) -> Triplets:
@@ -170,7 +158,7 @@ def _add_demoted(total: Tensor, weight: Tensor, state: OnlineState) -> None:
 
 def linear_backward(
     needs: tuple[bool, bool, bool],
-    operands: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    operands: Operands,
     saved: Saved,
     factor: Tensor | None,
     ignore_index: int,
@@ -192,24 +180,25 @@ def linear_backward(
         The three gradients, in the dtype of the operands. One that is not wanted is None.
     """
     hidden, weight, bias, labels, direction = operands
+    if traced_gradient(saved[0] if factor is None else factor):
+        numbers = _times(tensors_of(saved, labels), factor)
+        return _backward_by_operators(needs, operands, numbers, ignore_index, softcap, logit_scale)
     grad_hidden = grad_weight = grad_bias = None
-    by_operators = traced_gradient(saved[0] if factor is None else factor)
-    if needs[0] and not by_operators:
+    if needs[0]:
         grad_hidden = gradient_of_hidden(saved, factor, weight, labels, direction, softcap, logit_scale)
-    if by_operators or needs[1] or needs[2]:
-        grad_triplet, *own = tensors_of(saved, labels)
-        if factor is not None:
-            grad_triplet = grad_triplet * factor.unsqueeze(-1)
-    if needs[0] and by_operators:
-        grad_hidden = _linear_backward_hidden(
-            grad_triplet, weight, labels, *own, direction, softcap, logit_scale
-        )
     if needs[1] or needs[2]:
-        compute: Any = _linear_backward_weight if by_operators else _gradient_of_weight
-        grad_weight, grad_bias = compute(
-            grad_triplet, hidden, weight, bias, labels, ignore_index, *own, softcap, logit_scale
-        )
+        grad_triplet, triplet, runner_up_id = _times(tensors_of(saved, labels), factor)
+        grad_weight, grad_bias = _gradient_of_weight(
+            grad_triplet, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap,
+            logit_scale,
+        )  # fmt: skip
     return grad_hidden, grad_weight if needs[1] else None, grad_bias if needs[2] else None
+
+
+def _times(numbers: Saved, factor: Tensor | None) -> Saved:
+    """Multiply the gradient of the triplets, the first of three tensors, by the factors of its rows."""
+    grad_triplet, *own = numbers
+    return numbers if factor is None else (grad_triplet * factor.unsqueeze(-1), *own)
 
 
 def _gradient_of_weight(
@@ -379,28 +368,40 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _linear_backward(ctx: Any, grad_triplet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, labels, triplet, runner_up_id, direction = ctx.saved_tensors
+    *operands, triplet, runner_up_id, direction = ctx.saved_tensors
+    gradients = _backward_by_operators(
+        ctx.needs_input_grad[:3],
+        (*operands, direction),
+        (grad_triplet, triplet, runner_up_id),
+        ctx.ignore_index,
+        ctx.softcap,
+        ctx.logit_scale,
+    )
+    return *gradients, *[None] * 5
+
+
+def _backward_by_operators(
+    needs: tuple[bool, bool, bool],
+    operands: Operands,
+    numbers: Saved,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the result of ``linear_backward`` by the registered operators."""
+    hidden, weight, bias, labels, direction = operands
+    grad_triplet, triplet, runner_up_id = numbers
     grad_hidden = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
+    if needs[0]:
         grad_hidden = _linear_backward_hidden(
-            grad_triplet, weight, labels, triplet, runner_up_id, direction, ctx.softcap, ctx.logit_scale
+            grad_triplet, weight, labels, triplet, runner_up_id, direction, softcap, logit_scale
         )
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+    if needs[1] or needs[2]:
         grad_weight, grad_bias = _linear_backward_weight(
-            grad_triplet,
-            hidden,
-            weight,
-            bias,
-            labels,
-            ctx.ignore_index,
-            triplet,
-            runner_up_id,
-            ctx.softcap,
-            ctx.logit_scale,
-        )
-        grad_weight = grad_weight if ctx.needs_input_grad[1] else None
-        grad_bias = grad_bias if ctx.needs_input_grad[2] else None
-    return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+            grad_triplet, hidden, weight, bias, labels, ignore_index, triplet, runner_up_id, softcap,
+            logit_scale,
+        )  # fmt: skip
+    return grad_hidden, grad_weight if needs[1] else None, grad_bias if needs[2] else None
 
 
 _linear_softmax_triplet.register_autograd(_linear_backward, setup_context=_save_linear)

@@ -10,7 +10,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     Args:
         dtype: The dtype of logits.
     """
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def wide_logits(logits: Tensor, softcap: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loku_kernels.autocast import apply_without_autocast
-from loku_kernels.backends import choose
+from loku_kernels.backends import PLAIN, choose
 from loku_kernels.backends.fused_losses import (
     all_rows_stay,
     gradient_of_logits,
@@ -33,6 +33,7 @@ from loku_kernels.linear_triplet import (
     linear_forward,
     linear_softmax_triplet,
 )
+from loku_kernels.log_probabilities import wide_dtype
 from loku_kernels.logits_blocks import fits_one_block, logits_of
 from loku_kernels.tracing import once_differentiable, traced, traced_gradient
 from loku_kernels.triplet import (
@@ -93,10 +94,6 @@ def reduce_loss(loss: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
 _TOKEN_LOSSES = {"inverted_hinge": inverted_hinge, "cross_entropy": cross_entropy}
 
 
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 class _TripletLoss(torch.autograd.Function):
     """The reduced loss of triplets (..., 3)."""
 
@@ -123,7 +120,7 @@ class _LogitsLoss(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, settings: tuple[TokenLoss, int, Reduction]
     ) -> Tensor:
         loss, ctx.ignore_index, reduction = settings
-        dtype = _loss_dtype(logits.dtype)
+        dtype = wide_dtype(logits.dtype)
         # Nobody else has the saved numbers, so nobody overwrites them.
         value, ctx.saved = loss_of_logits(loss, logits, labels, ctx.ignore_index, reduction, dtype)
         ctx.save_for_backward(logits, labels)
@@ -187,14 +184,12 @@ class _InplaceIHL(torch.autograd.Function):
         ctx.grad = logits.detach()
         # The forward's one write applies the mean's 1/N, except in float16. There it would round to 0 the
         # small gradients that a loss scale protects, so the backward applies it.
-        late, dtype = logits.dtype == torch.float16, _loss_dtype(logits.dtype)
+        late, dtype = logits.dtype == torch.float16, wide_dtype(logits.dtype)
         if not traced(logits, labels):
             torch.autograd.graph.increment_version(ctx.grad)  # a kernel writes unseen by autograd
             value, ctx.pending = inverted_hinge_loss_(ctx.grad, labels, ignore_index, reduction, dtype, late)
             return value
-        share = None
-        if reduction == "mean":
-            share = (labels != ignore_index).sum().clamp(min=1).double().reciprocal()
+        share = PLAIN.mean_scale(labels, ignore_index) if reduction == "mean" else None
         one = torch.ones((), dtype=torch.float64, device=logits.device)
         ctx.pending = share if late else None
         triplet, _ = ihl_forward_backward_(
@@ -272,7 +267,7 @@ def _logits_loss(
     if traced(logits, labels):
         triplet, _ = softmax_triplet(logits, labels, ignore_index=ignore_index)
         value = _loss_of_triplet(loss, triplet, labels, ignore_index, reduction)
-        return value.to(_loss_dtype(logits.dtype))
+        return value.to(wide_dtype(logits.dtype))
     check_logits(logits, labels)
     thin_value: Tensor = _LogitsLoss.apply(logits, labels, (loss, ignore_index, reduction))
     return thin_value
@@ -366,13 +361,13 @@ def _linear_loss(
             hidden, weight, labels, bias, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
         )
         value = _loss_of_triplet(loss, triplet, labels, ignore_index, reduction)
-        return value.to(_loss_dtype(hidden.dtype))
+        return value.to(wide_dtype(hidden.dtype))
     check_linear_operands(hidden, weight, labels, bias, softcap)
     rows = hidden if hidden.dim() == 2 else hidden.reshape(labels.numel(), hidden.shape[-1])
     rows_labels = labels if labels.dim() == 1 else labels.reshape(-1)
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = (ignore_index, float(softcap or 0.0), float(logit_scale))
-    request = (loss, reduction, _loss_dtype(hidden.dtype))
+    request = (loss, reduction, wide_dtype(hidden.dtype))
     thin_value: Tensor = apply_without_autocast(
         _LinearLoss.apply, (rows, weight, bias), rows_labels, want_direction, settings, request
     )

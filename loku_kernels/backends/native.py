@@ -135,6 +135,16 @@ class Factors:
             self.arguments = (1.0, self.each.data_ptr())
 
 
+def rows_and_labels(logits: Tensor, labels: Tensor) -> tuple[Rows, Tensor]:
+    """Return the rows of logits (..., V), and their labels (...) made contiguous, if the two fit together."""
+    rows = Rows(logits)
+    *shape, vocab = logits.shape
+    require("labels", labels, (*shape,), torch.int64)
+    if vocab < 2:
+        raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
+    return rows, labels.contiguous()
+
+
 def triplet_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, *, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -161,13 +171,8 @@ def _call_for_triplets(
     name: str, logits: Tensor, labels: Tensor, ignore_index: int, number: float
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of a function that returns triplets, and call it with its last ``number``."""
-    *shape, vocab = logits.shape
-    rows = Rows(logits)
-    require("labels", labels, (*shape,), torch.int64)
-    if vocab < 2:
-        raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
-    labels = labels.contiguous()
-    triplet = labels.new_empty((*shape, 3), dtype=torch.float64)
+    rows, labels = rows_and_labels(logits, labels)
+    triplet = labels.new_empty((*labels.shape, 3), dtype=torch.float64)
     runner_up_id = torch.empty_like(labels)
     bad = getattr(_core, name)(
         rows.arguments,
@@ -179,7 +184,7 @@ def _call_for_triplets(
         threads(),
     )
     if bad >= 0:
-        raise bad_label_error(labels, bad, vocab, ignore_index)
+        raise bad_label_error(labels, bad, logits.shape[-1], ignore_index)
     return triplet, runner_up_id
 
 

@@ -47,13 +47,8 @@ def logits_loss(
     Raises:
         IndexError: A label is neither in [0, V) nor ``ignore_index``.
     """
-    *shape, vocab = logits.shape
-    rows = native.Rows(logits)
-    native.require("labels", labels, (*shape,), torch.int64)
-    if vocab < 2:
-        raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
-    labels = labels.contiguous()
-    value = labels.new_empty(shape if reduction == "none" else (), dtype=dtype)
+    rows, labels = native.rows_and_labels(logits, labels)
+    value = labels.new_empty(labels.shape if reduction == "none" else (), dtype=dtype)
     saved = labels.new_empty(_SAVED_NUMBERS * labels.numel(), dtype=torch.float64)
     bad = native._core.logits_loss(
         rows.arguments,
@@ -69,7 +64,7 @@ def logits_loss(
         native.threads(),
     )
     if bad >= 0:
-        raise bad_label_error(labels, bad, vocab, ignore_index)
+        raise bad_label_error(labels, bad, logits.shape[-1], ignore_index)
     return value, saved
 
 
@@ -97,13 +92,8 @@ def inverted_hinge_loss_(
     Raises:
         IndexError: A label is neither in [0, V) nor ``ignore_index``.
     """
-    *shape, vocab = logits.shape
-    rows = native.Rows(logits)
-    native.require("labels", labels, (*shape,), torch.int64)
-    if vocab < 2:
-        raise ValueError(f"logits must have shape (..., V) with V >= 2, got {tuple(logits.shape)}")
-    labels = labels.contiguous()
-    value = labels.new_empty(shape if reduction == "none" else (), dtype=dtype)
+    rows, labels = native.rows_and_labels(logits, labels)
+    value = labels.new_empty(labels.shape if reduction == "none" else (), dtype=dtype)
     share = 1 / max(native.number_counted(labels, ignore_index), 1) if reduction == "mean" else 1.0
     bad = native._core.inverted_hinge_loss_(
         rows.arguments,
@@ -116,7 +106,7 @@ def inverted_hinge_loss_(
         native.threads(),
     )
     if bad >= 0:
-        raise bad_label_error(labels, bad, vocab, ignore_index)
+        raise bad_label_error(labels, bad, logits.shape[-1], ignore_index)
     return value, share if late else None
 
 
