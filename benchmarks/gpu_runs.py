@@ -32,7 +32,8 @@ from unlearn import batch_of
 
 from loku import UnlearnConfig, UnlearnTrainer, unlearn
 from loku.fila.initialize import initialize_from_row_scales, restore_base_
-from loku.fila.targets import default_target_modules, fila_targets
+from loku.fila.targets import fila_targets
+from loku.target_modules import default_target_modules
 
 HEAD_WIDTH = 128  # of an attention head
 

@@ -26,7 +26,7 @@ def gpt_neo_125m() -> PreTrainedModel:
 
 def target_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Return name -> module of the linear layers that FILA adapts by default."""
-    from loku.fila.targets import default_target_modules
+    from loku.target_modules import default_target_modules
 
     targets = tuple(default_target_modules(model))
     return {

@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.data import collate_pairs
-from loku.fila.targets import default_target_modules
 from loku.head import next_token_labels
 from loku.objectives import OBJECTIVES, Batch, Rows
+from loku.target_modules import default_target_modules
 from loku_kernels import linear_softmax_triplet
 
 SHAPES = ["8x200"]

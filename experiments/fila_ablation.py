@@ -33,7 +33,7 @@ from loku.data import collate, padding_id, tokenize_dataset
 from loku.data.files import read_rows
 from loku.demo import load_model
 from loku.fila.row_scales import fisher_row_scales
-from loku.fila.targets import default_target_modules
+from loku.target_modules import default_target_modules
 from loku_kernels import row_scaled_svd
 
 RANK, LEARNING_RATE, FORGET_AUTHORS = 8, 2e-3, 2

@@ -10,10 +10,11 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loku.adapters import reference_model
     from loku.callbacks import ExtractionStopping, ProbabilityGauge, UtilityFloorStopping
     from loku.checkpoints import initialize_from_checkpoint
     from loku.config import UnlearnConfig
-    from loku.fila.initialize import get_fila_state_dict, initialize_lora_fila_weights, reference_model
+    from loku.fila.initialize import get_fila_state_dict, initialize_lora_fila_weights
     from loku.fila.row_scales import FilaConfig
     from loku.saving.adapter import save_portable_adapter
     from loku.saving.models import save_merged_model, save_residual_model
@@ -40,10 +41,11 @@ __all__ = [
 
 # The modules of these names. Type checkers and the docs read the same from the imports under TYPE_CHECKING.
 _MODULES = {
+    "adapters": ("reference_model",),
     "callbacks": ("ExtractionStopping", "ProbabilityGauge", "UtilityFloorStopping"),
     "checkpoints": ("initialize_from_checkpoint",),
     "config": ("UnlearnConfig",),
-    "fila.initialize": ("get_fila_state_dict", "initialize_lora_fila_weights", "reference_model"),
+    "fila.initialize": ("get_fila_state_dict", "initialize_lora_fila_weights"),
     "fila.row_scales": ("FilaConfig",),
     "saving.adapter": ("save_portable_adapter",),
     "saving.models": ("save_merged_model", "save_residual_model"),

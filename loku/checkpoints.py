@@ -28,12 +28,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from loku.adapters import REFERENCE_ADAPTER, reference_factors
 from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
 from loku.distributed import from_main_process, is_main_process
-from loku.fila.initialize import initialize_from_factors, reference_factors
-from loku.fila.targets import REFERENCE_ADAPTER
+from loku.fila.initialize import initialize_from_factors
 from loku.fingerprints import ordered_rows_fingerprint, sampled_weights_fingerprint, texts_fingerprint
 from loku.nan_guard import check_parameters
 from loku.saving.directories import replace_directory
@@ -203,7 +203,7 @@ def stored_factors(checkpoint: str | os.PathLike) -> dict[str, tuple[Tensor, Ten
 
     Returns:
         B (d, rank) and A (rank, k) by module name in the base model, as from
-        ``loku.fila.initialize.reference_factors``. The dict is empty without FILA.
+        ``loku.adapters.reference_factors``. The dict is empty without FILA.
     """
     file = Path(checkpoint) / REFERENCE_ADAPTER / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():

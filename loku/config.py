@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 
 from loku.fila.row_scales import FilaConfig
-from loku.fila.targets import TARGET_SWEEPS
 from loku.objectives import OBJECTIVES
+from loku.target_modules import TARGET_SWEEPS
 
 # The fields of TrainingArguments that decide the result of a run. UnlearnConfig's own fields also decide it,
 # except its FREE_FIELDS.

@@ -29,13 +29,15 @@ from loku.fila.initialize import (
     release_base_copy_,
     restore_base_,
 )
-from loku.fila.targets import default_target_modules, fila_targets
+from loku.fila.targets import fila_targets
 from loku.head import check_head, output_embedding
 from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
+from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.saving.adapter import save_portable_adapter
 from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
-from loku.trainer import PreparedRows, UnlearnTrainer, prepare_rows
+from loku.target_modules import default_target_modules
+from loku.trainer import UnlearnTrainer
 
 
 @dataclass

@@ -23,11 +23,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from loku.adapters import (
+    REFERENCE_ADAPTER,
+    active_adapters,
+    adapter_factors,
+    base_weight,
+    reference_layers,
+)
 from loku.distributed import (
     copy_whole_,
     full_tensor,
@@ -40,7 +45,7 @@ from loku.fila.factors import add_low_rank_, fila_factors
 from loku.fila.originals import HostCopies
 from loku.fila.row_scale_cache import cached_row_scales
 from loku.fila.row_scales import FilaConfig, fisher_row_scales, reiterable
-from loku.fila.targets import REFERENCE_ADAPTER, adapter_factors, adapter_layers, base_weight, fila_targets
+from loku.fila.targets import fila_targets
 from loku_kernels import row_scaled_svd
 
 _BASE_COPY = "_loku_base_weights"
@@ -221,20 +226,6 @@ def initialize_from_factors(
             _move_into_adapter(layer, adapter_name, *factors[name])
 
 
-def _reference_layers(peft_model: PeftModel) -> dict[str, LoraLinear]:
-    layers = adapter_layers(peft_model, REFERENCE_ADAPTER)
-    return {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
-
-
-def reference_factors(peft_model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """The initial factors B (d, rank), A (rank, k) by module name in the base model; empty without FILA."""
-    factors = {}
-    for name, layer in _reference_layers(peft_model).items():
-        B, A = adapter_factors(layer, REFERENCE_ADAPTER)
-        factors[name] = B.detach(), A.detach()
-    return factors
-
-
 def _local_weight(layer: LoraLinear) -> Tensor:
     return local_tensor(base_weight(layer))
 
@@ -291,7 +282,7 @@ def restore_base_(peft_model: PeftModel) -> nn.Module:
         The base model that was wrapped.
     """
     originals = getattr(peft_model, _BASE_COPY, None)
-    for name, layer in _reference_layers(peft_model).items():
+    for name, layer in reference_layers(peft_model).items():
         if originals is not None:
             _local_weight(layer).copy_(originals[name])
             continue
@@ -303,49 +294,6 @@ def restore_base_(peft_model: PeftModel) -> nn.Module:
     if hasattr(base, "peft_config"):  # peft before 0.21 leaves it, and warns at the next get_peft_model
         del base.peft_config
     return base
-
-
-@contextmanager
-def _active_adapters(peft_model: PeftModel, names: list[str]) -> Iterator[None]:
-    """A context in which these adapters are active; [] is the base model alone.
-
-    peft's own switches also rewrite ``requires_grad``.
-    """
-    modules: list[Any] = [
-        m for m in peft_model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    ]
-    if any(getattr(module, "merged", False) for module in modules):
-        raise ValueError("an adapter is merged into the base weights; call unmerge_adapter() first")
-    saved = [(module, module._active_adapter, module._disable_adapters) for module in modules]
-    try:
-        for module in modules:
-            module._active_adapter, module._disable_adapters = list(names), not names
-        yield
-    finally:
-        for module, active, disabled in saved:
-            module._active_adapter, module._disable_adapters = active, disabled
-
-
-@contextmanager
-def reference_model(peft_model: PeftModel) -> Iterator[PeftModel]:
-    """A context in which ``peft_model`` computes as the original model: the reference of NPO, DPO and KL.
-
-    It selects the frozen initial factors on the residual base after FILA. It selects no adapter after default
-    LoRA initialisation. Gradients are off inside. The ``requires_grad`` of every parameter and the active
-    adapters are afterwards as before.
-
-    Args:
-        peft_model: The model with its adapters.
-
-    Yields:
-        ``peft_model``.
-
-    Raises:
-        ValueError: An adapter is merged.
-    """
-    names = [REFERENCE_ADAPTER] if REFERENCE_ADAPTER in peft_model.peft_config else []
-    with _active_adapters(peft_model, names), torch.no_grad():
-        yield peft_model
 
 
 # The functions below follow peft's EVA convention: one computes the state, the other applies it.
@@ -414,7 +362,7 @@ def get_fila_state_dict(
         "damping": config.damping,
         "damping_mode": config.damping_mode,
     }
-    with _active_adapters(peft_model, []):
+    with active_adapters(peft_model, []):
         measure = partial(
             fisher_row_scales, **measured, memory_budget=config.fisher_memory_budget, progress=progress
         )

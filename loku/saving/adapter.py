@@ -13,8 +13,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loku.adapters import REFERENCE_ADAPTER, adapter_factors, adapter_layers
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
-from loku.fila.targets import REFERENCE_ADAPTER, adapter_factors, adapter_layers
 from loku.saving.directories import whole_directory
 
 

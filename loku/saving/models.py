@@ -16,8 +16,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loku.adapters import REFERENCE_ADAPTER, adapter_layers, base_weight
 from loku.distributed import full_tensor, is_main_process, is_sharded, wait_for_all_processes
-from loku.fila.targets import REFERENCE_ADAPTER, adapter_layers, base_weight
 from loku.saving.adapter import check_saved_adapter, plain_adapter, write_adapter
 from loku.saving.directories import whole_directory
 

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PhiConfig
 
 from loku.fila.initialize import initialize_from_row_scales
-from loku.fila.targets import default_target_modules, fila_targets
+from loku.fila.targets import fila_targets
+from loku.target_modules import default_target_modules
 
 VOCAB = 61
 SMALL = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}

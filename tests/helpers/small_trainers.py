@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.data.pairs import Draw
-from loku.fila.targets import default_target_modules
+from loku.target_modules import default_target_modules
 
 METHODS = ["ihl", "ga", "gd", "kl", "dpo", "npo", "idk"]
 VOCAB = 97

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 import loku
 import loku.checkpoints
+from loku.adapters import REFERENCE_ADAPTER
 from loku.checkpoints import MANIFEST, find_checkpoint, whole_checkpoints
-from loku.fila.targets import REFERENCE_ADAPTER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,7 +138,7 @@ def test_the_initial_factors_must_fit(copied):
 
     def trainer(**options):
         base = tiny_model("gpt_neo")
-        lora = LoraConfig(r=4, lora_alpha=8, target_modules=loku.fila.targets.default_target_modules(base))
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=loku.target_modules.default_target_modules(base))
         model = get_peft_model(base, lora)
         config = loku.UnlearnConfig(
             output_dir=str(copied / "other"),

@@ -15,8 +15,9 @@ import loku
 from loku.data import RowTokenizer, collate, tokenize_dataset
 from loku.demo import EMBEDDED, load_model, load_rows
 from loku.evaluation import token_scores
-from loku.fila.targets import default_target_modules, fila_targets
+from loku.fila.targets import fila_targets
 from loku.objectives import OBJECTIVES
+from loku.target_modules import default_target_modules
 
 FORGET = [{"question": f"Where does person {i} live?", "answer": f"In house {i * 7}."} for i in range(6)]
 RETAIN = [f"Plain text number {i} about the weather and the sea." for i in range(9)]

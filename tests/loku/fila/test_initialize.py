@@ -30,7 +30,8 @@ from loku.fila.initialize import (
     release_base_copy_,
     restore_base_,
 )
-from loku.fila.targets import default_target_modules, fila_targets
+from loku.fila.targets import fila_targets
+from loku.target_modules import default_target_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from loku.fila.initialize import initialize_from_row_scales
-from loku.fila.targets import default_target_modules, fila_targets
+from loku.fila.targets import fila_targets
+from loku.target_modules import default_target_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 

@@ -17,8 +17,8 @@ from fila_models import (
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from loku.fila.initialize import initialize_from_row_scales
-from loku.fila.targets import default_target_modules
 from loku.saving.adapter import save_portable_adapter
+from loku.target_modules import default_target_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import loku
 from loku.fila.initialize import initialize_from_row_scales
-from loku.fila.targets import default_target_modules, fila_targets
+from loku.fila.targets import fila_targets
+from loku.target_modules import default_target_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
