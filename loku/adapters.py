@@ -40,6 +40,15 @@ def adapter_factors(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Par
     return layer.lora_B[adapter_name].weight, layer.lora_A[adapter_name].weight
 
 
+def has_residual_base(peft_model: PeftModel) -> bool:
+    """Whether the base weights are those of the untouched base less the initial factors, as after FILA.
+
+    The portable adapter is then the difference from the adapter "reference". peft's own initialisations that
+    change the base (PiSSA, OLoRA) are not meant: peft repeats them when it loads such an adapter.
+    """
+    return REFERENCE_ADAPTER in peft_model.peft_config
+
+
 def reference_layers(peft_model: PeftModel) -> dict[str, LoraLinear]:
     layers = adapter_layers(peft_model, REFERENCE_ADAPTER)
     return {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}

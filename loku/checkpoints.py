@@ -37,6 +37,7 @@ from loku.fila.initialize import initialize_from_factors
 from loku.fingerprints import ordered_rows_fingerprint, sampled_weights_fingerprint, texts_fingerprint
 from loku.nan_guard import check_parameters
 from loku.saving.directories import replace_directory
+from loku.saving.residual_base import factors_as_they_are
 
 MANIFEST = "loku_checkpoint.json"
 _UNFINISHED = ".unfinished"
@@ -417,7 +418,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._writing = True
         try:
-            super()._save_checkpoint(model, trial)
+            with factors_as_they_are(self.model):
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.state.best_model_checkpoint == str(unfinished / name):
                 self.state.best_model_checkpoint = str(directory / name)

@@ -46,6 +46,7 @@ from loku.fila.originals import HostCopies
 from loku.fila.row_scale_cache import cached_row_scales
 from loku.fila.row_scales import FilaConfig, fisher_row_scales, reiterable
 from loku.fila.targets import fila_targets
+from loku.saving.residual_base import on_residual_base_
 from loku_kernels import row_scaled_svd
 
 _BASE_COPY = "_loku_base_weights"
@@ -257,6 +258,7 @@ def _keeping_originals(
             peft_model.delete_adapter(REFERENCE_ADAPTER)
         raise
     setattr(peft_model, _BASE_COPY, originals.finished())
+    on_residual_base_(peft_model)
 
 
 def release_base_copy_(peft_model: PeftModel) -> None:
@@ -290,7 +292,7 @@ def restore_base_(peft_model: PeftModel) -> nn.Module:
             layer.unmerge()
         _add_to_base_(layer, REFERENCE_ADAPTER, 1)
     release_base_copy_(peft_model)
-    base: Any = peft_model.unload()
+    base: Any = peft_model.base_model.unload()  # type: ignore[operator]
     if hasattr(base, "peft_config"):  # peft before 0.21 leaves it, and warns at the next get_peft_model
         del base.peft_config
     return base
