@@ -36,6 +36,7 @@ from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.saving.adapter import save_portable_adapter
 from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
 from loku.target_modules import default_target_modules
+from loku.torch_defaults import torch_defaults
 from loku.trainer import UnlearnTrainer
 
 
@@ -91,6 +92,7 @@ _SAVES: dict[str, Callable[..., None]] = {
 }
 
 
+@torch_defaults()
 def unlearn(
     model: PreTrainedModel | str | os.PathLike,
     forget: Any,
@@ -239,5 +241,5 @@ def _fisher_samples(rows: Any) -> Any:
 
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
-    ones = {name: torch.ones(len(layer.weight)) for name, layer in fila_targets(peft_model).items()}
+    ones = {name: torch.ones(len(layer.weight), dtype=torch.float32) for name, layer in fila_targets(peft_model).items()}
     initialize_from_row_scales(peft_model, ones)

@@ -82,7 +82,7 @@ def generate_greedy(
             ids = torch.zeros(len(chosen), width, dtype=torch.int64)
             mask = torch.zeros_like(ids)
             for row, index in enumerate(chosen):
-                ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+                ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index], dtype=torch.int64)
                 mask[row, width - len(prompts[index]) :] = 1
             # ``generate`` takes missing settings from the model's own generation config, and the configs of
             # chat models ask for sampling and repetition penalties. So all settings of greedy decoding are
