@@ -20,7 +20,6 @@ from transformers import (
     set_seed,
 )
 
-from loku.checkpoints import initialize_from_checkpoint
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
 from loku.fila.initialize import (
@@ -174,13 +173,10 @@ def unlearn(
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
         initialize: Callable[[], None] | None = None
-        if config.init != "default" and trainer.checkpoint is not None:
-            if trainer.is_fsdp_enabled:
-                raise ValueError("under FSDP a run cannot go on from a checkpoint; begin anew, or use DDP")
-            initialize = partial(initialize_from_checkpoint, peft_model, trainer.checkpoint)
-        elif config.init == "fila":
+        resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors
+        if config.init == "fila" and not resumed:
             initialize = partial(_initialize_by_fila, peft_model, rows, config)
-        elif config.init == "pissa":
+        elif config.init == "pissa" and not resumed:
             initialize = partial(_initialize_by_pissa, peft_model)
         if initialize is not None:
             if trainer.is_fsdp_enabled:
