@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from loku.adapters import base_weight
 from loku.checkpoints import initialize_from_checkpoint
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
@@ -243,5 +244,5 @@ def _fisher_samples(rows: Any) -> Any:
 
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
-    ones = {name: torch.ones(len(layer.weight)) for name, layer in fila_targets(peft_model).items()}
+    ones = {name: torch.ones(len(base_weight(layer))) for name, layer in fila_targets(peft_model).items()}
     initialize_from_row_scales(peft_model, ones)
