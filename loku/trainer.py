@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from loku.adapters import reference_model
+from loku.adapters import has_residual_base, reference_model
 from loku.checkpoints import ResumableTrainer
 from loku.config import UnlearnConfig
 from loku.data import (
@@ -53,7 +53,9 @@ from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
+from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
+from loku.torch_defaults import torch_defaults
 from loku_kernels import reduce_loss
 
 
@@ -177,6 +179,8 @@ class UnlearnTrainer(ResumableTrainer):
                 f"{name} would train in float16, in which small steps round to nothing: load the model with "
                 "dtype=torch.float32 (and set bf16 or fp16 for its speed), or in bfloat16"
             )
+        if isinstance(model, PeftModel) and has_residual_base(model):  # loaded, with its initial factors
+            on_residual_base_(model)
         dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
         collator = partial(collate_pairs, pad_token_id=padding_id(processing_class))
         super().__init__(
@@ -224,6 +228,7 @@ class UnlearnTrainer(ResumableTrainer):
                 stacklevel=3,
             )
 
+    @torch_defaults()
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; first run the original model if the method needs its values and there is no adapter.
 

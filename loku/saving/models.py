@@ -160,7 +160,7 @@ def _base_state(tensors: dict[str, _Stored], merged: str | None) -> dict[str, Te
             delta = full_tensor(layer.get_delta_weight(merged)).to(wide)
             value = delta.add_(value).to(value.dtype)
         # All processes gather a shard together. Only one keeps the whole, in memory of the host.
-        found[key] = (value.cpu() if sharded else value) if main else torch.empty(0)
+        found[key] = (value.cpu() if sharded else value) if main else torch.empty(0, dtype=torch.float32)
     if not main:
         return {}
     return {name: found[id(tensor), id(layer)] for name, (_, tensor, layer) in tensors.items()}

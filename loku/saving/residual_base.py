@@ -26,8 +26,6 @@ from loku.adapters import REFERENCE_ADAPTER, active_adapters, has_residual_base
 from loku.saving.adapter import portable_adapter, write_adapter
 from loku.saving.destinations import destination
 
-_AS_IT_IS = "_loku_saves_factors_as_they_are"
-
 
 class ResidualBase(PeftModel):
     """The methods of a ``PeftModel`` on a residual base. ``on_residual_base_`` puts them into a model."""
@@ -60,7 +58,7 @@ class ResidualBase(PeftModel):
             ValueError: An adapter cannot be saved so, or ``save_directory`` is a file.
             OSError: ``save_directory`` cannot be written.
         """
-        if not has_residual_base(self) or getattr(self, _AS_IT_IS, False):
+        if not has_residual_base(self):
             super().save_pretrained(
                 str(save_directory),
                 safe_serialization,
@@ -179,16 +177,3 @@ def on_residual_base_(peft_model: PeftModel) -> None:
     model_class: Any = type(peft_model)
     if not issubclass(model_class, ResidualBase):
         peft_model.__class__ = _residual_class(model_class)
-
-
-@contextmanager
-def factors_as_they_are(model: nn.Module) -> Iterator[None]:
-    """A context in which ``save_pretrained`` writes the factors for the residual base, for checkpoints."""
-    if not isinstance(model, ResidualBase):
-        yield
-        return
-    setattr(model, _AS_IT_IS, True)
-    try:
-        yield
-    finally:
-        delattr(model, _AS_IT_IS)

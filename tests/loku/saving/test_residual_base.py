@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer import Trainer
 
 import loku
@@ -225,3 +225,17 @@ def test_the_tokenizer_lies_beside_every_kind(tmp_path):
     for kind, folder in {"portable": ".", "residual": "base", "merged": "."}.items():
         result.save(tmp_path / kind, kind)
         assert (tmp_path / kind / folder / "tokenizer.json").exists()
+
+
+def test_a_loaded_residual_model_is_saved_so_by_its_trainer(given, tmp_path):
+    """peft loads a plain ``PeftModel``; with the initial factors ``UnlearnTrainer`` knows what it is."""
+    loku.save_residual_model(given, tmp_path / "residual")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "residual" / "base")
+    model = PeftModel.from_pretrained(base, tmp_path / "residual" / "adapter", is_trainable=True)
+    model.load_adapter(tmp_path / "residual" / "reference", "reference")
+    rows = [{"input_ids": [3, 5, 7], "labels": [3, 5, 7]}]
+    args = loku.UnlearnConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to=[])
+    loku.UnlearnTrainer(model, args, rows, rows).save_model(str(tmp_path / "by trainer"))
+    model.save_pretrained(tmp_path / "by peft")
+    for name in ("by trainer", "by peft"):
+        assert_loads_as(given, tmp_path / name)
