@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from loku.adapters import reference_model
+from loku.adapters import (
+    Reference,
+    changes_base,
+    reference_adapter,
+    reference_model,
+    refuse_adapters,
+    snapshot_reference,
+)
 from loku.checkpoints import ResumableTrainer
 from loku.config import UnlearnConfig
 from loku.data import (
@@ -53,6 +61,7 @@ from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
+from loku.rollback import all_or_nothing
 from loku.step_log import StepLog
 from loku_kernels import reduce_loss
 
@@ -102,11 +111,14 @@ class UnlearnTrainer(ResumableTrainer):
     The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
     (``UnlearnConfig.init``). LoRA linears are fused in ``train`` alone (``UnlearnConfig.fused_lora``).
 
-    KL, DPO and NPO need the original model. A peft model with its frozen initial adapter computes as the
-    original (``loku.reference_model``). It runs one more forward of the rows concerned. A model without an
-    adapter changes in place. So ``train`` first runs all rows that will be drawn. It keeps on the CPU their
-    log-probabilities (DPO, NPO), or for KL the last hidden states of the retain rows' labelled tokens and a
-    copy of the output embedding.
+    KL, DPO and NPO need the original model: the model as it was given to the first ``train``, before a
+    checkpoint was loaded. A peft model computes as the original without its fresh adapter, or with FILA's
+    frozen initial adapter (``loku.reference_model``). If its adapter was trained before, ``train`` adds a
+    frozen copy of the adapter, and takes it off at the end. One more forward of the rows concerned is run.
+    Other models change in place: those without an adapter, and those whose adapter cannot be copied so (DoRA,
+    trained biases, fully trained modules, several active adapters, other tuners than LoRA). So ``train``
+    first runs all rows that will be drawn. It keeps on the CPU their log-probabilities (DPO, NPO), or for KL
+    the last hidden states of the retain rows' labelled tokens and a copy of the output embedding.
 
     The loss of a step is the loss of one batch with all its rows. ``gradient_accumulation_steps`` and the
     number of processes only divide the work. Each loss is divided by the number of its tokens (DPO and NPO:
@@ -159,11 +171,23 @@ class UnlearnTrainer(ResumableTrainer):
         args = UnlearnConfig() if args is None else args
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args.init_arguments())
+        if peft_config is not None:
+            refuse_adapters(model)
+        with all_or_nothing(model, keep_weights=changes_base(peft_config)):
+            self._construct(model, args, forget, retain, processing_class, refusals, peft_config, **kwargs)
+
+    def _construct(
+        self,
+        model: CausalLM,
+        args: UnlearnConfig,
+        forget: Any,
+        retain: Any,
+        processing_class: PreTrainedTokenizerBase | None,
+        refusals: RefusalRows | None,
+        peft_config: PeftConfig | None,
+        **kwargs: Any,
+    ) -> None:
         keep_differentiable_(model)
-        if peft_config is not None and isinstance(model, PeftModel):
-            raise ValueError(
-                "model is a PeftModel already; leave out peft_config, or merge its adapter first"
-            )
         forget, retain, refusals, processing_class = prepare_rows(
             model, forget, retain, args, processing_class, refusals
         )
@@ -199,6 +223,7 @@ class UnlearnTrainer(ResumableTrainer):
         # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch. So the trainer
         # must not divide again.
         self.model_accepts_loss_kwargs = True
+        self._given: Reference | None = None
         self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._step_log = StepLog()
         self.add_callback(self._step_log)
@@ -225,17 +250,36 @@ class UnlearnTrainer(ResumableTrainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; first run the original model if the method needs its values and there is no adapter.
+        """Train; first prepare the original model if the method needs it.
 
-        The arguments, the result and the errors are those of ``ResumableTrainer.train``.
+        The arguments, the result and the errors are those of ``ResumableTrainer.train``. After an exception
+        the model is as before, except for the weights that were trained.
         """
-        needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
-        if needed and not self.train_dataset.references:
-            self._keep_references()
         tf32 = chooses_tf32(self.args, self.model)
         self._first_log = {"tf32": 1.0} if tf32 else {}
-        with fused_lora(self.model, self.args.fused_lora), float32_products("tf32" if tf32 else None):
+        with (
+            all_or_nothing(self.model),
+            fused_lora(self.model, self.args.fused_lora),
+            float32_products("tf32" if tf32 else None),
+            self._original_model(),
+        ):
             return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _original_model(self) -> Iterator[None]:
+        """A context in which ``_reference`` has the values of the model that the first train was given."""
+        if self.objective.reference is None:
+            yield
+            return
+        if self._given is None and not self.train_dataset.references:
+            self._given = snapshot_reference(self.model)
+            if self._given is None:
+                self._keep_references()
+        if self._given is None:
+            yield
+            return
+        with reference_adapter(self.model, self._given):
+            yield
 
     def _keep_references(self) -> None:
         """Run the original model on every row that will be drawn, and keep the values of the objective."""

@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from loku.adapters import refuse_adapters
 from loku.checkpoints import initialize_from_checkpoint
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
@@ -27,13 +28,14 @@ from loku.fila.initialize import (
     initialize_from_row_scales,
     initialize_lora_fila_weights,
     release_base_copy_,
-    restore_base_,
+    restore_weights_,
 )
 from loku.fila.targets import fila_targets
 from loku.head import check_head, output_embedding
 from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
+from loku.rollback import all_or_nothing
 from loku.saving.adapter import save_portable_adapter
 from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
 from loku.target_modules import default_target_modules
@@ -109,8 +111,10 @@ def unlearn(
 
     Args:
         model: The causal LM of transformers, or its path or hub name. It is consumed: the adapters are put
-            into it. Its weights are put back if anything fails. ``tuning="full"`` trains the weights
-            themselves, keeps no copy of them and puts nothing back.
+            into it. If anything fails the model is as it was: weights, ``requires_grad``, modes, config,
+            hooks, modules and their classes. ``tuning="full"`` trains the weights themselves, keeps no copy
+            of them and does not put them back. An adapter that is given by its path or hub name is merged
+            into its base, and the merged model is unlearned.
         forget: The rows to forget: a list of strings, a list of dicts or a ``datasets.Dataset``. The columns
             are ``text``, ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or
             ``input_ids`` (and ``labels``). See ``loku.data.tokenize_dataset``.
@@ -129,8 +133,8 @@ def unlearn(
 
     Raises:
         ValueError: A data set is empty or a row unusable. The output embedding, the targets or the model
-            cannot be handled. No tokenizer is found. The checkpoint is not whole or is of another run. The
-            message says how to mend it.
+            cannot be handled. The model carries an adapter already. No tokenizer is found. The checkpoint is
+            not whole or is of another run. The message says how to mend it.
         FloatingPointError: A loss or a Fisher is NaN or Inf. The message names the step and the module.
         OSError: ``output_dir`` or a checkpoint cannot be written.
     """
@@ -139,8 +143,20 @@ def unlearn(
         raise ValueError(f"config must be a loku.UnlearnConfig, got {type(config).__name__}")
     model = load_model(model, config.init_arguments())
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
-    if isinstance(model, PeftModel):
-        raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
+    refuse_adapters(model)
+    with all_or_nothing(model):
+        return _unlearn(model, forget, retain, config, tokenizer, callbacks)
+
+
+def _unlearn(
+    model: PreTrainedModel,
+    forget: Any,
+    retain: Any,
+    config: UnlearnConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    callbacks: Sequence[TrainerCallback] | None,
+) -> UnlearnResult:
+    """The steps of ``unlearn`` on a loaded model. If they fail, they put back what FILA overwrote."""
     output_embedding(model)
     keep_differentiable_(model)  # before check_head evaluates the model
     rows = prepare_rows(model, forget, retain, config, tokenizer)
@@ -165,7 +181,6 @@ def unlearn(
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, too
         target_modules=default_target_modules(model, targets) if isinstance(targets, str) else targets,
     )
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     set_seed(config.seed)  # the default LoRA factors are random
     peft_model: Any = get_peft_model(model, lora)
     try:
@@ -187,9 +202,7 @@ def unlearn(
                 initialize()
         trainer.train()
     except BaseException:
-        restore_base_(peft_model)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+        restore_weights_(peft_model)
         raise
     release_base_copy_(peft_model)
     return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
