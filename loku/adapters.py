@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from loku.distributed import full_tensor
 
@@ -70,9 +71,20 @@ def adapter_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
     }
 
 
+def linear_weight(module: Any) -> Tensor:
+    """The weight W (d, k) of a linear module, y = x W^T + b, as a view of the stored weight.
+
+    transformers' Conv1D (GPT-2) stores the transpose (k, d). Writing into the view writes the stored weight.
+
+    Args:
+        module: A ``torch.nn.Linear``, a quantised relative of it, or a Conv1D.
+    """
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
 def base_weight(layer: Any) -> Tensor:
-    """The weight W (d, k) of the base layer in a LoRA layer."""
-    return layer.get_base_layer().weight
+    """The weight W (d, k) of the base layer in a LoRA layer, as ``linear_weight`` gives it."""
+    return linear_weight(layer.get_base_layer())
 
 
 def adapter_factors(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -179,13 +191,14 @@ def add_frozen_adapter(
         peft_model: The model.
         name: The name of the new adapter.
         like: The name of the adapter whose config it gets.
-        factors: B (d, rank) and A (rank, k) of each module that gets the adapter, by the module's name in the
-            base model. They are copied.
+        factors: B (d, rank) and A (rank, k) of each linear module that gets the adapter, by the module's
+            name in the base model. They are copied.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
     config: Any = copy.deepcopy(peft_model.peft_config[like])
     config.inference_mode = True
     config.init_lora_weights = True  # others may change the base weights
+    config.target_parameters = None  # bare parameters start from B = 0, so they need no frozen factors
     try:
         # low_cpu_mem_usage puts the adapter on the meta device. Random weights would advance the caller's
         # generator for nothing.

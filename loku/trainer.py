@@ -46,6 +46,8 @@ from loku.data import (
     padding_id,
 )
 from loku.data.pairs import Draw
+from loku.fila.initialize import uninitialised_on_failure
+from loku.fingerprints import given_adapter_fingerprint
 from loku.head import (
     check_packing,
     label_hidden_states,
@@ -63,6 +65,7 @@ from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.rollback import all_or_nothing
 from loku.step_log import StepLog
+from loku.torch_defaults import torch_defaults
 from loku_kernels import reduce_loss
 
 
@@ -224,6 +227,8 @@ class UnlearnTrainer(ResumableTrainer):
         # must not divide again.
         self.model_accepts_loss_kwargs = True
         self._given: Reference | None = None
+        if self.objective.reference is not None and args.should_save:
+            self._given_adapter = given_adapter_fingerprint(model)
         self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._step_log = StepLog()
         self.add_callback(self._step_log)
@@ -249,6 +254,7 @@ class UnlearnTrainer(ResumableTrainer):
                 stacklevel=3,
             )
 
+    @torch_defaults()
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; first prepare the original model if the method needs it.
 
@@ -259,6 +265,7 @@ class UnlearnTrainer(ResumableTrainer):
         self._first_log = {"tf32": 1.0} if tf32 else {}
         with (
             all_or_nothing(self.model),
+            uninitialised_on_failure(self.model),  # a checkpoint may initialise it
             fused_lora(self.model, self.args.fused_lora),
             float32_products("tf32" if tf32 else None),
             self._original_model(),

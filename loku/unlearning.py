@@ -20,15 +20,14 @@ from transformers import (
     set_seed,
 )
 
-from loku.adapters import refuse_adapters
-from loku.checkpoints import initialize_from_checkpoint
+from loku.adapters import base_weight, refuse_adapters
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
 from loku.fila.initialize import (
     initialize_from_row_scales,
     initialize_lora_fila_weights,
     release_base_copy_,
-    restore_weights_,
+    uninitialised_on_failure,
 )
 from loku.fila.targets import fila_targets
 from loku.head import check_head, output_embedding
@@ -39,6 +38,7 @@ from loku.rollback import all_or_nothing
 from loku.saving.adapter import save_portable_adapter
 from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
 from loku.target_modules import default_target_modules
+from loku.torch_defaults import torch_defaults
 from loku.trainer import UnlearnTrainer
 
 
@@ -94,6 +94,7 @@ _SAVES: dict[str, Callable[..., None]] = {
 }
 
 
+@torch_defaults()
 def unlearn(
     model: PreTrainedModel | str | os.PathLike,
     forget: Any,
@@ -156,7 +157,7 @@ def _unlearn(
     tokenizer: PreTrainedTokenizerBase | None,
     callbacks: Sequence[TrainerCallback] | None,
 ) -> UnlearnResult:
-    """The steps of ``unlearn`` on a loaded model. If they fail, they put back what FILA overwrote."""
+    """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
     output_embedding(model)
     keep_differentiable_(model)  # before check_head evaluates the model
     rows = prepare_rows(model, forget, retain, config, tokenizer)
@@ -183,17 +184,14 @@ def _unlearn(
     )
     set_seed(config.seed)  # the default LoRA factors are random
     peft_model: Any = get_peft_model(model, lora)
-    try:
+    with uninitialised_on_failure(peft_model):
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
         initialize: Callable[[], None] | None = None
-        if config.init != "default" and trainer.checkpoint is not None:
-            if trainer.is_fsdp_enabled:
-                raise ValueError("under FSDP a run cannot go on from a checkpoint; begin anew, or use DDP")
-            initialize = partial(initialize_from_checkpoint, peft_model, trainer.checkpoint)
-        elif config.init == "fila":
+        resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors
+        if config.init == "fila" and not resumed:
             initialize = partial(_initialize_by_fila, peft_model, rows, config)
-        elif config.init == "pissa":
+        elif config.init == "pissa" and not resumed:
             initialize = partial(_initialize_by_pissa, peft_model)
         if initialize is not None:
             if trainer.is_fsdp_enabled:
@@ -201,9 +199,6 @@ def _unlearn(
             else:
                 initialize()
         trainer.train()
-    except BaseException:
-        restore_weights_(peft_model)
-        raise
     release_base_copy_(peft_model)
     return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
 
@@ -256,5 +251,8 @@ def _fisher_samples(rows: Any) -> Any:
 
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
-    ones = {name: torch.ones(len(layer.weight)) for name, layer in fila_targets(peft_model).items()}
+    ones = {
+        name: torch.ones(len(base_weight(layer)), dtype=torch.float32)
+        for name, layer in fila_targets(peft_model).items()
+    }
     initialize_from_row_scales(peft_model, ones)

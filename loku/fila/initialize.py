@@ -29,6 +29,7 @@ from loku.adapters import (
     REFERENCE_ADAPTER,
     active_adapters,
     adapter_factors,
+    adapter_layers,
     add_frozen_adapter,
     base_weight,
     reference_layers,
@@ -64,13 +65,13 @@ def _checked_row_scales(row_scales: Mapping[str, Tensor], layers: dict[str, Lora
         )
     checked = {}
     for name, layer in layers.items():
-        values, weight = torch.as_tensor(given[name]), base_weight(layer)
+        values, weight = torch.as_tensor(given[name], dtype=torch.float32), base_weight(layer)
         if values.shape != weight.shape[:1]:
             raise ValueError(
                 f"{name}: the row scale must have shape {tuple(weight.shape[:1])}, one number a row of its "
                 f"{tuple(weight.shape)} weight, got {tuple(values.shape)}"
             )
-        values = values.to(weight.device, torch.float32)
+        values = values.to(weight.device)
         if not (torch.isfinite(values).all() and (values >= 0).all() and (values > 0).any()):
             raise ValueError(
                 f"{name}: row scales must be finite, >= 0 and not all 0 (A and B would both be 0 and never "
@@ -216,7 +217,9 @@ def initialize_from_factors(
 
 
 def _local_weight(layer: LoraLinear) -> Tensor:
-    return local_tensor(base_weight(layer))
+    """The weight as it is stored: a copy of it is contiguous for Conv1D, too."""
+    stored: Any = layer.get_base_layer().weight
+    return local_tensor(stored)
 
 
 @contextmanager
@@ -248,6 +251,36 @@ def _keeping_originals(
         if REFERENCE_ADAPTER in peft_model.peft_config:  # a sharded model
             remove_adapter(peft_model, REFERENCE_ADAPTER)
         release_base_copy_(peft_model)
+        raise
+
+
+@contextmanager
+def uninitialised_on_failure(model: nn.Module) -> Iterator[None]:
+    """A context whose failure undoes an initialisation that was made inside: weights, factors, reference.
+
+    Args:
+        model: The model. Nothing is done for one without a LoRA adapter, or initialised before.
+    """
+    if not isinstance(model, PeftModel) or REFERENCE_ADAPTER in model.peft_config:
+        yield
+        return
+    factors = [
+        (layer, name, [full_tensor(factor.detach()).clone() for factor in adapter_factors(layer, name)])
+        for name in model.active_adapters
+        for layer in adapter_layers(model, name).values()
+        if name in layer.lora_A
+    ]
+    try:
+        yield
+    except BaseException:
+        if REFERENCE_ADAPTER in model.peft_config:
+            reshard_(model)
+            restore_weights_(model)
+            remove_adapter(model, REFERENCE_ADAPTER)
+            with torch.no_grad():
+                for layer, name, old in factors:
+                    for factor, values in zip(adapter_factors(layer, name), old, strict=True):
+                        copy_whole_(factor, values)
         raise
 
 
@@ -305,7 +338,8 @@ def _sampled(batches: Iterable[Mapping[str, Tensor]], config: FilaConfig) -> Ite
     if count is None:
         return reiterable(batches)
     if isinstance(batches, DataLoader) and batches.batch_size and hasattr(batches.dataset, "__len__"):
-        order = torch.randperm(len(batches.dataset), generator=torch.Generator().manual_seed(config.seed))
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(batches.dataset), generator=generator, dtype=torch.int64, device="cpu")
         chosen = Subset(batches.dataset, order[:count].sort().values.tolist())
         return DataLoader(chosen, batch_size=batches.batch_size, collate_fn=batches.collate_fn)
     first = []

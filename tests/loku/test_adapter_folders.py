@@ -82,7 +82,7 @@ def test_unlearning_begins_at_the_given_adapter(sft, tmp_path):
 
 
 def test_what_was_merged_is_remembered(sft, base):
-    folder, expected = sft
+    folder, _ = sft
     model = load_model(folder)
     merged = model._loku_merged_adapter
     assert merged["base_model_name_or_path"] == str(base)
@@ -174,13 +174,13 @@ def test_refusals(sft, base, tmp_path):
         load_model(rewritten("nameless", base_model_name_or_path=None))
     with pytest.raises(ValueError, match="names itself as its base"):
         load_model(rewritten("itself", base_model_name_or_path=str(tmp_path / "itself")))
-    with pytest.raises(ValueError, match="does not fit its base .*: 4 of its tensors have no place"):
+    with pytest.raises(ValueError, match=r"does not fit its base .*: 4 of its tensors have no place"):
         load_model(rewritten("fewer", target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="does not fit its base .*: 4 tensors that belong there"):
+    with pytest.raises(ValueError, match=r"does not fit its base .*: 4 tensors that belong there"):
         load_model(rewritten("more", target_modules=["q_proj", "v_proj", "k_proj"]))
     both = rewritten("both")
     load(base).save_pretrained(both)
-    with pytest.raises(ValueError, match="holds an adapter .* and the weights of a model"):
+    with pytest.raises(ValueError, match=r"holds an adapter .* and the weights of a model"):
         load_model(both)
     prompts = get_peft_model(load(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     prompts.save_pretrained(tmp_path / "prompts")

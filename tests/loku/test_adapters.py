@@ -7,6 +7,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from small_trainers import FORGET, RETAIN, arguments, lora
 from tiny_models import tiny_model
+from transformers import TrainerCallback
 
 import loku
 from loku.adapters import SNAPSHOT_ADAPTER, has_residual_base, reference_model, snapshot_reference
@@ -88,6 +89,11 @@ KEPT = {
 MODELS = COPIED | FRESH | KEPT
 
 
+class Adapters(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.adapters = list(getattr(model, "peft_config", {}))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_reference_is_the_model_that_was_given(kind, tmp_path):
     """At the first step NPO is (2 / beta) log 2 and KL is 0. At the second the model has moved away."""
@@ -98,24 +104,17 @@ def test_the_reference_is_the_model_that_was_given(kind, tmp_path):
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         options = {"beta": BETA, "learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 4}
         trainer = loku.UnlearnTrainer(model, arguments(tmp_path, method=method, **options), FORGET, RETAIN)
-        seen = {}
-        compute_loss, reference = trainer.compute_loss, trainer._reference
-
-        def computing(model, *args, **kwargs):
-            seen.setdefault("adapters", list(getattr(trainer.model, "peft_config", {})))
-            return compute_loss(model, *args, **kwargs)
-
-        trainer.compute_loss = computing
+        seen = Adapters()
+        trainer.add_callback(seen)
         trainer.train()
         loss = "forget_loss" if method == "npo" else "retain_loss"
         values = [entry[loss] for entry in trainer.state.log_history if loss in entry]
         assert values[0] == pytest.approx(first, rel=1e-5, abs=1e-5)
         assert values[2] != pytest.approx(first, rel=1e-4, abs=1e-4)
-        assert (SNAPSHOT_ADAPTER in seen["adapters"]) == (kind in COPIED)
+        assert (SNAPSHOT_ADAPTER in seen.adapters) == (kind in COPIED)
         assert list(getattr(model, "peft_config", {})) == names
         assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
         assert (logits(model) - given).abs().max() > 1e-3
-        assert reference == trainer._reference
 
 
 def test_what_is_copied():
