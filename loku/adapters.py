@@ -214,7 +214,7 @@ def add_frozen_adapter(
 def remove_adapter(peft_model: PeftModel, name: str) -> None:
     """Remove an adapter that is not active; the ``requires_grad`` of the others stays."""
     flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
-    peft_model.delete_adapter(name)
+    PeftModel.delete_adapter(peft_model, name)  # a residual base's own method refuses "reference"
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
 

@@ -27,6 +27,7 @@ from transformers import (
 from loku.adapters import (
     Reference,
     changes_base,
+    has_residual_base,
     reference_adapter,
     reference_model,
     refuse_adapters,
@@ -64,6 +65,7 @@ from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probabili
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.rollback import all_or_nothing
+from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
 from loku.torch_defaults import torch_defaults
 from loku_kernels import reduce_loss
@@ -204,6 +206,8 @@ class UnlearnTrainer(ResumableTrainer):
                 f"{name} would train in float16, in which small steps round to nothing: load the model with "
                 "dtype=torch.float32 (and set bf16 or fp16 for its speed), or in bfloat16"
             )
+        if isinstance(model, PeftModel) and has_residual_base(model):  # loaded, with its initial factors
+            on_residual_base_(model)
         dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
         collator = partial(collate_pairs, pad_token_id=padding_id(processing_class))
         super().__init__(

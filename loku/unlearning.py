@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -35,8 +35,7 @@ from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.rollback import all_or_nothing
-from loku.saving.adapter import save_portable_adapter
-from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
+from loku.saving.kinds import SaveKind, check_save, save
 from loku.target_modules import default_target_modules
 from loku.torch_defaults import torch_defaults
 from loku.trainer import UnlearnTrainer
@@ -58,16 +57,15 @@ class UnlearnResult:
     history: list[dict[str, Any]]
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def save(
-        self, path: str | os.PathLike, kind: Literal["portable", "residual", "merged"] = "portable"
-    ) -> None:
-        """Save to the directory ``path``, whole or not at all.
+    def save(self, path: str | os.PathLike, kind: SaveKind = "portable") -> None:
+        """Save to the directory ``path``, whole or not at all, with the tokenizer of the run.
 
         With ``tuning="full"`` there is no adapter, and every kind saves the model. All processes of
         torch.distributed must call this. The main process writes.
 
         Args:
-            path: The directory. It is made if it does not exist, and its other files stay.
+            path: The directory. It is made if it does not exist. The last save into it makes way, of
+                whichever kind, and its other files stay.
             kind: "portable" (default) saves an adapter of rank 2r for the *untouched* base
                 (``loku.save_portable_adapter``). ``PeftModel.from_pretrained(base, path)`` loads it, and
                 ``merge_and_unload()`` then gives the unlearned model. "residual" saves ``path/base``, the
@@ -76,22 +74,11 @@ class UnlearnResult:
                 (``loku.save_merged_model``).
 
         Raises:
-            ValueError: The kind is none of these, ``path`` is a file, or the model cannot be saved so.
+            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, or
+                it holds a model or an adapter that is not an earlier save.
             OSError: ``path`` cannot be written.
         """
-        if kind not in _SAVES:
-            raise ValueError(f"kind must be one of {list(_SAVES)}, got {kind!r}")
-        if isinstance(self.model, PeftModel):
-            _SAVES[kind](self.model, path, tokenizer=self.tokenizer)
-        else:
-            save_whole_model(self.model, path, tokenizer=self.tokenizer)
-
-
-_SAVES: dict[str, Callable[..., None]] = {
-    "portable": lambda model, path, tokenizer: save_portable_adapter(model, path),
-    "residual": save_residual_model,
-    "merged": save_merged_model,
-}
+        save(self.model, path, kind, tokenizer=self.tokenizer)
 
 
 @torch_defaults()
@@ -103,6 +90,7 @@ def unlearn(
     config: UnlearnConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
+    save_kind: SaveKind = "portable",
 ) -> UnlearnResult:
     """Make a causal LM forget one data set and keep another (LoKU: IHL, FILA).
 
@@ -128,6 +116,8 @@ def unlearn(
             if it had never been stopped.
         tokenizer: The tokenizer, by default the one saved beside the model.
         callbacks: Further callbacks of the trainer; none by default.
+        save_kind: The kind of save that the result is for, "portable" by default. A model that cannot be
+            saved so is refused before it is trained. ``save`` can make the other kinds too, where it can.
 
     Returns:
         An ``UnlearnResult`` with ``model``, ``history`` and ``save(path)``.
@@ -146,7 +136,7 @@ def unlearn(
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
     refuse_adapters(model)
     with all_or_nothing(model):
-        return _unlearn(model, forget, retain, config, tokenizer, callbacks)
+        return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind)
 
 
 def _unlearn(
@@ -156,6 +146,7 @@ def _unlearn(
     config: UnlearnConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     callbacks: Sequence[TrainerCallback] | None,
+    save_kind: SaveKind,
 ) -> UnlearnResult:
     """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
     output_embedding(model)
@@ -185,6 +176,7 @@ def _unlearn(
     set_seed(config.seed)  # the default LoRA factors are random
     peft_model: Any = get_peft_model(model, lora)
     with uninitialised_on_failure(peft_model):
+        check_save(peft_model, save_kind)
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
         initialize: Callable[[], None] | None = None

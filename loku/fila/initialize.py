@@ -50,6 +50,7 @@ from loku.fila.row_scale_cache import cached_row_scales
 from loku.fila.row_scales import FilaConfig, fisher_row_scales, reiterable
 from loku.fila.targets import fila_targets
 from loku.rollback import all_or_nothing
+from loku.saving.residual_base import on_residual_base_
 from loku_kernels import row_scaled_svd
 
 _BASE_COPY = "_loku_base_weights"
@@ -243,6 +244,7 @@ def _keeping_originals(
             initial = {name: adapter_factors(layer, adapter_name) for name, layer in layers.items()}
             setattr(peft_model, _BASE_COPY, originals.finished())
             add_frozen_adapter(peft_model, REFERENCE_ADAPTER, adapter_name, initial)
+            on_residual_base_(peft_model)
     except BaseException:
         for name, original in originals.finished().items():  # without a copy a weight was not overwritten
             _local_weight(layers[name]).copy_(original)
@@ -320,7 +322,7 @@ def restore_base_(peft_model: PeftModel) -> nn.Module:
         The base model that was wrapped.
     """
     restore_weights_(peft_model)
-    base: Any = peft_model.unload()
+    base: Any = peft_model.base_model.unload()  # type: ignore[operator]
     if hasattr(base, "peft_config"):  # peft before 0.21 leaves it, and warns at the next get_peft_model
         del base.peft_config
     return base
