@@ -178,7 +178,7 @@ class UnlearnTrainer(ResumableTrainer):
                 "dtype=torch.float32 (and set bf16 or fp16 for its speed), or in bfloat16"
             )
         dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
-        collator = partial(collate_pairs, pad_token_id=padding_id(processing_class))
+        collator = partial(collate_pairs, pad_token_id=padding_id(processing_class, model))
         super().__init__(
             model=model,
             args=args,
@@ -261,7 +261,9 @@ class UnlearnTrainer(ResumableTrainer):
             leave=False,
         ):
             keys = everything[begin : begin + size]
-            batch = collate([dataset.row(*key) for key in keys], padding_id(self.processing_class))
+            batch = collate(
+                [dataset.row(*key) for key in keys], padding_id(self.processing_class, self.model)
+            )
             with self.compute_loss_context_manager():
                 values = _reference_values(self.model, self._prepare_inputs(batch), reference)
             counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
