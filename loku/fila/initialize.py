@@ -61,13 +61,13 @@ def _checked_row_scales(row_scales: Mapping[str, Tensor], layers: dict[str, Lora
         )
     checked = {}
     for name, layer in layers.items():
-        values, weight = torch.as_tensor(given[name]), base_weight(layer)
+        values, weight = torch.as_tensor(given[name], dtype=torch.float32), base_weight(layer)
         if values.shape != weight.shape[:1]:
             raise ValueError(
                 f"{name}: the row scale must have shape {tuple(weight.shape[:1])}, one number a row of its "
                 f"{tuple(weight.shape)} weight, got {tuple(values.shape)}"
             )
-        values = values.to(weight.device, torch.float32)
+        values = values.to(weight.device)
         if not (torch.isfinite(values).all() and (values >= 0).all() and (values > 0).any()):
             raise ValueError(
                 f"{name}: row scales must be finite, >= 0 and not all 0 (A and B would both be 0 and never "
@@ -131,6 +131,7 @@ def _add_reference(peft_model: PeftModel, layers: Mapping[str, Any], adapter_nam
     flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
     config = copy.deepcopy(peft_model.peft_config[adapter_name])
     config.inference_mode = True
+    config.target_parameters = None  # bare parameters start from B = 0, so they need no reference
     try:
         # low_cpu_mem_usage puts the adapter on the meta device. Random weights would advance the caller's
         # generator for nothing.
@@ -227,7 +228,9 @@ def initialize_from_factors(
 
 
 def _local_weight(layer: LoraLinear) -> Tensor:
-    return local_tensor(base_weight(layer))
+    """The weight as it is stored: a copy of it is contiguous for Conv1D, too."""
+    stored: Any = layer.get_base_layer().weight
+    return local_tensor(stored)
 
 
 @contextmanager
@@ -308,7 +311,8 @@ def _sampled(batches: Iterable[Mapping[str, Tensor]], config: FilaConfig) -> Ite
     if count is None:
         return reiterable(batches)
     if isinstance(batches, DataLoader) and batches.batch_size and hasattr(batches.dataset, "__len__"):
-        order = torch.randperm(len(batches.dataset), generator=torch.Generator().manual_seed(config.seed))
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(batches.dataset), generator=generator, dtype=torch.int64, device="cpu")
         chosen = Subset(batches.dataset, order[:count].sort().values.tolist())
         return DataLoader(chosen, batch_size=batches.batch_size, collate_fn=batches.collate_fn)
     first = []
