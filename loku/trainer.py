@@ -209,7 +209,7 @@ class UnlearnTrainer(ResumableTrainer):
         if isinstance(model, PeftModel) and has_residual_base(model):  # loaded, with its initial factors
             on_residual_base_(model)
         dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
-        collator = partial(collate_pairs, pad_token_id=padding_id(processing_class))
+        collator = partial(collate_pairs, pad_token_id=padding_id(processing_class, model))
         super().__init__(
             model=model,
             args=args,
@@ -316,7 +316,9 @@ class UnlearnTrainer(ResumableTrainer):
             leave=False,
         ):
             keys = everything[begin : begin + size]
-            batch = collate([dataset.row(*key) for key in keys], padding_id(self.processing_class))
+            batch = collate(
+                [dataset.row(*key) for key in keys], padding_id(self.processing_class, self.model)
+            )
             with self.compute_loss_context_manager():
                 values = _reference_values(self.model, self._prepare_inputs(batch), reference)
             counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()

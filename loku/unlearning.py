@@ -159,7 +159,7 @@ def _unlearn(
             "rows are measured"
         )
     make_trainer = partial(UnlearnTrainer, args=config, forget=rows, retain=None, callbacks=callbacks)
-    first_row = collate(rows.forget[:1], padding_id(tokenizer))
+    first_row = collate(rows.forget[:1], padding_id(tokenizer, model))
     if config.tuning == "full":
         check_head(model, first_row)
         trainer = make_trainer(model)
@@ -219,7 +219,7 @@ def _initialize_by_fila(peft_model: PeftModel, rows: PreparedRows, config: Unlea
     loader = partial(
         DataLoader,
         batch_size=config.per_device_train_batch_size,
-        collate_fn=partial(collate, pad_token_id=padding_id(rows.tokenizer)),
+        collate_fn=partial(collate, pad_token_id=padding_id(rows.tokenizer, peft_model)),
     )
     initialize_lora_fila_weights(
         peft_model,
