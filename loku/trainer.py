@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from loku.adapters import reference_model
-from loku.checkpoints import ResumableTrainer
 from loku.config import UnlearnConfig
 from loku.data import (
     IGNORE_INDEX,
@@ -55,6 +54,7 @@ from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.step_log import StepLog
 from loku.torch_defaults import torch_defaults
+from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
 from loku_kernels import reduce_loss
 
 
@@ -82,7 +82,8 @@ class LossBar(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         """Show the last losses at the end of the bar."""
-        losses = {name: value for name, value in (logs or {}).items() if name.endswith("_loss")}
+        shown = ("forget_loss", "retain_loss")
+        losses = {name: value for name, value in (logs or {}).items() if name in shown}
         if self.training_bar is not None and losses:
             self.training_bar.set_postfix(losses)
 
@@ -97,7 +98,7 @@ class _SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
-class UnlearnTrainer(ResumableTrainer):
+class UnlearnTrainer(EvaluatingTrainer):
     """Minimise the forget loss plus the retain loss of paired rows, without holding their logits.
 
     The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
@@ -133,6 +134,9 @@ class UnlearnTrainer(ResumableTrainer):
         processing_class: The tokenizer, by default the one saved beside the model if it is needed.
         refusals: The ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals. By
             default they are made from it.
+        eval_dataset: The evaluation set, in the forms of ``forget``, or a dict of sets by their names. By
+            default the forget and the retain set are evaluated, if ``args.eval_strategy`` asks for it. See
+            ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
         peft_config: The config of an adapter to put into the model, such as a ``peft.LoraConfig``; None
             (default) puts none.
         kwargs: The other arguments of ``transformers.Trainer``.
@@ -155,9 +159,11 @@ class UnlearnTrainer(ResumableTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         refusals: RefusalRows | None = None,
         peft_config: PeftConfig | None = None,
+        eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = UnlearnConfig() if args is None else args
+        check_trainer_arguments(args, kwargs)
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args.init_arguments())
         keep_differentiable_(model)
@@ -165,10 +171,10 @@ class UnlearnTrainer(ResumableTrainer):
             raise ValueError(
                 "model is a PeftModel already; leave out peft_config, or merge its adapter first"
             )
-        forget, retain, refusals, processing_class = prepare_rows(
-            model, forget, retain, args, processing_class, refusals
-        )
+        rows = prepare_rows(model, forget, retain, args, processing_class, refusals)
+        forget, retain, refusals, processing_class = rows
         self._check_rows(model, args, forget, retain)
+        eval_sets = prepare_eval_sets(model, args, eval_dataset, rows)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         output_embedding(model)  # refuses a head that it cannot handle, which the first step would
@@ -186,6 +192,7 @@ class UnlearnTrainer(ResumableTrainer):
             forget=forget,
             retain=retain,
             refusals=refusals if "refusal" in self.objective.kinds else None,
+            eval_sets=eval_sets,
             train_dataset=dataset,
             data_collator=collator,
             processing_class=processing_class,
@@ -231,12 +238,13 @@ class UnlearnTrainer(ResumableTrainer):
 
         The arguments, the result and the errors are those of ``ResumableTrainer.train``.
         """
-        needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
-        if needed and not self.train_dataset.references:
-            self._keep_references()
         tf32 = chooses_tf32(self.args, self.model)
         self._first_log = {"tf32": 1.0} if tf32 else {}
         with fused_lora(self.model, self.args.fused_lora), float32_products("tf32" if tf32 else None):
+            needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
+            if needed and not self.train_dataset.references:
+                with self.accelerator.autocast():  # in the precision of training
+                    self._keep_references()
             return super().train(*args, **kwargs)
 
     def _keep_references(self) -> None:
@@ -264,8 +272,7 @@ class UnlearnTrainer(ResumableTrainer):
         ):
             keys = everything[begin : begin + size]
             batch = collate([dataset.row(*key) for key in keys], padding_id(self.processing_class))
-            with self.compute_loss_context_manager():
-                values = _reference_values(self.model, self._prepare_inputs(batch), reference)
+            values = _reference_values(self.model, self._prepare_inputs(batch), reference)
             counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
             sizes = counts if reference == "divergence" else [1] * len(keys)
             for key, value in zip(keys, values.cpu().split(sizes), strict=True):
@@ -415,6 +422,7 @@ class UnlearnTrainer(ResumableTrainer):
         causal_lm: Any = unwrapped(self.model)
         narrow = self.args.bf16 or self.args.fp16  # by autocast
         dtype = torch.bfloat16 if narrow else causal_lm.dtype  # both 16-bit dtypes have a card's same peak
-        logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._first_log
-        self._first_log = {}
+        if not logs.keys().isdisjoint(("loss", "train_loss")):  # not the log of an evaluation
+            logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._first_log
+            self._first_log = {}
         super().log(logs, *args, **kwargs)

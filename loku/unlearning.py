@@ -101,6 +101,7 @@ def unlearn(
     config: UnlearnConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
+    eval_dataset: Any = None,
 ) -> UnlearnResult:
     """Make a causal LM forget one data set and keep another (LoKU: IHL, FILA).
 
@@ -124,6 +125,9 @@ def unlearn(
             if it had never been stopped.
         tokenizer: The tokenizer, by default the one saved beside the model.
         callbacks: Further callbacks of the trainer; none by default.
+        eval_dataset: The rows to evaluate when ``config.eval_strategy`` says so: a data set in the forms of
+            ``forget``, or a dict of data sets by their names. By default the forget and the retain set. See
+            ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
 
     Returns:
         An ``UnlearnResult`` with ``model``, ``history`` and ``save(path)``.
@@ -151,7 +155,14 @@ def unlearn(
             'init="fila" measures the retain set, which has no length: set fisher_samples, and its first '
             "rows are measured"
         )
-    make_trainer = partial(UnlearnTrainer, args=config, forget=rows, retain=None, callbacks=callbacks)
+    make_trainer = partial(
+        UnlearnTrainer,
+        args=config,
+        forget=rows,
+        retain=None,
+        callbacks=callbacks,
+        eval_dataset=eval_dataset,
+    )
     first_row = collate(rows.forget[:1], padding_id(tokenizer))
     if config.tuning == "full":
         check_head(model, first_row)
@@ -241,5 +252,8 @@ def _fisher_samples(rows: Any) -> Any:
 
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
-    ones = {name: torch.ones(len(layer.weight), dtype=torch.float32) for name, layer in fila_targets(peft_model).items()}
+    ones = {
+        name: torch.ones(len(layer.weight), dtype=torch.float32)
+        for name, layer in fila_targets(peft_model).items()
+    }
     initialize_from_row_scales(peft_model, ones)
