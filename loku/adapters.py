@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 REFERENCE_ADAPTER = "reference"  # the frozen initial factors
 
@@ -30,9 +31,20 @@ def adapter_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
     }
 
 
+def linear_weight(module: Any) -> Tensor:
+    """The weight W (d, k) of a linear module, y = x W^T + b, as a view of the stored weight.
+
+    transformers' Conv1D (GPT-2) stores the transpose (k, d). Writing into the view writes the stored weight.
+
+    Args:
+        module: A ``torch.nn.Linear``, a quantised relative of it, or a Conv1D.
+    """
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
 def base_weight(layer: Any) -> Tensor:
-    """The weight W (d, k) of the base layer in a LoRA layer."""
-    return layer.get_base_layer().weight
+    """The weight W (d, k) of the base layer in a LoRA layer, as ``linear_weight`` gives it."""
+    return linear_weight(layer.get_base_layer())
 
 
 def adapter_factors(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:

@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from loku.adapters import base_weight
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
 from loku.fila.initialize import (
@@ -253,7 +254,7 @@ def _fisher_samples(rows: Any) -> Any:
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
     ones = {
-        name: torch.ones(len(layer.weight), dtype=torch.float32)
+        name: torch.ones(len(base_weight(layer)), dtype=torch.float32)
         for name, layer in fila_targets(peft_model).items()
     }
     initialize_from_row_scales(peft_model, ones)

@@ -164,7 +164,8 @@ def _json(path: Path, text: str) -> _Records:
 
 
 _WANTED_JSON = (
-    "write a JSON list of rows, or one row on each line (in pandas: to_json(path, orient='records', lines=True))"
+    "write a JSON list of rows, or one row on each line "
+    "(in pandas: to_json(path, orient='records', lines=True))"
 )
 
 
@@ -276,7 +277,8 @@ def _folder(path: Path) -> list[Any] | Dataset:
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         raise ValueError(
-            f"{path} has the splits {', '.join(splits)}; name the folder of one split, such as {path / splits[0]}"
+            f"{path} has the splits {', '.join(splits)}; name the folder of one split, such as "
+            f"{path / splits[0]}"
         )
     return load_from_disk(str(path))
 
@@ -286,13 +288,13 @@ def _shards(path: Path) -> list[Path]:
     files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file))
     if not files:
         raise ValueError(
-            f"{path} is a folder without data: neither saved by datasets' save_to_disk, nor with files of the "
-            f"formats {FORMATS}"
+            f"{path} is a folder without data: datasets' save_to_disk did not write it, and it has no files "
+            f"of the formats {FORMATS}"
         )
     if len({re.sub(r"\d+", "0", file.name) for file in files}) > 1:
         raise ValueError(
-            f"{path} has several data sets: {', '.join(file.name for file in files)}; name one file, or a folder "
-            f"with the shards of one data set alone"
+            f"{path} has several data sets: {', '.join(file.name for file in files)}; name one file, or a "
+            f"folder with the shards of one data set alone"
         )
     return files
 
@@ -323,8 +325,8 @@ def _from_hub(source: str) -> Dataset:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"{source!r} is not a file; to look for it on the Hugging Face hub, install datasets: pip install "
-            f"datasets. The formats of files are {FORMATS}"
+            f"{source!r} is not a file; to look for it on the Hugging Face hub, install datasets: pip "
+            f"install datasets. The formats of files are {FORMATS}"
         ) from error
     name, config, split, *more = [*source.split(":"), "", ""]
     if any(more):

@@ -131,6 +131,7 @@ def _add_reference(peft_model: PeftModel, layers: Mapping[str, Any], adapter_nam
     flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
     config = copy.deepcopy(peft_model.peft_config[adapter_name])
     config.inference_mode = True
+    config.target_parameters = None  # bare parameters start from B = 0, so they need no reference
     try:
         # low_cpu_mem_usage puts the adapter on the meta device. Random weights would advance the caller's
         # generator for nothing.
@@ -227,7 +228,9 @@ def initialize_from_factors(
 
 
 def _local_weight(layer: LoraLinear) -> Tensor:
-    return local_tensor(base_weight(layer))
+    """The weight as it is stored: a copy of it is contiguous for Conv1D, too."""
+    stored: Any = layer.get_base_layer().weight
+    return local_tensor(stored)
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import loku.fila.initialize
+from loku.adapters import reference_model
 from loku.fila.initialize import (
     FilaConfig,
     get_fila_state_dict,
     initialize_from_row_scales,
     initialize_lora_fila_weights,
-    reference_model,
     release_base_copy_,
     restore_base_,
 )
