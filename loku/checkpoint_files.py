@@ -25,6 +25,7 @@ from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
 
 MANIFEST = "loku_checkpoint.json"
 UNFINISHED = ".unfinished"
+_DIGESTS = ("base model", "given adapter", "forget set", "retain set", "refusals", "evaluation sets")
 _SCHEDULER = "scheduler.pt"  # written beside the optimizer's files, whose names differ by the way of sharding
 _FORMAT = 4  # raised with each change of the facts that identify a run
 
@@ -119,8 +120,7 @@ def _differences(identity: dict[str, Any], other: dict[str, Any]) -> str:
     for name in {**other, **identity}:
         ours, theirs = identity.get(name), other.get(name)
         if ours != theirs:
-            digests = ("base model", "given adapter", "forget set", "retain set", "refusals")
-            is_digest = name in digests
+            is_digest = name in _DIGESTS
             parts.append(
                 f"another {name}" if is_digest else f"{name}={theirs!r}, where this run has {ours!r}"
             )

@@ -33,7 +33,6 @@ from loku.adapters import (
     refuse_adapters,
     snapshot_reference,
 )
-from loku.checkpoints import ResumableTrainer
 from loku.config import UnlearnConfig
 from loku.data import (
     IGNORE_INDEX,
@@ -68,6 +67,7 @@ from loku.rollback import all_or_nothing
 from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
 from loku.torch_defaults import torch_defaults
+from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
 from loku_kernels import reduce_loss
 
 
@@ -95,7 +95,8 @@ class LossBar(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         """Show the last losses at the end of the bar."""
-        losses = {name: value for name, value in (logs or {}).items() if name.endswith("_loss")}
+        shown = ("forget_loss", "retain_loss")
+        losses = {name: value for name, value in (logs or {}).items() if name in shown}
         if self.training_bar is not None and losses:
             self.training_bar.set_postfix(losses)
 
@@ -110,7 +111,7 @@ class _SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
-class UnlearnTrainer(ResumableTrainer):
+class UnlearnTrainer(EvaluatingTrainer):
     """Minimise the forget loss plus the retain loss of paired rows, without holding their logits.
 
     The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
@@ -149,6 +150,9 @@ class UnlearnTrainer(ResumableTrainer):
         processing_class: The tokenizer, by default the one saved beside the model if it is needed.
         refusals: The ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals. By
             default they are made from it.
+        eval_dataset: The evaluation set, in the forms of ``forget``, or a dict of sets by their names. By
+            default the forget and the retain set are evaluated, if ``args.eval_strategy`` asks for it. See
+            ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
         peft_config: The config of an adapter to put into the model, such as a ``peft.LoraConfig``; None
             (default) puts none.
         kwargs: The other arguments of ``transformers.Trainer``.
@@ -171,15 +175,19 @@ class UnlearnTrainer(ResumableTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         refusals: RefusalRows | None = None,
         peft_config: PeftConfig | None = None,
+        eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = UnlearnConfig() if args is None else args
+        check_trainer_arguments(args, kwargs)
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args.init_arguments())
         if peft_config is not None:
             refuse_adapters(model)
         with all_or_nothing(model, keep_weights=changes_base(peft_config)):
-            self._construct(model, args, forget, retain, processing_class, refusals, peft_config, **kwargs)
+            self._construct(
+                model, args, forget, retain, processing_class, refusals, peft_config, eval_dataset, **kwargs
+            )
 
     def _construct(
         self,
@@ -190,13 +198,14 @@ class UnlearnTrainer(ResumableTrainer):
         processing_class: PreTrainedTokenizerBase | None,
         refusals: RefusalRows | None,
         peft_config: PeftConfig | None,
+        eval_dataset: Any,
         **kwargs: Any,
     ) -> None:
         keep_differentiable_(model)
-        forget, retain, refusals, processing_class = prepare_rows(
-            model, forget, retain, args, processing_class, refusals
-        )
+        rows = prepare_rows(model, forget, retain, args, processing_class, refusals)
+        forget, retain, refusals, processing_class = rows
         self._check_rows(model, args, forget, retain)
+        eval_sets = prepare_eval_sets(model, args, eval_dataset, rows)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         output_embedding(model)  # refuses a head that it cannot handle, which the first step would
@@ -216,6 +225,7 @@ class UnlearnTrainer(ResumableTrainer):
             forget=forget,
             retain=retain,
             refusals=refusals if "refusal" in self.objective.kinds else None,
+            eval_sets=eval_sets,
             train_dataset=dataset,
             data_collator=collator,
             processing_class=processing_class,
@@ -285,7 +295,8 @@ class UnlearnTrainer(ResumableTrainer):
         if self._given is None and not self.train_dataset.references:
             self._given = snapshot_reference(self.model)
             if self._given is None:
-                self._keep_references()
+                with self.accelerator.autocast():  # in the precision of training
+                    self._keep_references()
         if self._given is None:
             yield
             return
@@ -319,8 +330,7 @@ class UnlearnTrainer(ResumableTrainer):
             batch = collate(
                 [dataset.row(*key) for key in keys], padding_id(self.processing_class, self.model)
             )
-            with self.compute_loss_context_manager():
-                values = _reference_values(self.model, self._prepare_inputs(batch), reference)
+            values = _reference_values(self.model, self._prepare_inputs(batch), reference)
             counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
             sizes = counts if reference == "divergence" else [1] * len(keys)
             for key, value in zip(keys, values.cpu().split(sizes), strict=True):
@@ -470,6 +480,7 @@ class UnlearnTrainer(ResumableTrainer):
         causal_lm: Any = unwrapped(self.model)
         narrow = self.args.bf16 or self.args.fp16  # by autocast
         dtype = torch.bfloat16 if narrow else causal_lm.dtype  # both 16-bit dtypes have a card's same peak
-        logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._first_log
-        self._first_log = {}
+        if not logs.keys().isdisjoint(("loss", "train_loss")):  # not the log of an evaluation
+            logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._first_log
+            self._first_log = {}
         super().log(logs, *args, **kwargs)

@@ -91,6 +91,7 @@ def unlearn(
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
     save_kind: SaveKind = "portable",
+    eval_dataset: Any = None,
 ) -> UnlearnResult:
     """Make a causal LM forget one data set and keep another (LoKU: IHL, FILA).
 
@@ -118,6 +119,9 @@ def unlearn(
         callbacks: Further callbacks of the trainer; none by default.
         save_kind: The kind of save that the result is for, "portable" by default. A model that cannot be
             saved so is refused before it is trained. ``save`` can make the other kinds too, where it can.
+        eval_dataset: The rows to evaluate when ``config.eval_strategy`` says so: a data set in the forms of
+            ``forget``, or a dict of data sets by their names. By default the forget and the retain set. See
+            ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
 
     Returns:
         An ``UnlearnResult`` with ``model``, ``history`` and ``save(path)``.
@@ -136,7 +140,7 @@ def unlearn(
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
     refuse_adapters(model)
     with all_or_nothing(model):
-        return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind)
+        return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset)
 
 
 def _unlearn(
@@ -147,6 +151,7 @@ def _unlearn(
     tokenizer: PreTrainedTokenizerBase | None,
     callbacks: Sequence[TrainerCallback] | None,
     save_kind: SaveKind,
+    eval_dataset: Any,
 ) -> UnlearnResult:
     """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
     output_embedding(model)
@@ -158,7 +163,14 @@ def _unlearn(
             'init="fila" measures the retain set, which has no length: set fisher_samples, and its first '
             "rows are measured"
         )
-    make_trainer = partial(UnlearnTrainer, args=config, forget=rows, retain=None, callbacks=callbacks)
+    make_trainer = partial(
+        UnlearnTrainer,
+        args=config,
+        forget=rows,
+        retain=None,
+        callbacks=callbacks,
+        eval_dataset=eval_dataset,
+    )
     first_row = collate(rows.forget[:1], padding_id(tokenizer, model))
     if config.tuning == "full":
         check_head(model, first_row)
