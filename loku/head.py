@@ -316,7 +316,8 @@ def check_packing(model: Any) -> None:
         ValueError: They see each other.
     """
     device = model_device(model)
-    documents = [torch.arange(1, 6, device=device), torch.arange(5, 1, -1, device=device)]
+    positions = torch.arange(6, dtype=torch.int64, device=device)
+    documents = [positions[1:], positions[2:].flip(0)]
     with evaluating(model):
         apart = [hidden_states(model, input_ids=ids[None])[0] for ids in documents]
         orders = [[0, 1], [1, 0]]  # two rows, as in training: flash attention packs only in batches of one
@@ -324,10 +325,7 @@ def check_packing(model: Any) -> None:
             model,
             input_ids=torch.stack([torch.cat([documents[i] for i in order]) for order in orders]),
             position_ids=torch.stack(
-                [
-                    torch.cat([torch.arange(len(documents[i]), device=device) for i in order])
-                    for order in orders
-                ]
+                [torch.cat([positions[: len(documents[i])] for i in order]) for order in orders]
             ),
         )
     expected = torch.stack([torch.cat([apart[i] for i in order]) for order in orders])

@@ -54,6 +54,7 @@ from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probabili
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.step_log import StepLog
+from loku.torch_defaults import torch_defaults
 from loku_kernels import reduce_loss
 
 
@@ -224,6 +225,7 @@ class UnlearnTrainer(ResumableTrainer):
                 stacklevel=3,
             )
 
+    @torch_defaults()
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; first run the original model if the method needs its values and there is no adapter.
 

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from loku.adapters import base_weight
-from loku.checkpoints import initialize_from_checkpoint
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
 from loku.fila.initialize import (
@@ -38,6 +37,7 @@ from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.saving.adapter import save_portable_adapter
 from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
 from loku.target_modules import default_target_modules
+from loku.torch_defaults import torch_defaults
 from loku.trainer import UnlearnTrainer
 
 
@@ -93,6 +93,7 @@ _SAVES: dict[str, Callable[..., None]] = {
 }
 
 
+@torch_defaults()
 def unlearn(
     model: PreTrainedModel | str | os.PathLike,
     forget: Any,
@@ -173,13 +174,10 @@ def unlearn(
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
         initialize: Callable[[], None] | None = None
-        if config.init != "default" and trainer.checkpoint is not None:
-            if trainer.is_fsdp_enabled:
-                raise ValueError("under FSDP a run cannot go on from a checkpoint; begin anew, or use DDP")
-            initialize = partial(initialize_from_checkpoint, peft_model, trainer.checkpoint)
-        elif config.init == "fila":
+        resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors
+        if config.init == "fila" and not resumed:
             initialize = partial(_initialize_by_fila, peft_model, rows, config)
-        elif config.init == "pissa":
+        elif config.init == "pissa" and not resumed:
             initialize = partial(_initialize_by_pissa, peft_model)
         if initialize is not None:
             if trainer.is_fsdp_enabled:
@@ -244,5 +242,8 @@ def _fisher_samples(rows: Any) -> Any:
 
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
-    ones = {name: torch.ones(len(base_weight(layer))) for name, layer in fila_targets(peft_model).items()}
+    ones = {
+        name: torch.ones(len(base_weight(layer)), dtype=torch.float32)
+        for name, layer in fila_targets(peft_model).items()
+    }
     initialize_from_row_scales(peft_model, ones)

@@ -72,8 +72,8 @@ def collate_pairs(pairs: Sequence[Mapping[str, Mapping[str, Any]]], pad_token_id
     rows = [pair[kind] for kind in kinds for pair in pairs]
     batch = collate(rows, pad_token_id)
     for number, kind in enumerate(kinds):
-        batch[f"is_{kind}"] = torch.arange(len(rows)) // len(pairs) == number
-    batch["token_count"] = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch[f"is_{kind}"] = torch.arange(len(rows), dtype=torch.int64) // len(pairs) == number
+    batch["token_count"] = torch.tensor([len(row["input_ids"]) for row in rows], dtype=torch.int64)
     references = [row["reference"] for row in rows if "reference" in row]
     if references:
         batch["reference"] = torch.cat(references)

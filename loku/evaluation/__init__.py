@@ -4,10 +4,10 @@ from loku.evaluation.dialogue import dialogue_f1
 from loku.evaluation.extraction import (
     ExtractionLikelihood,
     extraction_likelihood,
-    generate_greedy,
     generated_texts,
     greedy_answers,
 )
+from loku.evaluation.generation import generate_greedy
 from loku.evaluation.reasoning import REASONING_TASKS, reasoning_accuracies
 from loku.evaluation.report import format_table, plot_measures, plot_probabilities, write_report
 from loku.evaluation.scores import (

@@ -1,4 +1,4 @@
-"""The share of a text that can be extracted from a model: greedy generation and Extraction Likelihood.
+"""The share of a text that can be extracted from a model: greedy answers and Extraction Likelihood.
 
 Both follow Cha et al. (ICLR 2025), Eqs. 4 and 5, after Jang et al. (ACL 2023). ``loku.evaluation.scores``
 defines rows and answers, and has Eq. 6.
@@ -6,16 +6,13 @@ defines rows and answers, and has Eq. 6.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from tqdm.auto import tqdm
-
 from loku.distributed import is_main_process, spread
+from loku.evaluation.generation import eos_ids, generate_greedy, until_eos
 from loku.evaluation.scores import TokenScores, mean_over_rows, token_scores
-from loku.models import CausalLM, evaluating, model_device
+from loku.models import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,107 +32,6 @@ class ExtractionLikelihood(NamedTuple):
     per_row: list[float | None]
     n: int
     stride: int
-
-
-def generate_greedy(
-    model: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: Iterable[int],
-    batch_size: int = 16,
-    eos_token_id: int | Collection[int] | None = None,
-    progress: bool = True,
-    description: str = "generating",
-) -> list[list[int]]:
-    """Continue token lists greedily.
-
-    Batches are padded on the left and use the KV cache. Prompts with similar numbers of new tokens share a
-    batch.
-
-    Args:
-        model: The causal LM, on the device where it runs.
-        prompts: The prompts, non-empty lists of ids.
-        max_new_tokens: The greatest number of new tokens, one for each prompt.
-        batch_size: The number of prompts in a batch, 16 by default.
-        eos_token_id: The id or ids at which a continuation ends; None (default) stands for the model's own.
-        progress: Whether to show a progress bar, True by default.
-        description: The title of the progress bar, "generating" by default.
-
-    Returns:
-        The new ids of each prompt. A continuation ends after its first EOS, at its greatest number of tokens,
-        or at the end of the model's context.
-    """
-    from transformers import GenerationConfig
-
-    if eos_token_id is None:
-        eos_token_id = _eos_ids(model)
-    eos = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    lengths = [
-        min(length, context - len(prompt)) for prompt, length in zip(prompts, max_new_tokens, strict=True)
-    ]
-    batches = _generation_batches([len(prompt) for prompt in prompts], lengths, batch_size, context)
-    generated: list[list[int]] = [[] for _ in prompts]
-    device = model_device(model)
-    with evaluating(model):
-        for chosen in tqdm(batches, desc=description, disable=not progress, leave=False):
-            width = max(len(prompts[i]) for i in chosen)
-            ids = torch.zeros(len(chosen), width, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(chosen):
-                ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-                mask[row, width - len(prompts[index]) :] = 1
-            # ``generate`` takes missing settings from the model's own generation config, and the configs of
-            # chat models ask for sampling and repetition penalties. So all settings of greedy decoding are
-            # given.
-            config = GenerationConfig(
-                max_new_tokens=lengths[chosen[0]],
-                do_sample=False,
-                num_beams=1,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=50,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                min_new_tokens=0,
-                eos_token_id=eos or None,
-                pad_token_id=eos[0] if eos else 0,
-            )
-            generate: Any = model.generate
-            output = generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-            )
-            for index, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
-                generated[index] = _until_eos(tokens[: lengths[index]], eos)
-    return generated
-
-
-def _generation_batches(
-    widths: Sequence[int], lengths: Sequence[float], batch_size: int, context: float
-) -> list[list[int]]:
-    """Group the prompts that need new tokens into batches.
-
-    The first prompt of a batch needs the most new tokens. The longest prompt of a batch and the most new
-    tokens together fit into the context.
-
-    Args:
-        widths: The number of tokens of each prompt.
-        lengths: The number of new tokens of each prompt; a prompt with none is in no batch.
-        batch_size: The greatest number of prompts in a batch.
-        context: The greatest number of tokens that the model takes.
-
-    Returns:
-        The indices of the prompts in each batch.
-    """
-    order = [i for i, length in enumerate(lengths) if length > 0]
-    batches: list[list[int]] = []
-    width = 0
-    for index in sorted(order, key=lambda i: (-lengths[i], -widths[i])):
-        width = max(width, widths[index])
-        if not batches or len(batches[-1]) == batch_size or width + lengths[batches[-1][0]] > context:
-            batches.append([])
-            width = widths[index]
-        batches[-1].append(index)
-    return batches
 
 
 def greedy_answers(
@@ -166,7 +62,7 @@ def greedy_answers(
     Returns:
         The ids of each answer.
     """
-    eos = _eos_ids(model) if eos_token_id is None else eos_token_id
+    eos = eos_ids(model) if eos_token_id is None else eos_token_id
     prompts: list[list[int]] = []
     known: list[list[int]] = []
     for row, score in zip(rows, scores, strict=True):
@@ -209,7 +105,7 @@ def generated_texts(
     Args:
         tokenizer: The tokenizer, which decodes the answers.
     """
-    eos = {*_eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    eos = {*eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
     decode: Any = tokenizer.decode
     return [decode(ids, skip_special_tokens=True) for ids in answers]
@@ -256,7 +152,7 @@ def extraction_likelihood(
         raise ValueError("packed rows have several texts; pass each as a row (loku.data.split_documents)")
     if scores is None:
         scores = token_scores(model, rows, batch_size, progress, f"EL{n} (tokens)")
-    eos = _eos_ids(model)
+    eos = eos_ids(model)
     prompts: list[tuple[list[int], list[int]]] = []
     lengths: list[int] = []
     row_prefixes = []
@@ -288,7 +184,7 @@ def extraction_likelihood(
         overlaps = []
         for t, leave, branch in prefixes:
             rest = [] if branch is None else prompts[branch][1] + branches[branch]
-            overlaps.append(_overlap(_until_eos(ids[t:leave] + rest, eos), ids[t:end], n))
+            overlaps.append(_overlap(until_eos(ids[t:leave] + rest, eos), ids[t:end], n))
         per_row.append(sum(overlaps) / len(overlaps) if overlaps else None)
     return ExtractionLikelihood(mean_over_rows(per_row), per_row, n, stride)
 
@@ -323,15 +219,3 @@ def _overlap(generated: Sequence[int], truth: Sequence[int], n: int) -> float:
 
 def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-
-
-def _until_eos(tokens: list[int], eos: Collection[int]) -> list[int]:
-    end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
-    return tokens[:end]
-
-
-def _eos_ids(model: CausalLM) -> list[int]:
-    """Return the model's end-of-sequence ids in ascending order; chat models have several."""
-    sources = (getattr(model, "generation_config", None), model.config)
-    eos: Any = next((e for s in sources if (e := getattr(s, "eos_token_id", None)) is not None), [])
-    return [eos] if isinstance(eos, int) else sorted(eos)

@@ -61,13 +61,13 @@ def _checked_row_scales(row_scales: Mapping[str, Tensor], layers: dict[str, Lora
         )
     checked = {}
     for name, layer in layers.items():
-        values, weight = torch.as_tensor(given[name]), base_weight(layer)
+        values, weight = torch.as_tensor(given[name], dtype=torch.float32), base_weight(layer)
         if values.shape != weight.shape[:1]:
             raise ValueError(
                 f"{name}: the row scale must have shape {tuple(weight.shape[:1])}, one number a row of its "
                 f"{tuple(weight.shape)} weight, got {tuple(values.shape)}"
             )
-        values = values.to(weight.device, torch.float32)
+        values = values.to(weight.device)
         if not (torch.isfinite(values).all() and (values >= 0).all() and (values > 0).any()):
             raise ValueError(
                 f"{name}: row scales must be finite, >= 0 and not all 0 (A and B would both be 0 and never "
@@ -311,7 +311,8 @@ def _sampled(batches: Iterable[Mapping[str, Tensor]], config: FilaConfig) -> Ite
     if count is None:
         return reiterable(batches)
     if isinstance(batches, DataLoader) and batches.batch_size and hasattr(batches.dataset, "__len__"):
-        order = torch.randperm(len(batches.dataset), generator=torch.Generator().manual_seed(config.seed))
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(batches.dataset), generator=generator, dtype=torch.int64, device="cpu")
         chosen = Subset(batches.dataset, order[:count].sort().values.tolist())
         return DataLoader(chosen, batch_size=batches.batch_size, collate_fn=batches.collate_fn)
     first = []

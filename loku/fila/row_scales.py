@@ -385,7 +385,7 @@ def _accumulate(
     for total in totals.values():
         sum_over_processes_(total)
     _check_finite(totals, losses, numbers, description)
-    return int(sum_over_processes_(torch.tensor(count, device=device)).item())
+    return int(sum_over_processes_(torch.tensor(count, dtype=torch.int64, device=device)).item())
 
 
 def _check_finite(

@@ -1,40 +1,13 @@
-"""Greedy generation and the extraction likelihood against brute force."""
+"""Greedy answers and the extraction likelihood against brute force."""
 
 import math
 
 import pytest
 from naive_measures import naive_extraction, naive_greedy
-from tiny_models import tiny_model
 
 import loku.data
-from loku.evaluation import extraction_likelihood, generate_greedy, token_scores
+from loku.evaluation import extraction_likelihood, token_scores
 from loku.evaluation.extraction import greedy_answers
-
-
-def test_greedy_generation_does_not_depend_on_the_batch_or_the_generation_config(model):
-    prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [3], [20, 4, 19]]
-    lengths = [9, 5, 12, 0]
-    expected = [naive_greedy(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
-    model.generation_config.repetition_penalty = 5.0  # some chat models have one
-    try:
-        for batch_size in (1, 4):
-            assert generate_greedy(model, prompts, lengths, batch_size, progress=False) == expected
-    finally:
-        model.generation_config.repetition_penalty = None
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt_neo"])  # gpt_neo has a table of positions
-def test_greedy_generation_ends_with_the_context(kind):
-    """The room for new tokens depends on the prompt's own width, not on its neighbours in the batch."""
-    model = tiny_model(kind).double()
-    context = model.config.max_position_embeddings
-    prompts = [
-        [3 + i % 90 for i in range(width)] for width in (14, 60, context - 3, context - 40, context, 5)
-    ]
-    alone = [generate_greedy(model, [p], [80], eos_token_id=[], progress=False)[0] for p in prompts]
-    assert [len(new) for new in alone] == [80, context - 60, 3, 40, 0, 80]
-    together = generate_greedy(model, prompts, [80] * 6, batch_size=6, eos_token_id=[], progress=False)
-    assert together == alone
 
 
 def test_greedy_answers_have_at_most_so_many_tokens(model):
