@@ -109,9 +109,7 @@ class _FusedProducts(torch.autograd.Function):
             if transformed():
                 raise RuntimeError(_NO_SECOND_DERIVATIVE)
             inputs = [factor for factor in (lora_A, lora_B) if factor.requires_grad] + [grad_output]
-            grad_x, grad_A, grad_B = refused_results(
-                _NO_SECOND_DERIVATIVE, [grad_x, grad_A, grad_B], inputs
-            )
+            grad_x, grad_A, grad_B = refused_results(_NO_SECOND_DERIVATIVE, [grad_x, grad_A, grad_B], inputs)
         return grad_x, None, None, grad_A, grad_B, None, None
 
 

@@ -122,7 +122,11 @@ SETTINGS = {
     "falcon_h1": {"lm_head_multiplier": 0.5, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gemma3n_text": {"final_logit_softcapping": 3.0, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3n_text": {
+        "final_logit_softcapping": 3.0,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
@@ -330,7 +334,10 @@ def run(kind, tmp_path, init="fila", **options):
         result.save(path, save)
         shown.errors[save] = off_by(logits(load(kind, path, save).eval()), trained)
     beta = 0.1
-    for method, name, expected in (("npo", "forget_loss", 2 / beta * math.log(2)), ("kl", "retain_loss", 0.0)):
+    for method, name, expected in (
+        ("npo", "forget_loss", 2 / beta * math.log(2)),
+        ("kl", "retain_loss", 0.0),
+    ):
         config = _config(tmp_path, init=init, method=method, beta=beta, max_steps=1, **options)
         history = unlearn(make_model(kind), FORGET, RETAIN, config=config).history
         shown.errors[method] = abs(history[0][name] - expected)
@@ -342,5 +349,7 @@ def load(kind, path, save):
     if save == "merged":
         return AutoModelForCausalLM.from_pretrained(path)
     if save == "residual":
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter")
+        return PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter"
+        )
     return PeftModel.from_pretrained(make_model(kind), path)

@@ -45,7 +45,11 @@ def kernels(dtype):
     triplet, _ = softmax_triplet(logits, labels)
     inputs, upstream = fisher_operands(3, 5, 7, 9, dtype)
     zeros, divisor = torch.zeros(7, 9), torch.ones(7, 9)
-    wide, tall, scales = hidden.new_ones(2, 60, 90).cumsum(1).cos(), hidden.new_ones(2, 9, 7), torch.rand(2, 60)
+    wide, tall, scales = (
+        hidden.new_ones(2, 60, 90).cumsum(1).cos(),
+        hidden.new_ones(2, 9, 7),
+        torch.rand(2, 60),
+    )
     wide = wide + torch.randn(wide.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def with_gradients(function, *leaves):
