@@ -108,9 +108,7 @@ class _FusedProducts(torch.autograd.Function):
             if transformed():
                 raise RuntimeError(_NO_SECOND_DERIVATIVE)
             inputs = [factor for factor in (lora_A, lora_B) if factor.requires_grad] + [grad_output]
-            grad_x, grad_A, grad_B = refused_results(
-                _NO_SECOND_DERIVATIVE, [grad_x, grad_A, grad_B], inputs
-            )
+            grad_x, grad_A, grad_B = refused_results(_NO_SECOND_DERIVATIVE, [grad_x, grad_A, grad_B], inputs)
         return grad_x, None, None, grad_A, grad_B, None, None
 
 
@@ -123,7 +121,7 @@ def _traced_products(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The products of ``_FusedProducts`` as plain operations, for compilers and transforms of ``torch.func``."""
+    """The products of ``_FusedProducts`` as plain operations, for compilers and ``torch.func``."""
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     low = F.linear(rows, lora_A.to(dtype))
     output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))

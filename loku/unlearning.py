@@ -245,5 +245,8 @@ def _fisher_samples(rows: Any) -> Any:
 
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
-    ones = {name: torch.ones(len(layer.weight), dtype=torch.float32) for name, layer in fila_targets(peft_model).items()}
+    ones = {
+        name: torch.ones(len(layer.weight), dtype=torch.float32)
+        for name, layer in fila_targets(peft_model).items()
+    }
     initialize_from_row_scales(peft_model, ones)
