@@ -20,20 +20,21 @@ from transformers import (
     set_seed,
 )
 
-from loku.adapters import base_weight
+from loku.adapters import base_weight, refuse_adapters
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
 from loku.fila.initialize import (
     initialize_from_row_scales,
     initialize_lora_fila_weights,
     release_base_copy_,
-    restore_base_,
+    uninitialised_on_failure,
 )
 from loku.fila.targets import fila_targets
 from loku.head import check_head, output_embedding
 from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
+from loku.rollback import all_or_nothing
 from loku.saving.kinds import SaveKind, check_save, save
 from loku.target_modules import default_target_modules
 from loku.torch_defaults import torch_defaults
@@ -90,6 +91,7 @@ def unlearn(
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
     save_kind: SaveKind = "portable",
+    eval_dataset: Any = None,
 ) -> UnlearnResult:
     """Make a causal LM forget one data set and keep another (LoKU: IHL, FILA).
 
@@ -99,8 +101,10 @@ def unlearn(
 
     Args:
         model: The causal LM of transformers, or its path or hub name. It is consumed: the adapters are put
-            into it. Its weights are put back if anything fails. ``tuning="full"`` trains the weights
-            themselves, keeps no copy of them and puts nothing back.
+            into it. If anything fails the model is as it was: weights, ``requires_grad``, modes, config,
+            hooks, modules and their classes. ``tuning="full"`` trains the weights themselves, keeps no copy
+            of them and does not put them back. An adapter that is given by its path or hub name is merged
+            into its base, and the merged model is unlearned.
         forget: The rows to forget: a list of strings, a list of dicts or a ``datasets.Dataset``. The columns
             are ``text``, ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or
             ``input_ids`` (and ``labels``). See ``loku.data.tokenize_dataset``.
@@ -115,14 +119,17 @@ def unlearn(
         callbacks: Further callbacks of the trainer; none by default.
         save_kind: The kind of save that the result is for, "portable" by default. A model that cannot be
             saved so is refused before it is trained. ``save`` can make the other kinds too, where it can.
+        eval_dataset: The rows to evaluate when ``config.eval_strategy`` says so: a data set in the forms of
+            ``forget``, or a dict of data sets by their names. By default the forget and the retain set. See
+            ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
 
     Returns:
         An ``UnlearnResult`` with ``model``, ``history`` and ``save(path)``.
 
     Raises:
         ValueError: A data set is empty or a row unusable. The output embedding, the targets or the model
-            cannot be handled. No tokenizer is found. The checkpoint is not whole or is of another run. The
-            message says how to mend it.
+            cannot be handled. The model carries an adapter already. No tokenizer is found. The checkpoint is
+            not whole or is of another run. The message says how to mend it.
         FloatingPointError: A loss or a Fisher is NaN or Inf. The message names the step and the module.
         OSError: ``output_dir`` or a checkpoint cannot be written.
     """
@@ -131,8 +138,22 @@ def unlearn(
         raise ValueError(f"config must be a loku.UnlearnConfig, got {type(config).__name__}")
     model = load_model(model, config.init_arguments())
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
-    if isinstance(model, PeftModel):
-        raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
+    refuse_adapters(model)
+    with all_or_nothing(model):
+        return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset)
+
+
+def _unlearn(
+    model: PreTrainedModel,
+    forget: Any,
+    retain: Any,
+    config: UnlearnConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    callbacks: Sequence[TrainerCallback] | None,
+    save_kind: SaveKind,
+    eval_dataset: Any,
+) -> UnlearnResult:
+    """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
     output_embedding(model)
     keep_differentiable_(model)  # before check_head evaluates the model
     rows = prepare_rows(model, forget, retain, config, tokenizer)
@@ -142,8 +163,15 @@ def unlearn(
             'init="fila" measures the retain set, which has no length: set fisher_samples, and its first '
             "rows are measured"
         )
-    make_trainer = partial(UnlearnTrainer, args=config, forget=rows, retain=None, callbacks=callbacks)
-    first_row = collate(rows.forget[:1], padding_id(tokenizer))
+    make_trainer = partial(
+        UnlearnTrainer,
+        args=config,
+        forget=rows,
+        retain=None,
+        callbacks=callbacks,
+        eval_dataset=eval_dataset,
+    )
+    first_row = collate(rows.forget[:1], padding_id(tokenizer, model))
     if config.tuning == "full":
         check_head(model, first_row)
         trainer = make_trainer(model)
@@ -157,10 +185,9 @@ def unlearn(
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, too
         target_modules=default_target_modules(model, targets) if isinstance(targets, str) else targets,
     )
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     set_seed(config.seed)  # the default LoRA factors are random
     peft_model: Any = get_peft_model(model, lora)
-    try:
+    with uninitialised_on_failure(peft_model):
         check_save(peft_model, save_kind)
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
@@ -176,11 +203,6 @@ def unlearn(
             else:
                 initialize()
         trainer.train()
-    except BaseException:
-        restore_base_(peft_model)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-        raise
     release_base_copy_(peft_model)
     return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
 
@@ -209,7 +231,7 @@ def _initialize_by_fila(peft_model: PeftModel, rows: PreparedRows, config: Unlea
     loader = partial(
         DataLoader,
         batch_size=config.per_device_train_batch_size,
-        collate_fn=partial(collate, pad_token_id=padding_id(rows.tokenizer)),
+        collate_fn=partial(collate, pad_token_id=padding_id(rows.tokenizer, peft_model)),
     )
     initialize_lora_fila_weights(
         peft_model,
