@@ -120,6 +120,15 @@ def _computing(model: nn.Module, compute: Callable[..., Tensor], shape: torch.Si
                 f"the output embedding of {type(base).__name__} got hidden states of shape "
                 f"{tuple(hidden.shape)} for tokens of shape {tuple(shape)}"
             )
+        wanted = head.weight.dtype
+        if hidden.dtype != wanted and not torch.is_autocast_enabled(hidden.device.type):
+            if replaced is None:
+                raise ValueError(
+                    f"the output embedding of {type(base).__name__} is {wanted} and its hidden states are "
+                    f"{hidden.dtype}, which no model multiplies: cast the embedding, "
+                    f"model.get_output_embeddings().to({hidden.dtype}), or its input in a forward pre-hook"
+                )
+            hidden = hidden.to(wanted)  # the model's own forward of the embedding does so
         return compute(hidden, head, **arguments)
 
     replaced = head.__dict__.get("forward")  # accelerate puts hooks there

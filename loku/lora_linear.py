@@ -123,7 +123,7 @@ def _traced_products(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The products of ``_FusedProducts`` as plain operations, for compilers and transforms of ``torch.func``."""
+    """The products of ``_FusedProducts`` as plain operations, for compilers and ``torch.func``."""
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     low = F.linear(rows, lora_A.to(dtype))
     output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))

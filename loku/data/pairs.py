@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loku.data.large_sets import StreamedRows
 from loku.data.refusals import RefusalRows
-from loku.data.rows import IGNORE_INDEX
+from loku.data.tokens import IGNORE_INDEX
 
 
 class Draw(NamedTuple):
