@@ -54,6 +54,8 @@ from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probabili
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.step_log import StepLog
+from loku.target_modules import check_lora_config
+from loku.text_decoder import check_causal_lm
 from loku.torch_defaults import torch_defaults
 from loku_kernels import reduce_loss
 
@@ -160,6 +162,7 @@ class UnlearnTrainer(ResumableTrainer):
         args = UnlearnConfig() if args is None else args
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args.init_arguments())
+        check_causal_lm(model)
         keep_differentiable_(model)
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError(
@@ -170,6 +173,7 @@ class UnlearnTrainer(ResumableTrainer):
         )
         self._check_rows(model, args, forget, retain)
         if peft_config is not None:
+            check_lora_config(model, peft_config)
             model = get_peft_model(model, peft_config)
         output_embedding(model)  # refuses a head that it cannot handle, which the first step would
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)

@@ -36,7 +36,8 @@ from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.saving.adapter import save_portable_adapter
 from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
-from loku.target_modules import default_target_modules
+from loku.target_modules import choose_targets
+from loku.text_decoder import check_causal_lm
 from loku.torch_defaults import torch_defaults
 from loku.trainer import UnlearnTrainer
 
@@ -143,6 +144,7 @@ def unlearn(
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
     if isinstance(model, PeftModel):
         raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
+    check_causal_lm(model)
     output_embedding(model)
     keep_differentiable_(model)  # before check_head evaluates the model
     rows = prepare_rows(model, forget, retain, config, tokenizer)
@@ -160,12 +162,12 @@ def unlearn(
         trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
-    targets = config.target_modules
+    targets = choose_targets(model, config.target_modules or "qv+ffn", config.exclude_modules)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, too
-        target_modules=default_target_modules(model, targets) if isinstance(targets, str) else targets,
+        **targets.lora_arguments(),
     )
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     set_seed(config.seed)  # the default LoRA factors are random
@@ -245,5 +247,8 @@ def _fisher_samples(rows: Any) -> Any:
 
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
-    ones = {name: torch.ones(len(layer.weight), dtype=torch.float32) for name, layer in fila_targets(peft_model).items()}
+    ones = {
+        name: torch.ones(len(layer.weight), dtype=torch.float32)
+        for name, layer in fila_targets(peft_model).items()
+    }
     initialize_from_row_scales(peft_model, ones)
