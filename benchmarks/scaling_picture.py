@@ -34,8 +34,8 @@ def draw(result: Result, path: Path) -> None:
     )
     vocab = [g.case["vocab"] for g in sweep]
     panels: dict[str, Callable[[Row], float]] = {
-        "milliseconds": lambda row: row["milliseconds"],
-        "peak extra memory, MiB (under 1: drawn at 1)": lambda row: max(
+        "time (ms)": lambda row: row["milliseconds"],
+        "peak extra memory (MiB, at least 1)": lambda row: max(
             RESOLUTION_MIB, (row["peak_extra_bytes"] or 0) / 2**20
         ),
     }
@@ -64,8 +64,8 @@ def draw(result: Result, path: Path) -> None:
                 va="center",
                 annotation_clip=False,
             )
-        axis.set_title(title, loc="left")
-        axis.set(xlabel="vocabulary V", xlim=(vocab[0] / 1.2, vocab[-1] * 1.2))
+        axis.set_title(title.split(" (")[0], loc="left")
+        axis.set(xlabel="vocabulary V (words)", ylabel=title, xlim=(vocab[0] / 1.2, vocab[-1] * 1.2))
         axis.grid(which="major", color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     case = sweep[0].case

@@ -241,17 +241,19 @@ def varied_fields(groups: Sequence[Group], measured: Collection[str], *without: 
     return [name for name in names if len({group[0][name] for group in groups}) > 1]
 
 
-def new_figure(panels: int, ylabel: str, **labels: Any) -> "tuple[Figure, list[Axes]]":
+def new_figure(panels: int, title: str, ylabel: str, **labels: Any) -> "tuple[Figure, list[Axes]]":
     """Return a figure and its panels, side by side.
 
     Args:
         panels: The number of panels.
+        title: The title of the figure.
         ylabel: The label of the shared vertical axis.
         **labels: Properties of every panel.
     """
     from matplotlib.figure import Figure  # pyplot would choose a backend for the whole process
 
-    figure = Figure(figsize=(4.2 * panels, 3.8), layout="constrained")
+    figure = Figure(figsize=(4.2 * panels, 4.1), layout="constrained")
+    figure.suptitle(title)
     axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
     for panel in axes:
         panel.set(**labels)

@@ -125,10 +125,16 @@ def draw_flops(path: Path, groups: Sequence[Group]) -> None:
 
     A method has a colour and an initialisation has a marker, which is empty if not all runs met the rule.
     """
-    figure, (axes,) = new_figure(1, xlabel="training TFLOPs (estimate)", ylabel="retain perplexity")
+    figure, (axes,) = new_figure(
+        1,
+        "TDEC: utility against cost, mean over seeds",
+        xlabel="training, TFLOPs (estimate)",
+        ylabel="perplexity of the retain set",
+    )
+    figure.set_figwidth(6.2)
     axes.set(yscale="log")
     methods = list(dict.fromkeys(group[0]["method"] for group in groups))
-    for group in groups:
+    for group in sorted(groups, key=lambda group: methods.index(group[0]["method"])):
         method, init = group[0]["method"], group[0]["init"]
         color = f"C{methods.index(method)}"
         axes.scatter(
@@ -137,42 +143,57 @@ def draw_flops(path: Path, groups: Sequence[Group]) -> None:
             marker=INIT_MARKERS.get(init, "D"),
             edgecolors=color,
             facecolors=color if forgotten(group) == 1 else "none",
-            label=f"{method}, {init}",
+            label=f"{method}, {init}" + ("" if forgotten(group) == 1 else " (not all runs forget)"),
         )
     axes.axhline(groups[0][0]["before"]["retain_perplexity"], color="0.6", lw=0.8, label="before")
-    axes.legend(fontsize="x-small", ncols=2)
+    figure.legend(fontsize="x-small", loc="outside right center")
     figure.savefig(path, dpi=130)
 
 
 def draw_epochs(path: Path, runs: Sequence[Run]) -> None:
-    """Draw the epochs until the rule is met, by rank and by target modules.
+    """Draw the epochs until the rule is met, by rank as lines and by target modules as bars.
 
-    A point is a cross if not all runs met the rule.
+    A rank is a number, so a line connects ranks. Target modules have no order. A point or a bar has a cross
+    if not all runs met the rule.
     """
     names = [n for n in ("lora_rank", "target_modules") if len({run[n] for run in runs}) > 1] or ["lora_rank"]
-    figure, panels = new_figure(len(names), ylabel="epochs until forgotten")
+    title = "TDEC: epochs until the stopping rule is met, mean over seeds"
+    figure, panels = new_figure(len(names), title, ylabel="epochs until forgotten")
     panels[0].set_ylim(0, 1 + max(total([run], "epochs") for run in runs))
     for axes, name in zip(panels, names, strict=True):
         values = sorted({run[name] for run in runs})
         axes.set(xlabel=name.replace("_", " "), xticks=range(len(values)), xticklabels=values)
+        series = {}
         for key, group in grouped(runs, MEASURED, "seed", "learning_rate", name).items():
             best_of = {best[0][name]: best for best in best_settings(group)}
-            if len(best_of) == 1:
-                continue
+            if len(best_of) > 1:
+                series[f"{dict(key)['method']}, {dict(key)['init']}"] = best_of
+        width = 0.8 / max(1, len(series))
+        for index, (label, best_of) in enumerate(series.items()):
             points = [(values.index(value), best_of[value]) for value in values if value in best_of]
-            x, y = zip(*((x, total(best, "epochs")) for x, best in points), strict=True)
-            (line,) = axes.plot(x, y, lw=1, label=f"{dict(key)['method']}, {dict(key)['init']}")
-            for position, best in points:
-                marker = "o" if forgotten(best) == 1 else "x"
-                axes.plot(position, total(best, "epochs"), marker, color=line.get_color())
-        if axes.lines:
-            axes.legend(fontsize="small")
+            x, y = [at for at, _ in points], [total(best, "epochs") for _, best in points]
+            if name == "target_modules":
+                x = [at + (index - (len(series) - 1) / 2) * width for at in x]
+                axes.bar(x, y, width, color=f"C{index}", label=label)
+            else:
+                axes.plot(x, y, lw=1, marker="o", color=f"C{index}", label=label)
+            crosses = [
+                (at, top) for at, top, (_, best) in zip(x, y, points, strict=True) if forgotten(best) < 1
+            ]
+            if crosses:
+                axes.plot(*zip(*crosses, strict=True), "kx", label="not all runs met the rule")
+        if series:
+            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            axes.legend(handles.values(), handles, fontsize="small")
     figure.savefig(path, dpi=130)
 
 
 def draw_continual(path: Path, groups: Sequence[Group]) -> None:
     """Draw a panel for each method: MA of each forget set after each step of unlearning."""
-    figure, panels = new_figure(len(groups), xlabel="forget sets unlearned", ylabel="Memorisation Accuracy")
+    title = "TDEC: four forget sets, unlearned one after the other; mean over seeds"
+    figure, panels = new_figure(
+        len(groups), title, xlabel="forget sets unlearned", ylabel="Memorisation Accuracy (share of tokens)"
+    )
     for axes, group in zip(panels, groups, strict=True):
         axes.set_title(f"{group[0]['method']}, {group[0]['init']}")
         for task in range(group[0]["tasks"]):
@@ -181,7 +202,8 @@ def draw_continual(path: Path, groups: Sequence[Group]) -> None:
                 for stages in zip(*([run["before"], *run["steps"]] for run in group), strict=True)
             ]
             axes.plot(stages, marker="o", ms=3, label=f"set {task + 1}")
-    panels[-1].legend(fontsize="small")
+        axes.locator_params(axis="x", integer=True)
+    panels[-1].legend(fontsize="small", title="measured on")
     figure.savefig(path, dpi=130)
 
 

@@ -44,7 +44,7 @@ ASPECTS = {  # heading -> the settings that a table of its own varies
     "Full tuning": ("tuning",),
     "Forget sets": ("forget_authors", "num_train_epochs"),
 }
-PANEL_TITLES = {"init": "{}", "forget_authors": "{} authors forgotten"}
+PANEL_TITLES = {"init": "{} initialisation", "forget_authors": "{} authors forgotten"}
 INIT_STYLES = {"fila": "C0-", "pissa": "C1--", "default": "C2:"}
 
 
@@ -236,12 +236,36 @@ def mean_curve(group: Group) -> Iterator[tuple[int, float, float]]:
         yield points[0]["step"], mean(kept_shares), geometric_mean(map(quality, points))
 
 
-def quality_axes(panels: int, **labels: Any) -> "tuple[Figure, list[Axes]]":
+def quality_axes(panels: int, title: str, **labels: Any) -> "tuple[Figure, list[Axes]]":
     """Return a figure of forget quality with a line at ``FORGOTTEN`` in each panel."""
-    figure, axes = new_figure(panels, ylabel="forget quality (KS p-value)", yscale="log", **labels)
+    figure, axes = new_figure(panels, title, ylabel="forget quality (KS p-value)", yscale="log", **labels)
     for panel in axes:
-        panel.axhline(FORGOTTEN, color="0.6", lw=0.8)
+        panel.axhline(FORGOTTEN, color="0.6", lw=0.8, label=f"forgotten: p = {FORGOTTEN}")
     return figure, axes
+
+
+def marker_area(epoch: int) -> int:
+    """Return the area of an epoch's mark, in points squared."""
+    return 6 + 5 * epoch
+
+
+def add_legend(figure: "Figure", axes: Sequence["Axes"], sizes: Sequence[int] = ()) -> None:
+    """Add a legend beside the panels, with one entry for each label of a line and for each size of marks.
+
+    Args:
+        figure: The figure.
+        axes: Its panels.
+        sizes: The epochs whose size of marks is shown.
+    """
+    from matplotlib.lines import Line2D
+
+    lines = {line.get_label(): line for panel in axes for line in panel.lines}
+    handles = sorted(lines.values(), key=lambda line: ":" in str(line.get_label()))  # marks come last
+    handles += [
+        Line2D([], [], ls="", marker="o", color="0.5", ms=marker_area(epoch) ** 0.5, label=f"epoch {epoch}")
+        for epoch in sizes
+    ]
+    figure.legend(handles=handles, fontsize="small", loc="outside right center")
 
 
 def draw_tradeoff(path: Path, groups: Sequence[Group], panel_field: str) -> None:
@@ -249,10 +273,12 @@ def draw_tradeoff(path: Path, groups: Sequence[Group], panel_field: str) -> None
     values = sorted({group[0][panel_field] for group in groups})
     names = ["method"] if panel_field == "init" else ["method", "init"]
     labels = list(dict.fromkeys(", ".join(value_of(names)(group[0])) for group in groups))
-    figure, axes = quality_axes(len(values), xlabel="share of utility kept")
+    title = "TOFU: forgetting against utility, by epoch; mean over seeds"
+    figure, axes = quality_axes(len(values), title, xlabel="share of utility kept")
+    longest = 0
     for panel, value in zip(axes, values, strict=True):
         panel.set(title=PANEL_TITLES[panel_field].format(value), xlim=(-0.05, 1.05))
-        panel.axvline(KEPT, color="0.6", lw=0.8)
+        panel.axvline(KEPT, color="0.6", lw=0.8, ls=":", label=f"kept: {KEPT:.0%} of utility")
         for group in groups:
             if group[0][panel_field] != value:
                 continue
@@ -260,9 +286,9 @@ def draw_tradeoff(path: Path, groups: Sequence[Group], panel_field: str) -> None
             label = ", ".join(value_of(names)(group[0]))
             color = f"C{labels.index(label)}"
             panel.plot(utility, forget, color=color, lw=1, label=label)
-            panel.scatter(utility, forget, s=[6 + 5 * epoch for epoch in range(len(utility))], color=color)
-    lines = {line.get_label(): line for panel in axes for line in panel.lines}
-    figure.legend([lines[label] for label in labels], labels, fontsize="small", loc="outside right center")
+            panel.scatter(utility, forget, s=[*map(marker_area, range(len(utility)))], color=color)
+            longest = max(longest, len(utility) - 1)
+    add_legend(figure, axes, sizes=sorted({0, longest // 2, longest}))
     figure.savefig(path, dpi=130)
 
 
@@ -272,15 +298,16 @@ def draw_steps(path: Path, runs: Sequence[Run], method: str = "ihl") -> None:
     Each learning rate has a panel, with a curve for each initialisation.
     """
     rates = sorted({run["learning_rate"] for run in runs})
-    figure, axes = quality_axes(len(rates), xlabel="optimiser step")
+    title = f"TOFU: forgetting by {method}, mean over seeds, for each initialisation of LoRA"
+    figure, axes = quality_axes(len(rates), title, xlabel="optimiser step")
     for panel, rate in zip(axes, rates, strict=True):
-        panel.set_title(f"{method}, learning rate {rate:g}")
+        panel.set_title(f"learning rate {rate:g}")
         chosen = [run for run in runs if run["learning_rate"] == rate]
         for group in grouped(chosen, MEASURED, "seed").values():
             init = group[0]["init"]
             steps, _, forget = zip(*mean_curve(group), strict=True)
             panel.plot(steps, forget, INIT_STYLES[init], marker="o", ms=3, label=init)
-    axes[-1].legend(fontsize="small")
+    add_legend(figure, axes)
     figure.savefig(path, dpi=130)
 
 

@@ -25,6 +25,7 @@ from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
 
 MANIFEST = "loku_checkpoint.json"
 UNFINISHED = ".unfinished"
+_DIGESTS = ("base model", "given adapter", "forget set", "retain set", "refusals", "evaluation sets")
 _SCHEDULER = "scheduler.pt"  # written beside the optimizer's files, whose names differ by the way of sharding
 _FORMAT = 4  # raised with each change of the facts that identify a run
 
@@ -35,6 +36,7 @@ def run_identity(
     forget: Iterable[Mapping[str, Any]],
     retain: Iterable[Mapping[str, Any]] | DrawnRows,
     refusals: RefusalRows | None = None,
+    given_adapter: str | None = None,
 ) -> dict[str, Any]:
     """The facts that two runs must share for one to go on from the other's checkpoint.
 
@@ -45,6 +47,8 @@ def run_identity(
         forget: The tokenised forget rows.
         retain: The tokenised retain rows. Only the first 100 rows count of a set that is not held in memory.
         refusals: The refusals that the run trains on, or None.
+        given_adapter: The ``given_adapter_fingerprint`` of the model if the method compares with the original
+            model, or None.
 
     Returns:
         The facts, which JSON can hold, by their names in messages.
@@ -52,6 +56,7 @@ def run_identity(
     identity = {
         "checkpoint format": _FORMAT,
         "base model": fingerprint,
+        "given adapter": given_adapter,
         "forget set": ordered_rows_fingerprint(forget),
         "retain set": ordered_rows_fingerprint(retain.first() if isinstance(retain, DrawnRows) else retain),
         "refusals": None if refusals is None else texts_fingerprint(refusals.refusals),
@@ -115,7 +120,7 @@ def _differences(identity: dict[str, Any], other: dict[str, Any]) -> str:
     for name in {**other, **identity}:
         ours, theirs = identity.get(name), other.get(name)
         if ours != theirs:
-            is_digest = name in ("base model", "forget set", "retain set", "refusals")
+            is_digest = name in _DIGESTS
             parts.append(
                 f"another {name}" if is_digest else f"{name}={theirs!r}, where this run has {ours!r}"
             )

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from loku.checkpoint_factors import (
@@ -57,6 +57,17 @@ __all__ = [  # with the names that have moved to modules of their own
 _STATE = "trainer_state.json"
 
 
+class _BestCheckpoint(TrainerCallback):
+    """Find the best checkpoint of a resumed run whose directory was moved: Trainer would forget it."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set ``best_model_checkpoint`` again."""
+        if state.best_global_step and state.best_model_checkpoint is None and args.load_best_model_at_end:
+            state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.best_global_step}"
+
+
 class ResumableTrainer(Trainer):
     """A ``transformers.Trainer`` with whole checkpoints, which goes on from them exactly.
 
@@ -94,11 +105,18 @@ class ResumableTrainer(Trainer):
         self._run = forget, retain, refusals
         # The fingerprint is taken before training changes the weights.
         self._base_model = sampled_weights_fingerprint(model) if args.should_save else None
+        self._given_adapter: str | None = None  # of an adapter that is a part of the original model
         self._writing = self._ended = False
+        self.add_callback(_BestCheckpoint())
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return run_identity(self.args, self._base_model, *self._run)
+        facts = run_identity(self.args, self._base_model, *self._run, given_adapter=self._given_adapter)
+        return facts | self._further_facts()
+
+    def _further_facts(self) -> dict[str, Any]:
+        """Facts of a subclass that two runs must share, which JSON can hold, by their names in messages."""
+        return {}
 
     @cached_property
     def checkpoint(self) -> Path | None:

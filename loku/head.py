@@ -120,6 +120,15 @@ def _computing(model: nn.Module, compute: Callable[..., Tensor], shape: torch.Si
                 f"the output embedding of {type(base).__name__} got hidden states of shape "
                 f"{tuple(hidden.shape)} for tokens of shape {tuple(shape)}"
             )
+        wanted = head.weight.dtype
+        if hidden.dtype != wanted and not torch.is_autocast_enabled(hidden.device.type):
+            if replaced is None:
+                raise ValueError(
+                    f"the output embedding of {type(base).__name__} is {wanted} and its hidden states are "
+                    f"{hidden.dtype}, which no model multiplies: cast the embedding, "
+                    f"model.get_output_embeddings().to({hidden.dtype}), or its input in a forward pre-hook"
+                )
+            hidden = hidden.to(wanted)  # the model's own forward of the embedding does so
         return compute(hidden, head, **arguments)
 
     replaced = head.__dict__.get("forward")  # accelerate puts hooks there
@@ -141,8 +150,20 @@ def _forward(model: nn.Module, compute: Callable[..., Tensor], input_ids: Tensor
 
     ``tokens`` are ``attention_mask``, or the ``position_ids`` of packed sequences.
     """
-    with _computing(model, compute, input_ids.shape):
-        return model(input_ids=input_ids, use_cache=False, **tokens).logits
+    results = []
+
+    def kept(*args: Any, **kwargs: Any) -> Tensor:
+        results.append(compute(*args, **kwargs))
+        return results[-1]
+
+    with _computing(model, kept, input_ids.shape):
+        output = model(input_ids=input_ids, use_cache=False, **tokens).logits
+    (result,) = results
+    if output.dtype != result.dtype:  # Mamba's and others cast their logits to float32
+        cast = output.to(result.dtype)
+        # The value as it was, with the gradient of the cast. Infinite values have no difference.
+        output = cast + torch.where(cast == result, 0.0, result - cast).detach()
+    return output
 
 
 def model_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,14 +210,13 @@ def hidden_states(model: nn.Module, **tokens: Tensor) -> Tensor:
         model: The causal LM.
         tokens: ``input_ids`` (B, T), int64, and ``attention_mask`` or ``position_ids``.
     """
-    dtype: torch.dtype | None = None
+    dtypes = []
 
     def compute(hidden: Tensor, head: nn.Linear, **postprocessing: Any) -> Tensor:
-        nonlocal dtype
-        dtype = hidden.dtype
-        return hidden.float() if dtype == torch.float16 else hidden  # float16 has too few exponents for _NO_CAP
+        dtypes.append(hidden.dtype)
+        return hidden.float() if hidden.dtype == torch.float16 else hidden  # too few exponents for _NO_CAP
 
-    return _forward(model, compute, **tokens).to(dtype)
+    return _forward(model, compute, **tokens).to(dtypes[0])
 
 
 def label_hidden_states(model: nn.Module, labels: Tensor, **tokens: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ class _FusedProducts(torch.autograd.Function):
         needs_A, needs_B = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(rows if needs_A else None, low if needs_B else None, weight, lora_A, lora_B)
         ctx.scaling, ctx.dtype, ctx.x_shape, ctx.x_dtype = scaling, dtype, x.shape, x.dtype
-        return output.view(*x.shape[:-1], len(weight))
+        # Autograd forbids to change a view that a Function returns, and some models scale the output in place.
+        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,9 +109,7 @@ class _FusedProducts(torch.autograd.Function):
             if transformed():
                 raise RuntimeError(_NO_SECOND_DERIVATIVE)
             inputs = [factor for factor in (lora_A, lora_B) if factor.requires_grad] + [grad_output]
-            grad_x, grad_A, grad_B = refused_results(
-                _NO_SECOND_DERIVATIVE, [grad_x, grad_A, grad_B], inputs
-            )
+            grad_x, grad_A, grad_B = refused_results(_NO_SECOND_DERIVATIVE, [grad_x, grad_A, grad_B], inputs)
         return grad_x, None, None, grad_A, grad_B, None, None
 
 
@@ -123,7 +122,7 @@ def _traced_products(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The products of ``_FusedProducts`` as plain operations, for compilers and transforms of ``torch.func``."""
+    """The products of ``_FusedProducts`` as plain operations, for compilers and ``torch.func``."""
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     low = F.linear(rows, lora_A.to(dtype))
     output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -201,9 +201,20 @@ def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
 def _kl_backward(ctx: Any, grad_divergence: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *operands, normalizers, direction = ctx.saved_tensors
     if wants_graph():
+        reference_hidden, reference_weight, reference_bias, counted = operands[3:]
 
-        def divergence_of(*head: Any) -> Tensor:
-            return plain_divergence(*head, *operands[3:], ctx.softcap, ctx.logit_scale)
+        def divergence_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return plain_divergence(
+                hidden,
+                weight,
+                bias,
+                reference_hidden,
+                reference_weight,
+                reference_bias,
+                counted,
+                ctx.softcap,
+                ctx.logit_scale,
+            )
 
         needs = ctx.needs_input_grad[:3]
         return *gradients_with_graph(divergence_of, operands[:3], needs, grad_divergence), *[None] * 7

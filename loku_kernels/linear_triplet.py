@@ -277,8 +277,8 @@ class _LinearSoftmaxTriplet(torch.autograd.Function):
         if wants_graph():
             labels = operands[3]
 
-            def triplet_of(*head: Any) -> Tensor:
-                return plain_linear_triplet(*head, labels, *ctx.settings)[0]
+            def triplet_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                return plain_linear_triplet(hidden, weight, bias, labels, *ctx.settings)[0]
 
             return *gradients_with_graph(triplet_of, operands[:3], needs, grad_triplet), *[None] * 5
         return *linear_backward(needs, operands, saved, None, *ctx.settings), *[None] * 5

@@ -110,7 +110,7 @@ class _TripletLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if wants_graph():
             triplet, labels = ctx.saved_tensors
             loss, ignore_index, reduction = ctx.settings
@@ -137,7 +137,7 @@ class _LogitsLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
         if wants_graph():
             loss, ignore_index, reduction = ctx.settings
@@ -192,8 +192,8 @@ class _LinearLoss(torch.autograd.Function):
         if wants_graph():
             (loss, reduction, dtype), labels, ignore_index = ctx.request, operands[3], ctx.settings[0]
 
-            def loss_of(*head: Any) -> Tensor:
-                triplet, _ = plain_linear_triplet(*head, labels, *ctx.settings)
+            def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                triplet, _ = plain_linear_triplet(hidden, weight, bias, labels, *ctx.settings)
                 return _loss_of_triplet(loss, triplet, labels, ignore_index, reduction).to(dtype)
 
             return *gradients_with_graph(loss_of, operands[:3], needs, grad_loss), *[None] * 4

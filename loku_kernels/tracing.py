@@ -34,7 +34,7 @@ def transformed() -> bool:
 
 
 def wants_graph() -> bool:
-    """Say whether the running backward is to be differentiated: by ``create_graph=True``, or in forward mode."""
+    """Say whether the running backward is differentiated, by ``create_graph=True`` or in forward mode."""
     again = torch.is_grad_enabled() or forward_ad._current_level >= 0
     return again and not torch.compiler.is_compiling()
 
@@ -102,8 +102,8 @@ def traced_gradient(grad: Tensor) -> bool:
 def refused_results(message: str, results: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Any:
     """Make the results of a backward refuse to be differentiated.
 
-    torch's ``once_differentiable`` returns constants if the incoming gradients are constants. A penalty of the
-    gradient would then silently not train. These results lead to the inputs.
+    torch's ``once_differentiable`` returns constants if the incoming gradients are constants. A penalty of
+    the gradient would then silently not train. These results lead to the inputs.
 
     Args:
         message: The message of the ``RuntimeError``.

@@ -90,7 +90,7 @@ class _SoftmaxTriplet(torch.autograd.Function):
         return triplet, runner_up_id
 
     @staticmethod
-    def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_triplet is None:
             return None, None, None
         logits, labels, *saved = ctx.saved_tensors

@@ -300,7 +300,8 @@ def infer_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    name = getattr(model.config, "_name_or_path", "")
+    merged: Any = getattr(model, "_loku_merged_adapter", None)  # its tokenizer may lie beside the adapter
+    name = getattr(model.config, "_name_or_path", "") if merged is None else merged["tokenizer"]
     if not name:
         raise ValueError("this model does not say where it was loaded from; pass its tokenizer as tokenizer=")
     local = Path(name).is_dir()

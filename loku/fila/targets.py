@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loku.adapters import REFERENCE_ADAPTER, adapter_layers
+from loku.adapters import REFERENCE_ADAPTER, adapter_layers, linear_weight
 from loku.distributed import is_sharded
 
 # FILA refuses the modules and options below by name, before it changes a weight.
@@ -52,6 +52,29 @@ def _storage(parameter: Tensor) -> Hashable:
     return id(parameter) if is_sharded(parameter) else (parameter.device, parameter.data_ptr())
 
 
+@torch.no_grad()
+def _computes_as_linear(base: Any) -> bool:
+    """Whether a subclass of nn.Linear or Conv1D computes x W^T + b; a class with a forward of its own is tried.
+
+    FSDP2 replaces the type of a module by a class of its own, which has the forward of the old one.
+    """
+    if type(base).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if is_sharded(base.weight):
+        return False
+    weight = linear_weight(base)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, weight.shape[1], generator=generator, dtype=torch.float32)
+    x = x.to(weight.device, weight.dtype)
+    try:
+        actual = type(base).forward(base, x)
+    except Exception:
+        return False
+    expected = nn.functional.linear(x, weight, base.bias)
+    close = 1e-2 if weight.dtype.itemsize == 2 else 1e-5
+    return isinstance(actual, Tensor) and torch.allclose(actual, expected, rtol=close, atol=close)
+
+
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[Hashable, list[str]]) -> None:
     base: Any = layer.get_base_layer()
     weight: Any = getattr(base, "weight", None)
@@ -66,15 +89,18 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[Ha
             f"{name}: its weight is on the meta device (offloaded or not loaded); load the model without "
             "offloading"
         )
-    # FSDP2 replaces the type by a class of its own. So the check looks at the forward.
-    known = any(isinstance(base, c) and type(base).forward is c.forward for c in (nn.Linear, Conv1D))
-    plain = known and (type(weight) is nn.Parameter or is_sharded(weight))
+    plain = isinstance(base, (nn.Linear, Conv1D)) and (type(weight) is nn.Parameter or is_sharded(weight))
     if not plain or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         dtype = f" with a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise ValueError(
             f"{name}: FILA needs a plain nn.Linear or Conv1D with a floating-point weight, got {kind}{dtype}; "
             "where the base is quantised, initialise on the unquantised base and then quantise the residual, "
             'or use default LoRA initialisation (init="default")'
+        )
+    if not _computes_as_linear(base):
+        raise ValueError(
+            f"{name}: a {kind} computes something else than x W^T + b, so the outputs would change; leave it out "
+            'of target_modules, or use default LoRA initialisation (init="default")'
         )
     if not isinstance(layer, LoraLinear) or adapter_name in layer.lora_variant:
         raise ValueError(
