@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loku.adapters import reference_model
     from loku.callbacks import ExtractionStopping, ProbabilityGauge, UtilityFloorStopping
-    from loku.checkpoints import initialize_from_checkpoint
+    from loku.checkpoint_factors import initialize_from_checkpoint
     from loku.config import UnlearnConfig
     from loku.fila.initialize import get_fila_state_dict, initialize_lora_fila_weights
     from loku.fila.row_scales import FilaConfig
@@ -43,7 +43,7 @@ __all__ = [
 _MODULES = {
     "adapters": ("reference_model",),
     "callbacks": ("ExtractionStopping", "ProbabilityGauge", "UtilityFloorStopping"),
-    "checkpoints": ("initialize_from_checkpoint",),
+    "checkpoint_factors": ("initialize_from_checkpoint",),
     "config": ("UnlearnConfig",),
     "fila.initialize": ("get_fila_state_dict", "initialize_lora_fila_weights"),
     "fila.row_scales": ("FilaConfig",),

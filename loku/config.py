@@ -44,6 +44,9 @@ class UnlearnConfig(TrainingArguments):
     The defaults of the learning rate and the retain weight give the best results of IHL and FILA on the
     embedded model. A larger model may need a lower learning rate.
 
+    ``greater_is_better`` follows ``metric_for_best_model``: a better model has lower losses and higher values
+    of the other measures, except on the set "forget", where it has forgotten more.
+
     Args:
         output_dir: The directory of checkpoints, "loku-output" by default.
         per_device_train_batch_size: The number of forget rows in a batch of one process, 8 by default.
@@ -207,6 +210,10 @@ class UnlearnConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # The better model has forgotten more: a higher loss, and lower values of the other measures.
+            forgets = self.metric_for_best_model.removeprefix("eval_").startswith("forget_")
+            self.greater_is_better = forgets == self.metric_for_best_model.endswith("loss")
         super().__post_init__()
         self.remove_unused_columns = False  # the columns are pairs of rows, not arguments of the model
         if self.ddp_find_unused_parameters is None:

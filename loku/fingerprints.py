@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loku.adapters import snapshot_reference
 from loku.distributed import from_main_process, full_tensor, is_main_process
 from loku.models import unwrapped
 
@@ -42,6 +44,19 @@ def sampled_weights_fingerprint(model: nn.Module) -> str:
             values = values[:: -(-values.numel() // _SAMPLE)].contiguous().cpu()
             digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def given_adapter_fingerprint(model: nn.Module) -> str | None:
+    """Return the digest of the LoRA parameters that are a part of the original model.
+
+    Returns:
+        The digest, or None for a fresh adapter or FILA's initial one, and for a model without LoRA layers.
+    """
+    reference = snapshot_reference(model)
+    if not isinstance(model, PeftModel) or (reference is not None and reference.adapter is None):
+        return None
+    tensors = {name: full_tensor(p) for name, p in model.named_parameters() if ".lora_" in name}
+    return tensors_fingerprint(tensors) if tensors else None
 
 
 def weights_fingerprint(model: nn.Module) -> str:

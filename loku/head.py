@@ -7,7 +7,7 @@ always do.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,13 +22,24 @@ from loku_kernels import (
     softmax_triplet,
 )
 
+# A softcap c that changes no number below 2^30, for models that always apply theirs: y / c and c * y are exact,
+# and tanh(y / c) is y / c.
+_NO_CAP = 2.0**60
 # The settings by which transformers' models change their logits after the output embedding. The key is the
-# name of an attribute of the config or of the model. The value has the neutral value of the attribute and a
-# function from other values to arguments of the operator.
+# name of an attribute of the config, of the model or of its base model. The value has the neutral value of
+# the attribute and a function from other values to arguments of the operator.
 _POSTPROCESSING: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     "final_logit_softcapping": (None, lambda value: {"softcap": value}),  # Gemma
+    "logits_soft_cap": (_NO_CAP, lambda value: {"softcap": value}),  # RecurrentGemma
+    "output_logit_soft_cap": (None, lambda value: {"softcap": value}),  # xLSTM
     "logit_scale": (1.0, lambda value: {"logit_scale": value}),  # Cohere
     "logits_scaling": (1.0, lambda value: {"logit_scale": 1 / value}),  # Granite
+    "lm_head_multiplier": (1.0, lambda value: {"logit_scale": value}),  # Falcon-H1
+}
+# Model types that mean something else by such a name.
+_OTHER_MEANINGS: dict[tuple[str, str], Callable[[Any], dict[str, Any]] | None] = {
+    ("hyperclovax", "logits_scaling"): lambda value: {"logit_scale": value},  # a factor, not a divisor
+    ("minicpm3", "logits_scaling"): None,  # it divides the hidden states, before the output embedding
 }
 
 
@@ -58,11 +69,26 @@ def output_embedding(model: nn.Module) -> nn.Linear:
 
 def _settings(base: Any) -> Iterator[tuple[Any, str, Any, dict[str, Any]]]:
     """(owner, attribute, neutral value, operator arguments) of each post-processing that is switched on."""
-    for owner in (base.config.get_text_config(), base):
+    config = base.config.get_text_config()
+    owners = {id(owner): owner for owner in (config, base, getattr(base, "base_model", base))}
+    for owner in owners.values():
         for name, (neutral, arguments) in _POSTPROCESSING.items():
             value = getattr(owner, name, None)
-            if isinstance(value, (int, float)) and value != neutral:
-                yield owner, name, neutral, arguments(value)
+            known: Any = _OTHER_MEANINGS.get((config.model_type, name), arguments)
+            if isinstance(value, (int, float)) and value != neutral and known is not None:
+                yield owner, name, neutral, known(value)
+
+
+@contextmanager
+def _neutral(settings: list[tuple[Any, str, Any, dict[str, Any]]]) -> Iterator[None]:
+    """A context in which the attributes of ``_settings`` are neutral."""
+    with ExitStack() as stack:
+        for owner, name, neutral, _ in settings:
+            name = getattr(owner, "attribute_map", {}).get(name, name)
+            # Some configs check what is assigned, and Gemma3n's refuses None. The model reads the value only.
+            stack.callback(object.__setattr__, owner, name, getattr(owner, name))
+            object.__setattr__(owner, name, neutral)
+        yield
 
 
 @contextmanager
@@ -94,18 +120,23 @@ def _computing(model: nn.Module, compute: Callable[..., Tensor], shape: torch.Si
                 f"the output embedding of {type(base).__name__} got hidden states of shape "
                 f"{tuple(hidden.shape)} for tokens of shape {tuple(shape)}"
             )
+        wanted = head.weight.dtype
+        if hidden.dtype != wanted and not torch.is_autocast_enabled(hidden.device.type):
+            if replaced is None:
+                raise ValueError(
+                    f"the output embedding of {type(base).__name__} is {wanted} and its hidden states are "
+                    f"{hidden.dtype}, which no model multiplies: cast the embedding, "
+                    f"model.get_output_embeddings().to({hidden.dtype}), or its input in a forward pre-hook"
+                )
+            hidden = hidden.to(wanted)  # the model's own forward of the embedding does so
         return compute(hidden, head, **arguments)
 
     replaced = head.__dict__.get("forward")  # accelerate puts hooks there
-    saved = [(owner, name, getattr(owner, name)) for owner, name, *_ in settings]
     try:
         head.forward = forward  # type: ignore[method-assign, assignment]
-        for owner, name, neutral, _ in settings:
-            setattr(owner, name, neutral)
-        yield
+        with _neutral(settings):
+            yield
     finally:
-        for owner, name, value in saved:
-            setattr(owner, name, value)
         if replaced is None:
             del head.forward
         else:
@@ -119,8 +150,20 @@ def _forward(model: nn.Module, compute: Callable[..., Tensor], input_ids: Tensor
 
     ``tokens`` are ``attention_mask``, or the ``position_ids`` of packed sequences.
     """
-    with _computing(model, compute, input_ids.shape):
-        return model(input_ids=input_ids, use_cache=False, **tokens).logits
+    results = []
+
+    def kept(*args: Any, **kwargs: Any) -> Tensor:
+        results.append(compute(*args, **kwargs))
+        return results[-1]
+
+    with _computing(model, kept, input_ids.shape):
+        output = model(input_ids=input_ids, use_cache=False, **tokens).logits
+    (result,) = results
+    if output.dtype != result.dtype:  # Mamba's and others cast their logits to float32
+        cast = output.to(result.dtype)
+        # The value as it was, with the gradient of the cast. Infinite values have no difference.
+        output = cast + torch.where(cast == result, 0.0, result - cast).detach()
+    return output
 
 
 def model_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,8 +203,20 @@ def token_triplets(model: nn.Module, labels: Tensor, **tokens: Tensor) -> tuple[
     return _forward(model, compute, **tokens), next_labels != IGNORE_INDEX
 
 
-def _hidden_states(model: nn.Module, **tokens: Tensor) -> Tensor:
-    return _forward(model, lambda hidden, head, **postprocessing: hidden, **tokens)
+def hidden_states(model: nn.Module, **tokens: Tensor) -> Tensor:
+    """Run one forward of a causal LM and return the inputs (B, T, D) of its output embedding.
+
+    Args:
+        model: The causal LM.
+        tokens: ``input_ids`` (B, T), int64, and ``attention_mask`` or ``position_ids``.
+    """
+    dtypes = []
+
+    def compute(hidden: Tensor, head: nn.Linear, **postprocessing: Any) -> Tensor:
+        dtypes.append(hidden.dtype)
+        return hidden.float() if hidden.dtype == torch.float16 else hidden  # too few exponents for _NO_CAP
+
+    return _forward(model, compute, **tokens).to(dtypes[0])
 
 
 def label_hidden_states(model: nn.Module, labels: Tensor, **tokens: Tensor) -> Tensor:
@@ -169,7 +224,7 @@ def label_hidden_states(model: nn.Module, labels: Tensor, **tokens: Tensor) -> T
 
     The arguments are those of ``token_triplets``.
     """
-    return _hidden_states(model, **tokens)[next_token_labels(labels) != IGNORE_INDEX]
+    return hidden_states(model, **tokens)[next_token_labels(labels) != IGNORE_INDEX]
 
 
 def token_triplets_and_divergence(
@@ -233,7 +288,8 @@ def check_head(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         batch: A batch of ``loku.data.collate``; its first row counts.
 
     Raises:
-        ValueError: They differ, because the model changes its logits in a way that is not handled here.
+        ValueError: They differ, because the model changes its logits in a way that is not handled here. Or
+            the logits of a token depend on the tokens after it, so the model is no causal LM.
     """
     device = model_device(model)
     rows = {name: values[:1, :16].to(device) for name, values in model_tokens(batch).items()}
@@ -243,6 +299,8 @@ def check_head(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         del rows["labels"]
         logits = model(**rows, use_cache=False).logits
         theirs, _ = softmax_triplet(logits, next_token_labels(labels))
+        half = {name: values[:, : labels.shape[1] // 2] for name, values in rows.items()}
+        before = model(**half, use_cache=False).logits if labels.shape[1] > 1 else logits[:, :0]
     tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
     allowed = tolerance * (1 + logits.abs().max().item())
     error = (ours - theirs)[counted].abs().max().item() if counted.any() else 0.0
@@ -250,6 +308,13 @@ def check_head(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"{type(unwrapped(model)).__name__} changes its logits after the output embedding in a way that "
             f"is not supported (off by {error:.3g} where {allowed:.3g} is allowed)"
+        )
+    # Rounding may send a token of a mixture of experts another way. It does not so with most tokens.
+    later = (before - logits[:, : before.shape[1]]).float().abs().amax(-1)
+    if later.numel() and not later.median() <= 0.05 * logits.float().std():
+        raise ValueError(
+            f"{type(unwrapped(model)).__name__} lets a token see the tokens after it, so it is no causal LM: the "
+            f"logits of the first {before.shape[1]} tokens are off by {later.median():.3g} without the others"
         )
 
 
@@ -260,18 +325,16 @@ def check_packing(model: Any) -> None:
         ValueError: They see each other.
     """
     device = model_device(model)
-    documents = [torch.arange(1, 6, device=device), torch.arange(5, 1, -1, device=device)]
+    positions = torch.arange(6, dtype=torch.int64, device=device)
+    documents = [positions[1:], positions[2:].flip(0)]
     with evaluating(model):
-        apart = [_hidden_states(model, input_ids=ids[None])[0] for ids in documents]
+        apart = [hidden_states(model, input_ids=ids[None])[0] for ids in documents]
         orders = [[0, 1], [1, 0]]  # two rows, as in training: flash attention packs only in batches of one
-        together = _hidden_states(
+        together = hidden_states(
             model,
             input_ids=torch.stack([torch.cat([documents[i] for i in order]) for order in orders]),
             position_ids=torch.stack(
-                [
-                    torch.cat([torch.arange(len(documents[i]), device=device) for i in order])
-                    for order in orders
-                ]
+                [torch.cat([positions[: len(documents[i])] for i in order]) for order in orders]
             ),
         )
     expected = torch.stack([torch.cat([apart[i] for i in order]) for order in orders])

@@ -26,15 +26,18 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 from loku_kernels.logits_blocks import product_dtype
+from loku_kernels.tracing import refused_results, transformed
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _OWN_DTYPES = (torch.bfloat16, torch.float32, torch.float64)  # in which a product needs no autocast
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_SECOND_DERIVATIVE = (
+    "the fused products of LoRA have no second derivative: train with UnlearnConfig(fused_lora=False)"
+)
 
 
 class _Operands(NamedTuple):
@@ -79,19 +82,19 @@ class _FusedProducts(torch.autograd.Function):
         needs_A, needs_B = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(rows if needs_A else None, low if needs_B else None, weight, lora_A, lora_B)
         ctx.scaling, ctx.dtype, ctx.x_shape, ctx.x_dtype = scaling, dtype, x.shape, x.dtype
-        return output.view(*x.shape[:-1], len(weight))
+        # Autograd forbids to change a view that a Function returns, and some models scale the output in place.
+        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], len(weight)))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, weight, lora_A, lora_B = ctx.saved_tensors
         scaling, dtype, device_type = ctx.scaling, ctx.dtype, grad_output.device.type
         needs_x, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         grad_x = grad_A = grad_B = None
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad = grad_output.detach().reshape(-1, grad_output.shape[-1])
         # A backward inside autocast may be that of a forward outside, whose dtype counts.
         autocast = torch.is_autocast_enabled(device_type)
-        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        with torch.no_grad(), torch.autocast(device_type, enabled=False) if autocast else nullcontext():
             if needs_x or needs_A:
                 grad_low = torch.mm(grad, lora_B.to(dtype))
             if needs_x:
@@ -102,6 +105,11 @@ class _FusedProducts(torch.autograd.Function):
                 grad_A = _factor_gradient(grad_low, rows, scaling, lora_A.dtype)
             if needs_B:
                 grad_B = _factor_gradient(grad, low, scaling, lora_B.dtype)
+        if torch.is_grad_enabled():
+            if transformed():
+                raise RuntimeError(_NO_SECOND_DERIVATIVE)
+            inputs = [factor for factor in (lora_A, lora_B) if factor.requires_grad] + [grad_output]
+            grad_x, grad_A, grad_B = refused_results(_NO_SECOND_DERIVATIVE, [grad_x, grad_A, grad_B], inputs)
         return grad_x, None, None, grad_A, grad_B, None, None
 
 
@@ -114,7 +122,7 @@ def _traced_products(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The products of ``_FusedProducts`` as plain operations. A compiler derives and fuses their backward."""
+    """The products of ``_FusedProducts`` as plain operations, for compilers and ``torch.func``."""
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     low = F.linear(rows, lora_A.to(dtype))
     output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -226,7 +234,7 @@ class FusedLoraLinear(LoraLinear):
         operands = None if args or kwargs else _operands(self, x)
         if operands is None:
             return super().forward(x, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transformed():
             return _traced_products(x, *operands)
         return _FusedProducts.apply(x, *operands)
 

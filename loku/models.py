@@ -1,4 +1,4 @@
-"""Causal LMs: how they are loaded, their wrappers, their device and their modes."""
+"""Causal LMs: how they are given, their wrappers, their device and their modes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+
+from loku.adapter_folders import load_causal_lm
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,16 +25,21 @@ def load_model(
 ) -> CausalLM:
     """Return a model, loaded from safetensors if it is given by its path or hub name.
 
+    An adapter that is given by its path or hub name is merged into its base, which the log says. The folder
+    of a residual save counts as its adapter on its base.
+
     Args:
-        model: The model itself, which is returned as it is; or the path or hub name of a causal LM.
+        model: The model itself, which is returned as it is; or the path or hub name of a causal LM or of an
+            adapter of one.
         model_init_kwargs: Arguments of ``from_pretrained``, none by default.
 
     Raises:
-        ValueError: There are ``model_init_kwargs`` for a model that is loaded already.
+        ValueError: There are ``model_init_kwargs`` for a model that is loaded already. Or the path is that of
+            an adapter that cannot be merged into its base (``loku.adapter_folders.load_merged``).
     """
     if isinstance(model, (str, os.PathLike)):
         arguments = {"use_safetensors": True, **(model_init_kwargs or {})}  # never a pickle unasked
-        return AutoModelForCausalLM.from_pretrained(model, **arguments)
+        return load_causal_lm(model, arguments)
     if model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by its path or name")
     return model

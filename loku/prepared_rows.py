@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -11,10 +12,14 @@ from loku.data import (
     LazyRows,
     RefusalRows,
     StreamedRows,
+    as_rows,
     has_input_ids,
     infer_tokenizer,
     load_refusals,
+    read_rows,
     retain_rows,
+    row_places,
+    token_limits,
     tokenize_dataset,
 )
 from loku.data.large_sets import DrawnRows
@@ -47,13 +52,14 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase | None = None,
     refusals: RefusalRows | None = None,
 ) -> PreparedRows:
-    """Tokenise the rows of a run, once.
+    """Tokenise the rows of a run, once, and check that the model can take them.
 
     Args:
-        model: The causal LM. A tokenizer is looked for beside it if one is needed and none is given.
-        forget: The forget set, as for ``loku.unlearn``. Or the ``PreparedRows`` of an earlier call, which are
-            returned as they are.
-        retain: The retain set, as for ``loku.unlearn``.
+        model: The causal LM, which sets the limits of the rows (``loku.data.token_limits``). A tokenizer is
+            looked for beside it if one is needed and none is given.
+        forget: The forget set, as for ``loku.unlearn``, or the path of its file. Or the ``PreparedRows`` of
+            an earlier call, which are returned as they are.
+        retain: The retain set, as for ``loku.unlearn``, or the path of its file.
         config: The settings; ``method``, ``max_length`` and ``refusals`` count.
         tokenizer: The tokenizer, by default the one saved beside the model.
         refusals: The rows with refusals. By default they are made of the forget set if the method needs them.
@@ -62,24 +68,42 @@ def prepare_rows(
         The rows, which ``UnlearnTrainer`` takes as its ``forget``.
 
     Raises:
-        ValueError: A set is empty, a row is unusable, no tokenizer is found, or refusals cannot be made.
+        ValueError: A set is empty, no tokenizer is found, or refusals cannot be made.
+        RowError: A row is unusable, is longer than the model's context, or has a token that the model lacks.
+            The message names the set, the row and, for a file, the line. A retain row that is not held in
+            memory is checked when it is drawn.
+        OSError: A file cannot be read.
     """
     if isinstance(forget, PreparedRows):
         return forget
+    given = {"forget": forget, "retain": retain}
+    sources = {name: rows for name, rows in given.items() if isinstance(rows, (str, os.PathLike))}
+    forget, retain = (read_rows(rows) if name in sources else rows for name, rows in given.items())
+    forget = as_rows(forget, "forget")
+    retain = retain if isinstance(retain, DrawnRows) else as_rows(retain, "retain")
     if tokenizer is None and not all(
         isinstance(rows, DrawnRows) or has_input_ids(rows) for rows in (forget, retain)
     ):
         tokenizer = infer_tokenizer(model)
-    if refusals is None and "refusal" in OBJECTIVES[config.method].rows:
-        if has_input_ids(forget):
-            raise ValueError(
-                f"method {config.method!r} trains on refusals; pass a loku.data.RefusalRows, or a forget set "
-                "that is not tokenised"
-            )
-        assert tokenizer is not None  # rows without tokens have asked for one above
-        refusals = RefusalRows(
-            forget, load_refusals(config.refusals), tokenizer, max_length=config.max_length
+    needs_refusals = refusals is None and "refusal" in OBJECTIVES[config.method].rows
+    if needs_refusals and has_input_ids(forget):
+        raise ValueError(
+            f"method {config.method!r} trains on refusals; pass a loku.data.RefusalRows, or a forget set "
+            "that is not tokenised"
         )
-    forget = tokenize_dataset(forget, tokenizer, max_length=config.max_length)
-    retain = retain_rows(retain, tokenizer, max_length=config.max_length, forget=forget)
-    return PreparedRows(forget, retain, refusals, tokenizer)
+    length, limits = config.max_length, token_limits(model)
+    with row_places(sources):
+        tokenized = tokenize_dataset(forget, tokenizer, max_length=length, limits=limits)
+        if needs_refusals:
+            assert tokenizer is not None  # rows without tokens have asked for one above
+            texts = load_refusals(config.refusals)
+            refusals = RefusalRows(forget, texts, tokenizer, max_length=length, limits=limits)
+        kept = retain_rows(
+            retain,
+            tokenizer,
+            max_length=length,
+            forget=tokenized,
+            limits=limits,
+            source=sources.get("retain"),
+        )
+    return PreparedRows(tokenized, kept, refusals, tokenizer)

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers.pytorch_utils import Conv1D
 
 from loku.callbacks import ProbabilityGauge
-from loku.data import collate, padding_id, tokenize_dataset
+from loku.data import collate, padding_id, token_limits, tokenize_dataset
 from loku.data.rows import DataSet
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def relearning_curve(
 
     if isinstance(model, PeftModel):
         raise ValueError("only the adapter would train; pass model.merge_and_unload()")
+    rows = tokenize_dataset(taught, tokenizer, name="taught", limits=token_limits(model))
     model.requires_grad_(True)
     gauge = ProbabilityGauge(measured, every)
     with tempfile.TemporaryDirectory() as directory:
@@ -128,8 +129,8 @@ def relearning_curve(
         Trainer(
             model=model,
             args=options,
-            train_dataset=tokenize_dataset(taught, tokenizer, name="taught"),
-            data_collator=partial(collate, pad_token_id=padding_id(tokenizer)),
+            train_dataset=rows,
+            data_collator=partial(collate, pad_token_id=padding_id(tokenizer, model)),
             processing_class=tokenizer,
             callbacks=[gauge],
         ).train()

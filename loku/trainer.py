@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from loku.adapters import reference_model
-from loku.checkpoints import ResumableTrainer
+from loku.adapters import (
+    Reference,
+    changes_base,
+    has_residual_base,
+    reference_adapter,
+    reference_model,
+    refuse_adapters,
+    snapshot_reference,
+)
 from loku.config import UnlearnConfig
 from loku.data import (
     IGNORE_INDEX,
@@ -38,6 +46,8 @@ from loku.data import (
     padding_id,
 )
 from loku.data.pairs import Draw
+from loku.fila.initialize import uninitialised_on_failure
+from loku.fingerprints import given_adapter_fingerprint
 from loku.head import (
     check_packing,
     label_hidden_states,
@@ -53,7 +63,11 @@ from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
+from loku.rollback import all_or_nothing
+from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
+from loku.torch_defaults import torch_defaults
+from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
 from loku_kernels import reduce_loss
 
 
@@ -81,7 +95,8 @@ class LossBar(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         """Show the last losses at the end of the bar."""
-        losses = {name: value for name, value in (logs or {}).items() if name.endswith("_loss")}
+        shown = ("forget_loss", "retain_loss")
+        losses = {name: value for name, value in (logs or {}).items() if name in shown}
         if self.training_bar is not None and losses:
             self.training_bar.set_postfix(losses)
 
@@ -96,17 +111,20 @@ class _SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
-class UnlearnTrainer(ResumableTrainer):
+class UnlearnTrainer(EvaluatingTrainer):
     """Minimise the forget loss plus the retain loss of paired rows, without holding their logits.
 
     The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
     (``UnlearnConfig.init``). LoRA linears are fused in ``train`` alone (``UnlearnConfig.fused_lora``).
 
-    KL, DPO and NPO need the original model. A peft model with its frozen initial adapter computes as the
-    original (``loku.reference_model``). It runs one more forward of the rows concerned. A model without an
-    adapter changes in place. So ``train`` first runs all rows that will be drawn. It keeps on the CPU their
-    log-probabilities (DPO, NPO), or for KL the last hidden states of the retain rows' labelled tokens and a
-    copy of the output embedding.
+    KL, DPO and NPO need the original model: the model as it was given to the first ``train``, before a
+    checkpoint was loaded. A peft model computes as the original without its fresh adapter, or with FILA's
+    frozen initial adapter (``loku.reference_model``). If its adapter was trained before, ``train`` adds a
+    frozen copy of the adapter, and takes it off at the end. One more forward of the rows concerned is run.
+    Other models change in place: those without an adapter, and those whose adapter cannot be copied so (DoRA,
+    trained biases, fully trained modules, several active adapters, other tuners than LoRA). So ``train``
+    first runs all rows that will be drawn. It keeps on the CPU their log-probabilities (DPO, NPO), or for KL
+    the last hidden states of the retain rows' labelled tokens and a copy of the output embedding.
 
     The loss of a step is the loss of one batch with all its rows. ``gradient_accumulation_steps`` and the
     number of processes only divide the work. Each loss is divided by the number of its tokens (DPO and NPO:
@@ -132,6 +150,9 @@ class UnlearnTrainer(ResumableTrainer):
         processing_class: The tokenizer, by default the one saved beside the model if it is needed.
         refusals: The ``loku.data.RefusalRows`` of the forget set, for methods that train on refusals. By
             default they are made from it.
+        eval_dataset: The evaluation set, in the forms of ``forget``, or a dict of sets by their names. By
+            default the forget and the retain set are evaluated, if ``args.eval_strategy`` asks for it. See
+            ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
         peft_config: The config of an adapter to put into the model, such as a ``peft.LoraConfig``; None
             (default) puts none.
         kwargs: The other arguments of ``transformers.Trainer``.
@@ -154,20 +175,37 @@ class UnlearnTrainer(ResumableTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         refusals: RefusalRows | None = None,
         peft_config: PeftConfig | None = None,
+        eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = UnlearnConfig() if args is None else args
+        check_trainer_arguments(args, kwargs)
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args.init_arguments())
-        keep_differentiable_(model)
-        if peft_config is not None and isinstance(model, PeftModel):
-            raise ValueError(
-                "model is a PeftModel already; leave out peft_config, or merge its adapter first"
+        if peft_config is not None:
+            refuse_adapters(model)
+        with all_or_nothing(model, keep_weights=changes_base(peft_config)):
+            self._construct(
+                model, args, forget, retain, processing_class, refusals, peft_config, eval_dataset, **kwargs
             )
-        forget, retain, refusals, processing_class = prepare_rows(
-            model, forget, retain, args, processing_class, refusals
-        )
+
+    def _construct(
+        self,
+        model: CausalLM,
+        args: UnlearnConfig,
+        forget: Any,
+        retain: Any,
+        processing_class: PreTrainedTokenizerBase | None,
+        refusals: RefusalRows | None,
+        peft_config: PeftConfig | None,
+        eval_dataset: Any,
+        **kwargs: Any,
+    ) -> None:
+        keep_differentiable_(model)
+        rows = prepare_rows(model, forget, retain, args, processing_class, refusals)
+        forget, retain, refusals, processing_class = rows
         self._check_rows(model, args, forget, retain)
+        eval_sets = prepare_eval_sets(model, args, eval_dataset, rows)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         output_embedding(model)  # refuses a head that it cannot handle, which the first step would
@@ -177,14 +215,17 @@ class UnlearnTrainer(ResumableTrainer):
                 f"{name} would train in float16, in which small steps round to nothing: load the model with "
                 "dtype=torch.float32 (and set bf16 or fp16 for its speed), or in bfloat16"
             )
+        if isinstance(model, PeftModel) and has_residual_base(model):  # loaded, with its initial factors
+            on_residual_base_(model)
         dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
-        collator = partial(collate_pairs, pad_token_id=padding_id(processing_class))
+        collator = partial(collate_pairs, pad_token_id=padding_id(processing_class, model))
         super().__init__(
             model=model,
             args=args,
             forget=forget,
             retain=retain,
             refusals=refusals if "refusal" in self.objective.kinds else None,
+            eval_sets=eval_sets,
             train_dataset=dataset,
             data_collator=collator,
             processing_class=processing_class,
@@ -199,6 +240,9 @@ class UnlearnTrainer(ResumableTrainer):
         # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch. So the trainer
         # must not divide again.
         self.model_accepts_loss_kwargs = True
+        self._given: Reference | None = None
+        if self.objective.reference is not None and args.should_save:
+            self._given_adapter = given_adapter_fingerprint(model)
         self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._step_log = StepLog()
         self.add_callback(self._step_log)
@@ -224,18 +268,40 @@ class UnlearnTrainer(ResumableTrainer):
                 stacklevel=3,
             )
 
+    @torch_defaults()
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; first run the original model if the method needs its values and there is no adapter.
+        """Train; first prepare the original model if the method needs it.
 
-        The arguments, the result and the errors are those of ``ResumableTrainer.train``.
+        The arguments, the result and the errors are those of ``ResumableTrainer.train``. After an exception
+        the model is as before, except for the weights that were trained.
         """
-        needed = self.objective.reference is not None and not isinstance(self.model, PeftModel)
-        if needed and not self.train_dataset.references:
-            self._keep_references()
         tf32 = chooses_tf32(self.args, self.model)
         self._first_log = {"tf32": 1.0} if tf32 else {}
-        with fused_lora(self.model, self.args.fused_lora), float32_products("tf32" if tf32 else None):
+        with (
+            all_or_nothing(self.model),
+            uninitialised_on_failure(self.model),  # a checkpoint may initialise it
+            fused_lora(self.model, self.args.fused_lora),
+            float32_products("tf32" if tf32 else None),
+            self._original_model(),
+        ):
             return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _original_model(self) -> Iterator[None]:
+        """A context in which ``_reference`` has the values of the model that the first train was given."""
+        if self.objective.reference is None:
+            yield
+            return
+        if self._given is None and not self.train_dataset.references:
+            self._given = snapshot_reference(self.model)
+            if self._given is None:
+                with self.accelerator.autocast():  # in the precision of training
+                    self._keep_references()
+        if self._given is None:
+            yield
+            return
+        with reference_adapter(self.model, self._given):
+            yield
 
     def _keep_references(self) -> None:
         """Run the original model on every row that will be drawn, and keep the values of the objective."""
@@ -261,9 +327,10 @@ class UnlearnTrainer(ResumableTrainer):
             leave=False,
         ):
             keys = everything[begin : begin + size]
-            batch = collate([dataset.row(*key) for key in keys], padding_id(self.processing_class))
-            with self.compute_loss_context_manager():
-                values = _reference_values(self.model, self._prepare_inputs(batch), reference)
+            batch = collate(
+                [dataset.row(*key) for key in keys], padding_id(self.processing_class, self.model)
+            )
+            values = _reference_values(self.model, self._prepare_inputs(batch), reference)
             counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
             sizes = counts if reference == "divergence" else [1] * len(keys)
             for key, value in zip(keys, values.cpu().split(sizes), strict=True):
@@ -413,6 +480,7 @@ class UnlearnTrainer(ResumableTrainer):
         causal_lm: Any = unwrapped(self.model)
         narrow = self.args.bf16 or self.args.fp16  # by autocast
         dtype = torch.bfloat16 if narrow else causal_lm.dtype  # both 16-bit dtypes have a card's same peak
-        logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._first_log
-        self._first_log = {}
+        if not logs.keys().isdisjoint(("loss", "train_loss")):  # not the log of an evaluation
+            logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._first_log
+            self._first_log = {}
         super().log(logs, *args, **kwargs)

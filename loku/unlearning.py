@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -20,23 +20,24 @@ from transformers import (
     set_seed,
 )
 
-from loku.checkpoints import initialize_from_checkpoint
+from loku.adapters import base_weight, refuse_adapters
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
 from loku.fila.initialize import (
     initialize_from_row_scales,
     initialize_lora_fila_weights,
     release_base_copy_,
-    restore_base_,
+    uninitialised_on_failure,
 )
 from loku.fila.targets import fila_targets
 from loku.head import check_head, output_embedding
 from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
-from loku.saving.adapter import save_portable_adapter
-from loku.saving.models import save_merged_model, save_residual_model, save_whole_model
+from loku.rollback import all_or_nothing
+from loku.saving.kinds import SaveKind, check_save, save
 from loku.target_modules import default_target_modules
+from loku.torch_defaults import torch_defaults
 from loku.trainer import UnlearnTrainer
 
 
@@ -56,16 +57,15 @@ class UnlearnResult:
     history: list[dict[str, Any]]
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def save(
-        self, path: str | os.PathLike, kind: Literal["portable", "residual", "merged"] = "portable"
-    ) -> None:
-        """Save to the directory ``path``, whole or not at all.
+    def save(self, path: str | os.PathLike, kind: SaveKind = "portable") -> None:
+        """Save to the directory ``path``, whole or not at all, with the tokenizer of the run.
 
         With ``tuning="full"`` there is no adapter, and every kind saves the model. All processes of
         torch.distributed must call this. The main process writes.
 
         Args:
-            path: The directory. It is made if it does not exist, and its other files stay.
+            path: The directory. It is made if it does not exist. The last save into it makes way, of
+                whichever kind, and its other files stay.
             kind: "portable" (default) saves an adapter of rank 2r for the *untouched* base
                 (``loku.save_portable_adapter``). ``PeftModel.from_pretrained(base, path)`` loads it, and
                 ``merge_and_unload()`` then gives the unlearned model. "residual" saves ``path/base``, the
@@ -74,24 +74,14 @@ class UnlearnResult:
                 (``loku.save_merged_model``).
 
         Raises:
-            ValueError: The kind is none of these, ``path`` is a file, or the model cannot be saved so.
+            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, or
+                it holds a model or an adapter that is not an earlier save.
             OSError: ``path`` cannot be written.
         """
-        if kind not in _SAVES:
-            raise ValueError(f"kind must be one of {list(_SAVES)}, got {kind!r}")
-        if isinstance(self.model, PeftModel):
-            _SAVES[kind](self.model, path, tokenizer=self.tokenizer)
-        else:
-            save_whole_model(self.model, path, tokenizer=self.tokenizer)
+        save(self.model, path, kind, tokenizer=self.tokenizer)
 
 
-_SAVES: dict[str, Callable[..., None]] = {
-    "portable": lambda model, path, tokenizer: save_portable_adapter(model, path),
-    "residual": save_residual_model,
-    "merged": save_merged_model,
-}
-
-
+@torch_defaults()
 def unlearn(
     model: PreTrainedModel | str | os.PathLike,
     forget: Any,
@@ -100,6 +90,8 @@ def unlearn(
     config: UnlearnConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
+    save_kind: SaveKind = "portable",
+    eval_dataset: Any = None,
 ) -> UnlearnResult:
     """Make a causal LM forget one data set and keep another (LoKU: IHL, FILA).
 
@@ -109,8 +101,10 @@ def unlearn(
 
     Args:
         model: The causal LM of transformers, or its path or hub name. It is consumed: the adapters are put
-            into it. Its weights are put back if anything fails. ``tuning="full"`` trains the weights
-            themselves, keeps no copy of them and puts nothing back.
+            into it. If anything fails the model is as it was: weights, ``requires_grad``, modes, config,
+            hooks, modules and their classes. ``tuning="full"`` trains the weights themselves, keeps no copy
+            of them and does not put them back. An adapter that is given by its path or hub name is merged
+            into its base, and the merged model is unlearned.
         forget: The rows to forget: a list of strings, a list of dicts or a ``datasets.Dataset``. The columns
             are ``text``, ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or
             ``input_ids`` (and ``labels``). See ``loku.data.tokenize_dataset``.
@@ -123,14 +117,19 @@ def unlearn(
             if it had never been stopped.
         tokenizer: The tokenizer, by default the one saved beside the model.
         callbacks: Further callbacks of the trainer; none by default.
+        save_kind: The kind of save that the result is for, "portable" by default. A model that cannot be
+            saved so is refused before it is trained. ``save`` can make the other kinds too, where it can.
+        eval_dataset: The rows to evaluate when ``config.eval_strategy`` says so: a data set in the forms of
+            ``forget``, or a dict of data sets by their names. By default the forget and the retain set. See
+            ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
 
     Returns:
         An ``UnlearnResult`` with ``model``, ``history`` and ``save(path)``.
 
     Raises:
         ValueError: A data set is empty or a row unusable. The output embedding, the targets or the model
-            cannot be handled. No tokenizer is found. The checkpoint is not whole or is of another run. The
-            message says how to mend it.
+            cannot be handled. The model carries an adapter already. No tokenizer is found. The checkpoint is
+            not whole or is of another run. The message says how to mend it.
         FloatingPointError: A loss or a Fisher is NaN or Inf. The message names the step and the module.
         OSError: ``output_dir`` or a checkpoint cannot be written.
     """
@@ -139,8 +138,22 @@ def unlearn(
         raise ValueError(f"config must be a loku.UnlearnConfig, got {type(config).__name__}")
     model = load_model(model, config.init_arguments())
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
-    if isinstance(model, PeftModel):
-        raise ValueError("model is a PeftModel already; merge its adapter first: model.merge_and_unload()")
+    refuse_adapters(model)
+    with all_or_nothing(model):
+        return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset)
+
+
+def _unlearn(
+    model: PreTrainedModel,
+    forget: Any,
+    retain: Any,
+    config: UnlearnConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    callbacks: Sequence[TrainerCallback] | None,
+    save_kind: SaveKind,
+    eval_dataset: Any,
+) -> UnlearnResult:
+    """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
     output_embedding(model)
     keep_differentiable_(model)  # before check_head evaluates the model
     rows = prepare_rows(model, forget, retain, config, tokenizer)
@@ -150,8 +163,15 @@ def unlearn(
             'init="fila" measures the retain set, which has no length: set fisher_samples, and its first '
             "rows are measured"
         )
-    make_trainer = partial(UnlearnTrainer, args=config, forget=rows, retain=None, callbacks=callbacks)
-    first_row = collate(rows.forget[:1], padding_id(tokenizer))
+    make_trainer = partial(
+        UnlearnTrainer,
+        args=config,
+        forget=rows,
+        retain=None,
+        callbacks=callbacks,
+        eval_dataset=eval_dataset,
+    )
+    first_row = collate(rows.forget[:1], padding_id(tokenizer, model))
     if config.tuning == "full":
         check_head(model, first_row)
         trainer = make_trainer(model)
@@ -165,20 +185,17 @@ def unlearn(
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, too
         target_modules=default_target_modules(model, targets) if isinstance(targets, str) else targets,
     )
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     set_seed(config.seed)  # the default LoRA factors are random
     peft_model: Any = get_peft_model(model, lora)
-    try:
+    with uninitialised_on_failure(peft_model):
+        check_save(peft_model, save_kind)
         check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
         initialize: Callable[[], None] | None = None
-        if config.init != "default" and trainer.checkpoint is not None:
-            if trainer.is_fsdp_enabled:
-                raise ValueError("under FSDP a run cannot go on from a checkpoint; begin anew, or use DDP")
-            initialize = partial(initialize_from_checkpoint, peft_model, trainer.checkpoint)
-        elif config.init == "fila":
+        resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors
+        if config.init == "fila" and not resumed:
             initialize = partial(_initialize_by_fila, peft_model, rows, config)
-        elif config.init == "pissa":
+        elif config.init == "pissa" and not resumed:
             initialize = partial(_initialize_by_pissa, peft_model)
         if initialize is not None:
             if trainer.is_fsdp_enabled:
@@ -186,11 +203,6 @@ def unlearn(
             else:
                 initialize()
         trainer.train()
-    except BaseException:
-        restore_base_(peft_model)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-        raise
     release_base_copy_(peft_model)
     return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
 
@@ -219,7 +231,7 @@ def _initialize_by_fila(peft_model: PeftModel, rows: PreparedRows, config: Unlea
     loader = partial(
         DataLoader,
         batch_size=config.per_device_train_batch_size,
-        collate_fn=partial(collate, pad_token_id=padding_id(rows.tokenizer)),
+        collate_fn=partial(collate, pad_token_id=padding_id(rows.tokenizer, peft_model)),
     )
     initialize_lora_fila_weights(
         peft_model,
@@ -243,5 +255,8 @@ def _fisher_samples(rows: Any) -> Any:
 
 def _initialize_by_pissa(peft_model: PeftModel) -> None:
     """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
-    ones = {name: torch.ones(len(layer.weight)) for name, layer in fila_targets(peft_model).items()}
+    ones = {
+        name: torch.ones(len(base_weight(layer)), dtype=torch.float32)
+        for name, layer in fila_targets(peft_model).items()
+    }
     initialize_from_row_scales(peft_model, ones)

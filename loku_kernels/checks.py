@@ -64,7 +64,7 @@ def check_label_tensor(labels: Tensor, tensor: Tensor, name: str) -> None:
             f"got {tuple(labels.shape)}"
         )
     if labels.dtype is not torch.int64:
-        raise ValueError(f"labels must be int64, got {labels.dtype}")
+        raise ValueError(f"labels must be int64, got {labels.dtype}; convert them by labels.long()")
     if labels.device != tensor.device:
         raise ValueError(f"labels must be on the device of {name}, {tensor.device}, got {labels.device}")
 
@@ -145,6 +145,9 @@ def _check_like_hidden(name: str, tensor: Tensor, hidden: Tensor) -> None:
     """Raise ``ValueError`` unless an operand has dtype and device of the hidden states."""
     if tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         # Autocast makes the dtypes equal, as for ``linear``.
-        raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+        raise ValueError(
+            f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}; convert one of them, "
+            f"such as hidden.to({tensor.dtype}), or multiply under autocast"
+        )
     if tensor.device != hidden.device:
         raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")

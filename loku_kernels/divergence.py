@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from loku_kernels.autocast import register_autocast
+from loku_kernels.autocast import apply_without_autocast, register_autocast
 from loku_kernels.backends import PLAIN, choose
 from loku_kernels.checks import IGNORE_INDEX, Reduction, check_linear_operands
 from loku_kernels.log_probabilities import divergence_gradient_, wide_dtype, wide_logits
 from loku_kernels.logits_blocks import LogitsBlocks, Slices, block_slices, weight_gradient, whole_row_slices
 from loku_kernels.losses import reduce_loss
+from loku_kernels.plain import gradients_with_graph, plain_divergence
+from loku_kernels.tracing import transformed, wants_graph
 
 # hidden (N, D), weight (V, D), and bias (V,) or None, of one model
 Head = tuple[Tensor, Tensor, Tensor | None]
@@ -198,6 +200,24 @@ def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
 
 def _kl_backward(ctx: Any, grad_divergence: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *operands, normalizers, direction = ctx.saved_tensors
+    if wants_graph():
+        reference_hidden, reference_weight, reference_bias, counted = operands[3:]
+
+        def divergence_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return plain_divergence(
+                hidden,
+                weight,
+                bias,
+                reference_hidden,
+                reference_weight,
+                reference_bias,
+                counted,
+                ctx.softcap,
+                ctx.logit_scale,
+            )
+
+        needs = ctx.needs_input_grad[:3]
+        return *gradients_with_graph(divergence_of, operands[:3], needs, grad_divergence), *[None] * 7
     grad_hidden = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_hidden = (direction * grad_divergence[:, None]).to(direction.dtype)
@@ -294,16 +314,18 @@ def linear_kl_divergence_loss(
             f"reference_weight must have as many rows as weight, {len(weight)}, got {len(reference_weight)}"
         )
     counted = labels != ignore_index
-    divergence, *_ = _linear_kl_divergence(
+    operands = (
         hidden.reshape(labels.numel(), hidden.shape[-1]),
         weight,
         bias,
         reference_hidden.detach().reshape(labels.numel(), reference_hidden.shape[-1]),
         reference_weight.detach(),
         None if reference_bias is None else reference_bias.detach(),
-        counted.reshape(-1),
-        float(softcap or 0.0),
-        float(logit_scale),
-        torch.is_grad_enabled() and hidden.requires_grad,
     )
+    settings = (counted.reshape(-1), float(softcap or 0.0), float(logit_scale))
+    if transformed():
+        divergence = apply_without_autocast(plain_divergence, operands, *settings)
+    else:
+        want_direction = torch.is_grad_enabled() and hidden.requires_grad
+        divergence, *_ = _linear_kl_divergence(*operands, *settings, want_direction)
     return reduce_loss(divergence.view(counted.shape), counted, reduction)

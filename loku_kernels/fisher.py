@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from loku_kernels.backends import choose
+from loku_kernels.tracing import check_not_transformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,7 +59,9 @@ def accumulate_squared_grad_(
 
     Raises:
         ValueError: Shapes, dtypes or devices do not go together, or ``fisher`` is an expanded tensor.
+        RuntimeError: A transform of ``torch.func`` or forward mode is active.
     """
+    check_not_transformed("accumulate_squared_grad_")
     if inputs.dim() != 3 or grad_outputs.dim() != 3 or inputs.shape[:2] != grad_outputs.shape[:2]:
         raise ValueError(
             "inputs and grad_outputs must have shapes (n, T, k) and (n, T, d), "

@@ -40,7 +40,7 @@ class KrylovSpace:
 
     def __init__(self, batch: int, capacity: int, most: int, d: int, k: int, device: torch.device) -> None:
         self.size, self.most = 0, most
-        self._basis = torch.empty(batch, capacity, d, device=device)
+        self._basis = torch.empty(batch, capacity, d, dtype=torch.float32, device=device)
         # Images and their Gram matrix in float64: its eigenvalues are the squares of S.
         self._images = torch.empty(batch, capacity, k, dtype=torch.float64, device=device)
         self._gram = torch.empty(batch, capacity, capacity, dtype=torch.float64, device=device)

@@ -19,7 +19,8 @@ from loku_kernels.backends.fused_losses import Saved, all_rows_stay, gradient_of
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_operands
 from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, part_of, weight_gradient
-from loku_kernels.tracing import once_differentiable, traced, traced_gradient
+from loku_kernels.plain import gradients_with_graph, plain_linear_triplet
+from loku_kernels.tracing import traced, traced_gradient, transformed, wants_graph
 from loku_kernels.triplet import fake_triplets
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # triplet, runner_up_id, direction
@@ -268,12 +269,18 @@ class _LinearSoftmaxTriplet(torch.autograd.Function):
         return triplet, runner_up_id
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_triplet is None:
             return (None,) * 8
         triplet, runner_up_id, *operands = ctx.saved_tensors
         saved, needs = (grad_triplet, triplet, runner_up_id), ctx.needs_input_grad[:3]
+        if wants_graph():
+            labels = operands[3]
+
+            def triplet_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                return plain_linear_triplet(hidden, weight, bias, labels, *ctx.settings)[0]
+
+            return *gradients_with_graph(triplet_of, operands[:3], needs, grad_triplet), *[None] * 5
         return *linear_backward(needs, operands, saved, None, *ctx.settings), *[None] * 5
 
 
@@ -457,7 +464,11 @@ def linear_softmax_triplet(
     rows = hidden if hidden.dim() == 2 else hidden.reshape(labels.numel(), hidden.shape[-1])
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = (labels.reshape(-1), ignore_index, float(softcap or 0.0), float(logit_scale), want_direction)
-    if traced(hidden, weight, bias, labels):
+    if transformed():
+        triplet, runner_up_id = apply_without_autocast(
+            plain_linear_triplet, (rows, weight, bias), *settings[:-1]
+        )
+    elif traced(hidden, weight, bias, labels):
         triplet, runner_up_id, _ = _linear_softmax_triplet(rows, weight, bias, *settings)
     else:
         apply = _LinearSoftmaxTriplet.apply

@@ -35,7 +35,8 @@ from loku_kernels.linear_triplet import (
 )
 from loku_kernels.log_probabilities import wide_dtype
 from loku_kernels.logits_blocks import fits_one_block, logits_of
-from loku_kernels.tracing import once_differentiable, traced, traced_gradient
+from loku_kernels.plain import gradients_with_graph, plain_linear_triplet, plain_triplet
+from loku_kernels.tracing import refused_results, traced, traced_gradient, transformed, wants_graph
 from loku_kernels.triplet import (
     ihl_forward_backward_,
     scale_rows_,
@@ -104,11 +105,20 @@ class _TripletLoss(torch.autograd.Function):
         value, ctx.grad_triplet = choose("token_losses", labels).token_losses(
             loss, triplet, labels, ignore_index, reduction, triplet.dtype, ctx.needs_input_grad[0]
         )
+        ctx.settings = (loss, ignore_index, reduction)
+        ctx.save_for_backward(triplet, labels)
         return value
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if wants_graph():
+            triplet, labels = ctx.saved_tensors
+            loss, ignore_index, reduction = ctx.settings
+
+            def loss_of(triplet: Tensor) -> Tensor:
+                return _loss_of_triplet(loss, triplet, labels, ignore_index, reduction)
+
+            return *gradients_with_graph(loss_of, [triplet], [True], grad_loss), None, None, None, None
         return ctx.grad_triplet * grad_loss.unsqueeze(-1), None, None, None, None
 
 
@@ -119,7 +129,7 @@ class _LogitsLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, settings: tuple[TokenLoss, int, Reduction]
     ) -> Tensor:
-        loss, ctx.ignore_index, reduction = settings
+        loss, ctx.ignore_index, reduction = ctx.settings = settings
         dtype = wide_dtype(logits.dtype)
         # Nobody else has the saved numbers, so nobody overwrites them.
         value, ctx.saved = loss_of_logits(loss, logits, labels, ctx.ignore_index, reduction, dtype)
@@ -127,9 +137,16 @@ class _LogitsLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
+        if wants_graph():
+            loss, ignore_index, reduction = ctx.settings
+
+            def loss_of(logits: Tensor) -> Tensor:
+                triplet, _ = plain_triplet(logits, labels, ignore_index)
+                return _loss_of_triplet(loss, triplet, labels, ignore_index, reduction).to(grad_loss.dtype)
+
+            return *gradients_with_graph(loss_of, [logits], [True], grad_loss), None, None
         if not traced_gradient(grad_loss):
             return gradient_of_logits(ctx.saved, logits, labels, ctx.ignore_index, grad_loss), None, None
         grad_triplet, *own = tensors_of(ctx.saved, labels)
@@ -151,7 +168,7 @@ class _LinearLoss(torch.autograd.Function):
         settings: tuple[int, float, float],
         request: tuple[TokenLoss, Reduction, torch.dtype],
     ) -> Tensor:
-        loss, reduction, dtype = request
+        loss, reduction, dtype = ctx.request = request
         ctx.settings = ignore_index, softcap, logit_scale = settings
         if want_direction and fits_one_block(hidden, weight) and all_rows_stay(labels, ignore_index):
             block = logits_of(hidden, weight, bias, softcap, logit_scale)
@@ -170,9 +187,16 @@ class _LinearLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         needs, operands = ctx.needs_input_grad[:3], ctx.saved_tensors
+        if wants_graph():
+            (loss, reduction, dtype), labels, ignore_index = ctx.request, operands[3], ctx.settings[0]
+
+            def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                triplet, _ = plain_linear_triplet(hidden, weight, bias, labels, *ctx.settings)
+                return _loss_of_triplet(loss, triplet, labels, ignore_index, reduction).to(dtype)
+
+            return *gradients_with_graph(loss_of, operands[:3], needs, grad_loss), *[None] * 4
         return *linear_backward(needs, operands, ctx.saved, grad_loss, *ctx.settings), *[None] * 4
 
 
@@ -181,7 +205,7 @@ class _InplaceIHL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
-        ctx.grad = logits.detach()
+        ctx.logits, ctx.grad = logits, logits.detach()
         # The forward's one write applies the mean's 1/N, except in float16. There it would round to 0 the
         # small gradients that a loss scale protects, so the backward applies it.
         late, dtype = logits.dtype == torch.float16, wide_dtype(logits.dtype)
@@ -198,7 +222,6 @@ class _InplaceIHL(torch.autograd.Function):
         return _loss_of_triplet("inverted_hinge", triplet, labels, ignore_index, reduction).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.grad is None:
             raise RuntimeError(
@@ -206,11 +229,18 @@ class _InplaceIHL(torch.autograd.Function):
                 "a second backward needs inplace=False"
             )
         grad, ctx.grad = ctx.grad, None
-        factor = grad_loss if ctx.pending is None else grad_loss * ctx.pending
-        if traced_gradient(grad_loss):
-            scale_rows_(grad, factor)
-        else:
-            choose("scale_rows_", grad).scale_rows_(grad, factor)
+        logits, ctx.logits = ctx.logits, None
+        with torch.no_grad():
+            factor = grad_loss if ctx.pending is None else grad_loss * ctx.pending
+            if traced_gradient(grad_loss):
+                scale_rows_(grad, factor)
+            else:
+                choose("scale_rows_", grad).scale_rows_(grad, factor)
+        if wants_graph():
+            message = "ihl_loss(inplace=True) has no second derivative: use inplace=False"
+            if transformed():
+                raise RuntimeError(message)
+            (grad,) = refused_results(message, [grad], [logits])
         return grad, None, None, None
 
 
@@ -310,7 +340,7 @@ def ihl_loss(
             logits.
         IndexError: A label is out of range, as for ``softmax_triplet``.
     """
-    if inplace and torch.is_grad_enabled() and logits.requires_grad:
+    if inplace and torch.is_grad_enabled() and logits.requires_grad and not transformed():
         check_reduction(reduction)
         check_logits(logits, labels)
         if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loku_kernels.krylov import KrylovSpace, eigh, eigvalsh
 from loku_kernels.logits_blocks import product_dtype
+from loku_kernels.tracing import check_not_transformed
 
 OVERSAMPLING = 8  # vectors beyond the rank in a block
 MIN_DEPTH = 3  # blocks before convergence is judged
@@ -66,7 +67,9 @@ def row_scaled_svd(
     Raises:
         ValueError: Shapes, dtypes or devices do not go together, ``rank`` is out of range, or the input is
             not finite.
+        RuntimeError: A transform of ``torch.func`` or forward mode is active.
     """
+    check_not_transformed("row_scaled_svd")
     weights, row_scales = _checked(weights, row_scales, rank)
     (d, k), device = weights[0].shape, weights[0].device
     width, group = rank + OVERSAMPLING, _group_size(device, d, k, rank)
@@ -274,7 +277,7 @@ def _whole_svd(matrix: _ScaledRows, rank: int, noise: Tensor, offset: int) -> tu
     """Compute the same from the images of the whole space of the shorter side of M."""
     wide = matrix.d <= matrix.k
     image_of = matrix.transpose_times if wide else matrix.times
-    identity = torch.eye(min(matrix.d, matrix.k), device=matrix.device)
+    identity = torch.eye(min(matrix.d, matrix.k), dtype=torch.float32, device=matrix.device)
     images = image_of(identity.expand(len(matrix), -1, -1)).double()
     gram = images @ images.mT
     _require_finite(gram, offset)

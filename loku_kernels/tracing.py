@@ -1,29 +1,62 @@
 """The two ways from a public function to a kernel, and the decision between them.
 
 A function that computes on plain tensors calls its kernel from a ``torch.autograd.Function``. Under
-``torch.compile``, ``torch.export``, a dispatch mode, a transform of ``torch.func`` or a tensor subclass it
-calls a registered operator of ``torch.ops.loku_kernels`` instead. Those need an operator with a fake
-implementation. The operator takes more processor time a call than a small loss by the function.
+``torch.compile``, ``torch.export``, a dispatch mode or a tensor subclass it calls a registered operator of
+``torch.ops.loku_kernels`` instead. Those need an operator with a fake implementation. The operator takes more
+processor time a call than a small loss by the function.
+
+No kernel has a derivative in forward mode, a rule for ``torch.func`` or a second derivative. Where they are
+asked for, plain torch computes (``plain.py``).
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # its modes are on no stack of dispatch modes
 
 _number_of_modes = torch._C._len_torch_dispatch_stack
-_is_transformed = torch._C._are_functorch_transforms_active
+_is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
+def transformed() -> bool:
+    """Say whether plain torch must compute: in a transform of ``torch.func``, or in forward mode.
+
+    A registered operator would lose the tangents of forward mode without a word.
+    """
+    return _is_transformed() or forward_ad._current_level >= 0
+
+
+def wants_graph() -> bool:
+    """Say whether the running backward is differentiated, by ``create_graph=True`` or in forward mode."""
+    again = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return again and not torch.compiler.is_compiling()
+
+
+def check_not_transformed(name: str) -> None:
+    """Check that nothing asks for derivatives of a function that has none.
+
+    Args:
+        name: The name of the function, for the message.
+
+    Raises:
+        RuntimeError: A transform of ``torch.func`` or forward mode is active.
+    """
+    if transformed():
+        raise RuntimeError(
+            f"{name} has no derivatives and does not run in a transform of torch.func or in forward mode: "
+            "call it outside"
+        )
+
+
 def traced(*tensors: Tensor | None) -> bool:
-    """Say whether a computation must go through the registered operators.
+    """Say whether a computation must leave the thin way.
 
     Args:
         tensors: The operands of the computation. None stands for an absent one.
@@ -36,6 +69,7 @@ def traced(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or _number_of_modes() > 0
         or _is_transformed()
+        or forward_ad._current_level >= 0
         or torch._C._is_tracing()
         or _is_included(_PRE_DISPATCH)
     ):
@@ -65,29 +99,19 @@ def traced_gradient(grad: Tensor) -> bool:
     )
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the backward of a ``torch.autograd.Function`` refuse to be differentiated itself.
+def refused_results(message: str, results: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Any:
+    """Make the results of a backward refuse to be differentiated.
 
-    torch's decorator of the same name returns constants if the incoming gradients are constants. A penalty of
-    the gradient would then silently not train. This one refuses there too.
+    torch's ``once_differentiable`` returns constants if the incoming gradients are constants. A penalty of
+    the gradient would then silently not train. These results lead to the inputs.
 
     Args:
-        backward: The backward. It builds no graph. Its result is a tuple.
+        message: The message of the ``RuntimeError``.
+        results: The gradients, or None. They have no graph.
+        inputs: The tensors of the forward that require a gradient.
+
+    Returns:
+        The results, with a graph whose backward raises.
     """
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Any) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return backward(ctx, *grads)
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        return _refuse(*(None if x is None else x.detach().requires_grad_() for x in results))
-
-    return run
-
-
-def _refuse(*results: Tensor | None) -> Any:
-    """Return tensors whose backward raises ``RuntimeError``."""
-    message = b"trying to differentiate twice a function that was marked with @once_differentiable"
-    refuse: Any = torch._C._functions.DelayedError(message, len(results))
-    return refuse(*results)
+    refuse: Any = torch._C._functions.DelayedError(message.encode(), len(results) + len(inputs))
+    return refuse(*results, *inputs)[: len(results)]

@@ -11,7 +11,8 @@ from torch.library import custom_op
 
 from loku_kernels.backends import choose
 from loku_kernels.checks import IGNORE_INDEX, check_logits
-from loku_kernels.tracing import once_differentiable, traced, traced_gradient
+from loku_kernels.plain import gradients_with_graph, plain_triplet
+from loku_kernels.tracing import traced, traced_gradient, transformed, wants_graph
 
 
 def fake_triplets(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,11 +90,16 @@ class _SoftmaxTriplet(torch.autograd.Function):
         return triplet, runner_up_id
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_triplet: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_triplet is None:
             return None, None, None
         logits, labels, *saved = ctx.saved_tensors
+        if wants_graph():
+
+            def triplet_of(logits: Tensor) -> Tensor:
+                return plain_triplet(logits, labels, ctx.ignore_index)[0]
+
+            return *gradients_with_graph(triplet_of, [logits], [True], grad_triplet), None, None
         arguments = (grad_triplet, logits, labels, ctx.ignore_index, *saved)
         if traced_gradient(grad_triplet):
             return softmax_triplet_backward(*arguments), None, None
@@ -133,6 +139,8 @@ def softmax_triplet(
         IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
     check_logits(logits, labels)
+    if transformed():
+        return plain_triplet(logits, labels, ignore_index)
     compute = _softmax_triplet if traced(logits, labels) else _SoftmaxTriplet.apply
     result: tuple[Tensor, Tensor] = compute(logits, labels, ignore_index)
     return result

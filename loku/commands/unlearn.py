@@ -114,20 +114,20 @@ def run(options: argparse.Namespace) -> None:
     settings["disable_tqdm"] = settings.get("disable_tqdm", False) or options.quiet
     _check_model(places["model"])
     output = Path(places["output"])
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; --output must be a directory")
 
     import transformers
     from accelerate import PartialState
 
     from loku import UnlearnConfig
     from loku.data.files import read_rows
+    from loku.saving.destinations import check_destination
 
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if options.quiet:
         transformers.logging.disable_progress_bar()
     config = UnlearnConfig(**{"output_dir": str(output), **settings})
+    check_destination(output, "merged" if config.tuning == "full" else options.save)
     forget, retain = (read_rows(places[name]) for name in ("forget", "retain"))
     summary = _unlearn(places, config, forget, retain, settings, options.save)
     if config.process_index == 0:
@@ -164,7 +164,7 @@ def _unlearn(
     begin = time.perf_counter()
     forget_peak_memory()
     try:
-        result = unlearn(places["model"], forget, retain, config=config, tokenizer=tokenizer)
+        result = unlearn(places["model"], forget, retain, config=config, tokenizer=tokenizer, save_kind=kind)
     except RowError as error:
         if error.name not in places:
             raise

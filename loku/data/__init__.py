@@ -1,8 +1,8 @@
 """Data sets in, token batches out.
 
-A data set is a list of strings, a list of dicts or a ``datasets.Dataset``. ``tokenize_dataset`` turns it into
-a list of ``{"input_ids", "labels"}``, which ``transformers.Trainer`` and ``torch.utils.data.DataLoader``
-take. ``collate`` pads some of these rows into tensors.
+A data set is a list of strings, a list of dicts, a ``datasets.Dataset`` or a table of pandas.
+``tokenize_dataset`` turns it into a list of ``{"input_ids", "labels"}``, which ``transformers.Trainer`` and
+``torch.utils.data.DataLoader`` take. ``collate`` pads some of these rows into tensors.
 """
 
 from loku.data.batches import collate, collate_pairs, padding_id
@@ -10,24 +10,33 @@ from loku.data.files import place_of_row, read_rows
 from loku.data.large_sets import LazyRows, StreamedRows, retain_rows
 from loku.data.pairs import PairedDataset, PairSampler
 from loku.data.refusals import TOFU_REFUSALS, RefusalRows, load_refusals
-from loku.data.rows import (
+from loku.data.row_errors import BadRow, RowError, row_places
+from loku.data.row_forms import (
     COLUMNS,
-    IGNORE_INDEX,
-    RowError,
+    instruction_texts,
+    labelled_column,
+    paraphrased_answer,
+    question_answer_texts,
+    wrong_answers,
+)
+from loku.data.rows import (
     RowTokenizer,
+    as_rows,
     documents,
     duplicate_rows,
     has_input_ids,
     infer_tokenizer,
-    question_answer_texts,
     split_documents,
     tokenize_dataset,
 )
+from loku.data.token_limits import TokenLimits, check_tokens, token_limits
+from loku.data.tokens import IGNORE_INDEX
 
 __all__ = [
     "COLUMNS",
     "IGNORE_INDEX",
     "TOFU_REFUSALS",
+    "BadRow",
     "LazyRows",
     "PairSampler",
     "PairedDataset",
@@ -35,18 +44,27 @@ __all__ = [
     "RowError",
     "RowTokenizer",
     "StreamedRows",
+    "TokenLimits",
+    "as_rows",
+    "check_tokens",
     "collate",
     "collate_pairs",
     "documents",
     "duplicate_rows",
     "has_input_ids",
     "infer_tokenizer",
+    "instruction_texts",
+    "labelled_column",
     "load_refusals",
     "padding_id",
+    "paraphrased_answer",
     "place_of_row",
     "question_answer_texts",
     "read_rows",
     "retain_rows",
+    "row_places",
     "split_documents",
+    "token_limits",
     "tokenize_dataset",
+    "wrong_answers",
 ]

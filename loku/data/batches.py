@@ -6,21 +6,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from loku.data.rows import IGNORE_INDEX
+from loku.data.token_limits import token_limits
+from loku.data.tokens import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase | None, model: nn.Module | None = None) -> int:
     """Return the id to pad with: the tokenizer's padding or EOS id, or 0.
 
-    Any id will do, because padding is masked out of the attention and out of the labels.
+    Any id will do, because padding is masked out of the attention and out of the labels. But the model's
+    embedding must have it. A padding token may have been added to the tokenizer alone.
+
+    Args:
+        tokenizer: The tokenizer, or None.
+        model: The causal LM, whose input embedding must have the id; None (default) sets no bound.
     """
+    rows = None if model is None else token_limits(model).inputs
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
-    return next(token for token in candidates if token is not None)
+    return next(token for token in candidates if token is not None and (rows is None or token < rows))
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
@@ -72,8 +79,8 @@ def collate_pairs(pairs: Sequence[Mapping[str, Mapping[str, Any]]], pad_token_id
     rows = [pair[kind] for kind in kinds for pair in pairs]
     batch = collate(rows, pad_token_id)
     for number, kind in enumerate(kinds):
-        batch[f"is_{kind}"] = torch.arange(len(rows)) // len(pairs) == number
-    batch["token_count"] = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch[f"is_{kind}"] = torch.arange(len(rows), dtype=torch.int64) // len(pairs) == number
+    batch["token_count"] = torch.tensor([len(row["input_ids"]) for row in rows], dtype=torch.int64)
     references = [row["reference"] for row in rows if "reference" in row]
     if references:
         batch["reference"] = torch.cat(references)

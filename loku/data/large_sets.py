@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from loku.data.rows import RowTokenizer, TokenizedRow, tokenize_dataset
+from loku.data.rows import RowTokenizer, as_rows, tokenize_dataset
+from loku.data.token_limits import TokenLimits
+from loku.data.tokens import TokenizedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +30,9 @@ class DrawnRows:
         max_length: The number of tokens at which rows are cut; None does not cut them.
         name: The name of the data set in messages.
         forget: The tokenised forget rows.
+        limits: The limits of a model, which each row is checked against when it is drawn; None (default)
+            sets none.
+        source: The file of the rows, for messages; None (default) if it is not known.
     """
 
     def __init__(
@@ -36,11 +42,18 @@ class DrawnRows:
         max_length: int | None,
         name: str,
         forget: Iterable[Mapping[str, Any]],
+        limits: TokenLimits | None = None,
+        source: str | os.PathLike | None = None,
     ):
         self.rows = rows
-        self._tokenize = RowTokenizer(tokenizer, max_length, name)
+        self._tokenize = RowTokenizer(tokenizer, max_length, name, limits, source)
         self._forget = {tuple(row["input_ids"]): index for index, row in reversed([*enumerate(forget)])}
         self._warned: set[str] = set()
+
+    def limit(self, limits: TokenLimits | None) -> None:
+        """Check each row against the limits of a model from now on; None leaves the limits as they are."""
+        if limits is not None:
+            self._tokenize.limits = limits
 
     def first(self, count: int = 100) -> list[TokenizedRow]:
         """Return the first rows, tokenised; ``count`` of them, or all if there are fewer."""
@@ -102,13 +115,15 @@ class StreamedRows(DrawnRows):
         max_length: int | None,
         name: str,
         forget: Iterable[Mapping[str, Any]],
+        limits: TokenLimits | None = None,
+        source: str | os.PathLike | None = None,
     ):
         if iter(rows) is rows:
             raise ValueError(
                 f"the {name} set is a {type(rows).__name__}, which can be read only once; pass a "
                 "datasets.IterableDataset, or another object whose iter() begins anew"
             )
-        super().__init__(rows, tokenizer, max_length, name, forget)
+        super().__init__(rows, tokenizer, max_length, name, forget, limits, source)
         self._reader: Iterator[tuple[int, Any]] | None = None
         self._next = 0
 
@@ -138,16 +153,22 @@ def retain_rows(
     max_length: int | None = None,
     forget: Iterable[Mapping[str, Any]] = (),
     name: str = "retain",
-) -> list[TokenizedRow] | DrawnRows:
+    limits: TokenLimits | None = None,
+    source: str | os.PathLike | None = None,
+) -> list[TokenizedRow] | LazyRows | StreamedRows:
     """Tokenise a retain set now, or row by row as it is drawn if it is large or has no length.
 
     Args:
-        rows: The rows, as for ``loku.data.tokenize_dataset``, or an iterable without a length. A
-            ``DrawnRows`` is returned as it is.
+        rows: The rows, as for ``loku.data.tokenize_dataset``, or an iterable without a length. ``LazyRows``
+            and ``StreamedRows`` are returned as they are, with the limits.
         tokenizer: The tokenizer. It may be None if every row has ``input_ids``.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
         forget: The tokenised forget rows, () by default. A drawn row that equals one of them gives a warning.
         name: The name of the data set in messages, "retain" by default.
+        limits: The limits of a model, from ``loku.data.token_limits``; None (default) sets none. A row that
+            is not held in memory is checked when it is drawn.
+        source: The file of the rows, which messages about drawn rows then name; None (default) if it is not
+            known.
 
     Returns:
         A list of tokenised rows; ``LazyRows`` for more than ``LAZY_ROWS`` rows; or ``StreamedRows`` for rows
@@ -156,11 +177,12 @@ def retain_rows(
     Raises:
         ValueError: As for ``loku.data.tokenize_dataset`` and ``StreamedRows``.
     """
-    if isinstance(rows, DrawnRows):
+    if isinstance(rows, (LazyRows, StreamedRows)):
+        rows.limit(limits)
         return rows
-    if not isinstance(rows, (str, Mapping)) and hasattr(rows, "__iter__"):
-        if not isinstance(rows, Sized):
-            return StreamedRows(rows, tokenizer, max_length, name, forget)
-        if len(rows) > LAZY_ROWS:
-            return LazyRows(rows, tokenizer, max_length, name, forget)
-    return tokenize_dataset(rows, tokenizer, max_length=max_length, name=name)
+    rows = as_rows(rows, name)
+    if not hasattr(rows, "__len__"):
+        return StreamedRows(rows, tokenizer, max_length, name, forget, limits, source)
+    if len(rows) > LAZY_ROWS and hasattr(rows, "__getitem__"):
+        return LazyRows(rows, tokenizer, max_length, name, forget, limits, source)
+    return tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)

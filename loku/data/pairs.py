@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loku.data.large_sets import StreamedRows
 from loku.data.refusals import RefusalRows
-from loku.data.rows import IGNORE_INDEX
+from loku.data.tokens import IGNORE_INDEX
 
 
 class Draw(NamedTuple):
@@ -78,7 +78,7 @@ class PairedDataset(Dataset):
         lap, position = divmod(draw, rows)
         if lap not in self._orders:
             generator = torch.Generator().manual_seed(self.seed + lap)
-            self._orders[lap] = torch.randperm(rows, generator=generator)
+            self._orders[lap] = torch.randperm(rows, generator=generator, dtype=torch.int64, device="cpu")
         return int(self._orders[lap][position])
 
     def key(self, kind: str, draw: Draw) -> Any:
@@ -166,4 +166,4 @@ class PairSampler(Sampler):
         if self.strategy == "group_by_length":
             lengths = [self.dataset.length(Draw(row, row)) for row in rows]
             return get_length_grouped_indices(lengths, self.step, generator=generator)
-        return torch.randperm(len(rows), generator=generator).tolist()
+        return torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu").tolist()

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loku.data.rows import (
-    BadRow,
-    DataSet,
-    RowError,
-    TokenizedRow,
-    cut_row,
-    labelled_column,
-    leading_special,
-    tokenize_row,
-)
+from loku.data.chats import chat_of
+from loku.data.row_errors import BadRow, RowError
+from loku.data.row_forms import columns_of, labelled_column
+from loku.data.rows import DataSet, RowTokenizer, as_rows
+from loku.data.token_limits import TokenLimits
+from loku.data.tokens import TokenizedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,12 +29,24 @@ def load_refusals(refusals: Iterable[str] | str | os.PathLike | None = None) -> 
 
     Raises:
         ValueError: There is no refusal, or one is not a text.
+        OSError: The file cannot be read.
     """
     if refusals is None:
         refusals = TOFU_REFUSALS
     if isinstance(refusals, (str, os.PathLike)):
-        lines = Path(refusals).read_text(encoding="utf-8").splitlines()
+        lines = Path(refusals).read_text(encoding="utf-8-sig").split("\n")  # other separators are text
         refusals = [line.strip() for line in lines if line.strip()]
+    return check_refusals(refusals)
+
+
+def check_refusals(refusals: Any) -> list[str]:
+    """Return some refusals as a list.
+
+    Raises:
+        ValueError: They are no list of texts, or none is there.
+    """
+    if isinstance(refusals, (str, bytes, Mapping)) or not isinstance(refusals, Iterable):
+        raise ValueError(f"the refusals are a {type(refusals).__name__}; pass a list of strings")
     refusals = list(refusals)
     if not refusals:
         raise ValueError("there are no refusals; pass at least one, or None for TOFU's")
@@ -59,10 +67,13 @@ class RefusalRows:
         refusals: The refusals, at least one.
         tokenizer: The tokenizer.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
+        limits: The limits of a model, from ``loku.data.token_limits``; None (default) sets none.
 
     Raises:
-        RowError: A row has no prompt; the first such row is named. Plain texts and bare ``input_ids`` have no
-            prompt. ``messages`` have one if the last message, and no other, is the assistant's.
+        ValueError: The refusals are no list of texts.
+        RowError: A row has no prompt, or its prompt and the longest refusal cannot be tokenised within
+            ``max_length`` and the limits; the first such row is named. Plain texts and bare ``input_ids``
+            have no prompt. ``messages`` have one if the last message, and no other, is the assistant's.
     """
 
     def __init__(
@@ -72,36 +83,45 @@ class RefusalRows:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int | None = None,
+        limits: TokenLimits | None = None,
     ):
-        for index, row in enumerate(rows):
-            try:
-                _with_answer(row, refusals[0])
-            except BadRow as error:
-                problem = f'{error}. Methods that train on refusals ("dpo", "idk") need question/answer rows'
-                raise RowError("forget", index, problem) from None
-        self.rows, self.refusals, self.tokenizer, self.max_length = rows, refusals, tokenizer, max_length
-        self._leading = leading_special(tokenizer)
+        self.rows, self.refusals = as_rows(rows, "forget"), check_refusals(refusals)
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._tokenize = RowTokenizer(tokenizer, max_length, "forget", limits)
+        longest = max(range(len(self.refusals)), key=lambda i: len(self.refusals[i]))
+        for index in range(len(self.rows)):
+            self[index, longest]
 
     def __getitem__(self, key: tuple[int, int]) -> TokenizedRow:
         index, refusal = key
-        row = _with_answer(self.rows[index], self.refusals[refusal])
-        return cut_row(tokenize_row(row, self.tokenizer, self._leading), self.max_length)
+        try:
+            row = _with_answer(self.rows[index], self.refusals[refusal])
+        except BadRow as error:
+            problem = f'{error}. Methods that train on refusals ("dpo", "idk") need question/answer rows'
+            raise RowError("forget", index, problem) from None
+        return self._tokenize(index, row)
 
 
 def _with_answer(row: Any, answer: str) -> dict[str, Any]:
     """Return the row with another answer, in a form that ``tokenize_dataset`` takes."""
-    labelled = labelled_column(row)
+    columns = columns_of(row)
+    labelled = labelled_column(columns)
     if labelled == "input_ids":
         raise BadRow("it has 'input_ids', so where its answer begins and ends is not known")
     if labelled == "messages":
-        *before, last = row["messages"]
+        *before, last = chat_of(columns).messages
         if last["role"] != "assistant" or any(message["role"] == "assistant" for message in before):
             raise BadRow("the assistant must have one of its 'messages', the last")
-        return {"messages": [*before, {**last, "content": answer}]}
+        others = {key: value for key, value in columns.items() if key in ("tools", "chat_template_kwargs")}
+        return {**others, "messages": [*before, {"role": "assistant", "content": answer}]}
     if labelled == "completion":
-        completion = row["completion"]
-        space = completion[: len(completion) - len(completion.lstrip())]
-        return {"prompt": row["prompt"], "completion": space + answer}
-    if labelled == "answer":
-        return {"question": row["question"], "answer": answer}
-    raise BadRow("it is a plain text, without a prompt that could be answered otherwise")
+        completion = columns["completion"]
+        space = (
+            completion[: len(completion) - len(completion.lstrip())] if isinstance(completion, str) else ""
+        )
+        return {**columns, "completion": space + answer}
+    if labelled in ("answer", "output"):
+        return {**columns, labelled: answer}
+    if labelled == "text":
+        raise BadRow("it is a plain text, without a prompt that could be answered otherwise")
+    return columns  # its tokeniser says what is missing

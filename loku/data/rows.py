@@ -6,24 +6,45 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loku.data.files import place_of_row
+from loku.data.row_errors import BadRow, RowError
+from loku.data.row_forms import columns_of, labelled_column, labelled_text
+from loku.data.token_limits import TokenLimits
+from loku.data.tokens import IGNORE_INDEX, TextTokenizer, TokenizedRow, given_tokens
+from loku.data.values import as_list, is_missing
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
-COLUMNS = "'text', 'prompt' + 'completion', 'question' + 'answer', 'messages' or 'input_ids' (+ 'labels')"
-
-TokenizedRow: TypeAlias = dict[str, list[int]]
+__all__ = [
+    "IGNORE_INDEX",
+    "BadRow",
+    "DataSet",
+    "RowError",
+    "RowTokenizer",
+    "TokenizedRow",
+    "as_rows",
+    "cut_row",
+    "documents",
+    "duplicate_rows",
+    "has_input_ids",
+    "infer_tokenizer",
+    "labelled_column",
+    "split_documents",
+    "tokenize_dataset",
+]
 
 
 class DataSet(Protocol):
-    """A data set: a list of strings, a list of dicts, or a ``datasets.Dataset``."""
+    """A data set: a list of strings, a list of dicts, a ``datasets.Dataset`` or a table."""
 
     def __len__(self) -> int: ...
 
@@ -32,27 +53,52 @@ class DataSet(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class BadRow(ValueError):
-    """A problem of one row; ``tokenize_dataset`` adds the name of the data set and the index of the row."""
-
-
-class RowError(ValueError):
-    """A row that cannot be used.
+def as_rows(rows: Any, name: str) -> Any:
+    """Return a data set whose elements are rows.
 
     Args:
-        name: The name of its data set.
-        index: The index of the row, from 0.
-        problem: The reason, for the message.
+        rows: The data set. A table of columns becomes a list of dicts: a ``pandas.DataFrame``, a
+            ``polars.DataFrame`` or a ``pyarrow.Table``. A ``pandas.Series`` becomes a list. Other data sets,
+            streams too, come back as they are.
+        name: The name of the data set in messages.
+
+    Raises:
+        ValueError: The elements of the data set are no rows: it is a mapping, one string or a set.
     """
+    if isinstance(rows, Mapping):
+        raise ValueError(
+            f"the {name} set is a mapping with the keys {list(rows)}; {_instead_of_mapping(rows)}"
+        )
+    library = type(rows).__module__.partition(".")[0]
+    if library == "pandas" and hasattr(rows, "columns"):
+        columns = {column: _cells(rows[column]) for column in rows.columns}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if library == "pandas" and hasattr(rows, "index"):
+        return _cells(rows)
+    if library == "polars" and hasattr(rows, "to_dicts"):
+        return rows.to_dicts()
+    if library == "pyarrow" and hasattr(rows, "to_pylist"):
+        return rows.to_pylist()
+    if isinstance(rows, (str, bytes, set, frozenset)) or not hasattr(rows, "__iter__"):
+        raise ValueError(
+            f"the {name} set is a {type(rows).__name__}; pass a list of strings, a list of dicts, a "
+            f"datasets.Dataset or a pandas.DataFrame"
+        )
+    return rows
 
-    def __init__(self, name: str, index: int, problem: object):
-        super().__init__(f"row {index} of the {name} set: {problem}")
-        self.name, self.index = name, index
+
+def _instead_of_mapping(rows: Mapping[Any, Any]) -> str:
+    if labelled_column(rows) is not None:
+        if all(as_list(value) is None for value in rows.values()):
+            return "if it is one row, pass a list of it: [row]"
+        return "if these are columns, pass datasets.Dataset.from_dict(rows)"
+    return "pass one list of rows or one datasets.Dataset (of a DatasetDict, one split)"
 
 
-def question_answer_texts(question: str, answer: str) -> tuple[str, str]:
-    """Return TOFU's prompt and completion for a question and its answer."""
-    return f"Question: {question}\nAnswer:", f" {answer}"
+def _cells(series: Any) -> list[Any]:
+    """Return the values of a column of pandas, None for missing ones and lists for arrays."""
+    values = (None if is_missing(value) else value for value in series.tolist())
+    return [value if (entries := as_list(value)) is None else entries for value in values]
 
 
 def tokenize_dataset(
@@ -61,34 +107,44 @@ def tokenize_dataset(
     *,
     max_length: int | None = None,
     name: str = "forget",
+    limits: TokenLimits | None = None,
 ) -> list[TokenizedRow]:
     """Tokenise a data set.
 
     Each row is a string or has columns, in this order of preference:
 
     - ``input_ids``, with ``labels`` or with every token labelled. They are taken unchanged, except that the
-      positions that an ``attention_mask`` column masks are dropped. A row may pack several documents. Then
-      ``position_ids``, which begin at 0 in each document, or ``seq_lengths`` tell them apart. Documents do
-      not see each other, and the first token of each is not predicted.
+      positions that an ``attention_mask`` column masks are dropped. A label is -100 or a token id. A row may
+      pack several documents. Then ``position_ids``, which begin at 0 in each document, or ``seq_lengths``
+      tell them apart. Documents do not see each other, and the first token of each is not predicted.
     - ``messages``, which the tokenizer's chat template renders. Every assistant turn is labelled if the
       template marks the turns with ``{% generation %}``. Otherwise the last message is labelled, and it must
-      be the assistant's.
-    - ``prompt`` and ``completion``. The completion is labelled. They are tokenised apart, so that the
-      boundary is a token boundary, and concatenated.
+      be the assistant's. A message has ``role`` and ``content``, a string or a list of text parts.
+    - ``conversations``, ShareGPT's form of the same. A message has ``from`` ("human", "gpt", "system") and
+      ``value``.
+    - ``prompt`` and ``completion``. The completion is labelled. Both are strings, or both are lists of
+      messages, which the chat template renders.
     - ``question`` and ``answer``, in TOFU's form: ``"Question: {question}\\nAnswer:"`` is the prompt and
       ``" {answer}"`` the completion.
+    - ``instruction``, ``output`` and, if there is one, ``input``, in Alpaca's form: the prompt ends with
+      ``"### Response:\\n"``, and ``output`` is the completion. See ``loku.data.instruction_texts``.
     - ``text``. Every token is labelled. A plain string means the same.
 
-    The special tokens that the tokenizer puts first by default (Llama's BOS) start the row once. The
-    tokenizer's EOS, if it has one, ends the completion or the text. Chat templates place their own special
-    tokens. Other columns are ignored.
+    A text is tokenised as a whole, so the ids are those of ``tokenizer(prompt + completion)``. A token is
+    labelled if it has at least one character of the completion. The special tokens that the tokenizer puts
+    first by default (Llama's BOS) start the row once. The tokenizer's EOS, if it has one, ends the completion
+    or the text. Chat templates place their own special tokens. They take the columns ``tools`` and
+    ``chat_template_kwargs``. Other columns are ignored. A value of None or NaN counts as missing.
 
     Args:
-        rows: The data set: a list of strings, a list of dicts, or a ``datasets.Dataset``.
+        rows: The data set: a list of strings, a list of dicts, a ``datasets.Dataset``, or a table of pandas,
+            polars or pyarrow.
         tokenizer: The tokenizer. It may be None if every row has ``input_ids``.
-        max_length: The number of tokens at which rows are cut; None (default) does not cut them. A cut row
-            keeps its start. One warning counts the cut rows.
+        max_length: The number of tokens at which rows are cut, >= 2; None (default) does not cut them. A cut
+            row keeps its start. One warning counts the cut rows.
         name: The name of the data set in messages, "forget" by default.
+        limits: The context and vocabulary of a model, from ``loku.data.token_limits``. Rows beyond them are
+            refused. None (default) sets no limits.
 
     Returns:
         A row ``{"input_ids": list[int], "labels": list[int]}`` for each row, with ``position_ids`` too if it
@@ -96,24 +152,18 @@ def tokenize_dataset(
         -100 marks tokens that are neither learnt nor forgotten.
 
     Raises:
-        ValueError: The data set is empty, or is not one list of rows.
-        RowError: A row has no known columns, a value of the wrong type, or no label token; the first such row
-            is named. The first token of a row is never predicted, so its label does not count.
+        ValueError: The data set is empty, or is not one list of rows; or ``max_length`` is less than 2.
+        RowError: A row has no known columns, a value of the wrong type, a blank text, or no label token, or
+            it is beyond the limits; the first such row is named. The first token of a row is never
+            predicted, so its label does not count.
     """
-    if isinstance(rows, Mapping):
-        raise ValueError(
-            f"the {name} set is a mapping with the keys {list(rows)}; pass one list of rows or one "
-            f"datasets.Dataset (of a DatasetDict, one split)"
-        )
-    if isinstance(rows, str) or not (hasattr(rows, "__len__") and hasattr(rows, "__iter__")):
-        raise ValueError(
-            f"the {name} set is a {type(rows).__name__}; pass a list of strings, a list of dicts or a "
-            f"datasets.Dataset"
-        )
+    rows = as_rows(rows, name)
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise ValueError(f"the {name} set is a {type(rows).__name__}, which has no length; pass list(rows)")
     if len(rows) == 0:
         raise ValueError(f"the {name} set is empty; it needs at least one row")
 
-    tokenize = RowTokenizer(tokenizer, max_length, name)
+    tokenize = RowTokenizer(tokenizer, max_length, name, limits)
     tokenized = [tokenize(index, row) for index, row in enumerate(rows)]
     if tokenize.truncated:
         warnings.warn(
@@ -131,19 +181,38 @@ class RowTokenizer:
 
     Args:
         tokenizer: The tokenizer. It may be None if every row has ``input_ids``.
-        max_length: The number of tokens at which rows are cut; None does not cut them.
+        max_length: The number of tokens at which rows are cut, >= 2; None does not cut them.
         name: The name of the data set in messages.
+        limits: The limits of a model; None (default) sets none.
+        source: The file of the rows, as for ``loku.data.read_rows``, which messages then name; None (default)
+            if it is not known.
+
+    Raises:
+        ValueError: ``max_length`` is less than 2.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, name: str):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int | None,
+        name: str,
+        limits: TokenLimits | None = None,
+        source: str | os.PathLike | None = None,
+    ):
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+            raise ValueError(
+                f"max_length must be an integer >= 2, since the first token of a row is never predicted, or "
+                f"None; got {max_length!r}"
+            )
         self.tokenizer, self.max_length, self.name = tokenizer, max_length, name
+        self.limits, self.source = limits, source
         self.truncated = 0
-        self._leading = [] if tokenizer is None else leading_special(tokenizer)
+        self._tokenize = None if tokenizer is None else TextTokenizer(tokenizer)
 
     def __call__(self, index: int, row: Any) -> TokenizedRow:
         """Tokenise a row; ``RowError`` names its index and the data set."""
         try:
-            columns = tokenize_row(row, self.tokenizer, self._leading)
+            columns = self._tokens(row)
             length = len(columns["input_ids"])
             columns = cut_row(columns, self.max_length)
             left = len(columns["input_ids"])
@@ -155,10 +224,21 @@ class RowTokenizer:
                     else "there is no label token after its first token; give it a longer text, a "
                     "non-empty completion or labels that are not all -100, or drop the row"
                 )
+            if self.limits is not None:
+                self.limits.check(columns)
         except BadRow as error:
-            raise RowError(self.name, index, error) from error.__cause__
+            place = None if self.source is None else place_of_row(self.source, index)
+            raise RowError(self.name, index, error, place) from error.__cause__
         self.truncated += length > left
         return columns
+
+    def _tokens(self, row: Any) -> TokenizedRow:
+        columns = columns_of(row)
+        if labelled_column(columns) == "input_ids":
+            return given_tokens(columns)
+        if self._tokenize is None:
+            raise BadRow("a tokenizer is needed unless every row has 'input_ids'; pass tokenizer=")
+        return self._tokenize(labelled_text(columns, self._tokenize.tokenizer))
 
 
 def cut_row(columns: TokenizedRow, max_length: int | None) -> TokenizedRow:
@@ -220,7 +300,8 @@ def infer_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    name = getattr(model.config, "_name_or_path", "")
+    merged: Any = getattr(model, "_loku_merged_adapter", None)  # its tokenizer may lie beside the adapter
+    name = getattr(model.config, "_name_or_path", "") if merged is None else merged["tokenizer"]
     if not name:
         raise ValueError("this model does not say where it was loaded from; pass its tokenizer as tokenizer=")
     local = Path(name).is_dir()
@@ -234,167 +315,3 @@ def infer_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise ValueError(f"the tokenizer in {name!r} has only special tokens; pass tokenizer=")
     return tokenizer
-
-
-def labelled_column(row: Any) -> str | None:
-    """Return the column of a row that its labels come from, by the preferences of ``tokenize_dataset``.
-
-    Returns:
-        "input_ids", "messages", "completion", "answer" or "text", which a string counts as; None if the row
-        has no known columns. A column whose value is None counts as missing.
-    """
-    if isinstance(row, str):
-        return "text"
-    if not isinstance(row, Mapping):
-        return None
-    forms = (("input_ids",), ("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
-    return next((form[-1] for form in forms if all(row.get(name) is not None for name in form)), None)
-
-
-def tokenize_row(row: Any, tokenizer: PreTrainedTokenizerBase | None, leading: Sequence[int]) -> TokenizedRow:
-    """Tokenise one row as ``tokenize_dataset`` does, without cutting it.
-
-    Args:
-        row: The row, a string or a mapping.
-        tokenizer: The tokenizer. It may be None if the row has ``input_ids``.
-        leading: The ids that begin a text, from ``leading_special``.
-
-    Raises:
-        BadRow: The row cannot be tokenised.
-    """
-    if isinstance(row, str):
-        row = {"text": row}
-    if not isinstance(row, Mapping):
-        raise BadRow(f"it is a {type(row).__name__}; a row is a string or a dict with {COLUMNS}")
-    # datasets.Dataset fills the columns that a row lacks with None.
-    row = {column: value for column, value in row.items() if value is not None}
-    labelled = labelled_column(row)
-    if labelled == "input_ids":
-        return _given_tokens(row)
-    if tokenizer is None:
-        raise BadRow("a tokenizer is needed unless every row has 'input_ids'; pass tokenizer=")
-    if labelled == "messages":
-        return _tokenize_messages(row["messages"], tokenizer)
-    prompt: str | None = None
-    if labelled == "completion":
-        prompt, completion = _text(row, "prompt"), _text(row, "completion")
-    elif labelled == "answer":
-        prompt, completion = question_answer_texts(_text(row, "question"), _text(row, "answer"))
-    elif labelled == "text":
-        completion = _text(row, "text")
-    else:
-        raise BadRow(f"it has values in the columns {list(row)}; it needs {COLUMNS}")
-
-    ids = _encode(tokenizer, completion)
-    eos = tokenizer.eos_token_id
-    # An empty completion gets no EOS, so that it is reported instead of teaching (or unlearning) to stop.
-    if ids and eos is not None and ids[-1] != eos:
-        ids.append(eos)
-    if prompt is None:
-        ids = _prepend(leading, ids)
-        return {"input_ids": ids, "labels": list(ids)}
-    return _prompted(_prepend(leading, _encode(tokenizer, prompt)), ids)
-
-
-def _prompted(prompt: list[int], completion: list[int]) -> TokenizedRow:
-    return {"input_ids": prompt + completion, "labels": [IGNORE_INDEX] * len(prompt) + completion}
-
-
-def _text(row: Mapping[str, Any], column: str) -> str:
-    if not isinstance(row[column], str):
-        raise BadRow(f"'{column}' is a {type(row[column]).__name__}; it must be a string")
-    return row[column]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: no warning about model_max_length, since max_length has its own.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def leading_special(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that a tokenizer puts before a text by default: [BOS] for Llama, none for GPT-2."""
-    plain, full = _encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
-
-
-def _prepend(leading: Sequence[int], ids: list[int]) -> list[int]:
-    return ids if ids[: len(leading)] == [*leading] else [*leading, *ids]
-
-
-def _given_tokens(row: Mapping[str, Any]) -> TokenizedRow:
-    def integers(key: str) -> list[int]:
-        values = row[key].tolist() if hasattr(row[key], "tolist") else row[key]
-        if not (isinstance(values, (list, tuple)) and all(isinstance(value, int) for value in values)):
-            raise BadRow(f"'{key}' must be a flat list of integers, one sequence a row")
-        return list(values)
-
-    ids = integers("input_ids")
-    columns = {"input_ids": ids, "labels": list(ids)}
-    for key in ("labels", "position_ids", "attention_mask"):
-        if key in row:
-            columns[key] = integers(key)
-    if "position_ids" not in row and "seq_lengths" in row:
-        columns["position_ids"] = [i for length in integers("seq_lengths") for i in range(length)]
-    for key, values in columns.items():
-        if len(values) != len(ids):
-            source = "seq_lengths" if key == "position_ids" and key not in row else key
-            raise BadRow(f"it has {len(ids)} input_ids but '{source}' has {len(values)} entries")
-    mask = columns.pop("attention_mask", None)
-    if mask is not None:
-        kept = [i for i, attended in enumerate(mask) if attended]
-        columns = {key: [values[i] for i in kept] for key, values in columns.items()}
-    if "position_ids" in columns:
-        _end_documents(columns)
-    return columns
-
-
-def _end_documents(columns: TokenizedRow) -> None:
-    """Check ``position_ids`` and take the label of each document's first token away.
-
-    The position ids of a single document are left out of the columns.
-    """
-    positions, labels = columns["position_ids"], columns["labels"]
-    for before, position in zip([-1, *positions], positions, strict=False):
-        if position not in (0, before + 1):
-            raise BadRow("'position_ids' must count 0, 1, 2, ... in each document")
-    if positions.count(0) > 1:
-        columns["labels"] = [
-            label if position else IGNORE_INDEX for label, position in zip(labels, positions, strict=True)
-        ]
-    else:
-        del columns["position_ids"]
-
-
-def _tokenize_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise BadRow("'messages' must be a non-empty list of {'role': ..., 'content': ...}")
-    for message in messages:
-        fields = [message.get("role"), message.get("content")] if isinstance(message, Mapping) else [None]
-        if not all(isinstance(field, str) for field in fields):
-            raise BadRow("every message must be a dict whose 'role' and 'content' are strings")
-    render: Any = tokenizer.apply_chat_template
-    try:
-        template = tokenizer.get_chat_template()
-    except (AttributeError, ValueError) as error:
-        raise BadRow(
-            "it has 'messages', but the tokenizer has no chat template; set tokenizer.chat_template or "
-            "write the row as 'prompt' + 'completion'"
-        ) from error
-
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        encoded = render(messages, return_dict=True, return_assistant_tokens_mask=True)
-        ids = list(encoded["input_ids"])
-        mask = encoded["assistant_masks"]
-        labels = [t if assistant else IGNORE_INDEX for t, assistant in zip(ids, mask, strict=True)]
-        return {"input_ids": ids, "labels": labels}
-
-    if messages[-1]["role"] != "assistant":
-        raise BadRow(f"its last message has the role {messages[-1]['role']!r}; it must be 'assistant'")
-    prompt = render(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = render(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise BadRow(
-            "the chat template renders the last message so that it does not continue the messages before "
-            "it; write the row as 'prompt' + 'completion'"
-        )
-    return _prompted(_encode(tokenizer, prompt), _encode(tokenizer, whole[len(prompt) :]))

@@ -138,7 +138,7 @@ def _generate(
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
         mask[row, width - len(prompt) :] = 1
     config = GenerationConfig(
         max_new_tokens=length,

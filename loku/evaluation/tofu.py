@@ -66,7 +66,8 @@ def answer_losses(
     pairs = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
     rows = tokenize_dataset(pairs, tokenizer, name="evaluation")
     scores = token_scores(model, rows, batch_size, progress, description)
-    return torch.stack([s.losses.mean() for s in scores]), torch.tensor([len(s.losses) for s in scores])
+    counts = torch.tensor([len(s.losses) for s in scores], dtype=torch.int64)
+    return torch.stack([s.losses.mean() for s in scores]), counts
 
 
 def rouge_recalls(generated: Iterable[str], references: Iterable[str]) -> tuple[list[float], list[float]]:

@@ -14,7 +14,6 @@ original model from the initial factors, which are kept as a second, frozen adap
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -30,8 +29,12 @@ from loku.adapters import (
     REFERENCE_ADAPTER,
     active_adapters,
     adapter_factors,
+    adapter_layers,
+    add_frozen_adapter,
     base_weight,
     reference_layers,
+    refuse_trained_adapter,
+    remove_adapter,
 )
 from loku.distributed import (
     copy_whole_,
@@ -46,6 +49,8 @@ from loku.fila.originals import HostCopies
 from loku.fila.row_scale_cache import cached_row_scales
 from loku.fila.row_scales import FilaConfig, fisher_row_scales, reiterable
 from loku.fila.targets import fila_targets
+from loku.rollback import all_or_nothing
+from loku.saving.residual_base import on_residual_base_
 from loku_kernels import row_scaled_svd
 
 _BASE_COPY = "_loku_base_weights"
@@ -61,13 +66,13 @@ def _checked_row_scales(row_scales: Mapping[str, Tensor], layers: dict[str, Lora
         )
     checked = {}
     for name, layer in layers.items():
-        values, weight = torch.as_tensor(given[name]), base_weight(layer)
+        values, weight = torch.as_tensor(given[name], dtype=torch.float32), base_weight(layer)
         if values.shape != weight.shape[:1]:
             raise ValueError(
                 f"{name}: the row scale must have shape {tuple(weight.shape[:1])}, one number a row of its "
                 f"{tuple(weight.shape)} weight, got {tuple(values.shape)}"
             )
-        values = values.to(weight.device, torch.float32)
+        values = values.to(weight.device)
         if not (torch.isfinite(values).all() and (values >= 0).all() and (values > 0).any()):
             raise ValueError(
                 f"{name}: row scales must be finite, >= 0 and not all 0 (A and B would both be 0 and never "
@@ -127,23 +132,6 @@ def _add_to_base_(layer: LoraLinear, adapter_name: str, factor: float) -> None:
         copy_whole_(weight, whole)
 
 
-def _add_reference(peft_model: PeftModel, layers: Mapping[str, Any], adapter_name: str) -> None:
-    flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
-    config = copy.deepcopy(peft_model.peft_config[adapter_name])
-    config.inference_mode = True
-    try:
-        # low_cpu_mem_usage puts the adapter on the meta device. Random weights would advance the caller's
-        # generator for nothing.
-        peft_model.add_adapter(REFERENCE_ADAPTER, config, low_cpu_mem_usage=True)
-        for layer in layers.values():
-            for factors in (layer.lora_A, layer.lora_B):
-                weight = full_tensor(factors[adapter_name].weight.detach()).clone()
-                factors[REFERENCE_ADAPTER].weight = nn.Parameter(weight, requires_grad=False)
-    finally:
-        for parameter, flag in flags:  # some versions of peft reset these for the earlier adapters
-            parameter.requires_grad_(flag)
-
-
 @torch.no_grad()
 def initialize_from_row_scales(
     peft_model: PeftModel, row_scales: Mapping[str, Tensor], adapter_name: str = "default"
@@ -176,11 +164,13 @@ def initialize_from_row_scales(
         adapter_name: The name of the adapter, "default" by default.
 
     Raises:
-        ValueError: FILA cannot initialise the adapter (see ``fila_targets``), or row scales are missing or of
-            the wrong shape or value. On any exception every weight is put back bit for bit.
+        ValueError: FILA cannot initialise the adapter (see ``fila_targets``), the adapter already changes the
+            outputs, or row scales are missing or of the wrong shape or value. On any exception the model is
+            as before, and every weight is put back bit for bit.
     """
     reshard_(peft_model)
     layers = fila_targets(peft_model, adapter_name)
+    refuse_trained_adapter(peft_model, adapter_name)
     checked = _checked_row_scales(row_scales, layers)
     with _keeping_originals(peft_model, layers, adapter_name) as originals:
         _initialize(layers, checked, adapter_name, originals)
@@ -202,10 +192,11 @@ def initialize_from_factors(
         adapter_name: The name of the adapter, "default" by default.
 
     Raises:
-        ValueError: FILA cannot initialise the adapter (see ``fila_targets``), or the factors are of other
-            modules or shapes.
+        ValueError: FILA cannot initialise the adapter (see ``fila_targets``), the adapter already changes the
+            outputs, or the factors are of other modules or shapes.
     """
     layers = fila_targets(peft_model, adapter_name)
+    refuse_trained_adapter(peft_model, adapter_name)
     if factors.keys() != layers.keys():
         differing = sorted(factors.keys() ^ layers.keys())
         raise ValueError(
@@ -227,7 +218,9 @@ def initialize_from_factors(
 
 
 def _local_weight(layer: LoraLinear) -> Tensor:
-    return local_tensor(base_weight(layer))
+    """The weight as it is stored: a copy of it is contiguous for Conv1D, too."""
+    stored: Any = layer.get_base_layer().weight
+    return local_tensor(stored)
 
 
 @contextmanager
@@ -246,17 +239,51 @@ def _keeping_originals(
     factors = [factor for layer in layers.values() for factor in adapter_factors(layer, adapter_name)]
     old_factors = [factor.clone() for factor in factors]
     try:
-        yield originals
-        _add_reference(peft_model, layers, adapter_name)
+        with all_or_nothing(peft_model):
+            yield originals
+            initial = {name: adapter_factors(layer, adapter_name) for name, layer in layers.items()}
+            setattr(peft_model, _BASE_COPY, originals.finished())
+            add_frozen_adapter(peft_model, REFERENCE_ADAPTER, adapter_name, initial)
+            on_residual_base_(peft_model)
     except BaseException:
         for name, original in originals.finished().items():  # without a copy a weight was not overwritten
             _local_weight(layers[name]).copy_(original)
         for factor, old in zip(factors, old_factors, strict=True):
             factor.copy_(old)
-        if REFERENCE_ADAPTER in peft_model.peft_config:
-            peft_model.delete_adapter(REFERENCE_ADAPTER)
+        if REFERENCE_ADAPTER in peft_model.peft_config:  # a sharded model
+            remove_adapter(peft_model, REFERENCE_ADAPTER)
+        release_base_copy_(peft_model)
         raise
-    setattr(peft_model, _BASE_COPY, originals.finished())
+
+
+@contextmanager
+def uninitialised_on_failure(model: nn.Module) -> Iterator[None]:
+    """A context whose failure undoes an initialisation that was made inside: weights, factors, reference.
+
+    Args:
+        model: The model. Nothing is done for one without a LoRA adapter, or initialised before.
+    """
+    if not isinstance(model, PeftModel) or REFERENCE_ADAPTER in model.peft_config:
+        yield
+        return
+    factors = [
+        (layer, name, [full_tensor(factor.detach()).clone() for factor in adapter_factors(layer, name)])
+        for name in model.active_adapters
+        for layer in adapter_layers(model, name).values()
+        if name in layer.lora_A
+    ]
+    try:
+        yield
+    except BaseException:
+        if REFERENCE_ADAPTER in model.peft_config:
+            reshard_(model)
+            restore_weights_(model)
+            remove_adapter(model, REFERENCE_ADAPTER)
+            with torch.no_grad():
+                for layer, name, old in factors:
+                    for factor, values in zip(adapter_factors(layer, name), old, strict=True):
+                        copy_whole_(factor, values)
+        raise
 
 
 def release_base_copy_(peft_model: PeftModel) -> None:
@@ -266,6 +293,19 @@ def release_base_copy_(peft_model: PeftModel) -> None:
 
 
 @torch.no_grad()
+def restore_weights_(peft_model: PeftModel) -> None:
+    """Put the original weights back as ``restore_base_`` does, and leave the LoRA layers where they are."""
+    originals = getattr(peft_model, _BASE_COPY, None)
+    for name, layer in reference_layers(peft_model).items():
+        if originals is not None:
+            _local_weight(layer).copy_(originals[name])
+            continue
+        if layer.merged:
+            layer.unmerge()
+        _add_to_base_(layer, REFERENCE_ADAPTER, 1)
+    release_base_copy_(peft_model)
+
+
 def restore_base_(peft_model: PeftModel) -> nn.Module:
     """Put the original weights back and take all LoRA layers off.
 
@@ -281,16 +321,8 @@ def restore_base_(peft_model: PeftModel) -> nn.Module:
     Returns:
         The base model that was wrapped.
     """
-    originals = getattr(peft_model, _BASE_COPY, None)
-    for name, layer in reference_layers(peft_model).items():
-        if originals is not None:
-            _local_weight(layer).copy_(originals[name])
-            continue
-        if layer.merged:
-            layer.unmerge()
-        _add_to_base_(layer, REFERENCE_ADAPTER, 1)
-    release_base_copy_(peft_model)
-    base: Any = peft_model.unload()
+    restore_weights_(peft_model)
+    base: Any = peft_model.base_model.unload()  # type: ignore[operator]
     if hasattr(base, "peft_config"):  # peft before 0.21 leaves it, and warns at the next get_peft_model
         del base.peft_config
     return base
@@ -308,7 +340,8 @@ def _sampled(batches: Iterable[Mapping[str, Tensor]], config: FilaConfig) -> Ite
     if count is None:
         return reiterable(batches)
     if isinstance(batches, DataLoader) and batches.batch_size and hasattr(batches.dataset, "__len__"):
-        order = torch.randperm(len(batches.dataset), generator=torch.Generator().manual_seed(config.seed))
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(batches.dataset), generator=generator, dtype=torch.int64, device="cpu")
         chosen = Subset(batches.dataset, order[:count].sort().values.tolist())
         return DataLoader(chosen, batch_size=batches.batch_size, collate_fn=batches.collate_fn)
     first = []
@@ -346,7 +379,8 @@ def get_fila_state_dict(
         The row scales s (d,), float32, of each target module, by the module's name in the base model.
 
     Raises:
-        ValueError: FILA cannot initialise the adapter (see ``fila_targets``), or the row scales cannot be
+        ValueError: FILA cannot initialise the adapter (see ``fila_targets``), the adapter already changes the
+            outputs, or the row scales cannot be
             measured (see ``loku.fila.row_scales.fisher_row_scales``).
         RuntimeError: A forward calls a target module twice or never.
         FloatingPointError: A Fisher or a loss is NaN or Inf.
@@ -354,6 +388,7 @@ def get_fila_state_dict(
     """
     config = config or FilaConfig()
     layers = fila_targets(peft_model, adapter_name)
+    refuse_trained_adapter(peft_model, adapter_name)
     measured: dict[str, Any] = {
         "model": peft_model,
         "modules": {name: layer.get_base_layer() for name, layer in layers.items()},
@@ -362,7 +397,7 @@ def get_fila_state_dict(
         "damping": config.damping,
         "damping_mode": config.damping_mode,
     }
-    with active_adapters(peft_model, []):
+    with all_or_nothing(peft_model), active_adapters(peft_model, []):
         measure = partial(
             fisher_row_scales, **measured, memory_budget=config.fisher_memory_budget, progress=progress
         )

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loku.adapters import linear_weight
 from loku.distributed import from_main_process, is_main_process
 from loku.fingerprints import batches_fingerprint, tensors_fingerprint, weights_fingerprint
 from loku.models import unwrapped
@@ -100,7 +101,7 @@ def _load(path: Path, key: str, modules: Mapping[str, nn.Linear]) -> dict[str, T
     except (OSError, SafetensorError) as error:
         problem = f"cannot be read ({error})"
     else:
-        shapes = {name: tuple(module.weight.shape[:1]) for name, module in modules.items()}
+        shapes = {name: tuple(linear_weight(module).shape[:1]) for name, module in modules.items()}
         if metadata.get("key") != key or _shapes(row_scales) != shapes:
             problem = "belongs to something else"
         elif metadata.get("checksum") != tensors_fingerprint(row_scales):

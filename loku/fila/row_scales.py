@@ -19,6 +19,7 @@ from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from loku.adapters import linear_weight
 from loku.data.rows import IGNORE_INDEX
 from loku.distributed import (
     is_main_process,
@@ -26,6 +27,7 @@ from loku.distributed import (
     share_of_batches,
     sum_over_processes_,
 )
+from loku.fila.sample_layout import by_row, check_rows_are_apart
 from loku.head import model_tokens, negative_log_likelihood
 from loku.models import evaluating, model_device, unwrapped
 from loku_kernels import accumulate_squared_grad_
@@ -114,7 +116,9 @@ def fisher_row_scales(
     Args:
         model: The causal LM, with peft's wrappers or without. Its weights, their ``requires_grad`` and its
             mode are afterwards as before.
-        modules: The linear modules of ``model`` to measure, by their names. A forward may call each once.
+        modules: The linear modules of ``model`` to measure, by their names: ``torch.nn.Linear`` or
+            transformers' Conv1D. A forward may call each once. Their inputs may be flattened, such as
+            (B * T, k), but must have the tokens of one row after the other.
         forget_batches: An iterable of dicts with ``input_ids``, ``attention_mask`` and ``labels`` (B, T),
             int64. It is iterated several times; an iterator is read into a list. The grouping and padding of
             the samples do not change the result. A card takes at most 1024 tokens, or one row, in a forward:
@@ -136,9 +140,9 @@ def fisher_row_scales(
         Fisher is zero, and a warning names the module.
 
     Raises:
-        ValueError: A set has no batch, or one module alone needs more than the memory budget. The message
-            names the module and its need.
-        RuntimeError: A forward calls a module twice or never.
+        ValueError: A set has no batch. One module alone needs more than the memory budget. Or the inputs of a
+            module cannot be told apart by rows. The message names the module.
+        RuntimeError: A forward calls a module twice or never, or a module takes no part in the gradient.
         FloatingPointError: A Fisher or a loss is NaN or Inf. The message names the pass, module and batch.
     """
     retain_batches, forget_batches = reiterable(retain_batches), reiterable(forget_batches)
@@ -152,6 +156,7 @@ def fisher_row_scales(
     progress = progress and is_main_process()
     if progress:
         tqdm.write(_describe(groups, budget))
+    check_rows_are_apart(model, modules)
     row_scales = {}
     with gradients_for_activations_alone(model):
         for number, group in enumerate(groups, 1):
@@ -223,7 +228,7 @@ def plan_groups(modules: Mapping[str, nn.Linear], tokens: int, budget: int | Non
     """
     groups = [FisherGroup({})]
     for name, module in modules.items():
-        weight = module.weight
+        weight = linear_weight(module)
         held = 4 * weight.numel() + tokens * weight.shape[1] * weight.element_size()
         alone = FisherGroup({name: module}, held, min(_KERNEL_BYTES, 12 * weight.numel()))
         if budget is not None and alone.bytes > budget:
@@ -270,14 +275,14 @@ def _squared_row_scales(
 
     The retain Fishers are freed when the function returns.
     """
-    fishers = {name: _zeros(module, module.weight.shape) for name, module in modules.items()}
+    fishers = {name: _zeros(module, linear_weight(module).shape) for name, module in modules.items()}
     count = _accumulate(model, modules, retain_batches, fishers, {}, f"retain Fisher{suffix}", progress)
     for fisher in fishers.values():
         fisher /= count
         mean = fisher.mean()
         unit = torch.where(mean > 0, mean, 1.0)  # without a retain Fisher the forget Fisher decides
         fisher += damping * (unit if damping_mode == "relative" else 1.0)
-    sums = {name: _zeros(module, module.weight.shape[:1]) for name, module in modules.items()}
+    sums = {name: _zeros(module, linear_weight(module).shape[:1]) for name, module in modules.items()}
     count = _accumulate(model, modules, forget_batches, sums, fishers, f"forget Fisher{suffix}", progress)
     return {name: total / count for name, total in sums.items()}
 
@@ -304,7 +309,8 @@ def gradients_for_activations_alone(model: nn.Module) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     base: Any = unwrapped(model)
     handle = base.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: output.requires_grad_()
+        # A copy, because some models (CTRL) scale the embedded tokens in place, which a leaf forbids.
+        lambda module, args, output: output.detach().requires_grad_().clone()
     )
     try:
         for parameter, _ in flags:
@@ -328,6 +334,7 @@ def _accumulate(
 ) -> int:
     """Add every sample's squared gradients to ``totals``; return the number of samples."""
     inputs: dict[str, Tensor | None] = {}
+    rows = 0
 
     def capture(name: str) -> Callable[..., None]:
         def forward_hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -336,6 +343,11 @@ def _accumulate(
                     f"{name} is called more than once in a forward, so its gradient is a sum that is not "
                     "handled; leave it out of the target modules"
                 )
+            if not output.requires_grad:
+                raise RuntimeError(
+                    f"{name} takes no part in the gradient of the model (it computes without one), so it has no "
+                    "Fisher; leave it out of the target modules"
+                )
             inputs[name] = args[0].detach()
             output.register_hook(backward_hook)
 
@@ -343,7 +355,8 @@ def _accumulate(
             x = inputs[name]
             assert x is not None
             inputs[name] = None  # freed; the key remembers the call
-            accumulate_squared_grad_(totals[name], x, grad.to(x.dtype), divisors.get(name))
+            x, grad = by_row(x, rows), by_row(grad.to(x.dtype), rows)
+            accumulate_squared_grad_(totals[name], x, grad, divisors.get(name))
 
         return forward_hook
 
@@ -356,6 +369,7 @@ def _accumulate(
             batch = {name: values.to(device) for name, values in model_tokens(batch).items()}
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+            rows = len(batch["input_ids"])
             loss = negative_log_likelihood(model, batch)
             loss.backward()
             losses.append(loss.detach())
@@ -364,14 +378,14 @@ def _accumulate(
             if missing:
                 raise RuntimeError(f"{missing[0]} took no part in the forward and backward of the model")
             inputs.clear()
-            count += len(batch["input_ids"]) if counts else 0
+            count += rows if counts else 0
     finally:
         for handle in handles:
             handle.remove()
     for total in totals.values():
         sum_over_processes_(total)
     _check_finite(totals, losses, numbers, description)
-    return int(sum_over_processes_(torch.tensor(count, device=device)).item())
+    return int(sum_over_processes_(torch.tensor(count, dtype=torch.int64, device=device)).item())
 
 
 def _check_finite(

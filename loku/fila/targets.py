@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from loku.adapters import REFERENCE_ADAPTER, adapter_layers
+from loku.adapters import REFERENCE_ADAPTER, adapter_layers, linear_weight
 from loku.distributed import is_sharded
-from loku.target_modules import FUSED_ATTENTION
 
 # FILA refuses the modules and options below by name, before it changes a weight.
 
@@ -23,7 +24,6 @@ _REFUSED_OPTIONS = {
     "lora_bias": "the reference model and the portable adapter have no such bias; set it to False",
     "modules_to_save": "fully trained modules have no frozen reference; train them apart, without FILA",
     "trainable_token_indices": "trained embeddings have no frozen reference; train them apart, without FILA",
-    "target_parameters": "FILA initialises linear modules, not bare parameters; use target_modules",
     "layer_replication": "replicated layers share one weight, which can have one residual; leave it unset",
 }
 
@@ -52,20 +52,33 @@ def _storage(parameter: Tensor) -> Hashable:
     return id(parameter) if is_sharded(parameter) else (parameter.device, parameter.data_ptr())
 
 
+@torch.no_grad()
+def _computes_as_linear(base: Any) -> bool:
+    """Whether a subclass of nn.Linear or Conv1D computes x W^T + b; a class with a forward of its own is tried.
+
+    FSDP2 replaces the type of a module by a class of its own, which has the forward of the old one.
+    """
+    if type(base).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if is_sharded(base.weight):
+        return False
+    weight = linear_weight(base)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, weight.shape[1], generator=generator, dtype=torch.float32)
+    x = x.to(weight.device, weight.dtype)
+    try:
+        actual = type(base).forward(base, x)
+    except Exception:
+        return False
+    expected = nn.functional.linear(x, weight, base.bias)
+    close = 1e-2 if weight.dtype.itemsize == 2 else 1e-5
+    return isinstance(actual, Tensor) and torch.allclose(actual, expected, rtol=close, atol=close)
+
+
 def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[Hashable, list[str]]) -> None:
     base: Any = layer.get_base_layer()
     weight: Any = getattr(base, "weight", None)
-    kind, leaf = type(base).__name__, name.rpartition(".")[2]
-    if kind == "Conv1D":
-        raise ValueError(
-            f"{name}: FILA cannot initialise transformers' Conv1D (GPT-2), whose weight is transposed; use "
-            "default LoRA initialisation"
-        )
-    if leaf in FUSED_ATTENTION:
-        raise ValueError(
-            f"{name}: FILA cannot initialise a fused query-key-value projection, whose parts need a rank "
-            "each; leave it out of target_modules or use default LoRA initialisation"
-        )
+    kind = type(base).__name__
     if hasattr(weight, "ds_id"):
         raise ValueError(
             f"{name}: DeepSpeed ZeRO-3 has partitioned its weight; load the model before the UnlearnConfig "
@@ -76,13 +89,18 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[Ha
             f"{name}: its weight is on the meta device (offloaded or not loaded); load the model without "
             "offloading"
         )
-    plain = isinstance(base, nn.Linear) and (type(weight) is nn.Parameter or is_sharded(weight))
+    plain = isinstance(base, (nn.Linear, Conv1D)) and (type(weight) is nn.Parameter or is_sharded(weight))
     if not plain or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         dtype = f" with a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise ValueError(
-            f"{name}: FILA needs a plain nn.Linear with a floating-point weight, got {kind}{dtype}; where "
-            "the base is quantised, initialise on the unquantised base and then quantise the residual, or "
-            "use default LoRA initialisation"
+            f"{name}: FILA needs a plain nn.Linear or Conv1D with a floating-point weight, got {kind}{dtype}; "
+            "where the base is quantised, initialise on the unquantised base and then quantise the residual, "
+            'or use default LoRA initialisation (init="default")'
+        )
+    if not _computes_as_linear(base):
+        raise ValueError(
+            f"{name}: a {kind} computes something else than x W^T + b, so the outputs would change; leave it out "
+            'of target_modules, or use default LoRA initialisation (init="default")'
         )
     if not isinstance(layer, LoraLinear) or adapter_name in layer.lora_variant:
         raise ValueError(
@@ -106,7 +124,10 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[Ha
 def fila_targets(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLinear]:
     """The LoRA layers of an adapter, which FILA can initialise.
 
-    The check changes nothing. It may run before the Fishers are measured, to refuse early.
+    They are the linear modules. The other layers of the adapter, those of bare parameters
+    (``target_parameters``, such as the experts of a mixture), keep peft's default initialisation: B is 0
+    there, so the outputs do not change. The check changes nothing. It may run before the Fishers are
+    measured, to refuse early.
 
     Args:
         peft_model: The model with the adapter.
@@ -119,8 +140,8 @@ def fila_targets(peft_model: PeftModel, adapter_name: str = "default") -> dict[s
         ValueError: FILA cannot initialise the adapter. The message names the module or option, the reason and
             a way round. FILA refuses ``lora_dropout`` > 0, DoRA and other LoRA variants, ``lora_bias``, and
             trained biases or modules. It refuses initialisations that change the base, such as PiSSA. It
-            refuses further adapters, merged adapters, and quantised or offloaded weights. It refuses Conv1D,
-            fused query-key-value projections, and weights that are shared with another module.
+            refuses further adapters, merged adapters, and quantised or offloaded weights. It refuses weights
+            that are shared with another module, and an adapter without a linear module.
     """
     if not isinstance(peft_model, PeftModel):
         raise ValueError(f"FILA needs a PeftModel, got {type(peft_model).__name__}; use peft.get_peft_model")
@@ -143,7 +164,16 @@ def fila_targets(peft_model: PeftModel, adapter_name: str = "default") -> dict[s
     for name, parameter in peft_model.get_base_model().named_parameters(remove_duplicate=False):
         module = name.removesuffix(".weight").removesuffix(".base_layer")
         owners.setdefault(_storage(parameter), []).append(module)
-    layers = adapter_layers(peft_model, adapter_name)
+    layers = {
+        name: layer
+        for name, layer in adapter_layers(peft_model, adapter_name).items()
+        if not isinstance(layer, ParamWrapper)
+    }
+    if not layers:
+        raise ValueError(
+            "FILA initialises linear modules, and the adapter has none; add some to target_modules, or use "
+            'default LoRA initialisation (init="default")'
+        )
     for name, layer in layers.items():
         _check_layer(name, layer, adapter_name, owners)
     return layers

@@ -4,50 +4,25 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from loku.adapters import REFERENCE_ADAPTER, adapter_factors, adapter_layers
+from loku.adapters import REFERENCE_ADAPTER, adapter_layers, has_residual_base
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
-from loku.saving.directories import whole_directory
+from loku.saving.destinations import destination, residual_save
 
-
-def _difference(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A2 (2r, k) and B2 (d, 2r), float32, whose product B2 A2 is exactly scaling * (B A - B0 A0)."""
-    B, A = (full_tensor(factor).float() for factor in adapter_factors(layer, adapter_name))
-    B0, A0 = (factor.float() for factor in adapter_factors(layer, REFERENCE_ADAPTER))
-    # (B - B0) A + B0 (A - A0): the small differences are taken before any product or rounding.
-    return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1) * layer.scaling[adapter_name]
-
-
-def _difference_adapter(peft_model: PeftModel, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
-    """The config and state dict of the difference from the reference: an adapter of rank 2r and scaling 1."""
-    config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
-    config.r *= 2
-    config.rank_pattern = {pattern: 2 * rank for pattern, rank in (config.rank_pattern or {}).items()}
-    # alpha = rank in every module, because B2 includes the old scaling, of rsLoRA too.
-    config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
-    config.use_rslora = False
-    config.init_lora_weights = True
-    state = {}
-    for name, layer in adapter_layers(peft_model, adapter_name).items():
-        A, B = _difference(layer, adapter_name)
-        state[f"base_model.model.{name}.lora_A.weight"] = A
-        state[f"base_model.model.{name}.lora_B.weight"] = B
-    return config, state
-
-
-def _auto_mapping(peft_model: PeftModel, config: Any) -> dict[str, str] | None:
-    if config.task_type is not None:
-        return None
-    base = type(peft_model.get_base_model())
-    return {"base_model_class": base.__name__, "parent_library": base.__module__}
+# loku.unlearn merges an adapter that it is given. The base of the portable adapter is the model under it.
+MERGED_ADAPTER = "_loku_merged_adapter"
 
 
 def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
@@ -70,63 +45,317 @@ def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
         )
 
 
-def plain_adapter(peft_model: PeftModel, adapter_name: str) -> tuple[Any, dict[str, Tensor]]:
-    """The config and state dict of an adapter as it is."""
-    # "auto" would look the base model up on the hub, to see whether its vocabulary has grown.
-    state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
+def _merged_adapter(peft_model: PeftModel) -> dict[str, Any] | None:
+    return getattr(peft_model.get_base_model(), MERGED_ADAPTER, None)
+
+
+def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Check that ``save_portable_adapter`` can save an adapter.
+
+    Args:
+        peft_model: The model with the adapter.
+        adapter_name: The name of the adapter, "default" by default.
+
+    Raises:
+        ValueError: There is no such LoRA adapter, or it has no plain factors that could be added to those of
+            another adapter.
+    """
+    check_saved_adapter(peft_model, adapter_name)
+    base = base_name(peft_model, peft_model.peft_config[adapter_name])
+    if residual_save(base) is not None and not has_residual_base(peft_model):
+        folder = Path(str(base)).with_name(REFERENCE_ADAPTER)
+        raise ValueError(
+            f"the base, {base}, is a residual, and the initial factors are not loaded: call "
+            f"load_adapter({str(folder)!r}, {REFERENCE_ADAPTER!r}) of the peft model first"
+        )
+    given = _merged_adapter(peft_model)
+    if given is not None and given["factors"] is None:
+        raise ValueError(
+            "the given model was an adapter that is no plain LoRA, so no LoRA adapter of its base "
+            f'{given["base_model_name_or_path"]!r} can hold it; choose the kind of save "merged" '
+            '(save_kind="merged", or --save merged)'
+        )
+    if given is None and not has_residual_base(peft_model):
+        return  # the adapter is saved as it is
+    for name, layer in adapter_layers(peft_model, adapter_name).items():
+        added = given is not None and name in given["factors"]
+        if adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name):
+            what = "has a bias (lora_bias)" if layer.lora_bias.get(adapter_name) else "is a LoRA variant"
+        elif isinstance(layer, LoraEmbedding) and (added or REFERENCE_ADAPTER in layer.scaling):
+            what = "is that of an embedding"
+        else:
+            continue
+        raise ValueError(
+            f"{name}: its adapter {what}, and no plain LoRA adapter is its difference from the untouched "
+            'base; choose the kind of save "merged", or a plain LoraConfig'
+        )
+
+
+class _Factors:
+    """The factors of adapters, from a state dict where it has them, and otherwise from the layers."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor] | None) -> None:
+        self.state = state_dict or {}
+
+    def __call__(self, name: str, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """B (d, r, E) and A (E, r, k), float32, of a layer with E experts; E is 1 for a linear layer."""
+        found = {}
+        for letter in "BA":
+            key = f"base_model.model.{name}.lora_{letter}.{adapter_name}.weight"
+            value = self.state.get(key)
+            if value is None:
+                value = full_tensor(getattr(layer, f"lora_{letter}")[adapter_name].weight)
+            found[letter] = value.detach().float().cpu()
+        B, A, experts, rank = found["B"], found["A"], getattr(layer, "num_experts", 1), layer.r[adapter_name]
+        if [B.numel(), A.numel()] != [
+            experts * rank * layer.out_features,
+            experts * rank * layer.in_features,
+        ]:
+            raise ValueError(
+                f"{name}: its factors are partitioned (DeepSpeed ZeRO-3), B {tuple(B.shape)} and A "
+                f"{tuple(A.shape)}; gather them before the save, by deepspeed.zero.GatheredParameters"
+            )
+        return B.view(-1, rank, experts), A.view(experts, rank, -1)
+
+
+def _terms(
+    name: str, layer: Any, adapter_name: str, factors: _Factors, residual: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs B (d, r, E), A (E, r, k), whose products add up to what a layer adds to the untouched base."""
+    held = [adapter_name] if adapter_name in layer.scaling else []
+    if residual and REFERENCE_ADAPTER in layer.scaling:
+        held.append(REFERENCE_ADAPTER)
+    pairs = {adapter: factors(name, layer, adapter) for adapter in held}
+    scaling = layer.scaling.get(adapter_name)
+    if len(held) == 1 and held[0] == adapter_name:
+        ((B, A),) = pairs.values()
+        return [(B * scaling, A)]
+    B0, A0 = pairs[REFERENCE_ADAPTER]
+    if len(held) == 1:
+        return [(-layer.scaling[REFERENCE_ADAPTER] * B0, A0)]
+    B, A = pairs[adapter_name]
+    if B.shape != B0.shape or scaling != layer.scaling[REFERENCE_ADAPTER]:
+        return [(B * scaling, A), (-layer.scaling[REFERENCE_ADAPTER] * B0, A0)]
+    # scaling * (B A - B0 A0), and the small differences are taken before any product or rounding.
+    return [((B - B0) * scaling, A), (B0 * scaling, A - A0)]
+
+
+def _pattern_key(name: str, layer: Any) -> str:
+    """The name by which peft looks up the rank of a layer in ``rank_pattern``."""
+    name = name.replace(".base_layer", "")  # wrappers of several parameters of one module are nested
+    parameter = getattr(layer, "parameter_name", None)
+    return f"{name}.{parameter}" if parameter else name
+
+
+def _sum_adapter(
+    peft_model: PeftModel,
+    adapter_name: str,
+    plain: dict[str, Tensor],
+    state_dict: Mapping[str, Tensor] | None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """The config and state dict of an adapter of scaling 1 that takes the untouched base to the model."""
+    given = _merged_adapter(peft_model)
+    given_factors: dict[str, tuple[Tensor, Tensor]] = {} if given is None else dict(given["factors"])
+    residual, factors = has_residual_base(peft_model), _Factors(state_dict)
+    layers = adapter_layers(peft_model, adapter_name)
+    own_layers = list(layers)
+    if residual:
+        layers = {**adapter_layers(peft_model, REFERENCE_ADAPTER), **layers}
+    state, ranks = {key: value for key, value in plain.items() if ".lora_" not in key}, {}
+    for name, layer in layers.items():
+        prefix = f"base_model.model.{name}"
+        if isinstance(layer, LoraEmbedding):  # alone, by check_portable
+            for letter, factor in (("A", 1.0), ("B", layer.scaling[adapter_name])):
+                key = f"{prefix}.lora_embedding_{letter}"
+                state[key] = full_tensor(plain[key]).float() * factor
+            ranks[_pattern_key(name, layer)] = layer.r[adapter_name]
+            continue
+        terms = _terms(name, layer, adapter_name, factors, residual)
+        if name in given_factors:
+            B, A = (factor.float().cpu() for factor in given_factors.pop(name))
+            terms.append((B[:, :, None], A[None]))
+        B, A = (torch.cat(parts, dim=1) for parts in zip(*terms, strict=True))
+        state[f"{prefix}.lora_A.weight"], state[f"{prefix}.lora_B.weight"] = A.flatten(0, 1), B.flatten(1)
+        ranks[_pattern_key(name, layer)] = A.shape[1]
+    for name, (B, A) in given_factors.items():
+        prefix = f"base_model.model.{name}"
+        state[f"{prefix}.lora_A.weight"], state[f"{prefix}.lora_B.weight"] = A.float(), B.float()
+        ranks[name] = len(A)
+
+    config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
+    config.r = Counter(ranks.values()).most_common(1)[0][0]
+    config.rank_pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != config.r}
+    # alpha = rank in every module, because B includes the old scaling, of rsLoRA too.
+    config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
+    config.use_rslora = False
+    config.init_lora_weights = True
+    modules = [name for name in [*layers, *given_factors] if not hasattr(layers.get(name), "parameter_name")]
+    if len(own_layers) < len(layers) or given_factors:  # modules beside those that the config names
+        config.target_modules = set(modules)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config, state
+
+
+def _auto_mapping(peft_model: PeftModel, config: Any) -> dict[str, str] | None:
+    if config.task_type is not None:
+        return None
+    base = type(peft_model.get_base_model())
+    return {"base_model_class": base.__name__, "parent_library": base.__module__}
+
+
+def plain_adapter(
+    peft_model: PeftModel,
+    adapter_name: str,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | str = False,
+) -> tuple[Any, dict[str, Tensor]]:
+    """The config and state dict of an adapter as it is.
+
+    Args:
+        peft_model: The model with the adapter.
+        adapter_name: The name of the adapter.
+        state_dict: The state dict of ``peft_model``; None (default) reads the model.
+        save_embedding_layers: As in ``PeftModel.save_pretrained``. "auto" would look the base model up on the
+            hub, to see whether its vocabulary has grown, so False is the default.
+    """
+    state = get_peft_model_state_dict(
+        peft_model,
+        state_dict=state_dict,
+        adapter_name=adapter_name,
+        save_embedding_layers=save_embedding_layers,  # type: ignore[arg-type]  # True, False or "auto"
+    )
     return copy.deepcopy(peft_model.peft_config[adapter_name]), state
 
 
-def write_adapter(peft_model: PeftModel, config: Any, state: dict[str, Tensor], directory: Path) -> None:
+@torch.no_grad()
+def portable_adapter(
+    peft_model: PeftModel,
+    adapter_name: str = "default",
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | str = False,
+) -> tuple[Any, dict[str, Tensor]]:
+    """The config and state dict of an adapter for the untouched base; see ``save_portable_adapter``.
+
+    Args:
+        peft_model: The model with the adapter.
+        adapter_name: The name of the adapter, "default" by default.
+        state_dict: The state dict of ``peft_model``, as for ``plain_adapter``.
+        save_embedding_layers: As for ``plain_adapter``.
+
+    Returns:
+        The ``peft.LoraConfig`` and the tensors by their names in the file, float32 for a difference.
+
+    Raises:
+        ValueError: The errors of ``check_portable``, or a factor is partitioned by DeepSpeed ZeRO-3.
+    """
+    check_portable(peft_model, adapter_name)
+    config, state = plain_adapter(
+        peft_model, adapter_name, state_dict=state_dict, save_embedding_layers=save_embedding_layers
+    )
+    if not state:
+        raise ValueError(
+            f"the model has no layer with the adapter {adapter_name!r} any more; it was taken off"
+        )
+    if has_residual_base(peft_model) or _merged_adapter(peft_model) is not None:
+        config, state = _sum_adapter(peft_model, adapter_name, state, state_dict)
+    config.base_model_name_or_path = _untouched_base(peft_model, config)
+    return config, {name: full_tensor(tensor) for name, tensor in state.items()}
+
+
+def _untouched_base(peft_model: PeftModel, config: Any) -> str | None:
+    """The name of the model that the portable adapter fits, or None if it is not known."""
+    given = _merged_adapter(peft_model)
+    if given is not None:
+        return given["base_model_name_or_path"]
+    name = base_name(peft_model, config)
+    residual = residual_save(name)
+    return name if residual is None else residual["untouched"]
+
+
+def base_name(peft_model: PeftModel, config: Any) -> str | None:
+    """The name or path that the base model was loaded by, or None.
+
+    Args:
+        peft_model: The model.
+        config: The config of its adapter.
+    """
+    return (
+        config.base_model_name_or_path or getattr(peft_model.get_base_model(), "name_or_path", None) or None
+    )
+
+
+def write_adapter(
+    peft_model: PeftModel,
+    config: Any,
+    state: dict[str, Tensor],
+    directory: Path,
+    *,
+    safe_serialization: bool = True,
+) -> None:
     """Write an adapter's two files.
 
     Args:
-        peft_model: The model with the adapter; its base model's name goes into the config.
+        peft_model: The model with the adapter.
         config: The adapter's ``peft.LoraConfig``, which is changed.
         state: The adapter's state dict.
         directory: The directory, which exists.
+        safe_serialization: Whether to write safetensors (default) or a pickle.
     """
     config.inference_mode = True
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(peft_model.get_base_model(), "name_or_path", None) or None
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    if safe_serialization:
+        save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    else:
+        torch.save(tensors, directory / WEIGHTS_NAME)
     config.save_pretrained(directory, auto_mapping_dict=_auto_mapping(peft_model, config))
 
 
-@torch.no_grad()
 def save_portable_adapter(
-    peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default"
+    peft_model: PeftModel,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Save a plain LoRA adapter for the *untouched* base: ``PeftModel.from_pretrained(base, path)``.
 
-    After FILA the base holds the residual. The saved adapter is the exact difference from the original model,
+    After FILA the base holds the residual. The saved adapter is the difference from the original model,
 
         scaling * (B A - B0 A0) = scaling * ((B - B0) A + B0 (A - A0)).
 
     It has rank 2r, and it is subtracted and stored in float32. Its config has lora_alpha = r (scaling 1),
     ``use_rslora=False`` and ``init_lora_weights=True``. ``rank_pattern`` and ``alpha_pattern`` are respected.
-    After default LoRA initialisation the adapter is saved as it is. The model is not changed, and the
-    reference is not saved.
+    A module without a residual keeps its rank: default LoRA on the experts beside FILA on the attention. If
+    the given model was an adapter that ``loku.unlearn`` merged, its factors come on top, and the untouched
+    base is the model under it. After default LoRA initialisation the adapter is saved as it is. The model is
+    not changed, and the reference is not saved.
+
+    The loaded model computes with the original weights W, and the model in memory with the residual,
+    fl(W - scaling * B0 A0), as rounded to the dtype of W. So they differ by that rounding E, which is at most
+    half a unit in the last place of the residual: |E| <= eps / 2 * |residual| for each weight, where eps is
+    2^-7 for bfloat16, 2^-10 for float16 and 2^-23 for float32. E is noise of full rank, and no adapter of low
+    rank holds it.
 
     All processes of torch.distributed must call this. The main process writes.
 
     Args:
         peft_model: The model with the adapter.
         path: The directory. A new one is written under another name and renamed. In a directory that exists
-            an adapter is replaced file by file, the config last, and the other files stay.
+            the last save makes way, and the other files stay (``loku.saving.destinations``).
         adapter_name: The name of the adapter, "default" by default.
+        tokenizer: The tokenizer to save beside the adapter; None (default) saves none.
 
     Raises:
-        ValueError: There is no such LoRA adapter, or ``path`` is a file.
+        ValueError: There is no such LoRA adapter, it cannot be saved so (``check_portable``), ``path`` is a
+            file, or it holds a model or an adapter that is not an earlier save.
         OSError: ``path`` cannot be written.
     """
-    check_saved_adapter(peft_model, adapter_name)
-    portable = _difference_adapter if REFERENCE_ADAPTER in peft_model.peft_config else plain_adapter
-    config, state = portable(peft_model, adapter_name)
-    state = {name: full_tensor(tensor) for name, tensor in state.items()}
+    config, state = portable_adapter(peft_model, adapter_name)
     if is_main_process():
-        replaced = ("adapter_config.json", "adapter_model.*")
-        with whole_directory(path, key=CONFIG_NAME, replaced=replaced) as directory:
+        with destination(path, "portable") as directory:
             write_adapter(peft_model, config, state, directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
     wait_for_all_processes()

@@ -7,72 +7,163 @@ processes of torch.distributed must call these functions. The main process write
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loku.adapters import REFERENCE_ADAPTER, adapter_layers, base_weight
-from loku.distributed import full_tensor, is_main_process, is_sharded, wait_for_all_processes
-from loku.saving.adapter import check_saved_adapter, plain_adapter, write_adapter
-from loku.saving.directories import whole_directory
-
-# Entries of an earlier save, which would be loaded instead of the new one or with it.
-_EARLIER = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*",
-    "adapter_config.json",
-    "adapter_model.*",
-    "base",
-    "adapter",
-    "reference",
-)
+from loku.adapters import REFERENCE_ADAPTER, adapter_layers
+from loku.distributed import full_tensor, is_main_process, is_sharded, reshard_, wait_for_all_processes
+from loku.saving.adapter import base_name, check_saved_adapter, plain_adapter, write_adapter
+from loku.saving.destinations import destination
 
 
-def _plain_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
-    """The layers that have an adapter. It raises ValueError unless they can be written as a plain model."""
+def _adapted_parameter(layer: Any) -> tuple[str, Tensor]:
+    """The name and the parameter of the base layer that an adapter changes, as stored."""
+    name = getattr(layer, "parameter_name", "weight")  # experts keep theirs under other names
+    return name, getattr(layer.get_base_layer(), name)
+
+
+def check_residual(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Check that a base can be written as a plain model, with its adapter beside it.
+
+    Args:
+        peft_model: The model with the adapter.
+        adapter_name: The name of the adapter, "default" by default.
+
+    Raises:
+        ValueError: There is no such LoRA adapter, the base is quantised, an adapter is merged into it, the
+            adapter is DoRA or another variant, or it trains what cannot be merged.
+    """
     check_saved_adapter(peft_model, adapter_name)
-    layers = adapter_layers(peft_model, adapter_name)
-    for name, layer in layers.items():
-        weight = base_weight(layer)
-        if is_sharded(weight):
+    base: Any = peft_model.get_base_model()
+    for name, layer in adapter_layers(peft_model, adapter_name).items():
+        if not hasattr(layer, "get_delta_weight") or not hasattr(
+            layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+        ):
             raise ValueError(
-                f"{name}: its weight is sharded (FSDP2); save the portable adapter, and merge it into the "
-                "base model in one process"
+                f"{name}: the adapter of a {type(layer.get_base_layer()).__name__} cannot be merged; save "
+                "the portable adapter"
             )
-        if not weight.is_floating_point() or type(weight) is not torch.nn.Parameter:
+        _, weight = _adapted_parameter(layer)
+        if not weight.is_floating_point() or not (type(weight) is nn.Parameter or is_sharded(weight)):
             raise ValueError(
                 f"{name}: its weight is a quantised {type(weight).__name__}, which cannot be merged into "
                 "or written as a plain model; save the portable adapter and load it on the unquantised base"
             )
         if layer.merged:
             raise ValueError(f"{name}: an adapter is merged into its weight; call unmerge_adapter() first")
-        if adapter_name in layer.lora_variant:
-            raise ValueError(
-                f"{name}: its adapter is a {type(layer.lora_variant[adapter_name]).__name__}; merge it by "
-                "peft's merge_and_unload()"
-            )
-    return layers
+        if adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name):
+            variant = layer.lora_variant.get(adapter_name)
+            what = "LoRA with a bias (lora_bias)" if variant is None else f"a {type(variant).__name__}"
+            raise ValueError(f"{name}: its adapter is {what}; merge it by peft's merge_and_unload()")
+    for name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
+            raise ValueError(f"{name}: {type(module).__name__} is merged by peft's merge_and_unload() alone")
 
 
-def _base_state(peft_model: PeftModel, layers: dict[str, Any]) -> dict[str, Tensor]:
-    """The base model's state dict, with the names of a model without LoRA layers."""
-    wrapped = tuple(f"{name}." for name in layers)
-    state = {}
-    for name, tensor in peft_model.get_base_model().state_dict().items():
-        if name.startswith(wrapped):
-            if ".base_layer." not in name:
-                continue
-            name = name.replace(".base_layer.", ".")
-        state[name] = tensor
-    return state
+def check_merged(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Check that a peft model can be written as a merged model.
+
+    Args:
+        peft_model: The model with the adapter.
+        adapter_name: The name of the adapter, "default" by default.
+
+    Raises:
+        ValueError: The errors of ``check_residual``. Or an adapter changes one of two modules with one
+            weight, which are not the two embeddings.
+    """
+    check_residual(peft_model, adapter_name)
+    _takes_ties_apart(peft_model.get_base_model(), _tensors(peft_model, adapter_name))
+
+
+class _Stored(NamedTuple):
+    """A tensor of the base model, the one to store in its place, and the layer that changes it, or None."""
+
+    own: Tensor
+    tensor: Tensor
+    layer: Any
+
+
+def _tensors(peft_model: PeftModel, merged: str | None) -> dict[str, _Stored]:
+    """The tensors of the base model by their names in a model without adapters.
+
+    Args:
+        peft_model: The model.
+        merged: The adapter to merge into the weights, or None.
+    """
+    base = peft_model.get_base_model()
+    beside, changed, trained = [], {}, {}
+    for name, module in base.named_modules(remove_duplicate=False):
+        if isinstance(module, BaseTunerLayer):
+            beside += [f"{name}.{part}." for part in (*module.adapter_layer_names, *module.other_param_names)]
+            if merged is not None and merged in getattr(module, "scaling", {}):
+                parameter, tensor = _adapted_parameter(module)
+                changed[_plain_name(f"{name}.{parameter}"), id(tensor)] = module
+        elif isinstance(module, ModulesToSaveWrapper):
+            beside.append(f"{name}.modules_to_save.")
+            if merged is not None and merged in module.modules_to_save:
+                copied = module.modules_to_save[merged].state_dict(keep_vars=True)
+                trained.update({f"{name}.{key}": value for key, value in copied.items()})
+    stored = {}
+    for name, own in base.state_dict(keep_vars=True).items():
+        if not name.startswith(tuple(beside)):
+            name = _plain_name(name)
+            stored[name] = _Stored(own, trained.get(name, own), changed.get((name, id(own))))
+    return stored
+
+
+def _plain_name(name: str) -> str:
+    """The name of a tensor in a model without adapters; wrappers of several parameters are nested."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name)
+
+
+def _takes_ties_apart(base: Any, tensors: dict[str, _Stored]) -> bool:
+    """Whether a merge takes tied embeddings apart. ValueError if it takes another shared weight apart."""
+    sharing: dict[int, list[str]] = {}
+    for name, stored in tensors.items():
+        sharing.setdefault(id(stored.own), []).append(name)
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    apart = False
+    for names in sharing.values():
+        if len({(id(tensors[name].tensor), id(tensors[name].layer)) for name in names}) == 1:
+            continue
+        apart = True
+        for name in names:
+            if all(base.get_submodule(name.rpartition(".")[0]) is not module for module in embeddings):
+                raise ValueError(
+                    f"{name} is shared with {', '.join(names)}, which an adapter changes apart from it; a "
+                    "merged model cannot hold that: save the portable adapter"
+                )
+    return apart
+
+
+def _base_state(tensors: dict[str, _Stored], merged: str | None) -> dict[str, Tensor]:
+    """The whole tensors by name, with the adapter merged; an empty dict in processes that do not write."""
+    main = is_main_process()
+    found: dict[Any, Tensor] = {}  # tied weights and the modules of several places have one tensor
+    for _, tensor, layer in tensors.values():
+        key, sharded = (id(tensor), id(layer)), is_sharded(tensor)
+        if key in found or not (main or sharded):
+            continue
+        value = full_tensor(tensor.detach())
+        if layer is not None:
+            wide = torch.promote_types(value.dtype, torch.float32)
+            delta = full_tensor(layer.get_delta_weight(merged)).to(wide)
+            value = delta.add_(value).to(value.dtype)
+        # All processes gather a shard together. Only one keeps the whole, in memory of the host.
+        found[key] = (value.cpu() if sharded else value) if main else torch.empty(0, dtype=torch.float32)
+    if not main:
+        return {}
+    return {name: found[id(tensor), id(layer)] for name, (_, tensor, layer) in tensors.items()}
 
 
 def _save_model(
@@ -93,32 +184,46 @@ def save_merged_model(
 ) -> None:
     """Save the model with an adapter merged into it: ``AutoModelForCausalLM.from_pretrained(path)``.
 
-    Every target weight is W + scaling * B A, in float32 and rounded once to its dtype. The model is not
-    changed. The target weights exist twice until they are written.
+    Every target weight is W + scaling * B A, in float32 and rounded once to its dtype. peft rounds the
+    product B A of experts, too. Where an adapter changes one of two tied embeddings, the saved model has two,
+    and ``tie_word_embeddings`` is false. The model is not changed. The target weights exist twice until they
+    are written.
 
     Args:
-        peft_model: The model with the adapter.
+        peft_model: The model with the adapter. Its weights may be sharded (FSDP2). The main process then
+            holds the whole model in the memory of the host.
         path: The directory. A new one is written under another name and renamed. In a directory that exists
-            any model and adapter is replaced, and the other files stay.
+            the last save makes way, and the other files stay (``loku.saving.destinations``).
         adapter_name: The name of the adapter, "default" by default.
         tokenizer: The tokenizer to save beside the model; None (default) saves none.
 
     Raises:
-        ValueError: There is no such LoRA adapter, the base is quantised or sharded, an adapter is merged into
-            it, or the adapter is DoRA or another variant. Or ``path`` is a file.
+        ValueError: The model cannot be merged (see ``check_merged``), ``path`` is a file, or it holds a model
+            or an adapter that is not an earlier save.
         OSError: ``path`` cannot be written.
     """
-    layers = _plain_layers(peft_model, adapter_name)
+    check_merged(peft_model, adapter_name)
+    reshard_(peft_model)
+    base, tensors = peft_model.get_base_model(), _tensors(peft_model, adapter_name)
+    state = _base_state(tensors, adapter_name)
     if is_main_process():
-        with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
-            state = _base_state(peft_model, layers)
-            for name, layer in layers.items():
-                weight = base_weight(layer)
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                delta = layer.get_delta_weight(adapter_name).to(wide)
-                state[f"{name}.weight"] = delta.add_(weight).to(weight.dtype)
-            _save_model(peft_model.get_base_model(), directory, state, tokenizer)
+        with destination(path, "merged") as directory:
+            _save_model(base, directory, state, tokenizer)
+            if _takes_ties_apart(base, tensors):
+                _untie(directory / "config.json")
     wait_for_all_processes()
+
+
+def _untie(file: Path) -> None:
+    def untied(config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        return {
+            name: False if name == "tie_word_embeddings" else untied(value) for name, value in config.items()
+        }
+
+    config = {**json.loads(file.read_text(encoding="utf-8")), "tie_word_embeddings": False}
+    file.write_text(json.dumps(untied(config), indent=2), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -139,8 +244,9 @@ def save_residual_model(
         model = PeftModel.from_pretrained(base, path + "/adapter")
 
     Args:
-        peft_model: The model with the adapter.
-        path: The directory, as for ``save_merged_model``.
+        peft_model: The model with the adapter, as for ``save_merged_model``.
+        path: The directory, as for ``save_merged_model``. ``AutoPeftModelForCausalLM`` finds the base by its
+            absolute path, which is in the configs of the adapters.
         adapter_name: The name of the adapter, "default" by default.
         tokenizer: The tokenizer to save beside the base; None (default) saves none.
 
@@ -148,20 +254,23 @@ def save_residual_model(
         ValueError: The errors of ``save_merged_model``.
         OSError: ``path`` cannot be written.
     """
-    layers = _plain_layers(peft_model, adapter_name)
+    check_residual(peft_model, adapter_name)
+    reshard_(peft_model)
+    state = _base_state(_tensors(peft_model, None), None)
+    names = {"adapter": adapter_name}
+    if REFERENCE_ADAPTER in peft_model.peft_config:
+        names["reference"] = REFERENCE_ADAPTER
+    adapters = {folder: plain_adapter(peft_model, name) for folder, name in names.items()}
+    for _, tensors in adapters.values():
+        tensors.update({name: full_tensor(tensor) for name, tensor in tensors.items()})
     if is_main_process():
-        with whole_directory(path, key="adapter", replaced=_EARLIER) as directory:
-            _save_model(
-                peft_model.get_base_model(), directory / "base", _base_state(peft_model, layers), tokenizer
-            )
-            names = {"adapter": adapter_name}
-            if REFERENCE_ADAPTER in peft_model.peft_config:
-                names["reference"] = REFERENCE_ADAPTER
-            for folder, name in names.items():
+        untouched = base_name(peft_model, peft_model.peft_config[adapter_name])
+        with destination(path, "residual", untouched=untouched) as directory:
+            _save_model(peft_model.get_base_model(), directory / "base", state, tokenizer)
+            for folder, (config, tensors) in adapters.items():
                 (directory / folder).mkdir()
-                config, state = plain_adapter(peft_model, name)
-                config.base_model_name_or_path = os.path.join(path, "base")
-                write_adapter(peft_model, config, state, directory / folder)
+                config.base_model_name_or_path = os.path.abspath(os.path.join(path, "base"))
+                write_adapter(peft_model, config, tensors, directory / folder)
     wait_for_all_processes()
 
 
@@ -176,11 +285,11 @@ def save_whole_model(
         tokenizer: The tokenizer to save beside the model; None (default) saves none.
 
     Raises:
-        ValueError: ``path`` is a file.
+        ValueError: ``path`` is a file, or it holds a model or an adapter that is not an earlier save.
         OSError: ``path`` cannot be written.
     """
     state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
     if is_main_process():
-        with whole_directory(path, key="config.json", replaced=_EARLIER) as directory:
+        with destination(path, "merged") as directory:
             _save_model(model, directory, state, tokenizer)
     wait_for_all_processes()

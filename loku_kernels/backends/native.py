@@ -114,7 +114,7 @@ class Rows:
         else:
             offsets = torch.zeros((), dtype=torch.int64, device="cpu")
             for size, step in zip(sizes, tensor.stride()[:-1], strict=True):
-                offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * step
+                offsets = offsets.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device="cpu") * step
             self.offsets = offsets.reshape(-1)
             count, address = self.offsets.numel(), self.offsets.data_ptr()
         self.arguments = (tensor.data_ptr(), address, stride, count, columns, tag)

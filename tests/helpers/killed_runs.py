@@ -84,14 +84,19 @@ def write_half(tensors, path, **kwargs):
     kill()
 
 
+def save_half(peft_model, path):
+    with patch("loku.saving.adapter.save_file", write_half):
+        loku.save_portable_adapter(peft_model, path)
+
+
 # By stage: the patch that kills the first run, its callbacks, and whether it leaves a checkpoint.
 STAGES = {
     "fisher": (lambda: at_call("loku.fila.row_scales.accumulate_squared_grad_", 5), {}, False),
     "initialisation": (lambda: at_call("loku.fila.initialize.row_scaled_svd", 2), {}, False),
     "training": (None, {"callbacks": [AtStep(3, kill)]}, True),
     "checkpoint": (lambda: at_call("torch.save", 6), {}, True),  # the optimizer of the second checkpoint
-    "manifest": (lambda: at_call("loku.checkpoints._write_manifest", 2), {}, True),
-    "save": (lambda: at_call("loku.saving.adapter.save_file", 1, write_half), {}, True),
+    "manifest": (lambda: at_call("loku.checkpoints.write_manifest", 2), {}, True),
+    "save": (lambda: at_call("loku.unlearning.save_portable_adapter", 1, save_half), {}, True),
 }
 VARIANTS = {
     "fila": {},

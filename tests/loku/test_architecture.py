@@ -135,3 +135,22 @@ def test_long_files_give_a_reason():
     assert "csrc/bindings.cpp" in lines
     long = {name: count for name, count in lines.items() if count > MOST_LINES}
     assert {n: c for n, c in long.items() if "over 500 lines because" not in opening(ROOT / n)} == {}
+
+
+FACTORIES = {
+    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace"),
+    *("normal", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"),
+}
+
+
+def test_a_new_tensor_names_its_dtype():
+    """``torch.set_default_dtype`` would otherwise decide it."""
+    unnamed = []
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and node.func.attr in FACTORIES and all(k.arg != "dtype" for k in node.keywords):
+                unnamed.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not unnamed

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import AtStep, run
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
+from killed_runs import FORGET, RETAIN, AtStep, run
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import TrainerCallback
 
 import loku
 import loku.checkpoints
-from loku.adapters import REFERENCE_ADAPTER
-from loku.checkpoints import MANIFEST, find_checkpoint, whole_checkpoints
+from loku.checkpoint_factors import REFERENCE, TRAINED, load_trained_
+from loku.checkpoint_files import MANIFEST, find_checkpoint, whole_checkpoints
+from loku.fila.initialize import initialize_from_row_scales
+from loku.fila.targets import fila_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +66,7 @@ def contents(directory):
 
 
 def resume(directory, resume=True, callbacks=(), **options):
-    run(directory, callbacks, max_steps=4, resume_from_checkpoint=resume, **options)
+    run(directory, callbacks, **{"max_steps": 4, "resume_from_checkpoint": resume, **options})
 
 
 def alter(file):
@@ -81,9 +83,10 @@ def truncate(file):
     "damage, name, message",
     [
         (alter, "adapter_model.safetensors", "was altered"),
-        (truncate, "reference/adapter_model.safetensors", r"has \d+ bytes of \d+"),
+        (alter, TRAINED, "was altered"),
+        (truncate, REFERENCE, r"has \d+ bytes of \d+"),
         (alter, "optimizer.pt", "was altered"),
-        (Path.unlink, "adapter_model.safetensors", "is missing"),
+        (Path.unlink, TRAINED, "is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(damage, name, message, copied):
@@ -125,70 +128,108 @@ def test_half_written_checkpoints_are_not_taken_for_whole(copied, tmp_path):
     assert find_checkpoint("False", copied, {}) is None
 
 
+def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path):
+    run(tmp_path, max_steps=2, save_only_model=True)
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no state of the optimizer.*save_only_model=True"):
+        resume(tmp_path, save_only_model=True, max_steps=2)
+
+
 def test_the_oldest_checkpoints_are_deleted(tmp_path):
     run(tmp_path, max_steps=6, save_total_limit=2)
     assert [c.name for c in whole_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6", "saved"]
 
 
+def trainer_of(directory, **options):
+    """Return a trainer of a model with an adapter, without ``unlearn``, and the model."""
+    base = tiny_model("gpt_neo")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=loku.target_modules.default_target_modules(base))
+    model = get_peft_model(base, lora)
+    defaults = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "use_cpu": True}
+    config = loku.UnlearnConfig(output_dir=str(directory), disable_tqdm=True, **{**defaults, **options})
+    rows = [[{**row, "labels": row["input_ids"]} for row in rows] for rows in (FORGET, RETAIN)]
+    return model, loku.UnlearnTrainer(model, config, *rows)
+
+
 def test_the_initial_factors_must_fit(copied):
-    """A trainer without ``unlearn`` would go on with another residual base unnoticed."""
-    from killed_runs import FORGET, RETAIN
-    from peft import LoraConfig, get_peft_model
-
-    def trainer(**options):
-        base = tiny_model("gpt_neo")
-        lora = LoraConfig(r=4, lora_alpha=8, target_modules=loku.target_modules.default_target_modules(base))
-        model = get_peft_model(base, lora)
-        config = loku.UnlearnConfig(
-            output_dir=str(copied / "other"),
-            max_steps=2,
-            save_strategy="steps",
-            save_steps=1,
-            use_cpu=True,
-            disable_tqdm=True,
-            **options,
-        )
-        rows = [[{**row, "labels": row["input_ids"]} for row in rows] for rows in (FORGET, RETAIN)]
-        return model, loku.UnlearnTrainer(model, config, *rows)
-
-    model, first = trainer()
+    """A trainer without ``unlearn`` must not go on with another residual base unnoticed."""
+    model, first = trainer_of(copied / "other")
     loku.initialize_from_checkpoint(model, copied / "checkpoint-2")
     first.train()
-    model, second = trainer()
     checkpoint = copied / "other" / "checkpoint-1"
+    model, second = trainer_of(copied / "other")
+    ones = {name: torch.ones(len(layer.weight)) for name, layer in fila_targets(model).items()}
+    initialize_from_row_scales(model, ones)
     with pytest.raises(ValueError, match="has other initial factors than this model"):
         second.train(resume_from_checkpoint=str(checkpoint))
-    loku.initialize_from_checkpoint(model, checkpoint)
-    second.train(resume_from_checkpoint=str(checkpoint))
-    ours, theirs = (dict(t.model.named_parameters()) for t in (second, first))
+    model, third = trainer_of(copied / "other")  # on the untouched base
+    third.train(resume_from_checkpoint=str(checkpoint))
+    ours, theirs = (dict(t.model.named_parameters()) for t in (third, first))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("trainer_loads", ["all", "the folders"])
-def test_a_resumed_run_begins_with_the_adapter_of_its_checkpoint(trainer_loads, copied, monkeypatch):
-    """The initial factors lie in a folder beside it, and Trainer before 5.23 loads nothing but them."""
-    if trainer_loads == "the folders":
-
-        def load_folders(self, checkpoint, model=None):
-            self.model.load_adapter(f"{checkpoint}/{REFERENCE_ADAPTER}", REFERENCE_ADAPTER)
-            self.model.set_adapter("default")
-
-        monkeypatch.setattr("transformers.Trainer._load_from_checkpoint", load_folders)
-    begun, trained = {}, set()
+def test_a_resumed_run_begins_with_the_parameters_of_its_checkpoint(copied):
+    begun = {}
 
     class Begin(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **kwargs):
-            state_dict = get_peft_model_state_dict(model, adapter_name="default")
-            begun.update({name: tensor.clone() for name, tensor in state_dict.items()})
-            trained.update(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            begun.update({name: parameter.detach().clone() for name, parameter in trained})
 
     resume(copied, str(copied / "checkpoint-2"), callbacks=[Begin()])
-    stored = load_file(copied / "checkpoint-2" / "adapter_model.safetensors")
-    initial = load_file(copied / "checkpoint-2" / REFERENCE_ADAPTER / "adapter_model.safetensors")
+    stored = load_file(copied / "checkpoint-2" / TRAINED)
+    initial = loku.checkpoints.stored_factors(copied / "checkpoint-2")
     assert begun.keys() == stored.keys() and all(torch.equal(begun[name], stored[name]) for name in stored)
-    assert any(not torch.equal(stored[name], initial[name]) for name in stored)
-    assert len(trained) == len(stored) and all(".default." in name for name in trained)
+    assert len(initial) == len(stored) / 2 and all(".default." in name for name in stored)
+    for name, (B, A) in initial.items():
+        for letter, factor in (("B", B), ("A", A)):
+            assert not torch.equal(stored[f"base_model.model.{name}.lora_{letter}.default.weight"], factor)
+
+
+@pytest.fixture(scope="module", params=["fila", "default"])
+def trained(request, tmp_path_factory):
+    """A trained trainer, its folder and its logits."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, trainer = trainer_of(folder)
+    if request.param == "fila":
+        ones = {name: torch.ones(len(layer.weight)) for name, layer in fila_targets(model).items()}
+        initialize_from_row_scales(model, ones)
+    trainer.train()
+    return trainer, folder, logits_of(model)
+
+
+IDS = torch.arange(3, 19)[None]
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "save_model"])
+def test_what_lies_in_a_checkpoint_is_right_on_the_untouched_base(place, trained, tmp_path):
+    trainer, folder, expected = trained
+    if place == "save_model":
+        trainer.save_model(str(tmp_path))
+        assert (tmp_path / "training_args.bin").is_file()
+    path = tmp_path if place == "save_model" else folder / "checkpoint-2"
+    untouched = logits_of(tiny_model("gpt_neo"))
+    assert (expected - untouched).norm() > 1e-2 * expected.norm()
+    for config in sorted(path.rglob("adapter_config.json")):
+        loaded = PeftModel.from_pretrained(tiny_model("gpt_neo"), config.parent)
+        torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert sorted(path.rglob("adapter_config.json")) == [path / "adapter_config.json"]
+
+
+def test_other_trained_parameters_are_refused(trained, tmp_path):
+    trainer, folder, expected = trained
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    stored = load_file(tmp_path / "checkpoint-2" / TRAINED)
+    name = sorted(stored)[-1]
+    save_file({other: value for other, value in stored.items() if other != name}, tmp_path / TRAINED)
+    with pytest.raises(ValueError, match=rf"{name} has the shape none there"):
+        load_trained_(trainer.model, tmp_path)
+    assert torch.equal(logits_of(trainer.model), expected)
 
 
 def test_an_output_that_cannot_be_written_is_told_at_once(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from peft import PeftModel
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+import loku
 from loku import UnlearnConfig, cli, demo
 from loku.commands.settings import read_fields
 from loku.commands.unlearn import COMMON, PLACES, _speed
@@ -202,6 +203,23 @@ def test_wrong_input_is_2_and_says_where(arguments, parts, folder, bad, capsys):
     for part in parts:
         assert part in text
     assert not (bad / "out" / "adapter_config.json").exists()
+
+
+def test_what_cannot_be_saved_is_refused_before_training(folder, capsys, monkeypatch):
+    monkeypatch.setattr("loku.UnlearnTrainer.train", None)  # it is not called
+    before = sorted((folder / "model").iterdir())
+    for more in ((), ("--save=residual",), ("--tuning=full",)):
+        assert unlearn(folder, folder / "model", "--quiet", *more) == 2
+        message = "holds config.json, model.safetensors, which is not a save of loku"
+        assert message in capsys.readouterr().err
+    assert sorted((folder / "model").iterdir()) == before
+
+    def refuse(model):
+        raise ValueError("no such kind for this model")
+
+    monkeypatch.setitem(loku.saving.kinds._SAVES, "merged", (refuse, None))
+    assert unlearn(folder, folder / "out", "--quiet", "--save=merged") == 2
+    assert "no such kind for this model" in capsys.readouterr().err and not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,37 @@ def test_unknown_heads_are_refused():
         output_embedding(model)
     with pytest.raises(ValueError, match="LlamaModel has no output embedding"):
         output_embedding(tiny_model("llama").model)
+
+
+def _by_hook(head):
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+
+
+def _by_forward(head):
+    own = head.forward
+    head.forward = lambda hidden: own(hidden.float())
+
+
+@pytest.mark.parametrize("cast", [_by_hook, _by_forward])
+def test_a_float32_head_on_a_bfloat16_model(cast):
+    model, batch = tiny_model("llama", VOCAB).bfloat16(), a_batch()
+    cast(model.lm_head.float())
+    check_head(model, batch)
+    triplet, _ = token_triplets(model, **batch)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert logits.dtype == torch.float32
+    expected, _ = softmax_triplet(logits, next_token_labels(batch["labels"]))
+    torch.testing.assert_close(triplet, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_head_of_another_dtype_is_refused(dtypes):
+    """The model itself does not run, either."""
+    model, batch = tiny_model("llama", VOCAB).to(dtypes[0]), a_batch()
+    model.lm_head.to(dtypes[1])
+    message = rf"output embedding of LlamaForCausalLM is {dtypes[1]} and its hidden states are {dtypes[0]}"
+    with pytest.raises(ValueError, match=message):
+        check_head(model, batch)
+    assert "forward" not in model.lm_head.__dict__
+    with torch.autocast("cpu", torch.bfloat16):
+        check_head(model, batch)

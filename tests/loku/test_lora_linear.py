@@ -200,6 +200,37 @@ def test_a_backward_inside_autocast_keeps_the_dtype_of_its_forward():
     torch.testing.assert_close(layer.lora_A["default"].weight.grad, expected[2]["lora_A.default.weight"])
 
 
+@pytest.mark.parametrize("other_terms", [False, True])
+def test_a_second_derivative_is_refused(other_terms):
+    """A penalty of the gradient must not go on without its gradient."""
+    layer = layer_of(4)
+    factors = [p for p in layer.parameters() if p.requires_grad]
+    x = draw(2, 3, IN).requires_grad_()
+    with fused_lora(layer):
+        gradients = torch.autograd.grad(layer(x).sum(), [x, *factors], create_graph=True)
+    penalty = sum(g.square().sum() for g in gradients)
+    if other_terms:
+        penalty = penalty + sum(f.sum() for f in factors)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*fused_lora=False"):
+        penalty.backward()
+
+
+def test_transforms_of_torch_func():
+    layer = layer_of(4)
+    x = draw(2, 3, IN)
+
+    def results():
+        return (
+            torch.func.jvp(layer, (x,), (x.cos(),)),
+            torch.func.grad(lambda x: layer(x).square().sum())(x),
+            torch.func.vmap(layer)(x),
+        )
+
+    expected = results()
+    with fused_lora(layer):
+        torch.testing.assert_close(results(), expected)
+
+
 def test_the_active_adapter_counts():
     """Its factors and its scaling, which here is another than that of the first adapter."""
     layer, x = layer_of(), draw(ROWS, IN)

@@ -1,10 +1,11 @@
 """TF32 is chosen where the settings leave it open, the card has it and float32 products exist."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_trainers import FORGET, RETAIN, VOCAB, arguments, lora
+from small_trainers import BETA, FORGET, RETAIN, VOCAB, arguments, lora, trainer_of
 from tiny_models import tiny_model
 from torch import nn
 from transformers import TrainerCallback
@@ -140,3 +141,15 @@ def test_fila_under_fsdp_is_in_float32(tf32, expected):
         callback = _OnceSharded(lambda: seen.append(precision()))
         callback.on_train_begin(settings(tf32=tf32), None, None)
     assert seen == [expected]
+
+
+@pytest.mark.parametrize("method", ["npo", "kl"])
+def test_references_of_full_tuning_are_in_the_precision_of_training(method, tmp_path):
+    """At the first step the model is the original, so NPO's ratios are 1 and the divergence is 0."""
+    trainer = trainer_of(tiny_model("llama"), method, tmp_path, bf16=True, max_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    if method == "npo":
+        assert log["forget_loss"] == pytest.approx(2 / BETA * math.log(2), rel=1e-6)
+    else:
+        assert log["retain_loss"] == pytest.approx(0, abs=1e-9)

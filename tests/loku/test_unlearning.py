@@ -300,7 +300,7 @@ def test_rows_are_prepared_once(given, init, tokenizer, tmp_path, monkeypatch):
 
     count(RowTokenizer, "__call__", "row")
     count(AutoModelForCausalLM, "from_pretrained", "model")
-    for module in (loku.trainer, loku.data.large_sets, loku.unlearning):
+    for module in (loku.trainer, loku.prepared_rows, loku.data.large_sets, loku.unlearning):
         for name in ("tokenize_dataset", "retain_rows", "duplicate_rows", "infer_tokenizer"):
             if hasattr(module, name):
                 count(module, name, name)

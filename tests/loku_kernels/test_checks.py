@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import loku_kernels
 from loku_kernels.checks import (
     bad_label_error,
     check_label_tensor,
@@ -56,7 +57,7 @@ def test_label_tensors():
     check_label_tensor(labels, tensor, "hidden")
     for wrong, message in [
         (labels[0], r"the shape of hidden without its last dimension, \(2, 4\), got \(4,\)"),
-        (labels.int(), "must be int64, got torch.int32"),
+        (labels.int(), r"must be int64, got torch.int32; convert them by labels.long\(\)"),
         (labels.to("meta"), "on the device of hidden, cpu, got meta"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -81,3 +82,49 @@ def test_linear_operands():
     ]:
         with pytest.raises(ValueError):
             check_linear_operands(*wrong)
+
+
+HIDDEN, WEIGHT = torch.zeros(4, 3), torch.zeros(9, 3)
+OF_LABELS = {
+    "softmax_triplet": lambda labels: loku_kernels.softmax_triplet(torch.zeros(4, 9), labels),
+    "ihl_loss": lambda labels: loku_kernels.ihl_loss(torch.zeros(4, 9), labels),
+    "cross_entropy_loss": lambda labels: loku_kernels.cross_entropy_loss(torch.zeros(4, 9), labels),
+    "triplet_loss": lambda labels: loku_kernels.triplet_loss(
+        "cross_entropy", torch.zeros(4, 3, dtype=torch.float64), labels
+    ),
+    "linear_softmax_triplet": lambda labels: loku_kernels.linear_softmax_triplet(HIDDEN, WEIGHT, labels),
+    "linear_ihl_loss": lambda labels: loku_kernels.linear_ihl_loss(HIDDEN, WEIGHT, labels),
+    "linear_cross_entropy_loss": lambda labels: loku_kernels.linear_cross_entropy_loss(
+        HIDDEN, WEIGHT, labels
+    ),
+    "linear_kl_divergence_loss": lambda labels: loku_kernels.linear_kl_divergence_loss(
+        HIDDEN, WEIGHT, HIDDEN, labels
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_LABELS)
+def test_labels_of_other_integers_are_refused(name):
+    """torch's cross entropy refuses them, too."""
+    OF_LABELS[name](torch.ones(4, dtype=torch.int64))
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.bool, torch.float32):
+        with pytest.raises(ValueError, match=rf"must be int64, got {dtype}; convert them by labels.long\(\)"):
+            OF_LABELS[name](torch.ones(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_operands_of_two_dtypes_are_refused(dtypes):
+    """torch's ``linear`` refuses them, too. Under autocast both multiply them."""
+    hidden, weight = HIDDEN.to(dtypes[0]), WEIGHT.to(dtypes[1])
+    labels = torch.ones(4, dtype=torch.int64)
+    calls = {
+        "triplet": lambda: loku_kernels.linear_softmax_triplet(hidden, weight, labels)[0],
+        "ihl": lambda: loku_kernels.linear_ihl_loss(hidden, weight, labels),
+        "cross entropy": lambda: loku_kernels.linear_cross_entropy_loss(hidden, weight, labels),
+        "kl": lambda: loku_kernels.linear_kl_divergence_loss(hidden, weight, hidden, labels),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=r"weight must have the dtype of hidden, .* convert one of them"):
+            call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call().isfinite().all()

@@ -19,7 +19,9 @@ from loku_kernels import (
     linear_triplet,
     logits_blocks,
 )
-from loku_kernels.backends import reference
+from loku_kernels.backends import native, reference
+
+needs_core = pytest.mark.skipif(native._core is None, reason="no compiled core")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -261,6 +263,7 @@ def test_ignore_index_above_the_vocabulary(dtype):
     torch.testing.assert_close(ours, expected)
 
 
+@needs_core  # plain torch makes float64 copies of a block
 @needs_proc
 def test_memory_is_a_block():
     n, d, v = 512, 64, 100_000  # the logits are 195 MiB, and a block at most 16 MiB

@@ -272,16 +272,6 @@ def test_operators_and_functions_agree():
             torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("loss_function", [ihl_loss, cross_entropy_loss])
-def test_a_second_derivative_is_refused(loss_function):
-    logits, labels = planted_logits(6, 9, torch.float64)
-    leaf = logits.nan_to_num(neginf=-9.0).requires_grad_()
-    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(weight * loss_function(leaf, labels), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @needs_core
 def test_calls_of_the_core(monkeypatch):
     """A loss is one call of the core, and its gradient another. In place the labels are counted before."""

@@ -88,12 +88,18 @@ def softmax_triplet_backward(
     logits = entries * (softcap or 1.0)
     grad = grad_triplet[:, 2:] * (logits - rest).exp()
     grad = grad.where(rest != -torch.inf, 0.0)
-    column = torch.arange(first_column, first_column + logits.shape[1], device=logits.device)
+    column = _columns(first_column, logits)
     grad = grad_triplet[:, :1].where(column == labels[:, None], grad)
     grad = grad_triplet[:, 1:2].where(column == runner_up_id[:, None], grad)
     if softcap:
         grad = grad * (1 - entries**2)
     return grad.where(counted, 0.0)
+
+
+def _columns(first_column: int, logits: Tensor) -> Tensor:
+    """Return the columns (C,) of the vocabulary that a block of logits (N, C) has."""
+    stop = first_column + logits.shape[1]
+    return torch.arange(first_column, stop, dtype=torch.int64, device=logits.device)
 
 
 def triplet_columns(
@@ -123,7 +129,7 @@ def triplet_columns(
     entries = logits.double()
     logits = entries * (softcap or 1.0)
     slope = 1 - entries**2 if softcap else torch.ones_like(entries)
-    column = torch.arange(first_column, first_column + logits.shape[1], device=logits.device)
+    column = _columns(first_column, logits)
     is_target = column == labels[:, None]
     target = target.where(~is_target.any(1), logits.masked_fill(~is_target, 0).sum(1))
     others = logits.masked_fill(is_target, -torch.inf)

@@ -22,7 +22,11 @@ def test_a_refusal_is_in_the_place_of_the_answer(row, refused):
         refusals = RefusalRows(Dataset.from_list([row, row]), ["maybe", "no"], tokenizer)
         (expected,) = tokenize_dataset([refused], tokenizer)
         assert refusals[1, 1] == expected and refusals[0, 0] != expected
-        assert RefusalRows([row], ["no"], tokenizer, max_length=9)[0, 0]["labels"] == expected["labels"][:9]
+        length = len(expected["labels"]) - 1
+        cut = RefusalRows([row], ["no"], tokenizer, max_length=length)
+        assert cut[0, 0]["labels"] == expected["labels"][:-1]
+        with pytest.raises(ValueError, match="row 0 of the forget set: no label token is left"):
+            RefusalRows([row], ["no"], tokenizer, max_length=length - 3)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from fila_models import LLAMA_SIZES, SMALL, make_base, make_peft, random_scales
+from fila_models import (
+    LLAMA_SIZES,
+    SMALL,
+    assert_close,
+    logits,
+    make_base,
+    make_peft,
+    random_scales,
+    train,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -16,6 +25,7 @@ from transformers import (
     OPTConfig,
 )
 
+from loku.adapters import reference_model
 from loku.fila.initialize import initialize_from_row_scales
 from loku.fila.targets import fila_targets
 from loku.target_modules import default_target_modules
@@ -132,11 +142,8 @@ def test_quantised_and_meta_weights_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_conv1d_fused_and_tied_targets_are_refused():
+def test_tied_targets_are_refused():
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(**SMALL, n_embd=32, n_layer=1, n_head=2))
-    model = get_peft_model(gpt2, LoraConfig(r=4, target_modules=["c_fc"], fan_in_fan_out=True))
-    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc: .*Conv1D.* use default LoRA"):
-        fila_targets(model)
     with pytest.raises(ValueError, match=r"Conv1D.*pass target_modules"):
         default_target_modules(gpt2.base_model)
 
@@ -144,13 +151,65 @@ def test_conv1d_fused_and_tied_targets_are_refused():
     neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL, **sizes))
     with pytest.raises(ValueError, match=r"query_key_value .*fuses query.*pass target_modules"):
         default_target_modules(neox)
-    model = get_peft_model(neox, LoraConfig(r=4, target_modules=["query_key_value"]))
-    with pytest.raises(ValueError, match=r"query_key_value: .*fused .* use default LoRA"):
-        fila_targets(model)
 
     tied = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, **sizes, tie_word_embeddings=True))
     model = get_peft_model(tied, LoraConfig(r=4, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match=r"lm_head: .*also that of model\.embed_tokens.* untie"):
+        fila_targets(model)
+
+
+class Clipped(nn.Linear):
+    """A linear module that computes something else than x W^T + b."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+class Spelled(nn.Linear):
+    """A linear module with a forward of its own, such as Falcon's."""
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(Clipped, True), (Spelled, False)])
+def test_only_subclasses_that_compute_the_product_are_targets(kind, refused):
+    name = "model.layers.1.mlp.up_proj"
+    base = make_base("llama")
+    linear = base.get_submodule(name)
+    other = kind(linear.in_features, linear.out_features, bias=False)
+    other.weight = linear.weight
+    replaced(base, name, other)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=default_target_modules(base)))
+    if refused:
+        with pytest.raises(
+            ValueError, match=rf"{name}: a Clipped computes something else .*init=\"default\""
+        ):
+            fila_targets(model)
+    else:
+        assert name in fila_targets(model)
+
+
+def test_experts_keep_default_lora_beside_linears():
+    moe = AutoModelForCausalLM.from_config(
+        MixtralConfig(**LLAMA_SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
+    )
+    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    other = copy.deepcopy(moe)
+    model = get_peft_model(moe, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **experts))
+    assert sorted({name.rpartition(".")[2] for name in fila_targets(model)}) == ["q_proj", "v_proj"]
+    before = logits(model)
+    initialize_from_row_scales(model, random_scales(model))
+    assert_close(logits(model), before, 1e-5)
+    with reference_model(model):
+        assert_close(logits(model), before, 1e-5)
+    train(model)
+    with reference_model(model):
+        assert_close(logits(model), before, 1e-5)
+    assert (logits(model) - before).abs().max() > 0.01
+
+    model = get_peft_model(other, LoraConfig(r=4, target_modules=[], **experts))
+    with pytest.raises(ValueError, match=r"the adapter has none; .*init=\"default\""):
         fila_targets(model)
 
 

@@ -90,6 +90,7 @@ def test_saving_over_an_earlier_adapter_keeps_other_files(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
         "checkpoint-5",
+        "loku_save.json",
     ]
     assert (logits(PeftModel.from_pretrained(make_base("llama"), path)) - logits(model)).abs().max() <= 1e-4
 

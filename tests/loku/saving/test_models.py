@@ -185,7 +185,9 @@ def test_a_save_replaces_an_earlier_one_of_any_kind(kind, tmp_path):
         names = {"residual": ["adapter", "base", "reference"]}.get(
             kind, ["config.json", "generation_config.json", "model.safetensors"]
         )
-        assert sorted(entry.name for entry in path.iterdir()) == sorted([*names, "notes.txt"])
+        assert sorted(entry.name for entry in path.iterdir()) == sorted(
+            [*names, "loku_save.json", "notes.txt"]
+        )
         assert torch.allclose(logits(loaded(path, kind)), logits(model), rtol=1e-4, atol=1e-4)
 
 

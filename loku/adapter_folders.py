@@ -1,0 +1,218 @@
+"""A folder with an adapter that is given as the model: the adapter is merged into its base.
+
+transformers would put the adapter's layers into the base. A second adapter would then reset the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType
+from peft.utils import CONFIG_NAME, load_peft_weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from loku.adapters import adapter_factors, adapter_layers, changes_base
+
+_log = logging.getLogger(__name__)
+
+MERGED_ADAPTER = "_loku_merged_adapter"  # the attribute of a model that remembers what was merged into it
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
+# Arguments of from_pretrained that say where a repository is, not how a model is made.
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def find_adapter(model: str | os.PathLike, arguments: Mapping[str, Any]) -> str | None:
+    """Find the adapter that a path or hub name stands for.
+
+    Args:
+        model: The folder or hub name of an adapter or of a model; or the folder of a residual save, which
+            has the folders ``base`` and ``adapter``.
+        arguments: The arguments of ``from_pretrained``; those that say where a repository is count.
+
+    Returns:
+        The folder or hub name of the adapter, or None if ``model`` is a model.
+
+    Raises:
+        ValueError: A folder holds an adapter and the weights of a model.
+    """
+    name = os.fspath(model)
+    folder = Path(name)
+    if not folder.is_dir():
+        hub = {key: value for key, value in arguments.items() if key in _HUB}
+        return name if find_adapter_config_file(name, **hub) else None
+    folder /= arguments.get("subfolder", "")
+    if not (folder / CONFIG_NAME).is_file():
+        parts = (folder / "adapter" / CONFIG_NAME, folder / "base" / "config.json")
+        residual = all(part.is_file() for part in parts) and not (folder / "config.json").is_file()
+        return str(folder / "adapter") if residual else None
+    if any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        raise ValueError(
+            f"{folder} holds an adapter ({CONFIG_NAME}) and the weights of a model: pass a folder that holds "
+            "one of them"
+        )
+    return str(folder)
+
+
+def _base_of(adapter: str, config: Any) -> str:
+    """The path or hub name of an adapter's base."""
+    sibling = Path(adapter).parent / "base"
+    recorded = config.base_model_name_or_path
+    if (sibling / "config.json").is_file() and Path(recorded or "base").name == "base":
+        return str(sibling)  # a residual save, which may have been moved as a whole
+    if not recorded:
+        raise ValueError(
+            f"{adapter} is an adapter that does not name its base: write base_model_name_or_path into its "
+            f"{CONFIG_NAME}, or load and merge the adapter by peft and pass the model"
+        )
+    if Path(recorded).is_dir() and Path(recorded).resolve() == Path(adapter).resolve():
+        raise ValueError(f"{adapter} is an adapter that names itself as its base ({CONFIG_NAME})")
+    return recorded
+
+
+def _tokenizer_place(adapter: str, base: str, hub: Mapping[str, Any]) -> str:
+    """Where the tokenizer of a merged model lies: beside the adapter, as trainers save it, or the base."""
+    quietly = dict.fromkeys(("missing_entries", "connection_errors"), False)
+    quietly = {f"_raise_exceptions_for_{name}": flag for name, flag in quietly.items()}
+    found = cached_file(adapter, "tokenizer_config.json", **hub, **quietly)
+    return adapter if found else base
+
+
+def _check_tensors(adapter: str, loaded: Any, base: str) -> None:
+    """Raise ValueError unless an adapter's file has every tensor of its config on this base, and no other."""
+    strangers, missing = list(loaded.unexpected_keys), list(loaded.missing_keys)
+    if strangers or missing:
+        problem = (
+            f"{len(strangers)} of its tensors have no place there"
+            if strangers
+            else (f"{len(missing)} tensors that belong there are not in its file")
+        )
+        raise ValueError(
+            f"{adapter} does not fit its base {base}: {problem}, the first {(strangers or missing)[0]}"
+        )
+
+
+def _plain_factors(
+    peft_model: PeftModel, stored: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """B (d, rank) with the scaling, and A (rank, k), float32, by module; None unless that is all."""
+    config: Any = peft_model.peft_config["default"]
+    if config.peft_type != PeftType.LORA or changes_base(config):
+        return None
+    if not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in stored):
+        return None
+    layers = adapter_layers(peft_model, "default")
+    if config.target_parameters or any("default" in layer.lora_variant for layer in layers.values()):
+        return None
+    factors = {}
+    for name, layer in layers.items():
+        B, A = (factor.detach().float().cpu() for factor in adapter_factors(layer, "default"))
+        factors[name] = (B * layer.scaling["default"], A.clone())
+    return factors
+
+
+def _with_earlier(
+    factors: dict[str, tuple[Tensor, Tensor]] | None, earlier: Mapping[str, Any] | None
+) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """The factors of an adapter and of the one that was merged before it, as one adapter."""
+    if earlier is None or factors is None:
+        return factors
+    if earlier["factors"] is None:
+        return None
+    joined = dict(earlier["factors"])
+    for name, (B, A) in factors.items():
+        if name in joined:
+            B, A = torch.cat([joined[name][0], B], dim=1), torch.cat([joined[name][1], A])
+        joined[name] = B, A
+    return joined
+
+
+def _check_quantised(adapter: str, peft_model: PeftModel) -> None:
+    for name, parameter in peft_model.get_base_model().named_parameters():
+        if name.endswith(".base_layer.weight") and not parameter.is_floating_point():
+            raise ValueError(
+                f"{adapter} cannot be merged into the quantised {name.removesuffix('.base_layer.weight')} "
+                "without a loss: load the base unquantised, merge, save the merged model, and quantise that"
+            )
+
+
+def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the base of an adapter and merge the adapter into it. The log says so.
+
+    A base that is an adapter itself is merged into its own base first. The merged weights are rounded once to
+    the dtype of the base.
+
+    Args:
+        adapter: The folder or hub name of the adapter.
+        arguments: The arguments of ``from_pretrained`` for the base. ``revision`` and ``subfolder`` are those
+            of the adapter.
+
+    Returns:
+        The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``base_model_name_or_path`` is the
+        untouched base. ``factors`` are B (d, rank) with the scaling multiplied in and A (rank, k), both
+        float32, by module name; None if the adapter has more than LoRA factors. ``tokenizer`` is the folder
+        or hub name of the tokenizer.
+
+    Raises:
+        ValueError: The base is not named or cannot be loaded, or the adapter does not fit it or cannot be
+            merged into it.
+    """
+    hub = {key: value for key, value in arguments.items() if key in _HUB}
+    config = PeftConfig.from_pretrained(adapter, **hub)
+    base_name = _base_of(adapter, config)
+    elsewhere = ("revision", "subfolder")
+    base_arguments = {key: value for key, value in arguments.items() if key not in elsewhere}
+    if getattr(config, "revision", None):
+        base_arguments["revision"] = config.revision
+    try:
+        base = load_causal_lm(base_name, base_arguments)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{adapter} is an adapter for {base_name!r}, which cannot be loaded ({error}): correct "
+            f"base_model_name_or_path in its {CONFIG_NAME}, or merge it by peft and pass the merged model"
+        ) from error
+    peft_model: Any = PeftModel.from_pretrained(base, adapter, **hub)
+    if not hasattr(peft_model.base_model, "merge_and_unload"):
+        raise ValueError(f"{adapter} is a {config.peft_type} adapter, which cannot be merged into its base")
+    # A second time, because only load_adapter says which tensors found no place.
+    _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
+    _check_quantised(adapter, peft_model)
+    earlier = getattr(base, MERGED_ADAPTER, None)
+    factors = _with_earlier(_plain_factors(peft_model, load_peft_weights(adapter, "cpu", **hub)), earlier)
+    merged = peft_model.merge_and_unload(safe_merge=True)
+    for parameter in merged.parameters():  # peft froze them
+        parameter.requires_grad_(parameter.is_floating_point())
+    untouched = base_name if earlier is None else earlier["base_model_name_or_path"]
+    merged._loku_merged_adapter = {
+        "base_model_name_or_path": untouched,
+        "factors": factors,
+        "tokenizer": _tokenizer_place(adapter, base_name if earlier is None else earlier["tokenizer"], hub),
+    }
+    _log.warning("%s is an adapter: it was merged into its base %s", adapter, base_name)
+    return merged
+
+
+def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a causal LM, or the base of an adapter with the adapter merged into it.
+
+    Args:
+        model: The folder or hub name of a model or of an adapter.
+        arguments: The arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: The errors of ``find_adapter`` and ``load_merged``.
+    """
+    adapter = find_adapter(model, arguments)
+    if adapter is not None:
+        if Path(adapter).is_dir():  # it includes the subfolder
+            arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
+        return load_merged(adapter, arguments)
+    return AutoModelForCausalLM.from_pretrained(model, **arguments)

@@ -1,0 +1,216 @@
+"""Checkpoints as directories: whole or absent, unaltered, and of one run.
+
+``transformers.Trainer`` writes a checkpoint file by file under its final name, and takes any directory of
+that name for a checkpoint. Here a checkpoint is written in ``.unfinished``. It gets a manifest with the sizes
+and digests of its files, and is renamed when it is whole. A run goes on only from an unaltered checkpoint of
+the same base model, data and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loku.config import UnlearnConfig
+from loku.data import RefusalRows
+from loku.data.large_sets import DrawnRows
+from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
+
+MANIFEST = "loku_checkpoint.json"
+UNFINISHED = ".unfinished"
+_DIGESTS = ("base model", "given adapter", "forget set", "retain set", "refusals", "evaluation sets")
+_SCHEDULER = "scheduler.pt"  # written beside the optimizer's files, whose names differ by the way of sharding
+_FORMAT = 4  # raised with each change of the facts that identify a run
+
+
+def run_identity(
+    args: UnlearnConfig,
+    fingerprint: str | None,
+    forget: Iterable[Mapping[str, Any]],
+    retain: Iterable[Mapping[str, Any]] | DrawnRows,
+    refusals: RefusalRows | None = None,
+    given_adapter: str | None = None,
+) -> dict[str, Any]:
+    """The facts that two runs must share for one to go on from the other's checkpoint.
+
+    Args:
+        args: The settings; their ``deciding_settings`` count.
+        fingerprint: The ``sampled_weights_fingerprint`` of the base model, or None in a process that writes
+            no checkpoints.
+        forget: The tokenised forget rows.
+        retain: The tokenised retain rows. Only the first 100 rows count of a set that is not held in memory.
+        refusals: The refusals that the run trains on, or None.
+        given_adapter: The ``given_adapter_fingerprint`` of the model if the method compares with the original
+            model, or None.
+
+    Returns:
+        The facts, which JSON can hold, by their names in messages.
+    """
+    identity = {
+        "checkpoint format": _FORMAT,
+        "base model": fingerprint,
+        "given adapter": given_adapter,
+        "forget set": ordered_rows_fingerprint(forget),
+        "retain set": ordered_rows_fingerprint(retain.first() if isinstance(retain, DrawnRows) else retain),
+        "refusals": None if refusals is None else texts_fingerprint(refusals.refusals),
+        **args.deciding_settings(),
+    }
+    return json.loads(json.dumps(identity, default=str))  # the form that is read back
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path, identity: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint, after all its other files.
+
+    Args:
+        directory: The directory of the checkpoint.
+        identity: The ``run_identity`` of its run.
+    """
+    files = {
+        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+    manifest = {"run": identity, "files": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint} is not a whole checkpoint of loku ({MANIFEST}: {error}); pass another"
+        ) from error
+
+
+def _check_files(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, expected in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            reason = "is missing"
+        elif file.stat().st_size != expected["bytes"]:
+            reason = f"has {file.stat().st_size} bytes of {expected['bytes']}"
+        elif _sha256(file) != expected["sha256"]:
+            reason = "was altered: its SHA-256 is not that of what was written"
+        else:
+            continue
+        raise ValueError(
+            f"{checkpoint}: {name} {reason}. Nothing was loaded; restore the file, or delete this checkpoint "
+            "to go on from an earlier one"
+        )
+
+
+def _differences(identity: dict[str, Any], other: dict[str, Any]) -> str:
+    parts = []
+    for name in {**other, **identity}:
+        ours, theirs = identity.get(name), other.get(name)
+        if ours != theirs:
+            is_digest = name in _DIGESTS
+            parts.append(
+                f"another {name}" if is_digest else f"{name}={theirs!r}, where this run has {ours!r}"
+            )
+    return "; ".join(parts)
+
+
+def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a directory that have a manifest, in the order of their steps.
+
+    A warning names each of the others.
+
+    Args:
+        output_dir: The directory. It need not exist.
+    """
+    found = []
+    directory = Path(output_dir)
+    entries = sorted(directory.iterdir()) if directory.is_dir() else []
+    for entry in entries:
+        step = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+        if step and (entry / MANIFEST).is_file():
+            found.append((int(step[1]), entry))
+        elif (step or entry.name == UNFINISHED) and entry.is_dir():
+            warnings.warn(
+                f"{entry} is ignored: it is not a whole checkpoint (it has no {MANIFEST}, which comes last)",
+                stacklevel=2,
+            )
+    return [entry for _, entry in sorted(found)]
+
+
+def find_checkpoint(
+    resume: str | os.PathLike | bool | None, output_dir: str | os.PathLike, identity: dict[str, Any]
+) -> Path | None:
+    """Find the checkpoint to go on from: whole, unaltered and of this run.
+
+    Args:
+        resume: True for the newest checkpoint of this run in ``output_dir``, the path of a checkpoint, or
+            None or False to begin anew. The texts "true" and "false" mean the same.
+        output_dir: The directory of checkpoints.
+        identity: The ``run_identity`` of this run.
+
+    Returns:
+        The checkpoint, or None to begin anew. It is None with True if ``output_dir`` holds no checkpoint: a
+        run that was stopped before its first checkpoint begins anew.
+
+    Raises:
+        ValueError: The checkpoint is not whole, was altered, or is of another run. True finds only
+            checkpoints of other runs. The message names the differences.
+    """
+    if resume is None or str(resume).lower() == "false":
+        return None
+    if str(resume).lower() == "true":  # or the text, from a command line
+        candidates = whole_checkpoints(output_dir)
+    else:
+        candidates = [Path(str(resume))]
+    reason = None
+    for checkpoint in reversed(candidates):
+        manifest = _read_manifest(checkpoint)
+        difference = _differences(identity, manifest["run"])
+        if not difference:
+            _check_files(checkpoint, manifest["files"])
+            if _SCHEDULER not in manifest["files"]:
+                raise ValueError(
+                    f"{checkpoint} has no state of the optimizer, so a run cannot go on from it exactly: it "
+                    "was written with save_only_model=True; begin anew, or pass another checkpoint"
+                )
+            return checkpoint
+        reason = reason or (
+            f"{checkpoint} is of another run: {difference}. Nothing was changed; pass the model, data and "
+            "settings that it was made with, or another output_dir"
+        )
+    if reason:
+        raise ValueError(reason)
+    return None
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Make a directory if it does not exist, and check that it can be written to.
+
+    Args:
+        directory: The directory of checkpoints.
+
+    Raises:
+        OSError: It cannot be made or written to.
+    """
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".writable"):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"output_dir {os.fspath(directory)!r} cannot be written to ({error}); nothing was started: pass "
+            "another output_dir"
+        ) from error

@@ -1,0 +1,202 @@
+"""Texts to tokens: a text is tokenised as a whole, and its labelled characters become labelled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from loku.data.row_errors import BadRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+
+TokenizedRow: TypeAlias = dict[str, list[int]]
+
+
+class LabelledText(NamedTuple):
+    """A text and the parts of it that are labelled.
+
+    Attributes:
+        text: The whole text, as the model sees it.
+        spans: The labelled parts, (first character, character after the last), in their order; None labels
+            the whole text.
+        special: Whether the tokenizer's special tokens begin and end the text. A text that a chat template
+            has rendered contains its own.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...] | None = None
+    special: bool = True
+
+
+class TextTokenizer:
+    """A function of a ``LabelledText`` that returns its tokens.
+
+    The ids are those of ``tokenizer(text)``, with the tokenizer's EOS, if it has one, at the end. A token is
+    labelled if it has at least one labelled character. So a token that lies across the end of the prompt
+    belongs to the completion, and every character of the completion is predicted.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._leading, self._trailing = special_ends(tokenizer)
+
+    def __call__(self, labelled: LabelledText) -> TokenizedRow:
+        """Tokenise a text.
+
+        Raises:
+            BadRow: The tokenizer is a slow one, which gives no offsets, and the tokens of the text before a
+                labelled part are not the first tokens of the whole text.
+        """
+        # verbose=False: no warning about model_max_length, since max_length has its own.
+        encoded = self.tokenizer(labelled.text, add_special_tokens=False, verbose=False)
+        ids: list[int] = list(encoded["input_ids"])
+        if labelled.spans is None:
+            labels = list(ids)
+        else:
+            labels = [IGNORE_INDEX] * len(ids)
+            encodings: Any = getattr(encoded, "encodings", None)
+            offsets = None if encodings is None else encodings[0].offsets
+            for span in labelled.spans:
+                first, last = (
+                    self._tokens_by_prefixes(ids, labelled.text, span)
+                    if offsets is None
+                    else _tokens_of(offsets, *span)
+                )
+                labels[first:last] = ids[first:last]
+        row = {"input_ids": ids, "labels": labels}
+        return self._with_special(row, labelled.spans is None) if labelled.special else row
+
+    def _with_special(self, row: TokenizedRow, whole: bool) -> TokenizedRow:
+        """Put the special tokens around a row, unless its text has them already."""
+        ids, labels = row["input_ids"], row["labels"]
+        leading = [] if ids[: len(self._leading)] == self._leading else self._leading
+        trailing = [] if ids[-len(self._trailing) :] == self._trailing else list(self._trailing)
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and [*ids, *trailing][-1:] != [eos]:
+            trailing.append(eos)
+        return {
+            "input_ids": [*leading, *ids, *trailing],
+            "labels": [*(leading if whole else [IGNORE_INDEX] * len(leading)), *labels, *trailing],
+        }
+
+    def _tokens_by_prefixes(self, ids: list[int], text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Find the tokens of a part by tokenising the text before it, and the text up to its end."""
+        bounds = []
+        for end in span:
+            prefix = ids if end == len(text) else _encode(self.tokenizer, text[:end])
+            if ids[: len(prefix)] != prefix:
+                raise BadRow(
+                    "this tokenizer gives no offsets, and the tokens of the prompt are not the first tokens "
+                    "of the whole row, so it is not known where the completion begins. Move the space that "
+                    "ends the prompt to the completion, or pass a fast tokenizer"
+                )
+            bounds.append(len(prefix))
+        return bounds[0], bounds[1]
+
+
+def _tokens_of(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
+    """Return (first token, token after the last) of a part of the text.
+
+    Some tokenizers leave white space out of the offsets of a token, so a token may have no characters.
+    """
+    first = next((i for i, (_, stop) in enumerate(offsets) if stop > begin), len(offsets))
+    after = (i for i in range(first, len(offsets)) if offsets[i][0] >= end and offsets[i][1] > end)
+    return first, next(after, len(offsets))
+
+
+def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and after a text by default.
+
+    They are [BOS] and [] for Llama, [] and [] for GPT-2, and [CLS] and [SEP] for BERT.
+    """
+    for probe in ("a", "1", ".", "的"):  # a tokenizer may lack some characters
+        plain, full = _encode(tokenizer, probe), list(tokenizer(probe)["input_ids"])
+        for begin in range(len(full)) if plain else ():
+            if full[begin : begin + len(plain)] == plain:
+                return full[:begin], full[begin + len(plain) :]
+    return [], []
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def given_tokens(row: Mapping[str, Any]) -> TokenizedRow:
+    """Return the tokens of a row with ``input_ids``, as ``loku.data.tokenize_dataset`` describes.
+
+    Args:
+        row: The row, without missing values.
+
+    Raises:
+        BadRow: A column is no flat list of integers of the right length and range.
+    """
+    ids = _integers(row, "input_ids")
+    columns = {"input_ids": ids, "labels": list(ids)}
+    for key in ("labels", "position_ids", "attention_mask"):
+        if key in row:
+            columns[key] = _integers(row, key)
+    if "position_ids" not in row and "seq_lengths" in row:
+        columns["position_ids"] = [i for length in _integers(row, "seq_lengths") for i in range(length)]
+    for key, values in columns.items():
+        if len(values) != len(ids):
+            source = "seq_lengths" if key == "position_ids" and key not in row else key
+            raise BadRow(f"it has {len(ids)} input_ids but '{source}' has {len(values)} entries")
+    if any(token < 0 for token in ids):
+        raise BadRow(f"'input_ids' has {min(ids)}; a token id is 0 or greater")
+    for label in columns["labels"]:
+        if label < 0 and label != IGNORE_INDEX:
+            raise BadRow(
+                f"'labels' has {label}; a label is a token id or {IGNORE_INDEX}, which marks no label"
+            )
+    mask = columns.pop("attention_mask", None)
+    if mask is not None:
+        if not set(mask) <= {0, 1}:
+            raise BadRow(
+                f"'attention_mask' has {max(mask, key=abs)}; it must have 0 and 1 alone. 'position_ids' or "
+                "'seq_lengths' tell documents apart"
+            )
+        kept = [i for i, attended in enumerate(mask) if attended]
+        columns = {key: [values[i] for i in kept] for key, values in columns.items()}
+    if "position_ids" in columns:
+        _end_documents(columns)
+    return columns
+
+
+def _integers(row: Mapping[str, Any], key: str) -> list[int]:
+    values = row[key].tolist() if hasattr(row[key], "tolist") else row[key]
+    if not isinstance(values, (list, tuple)):
+        raise BadRow(f"'{key}' must be a flat list of integers, one sequence a row")
+    if all(type(value) is int for value in values):
+        return list(values)
+    for value in values:
+        # A bool is an Integral too, and it is a token id by mistake alone. In a mask it means 0 or 1.
+        if not isinstance(value, Integral) or (isinstance(value, bool) and key != "attention_mask"):
+            raise BadRow(
+                f"'{key}' must be a flat list of integers, one sequence a row; it has a "
+                f"{type(value).__name__}"
+            )
+    return [int(value) for value in values]
+
+
+def _end_documents(columns: TokenizedRow) -> None:
+    """Check ``position_ids`` and take the label of each document's first token away.
+
+    The position ids of a single document are left out of the columns.
+    """
+    positions, labels = columns["position_ids"], columns["labels"]
+    for before, position in zip([-1, *positions], positions, strict=False):
+        if position not in (0, before + 1):
+            raise BadRow("'position_ids' must count 0, 1, 2, ... in each document")
+    if positions.count(0) > 1:
+        columns["labels"] = [
+            label if position else IGNORE_INDEX for label, position in zip(labels, positions, strict=True)
+        ]
+    else:
+        del columns["position_ids"]
