@@ -61,14 +61,13 @@ def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None
             another adapter.
     """
     check_saved_adapter(peft_model, adapter_name)
-    base = base_name(peft_model, peft_model.peft_config[adapter_name])
-    if residual_save(base) is not None and not has_residual_base(peft_model):
+    base, given = base_name(peft_model, peft_model.peft_config[adapter_name]), _merged_adapter(peft_model)
+    if residual_save(base) is not None and not has_residual_base(peft_model) and given is None:
         folder = Path(str(base)).with_name(REFERENCE_ADAPTER)
         raise ValueError(
             f"the base, {base}, is a residual, and the initial factors are not loaded: call "
             f"load_adapter({str(folder)!r}, {REFERENCE_ADAPTER!r}) of the peft model first"
         )
-    given = _merged_adapter(peft_model)
     if given is not None and given["factors"] is None:
         raise ValueError(
             "the given model was an adapter that is no plain LoRA, so no LoRA adapter of its base "
