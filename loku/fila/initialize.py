@@ -149,8 +149,8 @@ def initialize_from_row_scales(
     of W.
 
     The initial factors are kept as the adapter "reference", frozen, in the dtype of the factors. The peft
-    model's class becomes a subclass of its own, whose saves fit the untouched base. The original target weights are kept in CPU memory, so that
-    ``restore_base_`` is exact. ``release_base_copy_`` frees them.
+    model's class becomes a subclass of its own, whose saves fit the untouched base. The original target
+    weights are kept in CPU memory, so that ``restore_base_`` is exact. ``release_base_copy_`` frees them.
 
     All processes of torch.distributed must call this with the same row scales. They get the same adapter. The
     weights may be sharded (FSDP2). They are gathered one at a time, and the reference is whole.
