@@ -57,6 +57,7 @@ from loku.head import (
     token_triplets,
     token_triplets_and_divergence,
 )
+from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
@@ -208,6 +209,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         eval_sets = prepare_eval_sets(model, args, eval_dataset, rows)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
+        args = with_learning_rate(args, model)
         output_embedding(model)  # refuses a head that it cannot handle, which the first step would
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
         if (name := next(half, None)) is not None:
