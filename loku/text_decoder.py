@@ -124,11 +124,12 @@ def directly_read(model: nn.Module) -> set[str]:
     """
     config = getattr(model, "config", None)
     # Bloom slices its weights with these two settings alone.
-    sliced = getattr(config, "pretraining_tp", 1) > 1 and getattr(config, "slow_but_exact", False)
+    sliced = (getattr(config, "pretraining_tp", 1) or 1) > 1 and getattr(config, "slow_but_exact", False)
     names = set()
     for name, module in model.named_modules():
         prefix = name + "." if name else ""
-        names |= {prefix + child for child in _read_children(type(module), sliced) if hasattr(module, child)}
+        cls: Any = type(module)  # mypy finds no __hash__ in a type
+        names |= {prefix + child for child in _read_children(cls, sliced) if hasattr(module, child)}
     return names
 
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import re
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -145,6 +146,8 @@ def adapted(model, targets):
 @pytest.mark.parametrize("kind", DEFAULT_TARGETS)
 @pytest.mark.filterwarnings("ignore")
 def test_defaults_of_a_class(kind):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {version('transformers')} has no {kind}")
     names, parameters = DEFAULT_TARGETS[kind]
     model = on_meta(kind)
     every_parameter = [name for name, _ in model.named_parameters()]
