@@ -146,7 +146,7 @@ def unlearn(
 
 
 def _unlearn(
-    model: PreTrainedModel,
+    model: Any,
     forget: Any,
     retain: Any,
     config: UnlearnConfig,
