@@ -42,7 +42,7 @@ ALL_BUT_WEIGHTS = [name for name in FACTS if name != "weights"]
 UNLEARN = {
     "tokenising the rows": (loku.unlearning, "prepare_rows", 1, False),
     "putting the adapter in": (peft.tuners.lora.model.LoraModel, "_create_and_replace", 3, True),
-    "checking the output embedding": (loku.unlearning, "check_head", 1, True),
+    "checking the output embedding": (loku.trainer, "check_head", 1, True),
     "making the trainer": (loku.trainer, "StepLog", 1, True),
     "measuring the retain set": (loku.fila.row_scales, "accumulate_squared_grad_", 2, True),
     "measuring the forget set": (loku.fila.row_scales, "accumulate_squared_grad_", 16, True),
