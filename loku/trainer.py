@@ -307,7 +307,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         if self._given is None:
             yield
             return
-        with reference_adapter(self.model, self._given):
+        peft_model: Any = self.model
+        with reference_adapter(peft_model, self._given):
             yield
 
     def _keep_references(self) -> None:
