@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from loku.adapters import REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
-from loku.saving.adapter import MERGED_ADAPTER
+from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
 from loku.saving.destinations import residual_save
 
 _log = logging.getLogger(__name__)
