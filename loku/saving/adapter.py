@@ -45,8 +45,7 @@ def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
 def _merged_adapter(peft_model: PeftModel) -> dict[str, Any] | None:
     """The name of the untouched base and the factors of an adapter that was merged into it, or None.
 
-    The base of the portable adapter is the model under the adapter that ``loku.unlearn`` was given. If that
-    was a residual save, it is the model that FILA made the residual of.
+    ``loku.adapter_folders.load_merged`` keeps them. The untouched base is the model under that adapter.
     """
     return getattr(peft_model.get_base_model(), MERGED_ADAPTER, None)
 
