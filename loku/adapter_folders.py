@@ -16,7 +16,14 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -269,11 +276,32 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         arguments: The arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: The errors of ``find_adapter`` and ``load_merged``.
+        ValueError: The model is an encoder-decoder. Or the errors of ``find_adapter`` and ``load_merged``.
     """
     adapter = find_adapter(model, arguments)
     if adapter is not None:
         if Path(adapter).is_dir():  # it includes the subfolder
             arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
         return load_merged(adapter, arguments)
-    return AutoModelForCausalLM.from_pretrained(model, **arguments)
+    return _auto_class(model, arguments).from_pretrained(model, **arguments)
+
+
+def _auto_class(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Any:
+    """AutoModelForCausalLM, or AutoModelForImageTextToText for a class such as Llava that it does not have.
+
+    Raises:
+        ValueError: The model is an encoder-decoder, which neither of them has as a causal LM.
+    """
+    if "config" in arguments:
+        return AutoModelForCausalLM
+    places = {key: value for key, value in arguments.items() if key in (*_HUB, "trust_remote_code")}
+    config = AutoConfig.from_pretrained(model, **places)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{model} is a {config.model_type} model, which is an encoder-decoder; pass a decoder-only "
+            "causal LM, as transformers.AutoModelForCausalLM loads"
+        )
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
