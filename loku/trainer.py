@@ -58,6 +58,7 @@ from loku.head import (
     token_triplets,
     token_triplets_and_divergence,
 )
+from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
@@ -213,6 +214,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         if peft_config is not None:
             check_lora_config(model, peft_config)
             model = get_peft_model(model, peft_config)
+        args = with_learning_rate(args, model)
         check_head(model, collate(forget[:1], padding_id(processing_class, model)))
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
         if (name := next(half, None)) is not None:

@@ -2,7 +2,9 @@
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -141,8 +143,20 @@ def unlearn(
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
     refuse_adapters(model)
     check_causal_lm(model)
-    with all_or_nothing(model):
+    with all_or_nothing(model), _no_empty_directory(config.output_dir):
         return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset)
+
+
+@contextmanager
+def _no_empty_directory(path: str | None) -> Iterator[None]:
+    """Remove the directory that the trainer makes for checkpoints, if there were none."""
+    new = path is not None and not os.path.exists(path)
+    try:
+        yield
+    finally:
+        if new and path is not None:
+            with suppress(OSError):  # it has files, or another process has removed it
+                os.rmdir(path)
 
 
 def _unlearn(
@@ -186,7 +200,9 @@ def _unlearn(
         **targets.lora_arguments(),
     )
     set_seed(config.seed)  # the default LoRA factors are random
-    peft_model: Any = get_peft_model(model, lora)
+    with warnings.catch_warnings():  # peft reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        peft_model: Any = get_peft_model(model, lora)
     with uninitialised_on_failure(peft_model):
         check_save(peft_model, save_kind)
         trainer = make_trainer(peft_model)
