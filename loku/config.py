@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from loku.fila.row_scales import FilaConfig
@@ -41,8 +42,7 @@ class UnlearnConfig(TrainingArguments):
     if the method asks for it. So a batch of one process has ``per_device_train_batch_size`` rows of each
     kind.
 
-    The defaults of the learning rate and the retain weight give the best results of IHL and FILA on the
-    embedded model. A larger model may need a lower learning rate.
+    The default of the retain weight gives the best results of IHL and FILA on the embedded model.
 
     ``greater_is_better`` follows ``metric_for_best_model``: a better model has lower losses and higher values
     of the other measures, except on the set "forget", where it has forgotten more.
@@ -50,7 +50,9 @@ class UnlearnConfig(TrainingArguments):
     Args:
         output_dir: The directory of checkpoints, "loku-output" by default.
         per_device_train_batch_size: The number of forget rows in a batch of one process, 8 by default.
-        learning_rate: The peak learning rate of the optimizer, 2e-3 by default.
+        learning_rate: The peak learning rate of the optimizer. None (default) chooses it by the model's size
+            and by what is trained, from 2e-3 to 1e-5, and says so; see
+            ``loku.learning_rates.default_learning_rate``.
         num_train_epochs: The number of passes over the forget set, 10 by default.
         save_strategy: The times at which checkpoints are written: "no" (default), "epoch", or "steps", which
             means every ``save_steps`` steps.
@@ -130,7 +132,10 @@ class UnlearnConfig(TrainingArguments):
         default=8,
         metadata={"help": "The number of forget rows in a batch of one process; it has as many retain rows."},
     )
-    learning_rate: float = field(default=2e-3, metadata={"help": "The peak learning rate of the optimizer."})
+    learning_rate: float | None = field(  # type: ignore[assignment]  # chosen before the base class reads it
+        default=None,
+        metadata={"help": "The peak learning rate of the optimizer; by default chosen by the model's size."},
+    )
     num_train_epochs: float = field(
         default=10, metadata={"help": "The number of passes over the forget set."}
     )
@@ -246,6 +251,14 @@ class UnlearnConfig(TrainingArguments):
                 'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '
                 f"{self.train_sampling_strategy!r}"
             )
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
+        if self.max_steps == 0:  # transformers would train num_train_epochs
+            raise ValueError("max_steps must be > 0, or -1 for num_train_epochs, got 0")
+        if self.num_train_epochs < 0:
+            raise ValueError(f"num_train_epochs must be >= 0, got {self.num_train_epochs}")
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is no device for which to pin
         if self.retain_weight < 0:
             raise ValueError(f"retain_weight must be >= 0, got {self.retain_weight}")
         if not self.beta > 0:

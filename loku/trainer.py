@@ -49,6 +49,7 @@ from loku.data.pairs import Draw
 from loku.fila.initialize import uninitialised_on_failure
 from loku.fingerprints import given_adapter_fingerprint
 from loku.head import (
+    check_head,
     check_packing,
     label_hidden_states,
     model_tokens,
@@ -57,6 +58,7 @@ from loku.head import (
     token_triplets,
     token_triplets_and_divergence,
 )
+from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
@@ -212,7 +214,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         if peft_config is not None:
             check_lora_config(model, peft_config)
             model = get_peft_model(model, peft_config)
-        output_embedding(model)  # refuses a head that it cannot handle, which the first step would
+        args = with_learning_rate(args, model)
+        check_head(model, collate(forget[:1], padding_id(processing_class, model)))
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
         if (name := next(half, None)) is not None:
             raise ValueError(

@@ -170,7 +170,7 @@ def _load(place: str, adapter: str | None) -> tuple[Any, str, str | None]:
 
 def _tokenizer_place(model: Any, base: str, adapter: str | None) -> str:
     """Return the adapter's folder if a tokenizer was saved there, else the place of the base's tokenizer."""
-    from loku.adapter_folders import MERGED_ADAPTER
+    from loku.adapters import MERGED_ADAPTER
     from loku.models import unwrapped
 
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():

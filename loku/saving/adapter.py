@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loku.adapter_folders import MERGED_ADAPTER
-from loku.adapters import REFERENCE_ADAPTER, adapter_layers, has_residual_base
+from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_layers, has_residual_base
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
 from loku.saving.destinations import destination, residual_save
 
