@@ -122,7 +122,7 @@ class _Gauge(TrainerCallback):
 
     def scores(self, model: Any, name: str) -> list[TokenScores]:
         """Return the ``token_scores`` of a data set, from all processes."""
-        return spread_token_scores(model, self.rows[name], self.batch_size, progress=False)
+        return spread_token_scores(model, self.rows[name], self.batch_size, progress=False, description=name)
 
 
 def _logged(log: Iterable[Mapping[str, Any]], *names: str) -> dict[str, float] | None:
