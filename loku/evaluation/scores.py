@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from loku.data import IGNORE_INDEX, collate
-from loku.distributed import is_main_process, spread
+from loku.distributed import has_shards, is_main_process, reshard_, spread
 from loku.models import CausalLM, evaluating, model_device
 from loku_kernels import softmax_triplet
 
@@ -98,7 +98,13 @@ def spread_token_scores(
     It takes the arguments of ``token_scores``. Only the main process shows progress.
     """
     progress = progress and is_main_process()
-    return spread(lambda rows: token_scores(model, rows, batch_size, progress, description), rows)
+    sharded = has_shards(model)
+    scores = spread(
+        lambda rows: token_scores(model, rows, batch_size, progress, description), rows, equal=sharded
+    )
+    if sharded:
+        reshard_(model)
+    return scores
 
 
 def token_measures(scores: Iterable[TokenScores], min_k_share: float = MIN_K_SHARE) -> dict[str, float]:

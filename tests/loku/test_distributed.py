@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 import torch
 import two_processes
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 import loku
 
@@ -100,9 +104,58 @@ def test_adapters(one, two, how):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
-def test_callbacks_measure_all_rows(one, two):
-    found, expected = two[1]["ddp"]["measured"], one[1]["measured"]
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_callbacks_measure_all_rows(how, one, two):
+    found, expected = two[1][how]["measured"], one[1]["measured"]
     for ours, theirs in zip(found, expected, strict=True):
         assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [0, 2, 4]
         for entry, other in zip(ours, theirs, strict=True):
             assert entry == pytest.approx(other, rel=1e-4)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(torch.arange(3, 19)[None]).logits
+
+
+def test_every_kind_of_save_under_fsdp2(two):
+    """The three kinds compute the same model, and nothing else in a checkpoint looks like an adapter."""
+    folder = two[0]
+    merged = AutoModelForCausalLM.from_pretrained(folder / "fsdp2_merged")
+    residual = AutoModelForCausalLM.from_pretrained(folder / "fsdp2_residual" / "base")
+    residual = PeftModel.from_pretrained(residual, folder / "fsdp2_residual" / "adapter")
+    portable = PeftModel.from_pretrained(tiny_model("llama"), folder / "fsdp2")
+    expected = logits(portable)
+    assert (expected - logits(tiny_model("llama"))).norm() > 0.1 * expected.norm()
+    for model in (merged, residual):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    newest = folder / "fsdp2_run" / "checkpoint-4"
+    files = sorted(newest.rglob("adapter_config.json"))
+    assert files == [newest / "adapter_config.json"]
+
+
+def test_a_run_under_fsdp2_resumes_exactly(two):
+    """It goes on from its second step, evaluates, and loads the best checkpoint, which is the last."""
+    folder, report = two
+    names = ("fsdp2_whole", "fsdp2_resumed")
+    whole, resumed = (load_file(folder / name / "adapter_model.safetensors") for name in names)
+    assert whole.keys() == resumed.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    whole, resumed = report["fsdp2_whole"], report["fsdp2_resumed"]
+    assert whole["sharded"] and resumed["sharded"]
+    assert [entry["step"] for entry in resumed["measured"][1]] == [2, 4]  # it began at the second step
+    assert resumed["measured"][1][-1] == whole["measured"][1][-1]
+    assert [entry["eval_forget_loss"] for entry in resumed["evaluations"]] == [
+        entry["eval_forget_loss"] for entry in whole["evaluations"]
+    ]
+
+
+def test_an_error_in_one_process_stops_both(two):
+    """A NaN in process 1 and a full disk in process 0; and an option that would leave process 1 waiting."""
+    errors = two[1]["errors"]
+    for error in errors["nan"]:
+        assert re.match(r"FloatingPointError: step 2: forget_loss is nan \(it begins in .*up_proj", error)
+    assert "in process 1" in errors["nan"][0]
+    for error in errors["disk"]:
+        assert re.match(r"OSError: checkpoint-1 could not be written to .*disk full", error)
+    for error in errors["dispatch"]:
+        assert error.startswith("ValueError: dispatch_batches=True would leave all processes but one waiting")
