@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from loku.adapters import adapter_factors, adapter_layers, changes_base
+from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
+from loku.saving.destinations import residual_save
 
 _log = logging.getLogger(__name__)
 
-MERGED_ADAPTER = "_loku_merged_adapter"  # the attribute of a model that remembers what was merged into it
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 # Arguments of from_pretrained that say where a repository is, not how a model is made.
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -119,13 +119,26 @@ def _plain_factors(
     return factors
 
 
+def _without_initial_factors(
+    factors: dict[str, tuple[Tensor, Tensor]] | None, peft_model: PeftModel, reference: Path
+) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """The factors less the initial ones in ``reference``: what takes the untouched base to the model."""
+    if factors is None:
+        return None
+    peft_model.load_adapter(str(reference), REFERENCE_ADAPTER)
+    joined = dict(factors)
+    for name, layer in adapter_layers(peft_model, REFERENCE_ADAPTER).items():
+        B0, A0 = (factor.detach().float().cpu() for factor in adapter_factors(layer, REFERENCE_ADAPTER))
+        B, A = joined[name]
+        joined[name] = torch.cat([B, B0 * -layer.scaling[REFERENCE_ADAPTER]], dim=1), torch.cat([A, A0])
+    return joined
+
+
 def _with_earlier(
-    factors: dict[str, tuple[Tensor, Tensor]] | None, earlier: Mapping[str, Any] | None
+    factors: dict[str, tuple[Tensor, Tensor]] | None, earlier: Mapping[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor]] | None:
     """The factors of an adapter and of the one that was merged before it, as one adapter."""
-    if earlier is None or factors is None:
-        return factors
-    if earlier["factors"] is None:
+    if factors is None or earlier["factors"] is None:
         return None
     joined = dict(earlier["factors"])
     for name, (B, A) in factors.items():
@@ -142,6 +155,61 @@ def _check_quantised(adapter: str, peft_model: PeftModel) -> None:
                 f"{adapter} cannot be merged into the quantised {name.removesuffix('.base_layer.weight')} "
                 "without a loss: load the base unquantised, merge, save the merged model, and quantise that"
             )
+
+
+def put_adapter(
+    base: PreTrainedModel, adapter: str, base_name: str, hub: Mapping[str, Any] | None = None
+) -> PeftModel:
+    """Put an adapter on its base, unmerged.
+
+    Args:
+        base: The base.
+        adapter: The folder or hub name of the adapter.
+        base_name: The name of the base in messages.
+        hub: The arguments of ``from_pretrained`` that say where the adapter is; None (default) for none.
+
+    Raises:
+        ValueError: The adapter does not fit the base.
+    """
+    hub = hub or {}
+    peft_model: Any = PeftModel.from_pretrained(base, adapter, **hub)
+    if hasattr(peft_model.base_model, "merge_and_unload"):  # not a learnt prompt
+        # A second time, because only load_adapter says which tensors found no place.
+        _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
+    return peft_model
+
+
+def load_on_base(adapter: str, arguments: Mapping[str, Any]) -> tuple[PeftModel, str]:
+    """Load the base of an adapter, and put the adapter on it, unmerged.
+
+    A base that is an adapter itself is merged into its own base first.
+
+    Args:
+        adapter: The folder or hub name of the adapter.
+        arguments: The arguments of ``from_pretrained`` for the base. ``revision`` and ``subfolder`` are those
+            of the adapter.
+
+    Returns:
+        The model with the adapter, and the path or hub name of the base.
+
+    Raises:
+        ValueError: The base is not named or cannot be loaded, or the adapter does not fit it.
+    """
+    hub = {key: value for key, value in arguments.items() if key in _HUB}
+    config = PeftConfig.from_pretrained(adapter, **hub)
+    base_name = _base_of(adapter, config)
+    elsewhere = ("revision", "subfolder")
+    base_arguments = {key: value for key, value in arguments.items() if key not in elsewhere}
+    if getattr(config, "revision", None):
+        base_arguments["revision"] = config.revision
+    try:
+        base = load_causal_lm(base_name, base_arguments)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{adapter} is an adapter for {base_name!r}, which cannot be loaded ({error}): correct "
+            f"base_model_name_or_path in its {CONFIG_NAME}, or merge it by peft and pass the merged model"
+        ) from error
+    return put_adapter(base, adapter, base_name, hub), base_name
 
 
 def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -166,31 +234,25 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
             merged into it.
     """
     hub = {key: value for key, value in arguments.items() if key in _HUB}
-    config = PeftConfig.from_pretrained(adapter, **hub)
-    base_name = _base_of(adapter, config)
-    elsewhere = ("revision", "subfolder")
-    base_arguments = {key: value for key, value in arguments.items() if key not in elsewhere}
-    if getattr(config, "revision", None):
-        base_arguments["revision"] = config.revision
-    try:
-        base = load_causal_lm(base_name, base_arguments)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{adapter} is an adapter for {base_name!r}, which cannot be loaded ({error}): correct "
-            f"base_model_name_or_path in its {CONFIG_NAME}, or merge it by peft and pass the merged model"
-        ) from error
-    peft_model: Any = PeftModel.from_pretrained(base, adapter, **hub)
+    peft_model: Any
+    peft_model, base_name = load_on_base(adapter, arguments)
+    base: Any = peft_model.get_base_model()
     if not hasattr(peft_model.base_model, "merge_and_unload"):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter, which cannot be merged into its base")
-    # A second time, because only load_adapter says which tensors found no place.
-    _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
+        kind = peft_model.peft_config["default"].peft_type
+        raise ValueError(f"{adapter} is a {kind} adapter, which cannot be merged into its base")
     _check_quantised(adapter, peft_model)
     earlier = getattr(base, MERGED_ADAPTER, None)
-    factors = _with_earlier(_plain_factors(peft_model, load_peft_weights(adapter, "cpu", **hub)), earlier)
+    factors = _plain_factors(peft_model, load_peft_weights(adapter, "cpu", **hub))
+    untouched, residual = base_name, residual_save(base_name)
+    reference = Path(adapter).with_name(REFERENCE_ADAPTER)
+    if residual is not None and residual["untouched"] and reference.is_dir():
+        untouched = residual["untouched"]
+        factors = _without_initial_factors(factors, peft_model, reference)
+    if earlier is not None:
+        untouched, factors = earlier["base_model_name_or_path"], _with_earlier(factors, earlier)
     merged = peft_model.merge_and_unload(safe_merge=True)
     for parameter in merged.parameters():  # peft froze them
         parameter.requires_grad_(parameter.is_floating_point())
-    untouched = base_name if earlier is None else earlier["base_model_name_or_path"]
     merged._loku_merged_adapter = {
         "base_model_name_or_path": untouched,
         "factors": factors,

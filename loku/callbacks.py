@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loku.data import split_documents, tokenize_dataset
+from loku.data import split_documents, token_limits, tokenize_dataset
 from loku.data.rows import DataSet
 from loku.evaluation.extraction import spread_extraction_likelihood
 from loku.evaluation.scores import (
@@ -73,9 +73,11 @@ class _Gauge(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Tokenise the data sets and measure the model."""
-        max_length = getattr(args, "max_length", None)
+        max_length, limits = getattr(args, "max_length", None), token_limits(model)
         self.rows = {
-            name: split_documents(tokenize_dataset(rows, processing_class, max_length=max_length, name=name))
+            name: split_documents(
+                tokenize_dataset(rows, processing_class, max_length=max_length, name=name, limits=limits)
+            )
             for name, rows in self.sets.items()
         }
         self.history = []

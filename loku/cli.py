@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from importlib import metadata
+from typing import Any, TextIO
 
 from loku.commands import CommandParser, demo, evaluate, info, unlearn
 from loku.commands.settings import suggestion
@@ -18,8 +19,12 @@ exit codes:
   1    the run failed
   2    something is wrong with the options, the data or the model that was given
   130  interrupted
+  141  the reader of the output went away
 
 LOKU_DEBUG=1 in the environment shows where in the code an error came from."""
+
+
+BROKEN_PIPE = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_Version, help="show the version, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in (demo.add, unlearn.add, evaluate.add, info.add):
         added = add(commands)
@@ -48,14 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         added.set_defaults(parser=added)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = options.parser._option_string_actions
-        options.parser.error(f"there is no option {unknown[0]}{suggestion(unknown[0], known)}")
+        known, name = options.parser._option_string_actions, unknown[0].partition("=")[0]
+        options.parser.error(f"there is no option {name}{suggestion(name, known)}")
     debug = os.environ.get("LOKU_DEBUG", "") not in ("", "0")
     with warnings.catch_warnings():
         if not debug:
             warnings.showwarning = _show_warning
         try:
             options.run(options)
+            sys.stdout.flush()
+        except BrokenPipeError:  # of a reader such as head, which wants no more
+            _close_stdout()
+            return BROKEN_PIPE
         except (KeyboardInterrupt, Exception) as error:
             if debug:
                 raise
@@ -63,6 +73,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{_prefix()}{text}", file=sys.stderr)
             return code
     return 0
+
+
+class _Version(argparse.Action):
+    """Print the version. The packages' metadata have it, which are read without torch."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        try:
+            version = metadata.version("loku-kernels")
+        except metadata.PackageNotFoundError:  # a checkout that is not installed
+            from loku_kernels import __version__ as version
+        print(f"loku-kernels {version}")
+        parser.exit()
+
+
+def _close_stdout() -> None:
+    """Let nothing else be written to a broken pipe, at the interpreter's exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

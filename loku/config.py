@@ -4,11 +4,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from loku.fila.row_scales import FilaConfig
 from loku.objectives import OBJECTIVES
-from loku.target_modules import TARGET_SWEEPS
+from loku.target_modules import check_patterns
 
 # The fields of TrainingArguments that decide the result of a run. UnlearnConfig's own fields also decide it,
 # except its FREE_FIELDS.
@@ -41,8 +42,7 @@ class UnlearnConfig(TrainingArguments):
     if the method asks for it. So a batch of one process has ``per_device_train_batch_size`` rows of each
     kind.
 
-    The defaults of the learning rate and the retain weight give the best results of IHL and FILA on the
-    embedded model. A larger model may need a lower learning rate.
+    The default of the retain weight gives the best results of IHL and FILA on the embedded model.
 
     ``greater_is_better`` follows ``metric_for_best_model``: a better model has lower losses and higher values
     of the other measures, except on the set "forget", where it has forgotten more.
@@ -50,7 +50,9 @@ class UnlearnConfig(TrainingArguments):
     Args:
         output_dir: The directory of checkpoints, "loku-output" by default.
         per_device_train_batch_size: The number of forget rows in a batch of one process, 8 by default.
-        learning_rate: The peak learning rate of the optimizer, 2e-3 by default.
+        learning_rate: The peak learning rate of the optimizer. None (default) chooses it by the model's size
+            and by what is trained, from 2e-3 to 1e-5, and says so; see
+            ``loku.learning_rates.default_learning_rate``.
         num_train_epochs: The number of passes over the forget set, 10 by default.
         save_strategy: The times at which checkpoints are written: "no" (default), "epoch", or "steps", which
             means every ``save_steps`` steps.
@@ -69,8 +71,13 @@ class UnlearnConfig(TrainingArguments):
             "pissa" the leading singular directions of the weights, "default" is peft's own.
         lora_rank: The rank of the adapter, 16 by default.
         lora_alpha: The alpha of the adapter, 32 by default. Its scaling is lora_alpha / lora_rank.
-        target_modules: The names of the modules to adapt, or a sweep of the paper's Figure 4: "qv" (query and
-            value), "qkvo" (key and output as well), "ffn" (every MLP linear), or "qv+ffn" (default).
+        target_modules: The modules to adapt: a sweep of the paper's Figure 4, names, or a regular expression.
+            The sweeps are "qv" (query and value), "qkvo" (key and output as well), "ffn" (every MLP linear),
+            and "qv+ffn" (default). "all-linear" is every linear of the text decoder. A list has names. A text
+            of letters, digits, underscores and dots is one name. Any other text is a regular expression,
+            which must match whole names. See ``loku.target_modules.choose_targets``.
+        exclude_modules: The names of targets that are left out, or a regular expression; None (default)
+            leaves none out.
         fused_lora: Whether training multiplies the adapters of linears in the dtype of the model's own
             products and adds into their outputs, True by default. False leaves the products to peft, which
             casts the inputs to the adapters' dtype. See ``loku.lora_linear``.
@@ -125,7 +132,10 @@ class UnlearnConfig(TrainingArguments):
         default=8,
         metadata={"help": "The number of forget rows in a batch of one process; it has as many retain rows."},
     )
-    learning_rate: float = field(default=2e-3, metadata={"help": "The peak learning rate of the optimizer."})
+    learning_rate: float | None = field(  # type: ignore[assignment]  # chosen before the base class reads it
+        default=None,
+        metadata={"help": "The peak learning rate of the optimizer; by default chosen by the model's size."},
+    )
     num_train_epochs: float = field(
         default=10, metadata={"help": "The number of passes over the forget set."}
     )
@@ -169,7 +179,14 @@ class UnlearnConfig(TrainingArguments):
     )
     target_modules: list[str] | str | None = field(
         default="qv+ffn",
-        metadata={"help": "The names of the modules to adapt, or a sweep: qv, qkvo, ffn or qv+ffn."},
+        metadata={
+            "help": "The modules to adapt: a sweep (qv, qkvo, ffn or qv+ffn), all-linear, names with spaces "
+            "between, or one regular expression, which has other signs than letters, digits, _ and dots."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "The targets to leave out: names with spaces between, or one regular expression."},
     )
     fused_lora: bool = field(
         default=True,
@@ -225,16 +242,23 @@ class UnlearnConfig(TrainingArguments):
         if self.init not in ("fila", "default", "pissa"):
             raise ValueError(f'init must be "fila", "default" or "pissa", got {self.init!r}')
         self.target_modules = self.target_modules or "qv+ffn"
-        if isinstance(self.target_modules, str) and self.target_modules not in TARGET_SWEEPS:
-            raise ValueError(
-                f"target_modules must be a list of names or one of {list(TARGET_SWEEPS)}, got "
-                f"{self.target_modules!r}"
-            )
+        check_patterns("target_modules", self.target_modules)
+        self.exclude_modules = self.exclude_modules or None
+        if self.exclude_modules is not None:
+            check_patterns("exclude_modules", self.exclude_modules)
         if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
             raise ValueError(
                 'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '
                 f"{self.train_sampling_strategy!r}"
             )
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
+        if self.max_steps == 0:  # transformers would train num_train_epochs
+            raise ValueError("max_steps must be > 0, or -1 for num_train_epochs, got 0")
+        if self.num_train_epochs < 0:
+            raise ValueError(f"num_train_epochs must be >= 0, got {self.num_train_epochs}")
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is no device for which to pin
         if self.retain_weight < 0:
             raise ValueError(f"retain_weight must be >= 0, got {self.retain_weight}")
         if not self.beta > 0:

@@ -9,8 +9,11 @@ both.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shlex
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +49,21 @@ SETTINGS: dict[str, Any] = {
 FORGOTTEN = 0.03  # greatest mean answer probability of the forget rows
 RETAINED = 0.92  # least mean answer probability of the gauged retain rows
 GAUGE_STEPS = 2  # steps between two measurements
+
+# measure -> (the direction that is good, its meaning)
+MEASURES = {
+    "forget_probability": ("lower", "how sure the model is of a token of the answers to forget"),
+    "retain_probability": ("higher", "how sure it is of a token of the answers to keep"),
+    "forget_rouge_l": ("lower", "the share of an answer to forget that it writes by itself, in order"),
+    "retain_rouge_l": ("higher", "the same share of an answer to keep"),
+    "extraction_likelihood_10": ("lower", "the share of 10-token pieces that it continues word by word"),
+    "memorization_accuracy": ("lower", "the share of tokens to forget that are its first guess"),
+    "forget_quality": (
+        "higher",
+        "the p-value of the test that it answers like the twin; above 0.05 they agree",
+    ),
+    "retain_perplexity": ("lower", "its surprise at a token of the answers to keep; 1 is none"),
+}
 
 
 def load_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -172,7 +190,6 @@ def unlearn_rows(
         seed=seed,
         disable_tqdm=not progress,
         logging_strategy="no",
-        dataloader_pin_memory=False,
     )
     gauge = ProbabilityGauge(
         {"forget": forget, "retain": retain[::GAUGE_STRIDE]},
@@ -202,7 +219,7 @@ def _samples(
 
 
 def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Run the demo and write ``adapter/``, ``probabilities.png`` and ``report.json``.
+    """Run the demo and write ``adapter/``, ``probabilities.png``, ``report.json`` and the two data sets.
 
     Args:
         output: The directory to write to, "loku-demo" by default.
@@ -230,8 +247,8 @@ def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: b
         model, tokenizer = load_model()
     with stages("evaluate before"):
         before, log_before = measure(model, tokenizer, forget, retain, progress)
-    with stages("unlearn"):
-        result, history = unlearn_rows(model, tokenizer, forget, retain, output / "trainer", seed, progress)
+    with stages("unlearn"), tempfile.TemporaryDirectory() as checkpoints:
+        result, history = unlearn_rows(model, tokenizer, forget, retain, checkpoints, seed, progress)
     with stages("evaluate after"):
         after, log_after = measure(result.model, tokenizer, forget, retain, progress)
     with stages("save"):
@@ -245,13 +262,56 @@ def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: b
         "retain_only": twin["metrics"],
         "samples": _samples(log_before, log_after, forget),
         "history": history,
+        "steps": {"run": history[-1]["step"], "planned": _planned_steps(forget)},
         "settings": {**SETTINGS, "seed": seed, "stop_at": {"forget": FORGOTTEN, "retain": RETAINED}},
         "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
         "peak_memory_bytes": stages.peak_memory_bytes,
     }
     plot_probabilities(output / "probabilities.png", history)
     write_report(output / "report.json", report)
+    for name, rows in (("forget", forget), ("retain", retain)):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (output / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return report
+
+
+def _planned_steps(forget: Sequence[Any]) -> int:
+    """Count the steps of a run that does not stop early."""
+    return math.ceil(len(forget) / SETTINGS["per_device_train_batch_size"]) * SETTINGS["num_train_epochs"]
+
+
+def _end(report: Mapping[str, Any]) -> str:
+    """Say when training ended, and why."""
+    run, planned, last = report["steps"]["run"], report["steps"]["planned"], report["history"][-1]
+    measured = (
+        f"the forget probability was {last['forget_probability']:.3f} and that of every {GAUGE_STRIDE}th "
+        f"retain row {last['retain_probability']:.3f}"
+    )
+    limits = f"at most {FORGOTTEN} and at least {RETAINED}"
+    if run < planned:
+        return (
+            f"Training stopped after {run} of {planned} steps: {measured}, and {limits} were asked for.\n"
+            "Further steps would only have damaged the retained answers."
+        )
+    return (
+        f"Training ran all {planned} steps. At the last measurement {measured}.\n"
+        f"It would have stopped earlier at {limits}."
+    )
+
+
+def next_commands(output: str | os.PathLike) -> list[str]:
+    """List commands to try after the demo, on the files that it has written.
+
+    Args:
+        output: The demo's directory.
+    """
+    model, output = shlex.quote(str(EMBEDDED)), shlex.quote(str(output))
+    data = f"{output}/forget.jsonl", f"{output}/retain.jsonl"
+    sets = f"--forget {data[0]} --retain {data[1]}"
+    return [
+        f"loku unlearn --model {model} {sets} --output unlearned --lora_rank 8",
+        f"loku evaluate {model} --adapter {output}/adapter --data forget={data[0]} retain={data[1]}",
+    ]
 
 
 def format_report(report: Mapping[str, Any]) -> str:
@@ -260,6 +320,9 @@ def format_report(report: Mapping[str, Any]) -> str:
 
     titles = {"before": "before", "after": "after", "retain_only": "retain-only twin"}
     lines = [format_table({title: report[key] for key, title in titles.items()}), ""]
+    width = max(map(len, MEASURES))
+    lines += [f"{name:{width}}  {good} is better: {text}" for name, (good, text) in MEASURES.items()]
+    lines += ["", "The twin is the same model, trained without the answers to forget.", _end(report), ""]
     for sample in report["samples"]:
         lines += [f"Q: {sample['question']}"]
         lines += [f"   before: {sample['before']}", f"   after:  {sample['after']}", ""]

@@ -49,6 +49,7 @@ from loku.data.pairs import Draw
 from loku.fila.initialize import uninitialised_on_failure
 from loku.fingerprints import given_adapter_fingerprint
 from loku.head import (
+    check_head,
     check_packing,
     label_hidden_states,
     model_tokens,
@@ -57,6 +58,7 @@ from loku.head import (
     token_triplets,
     token_triplets_and_divergence,
 )
+from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
@@ -66,6 +68,8 @@ from loku.prepared_rows import prepare_rows
 from loku.rollback import all_or_nothing
 from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
+from loku.target_modules import check_lora_config
+from loku.text_decoder import check_causal_lm
 from loku.torch_defaults import torch_defaults
 from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
 from loku_kernels import reduce_loss
@@ -182,6 +186,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         check_trainer_arguments(args, kwargs)
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args.init_arguments())
+        check_causal_lm(model)
         if peft_config is not None:
             refuse_adapters(model)
         with all_or_nothing(model, keep_weights=changes_base(peft_config)):
@@ -207,8 +212,10 @@ class UnlearnTrainer(EvaluatingTrainer):
         self._check_rows(model, args, forget, retain)
         eval_sets = prepare_eval_sets(model, args, eval_dataset, rows)
         if peft_config is not None:
+            check_lora_config(model, peft_config)
             model = get_peft_model(model, peft_config)
-        output_embedding(model)  # refuses a head that it cannot handle, which the first step would
+        args = with_learning_rate(args, model)
+        check_head(model, collate(forget[:1], padding_id(processing_class, model)))
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
         if (name := next(half, None)) is not None:
             raise ValueError(

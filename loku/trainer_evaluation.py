@@ -23,6 +23,7 @@ from loku.data import (
     has_input_ids,
     infer_tokenizer,
     split_documents,
+    token_limits,
     tokenize_dataset,
 )
 from loku.data.large_sets import DrawnRows
@@ -95,16 +96,17 @@ def tokenized_eval_sets(
         The rows of each set by its name. "" is the name of a set that is not in a dict.
 
     Raises:
-        ValueError: A set is empty or a row is unusable.
+        ValueError: A set is empty, or a row is unusable or beyond the limits of the model.
     """
-    tokenized = {}
+    tokenized, limits = {}, token_limits(model)
     sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
     for name, rows in sets.items():
         known = tokenizer
         if known is None and not has_input_ids(rows):
             known = infer_tokenizer(model)
         told = name or "evaluation"
-        tokenized[name] = split_documents(tokenize_dataset(rows, known, max_length=max_length, name=told))
+        tokens = tokenize_dataset(rows, known, max_length=max_length, name=told, limits=limits)
+        tokenized[name] = split_documents(tokens)
     return tokenized
 
 

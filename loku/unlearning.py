@@ -2,7 +2,9 @@
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,13 +32,14 @@ from loku.fila.initialize import (
     uninitialised_on_failure,
 )
 from loku.fila.targets import fila_targets
-from loku.head import check_head, output_embedding
+from loku.head import output_embedding
 from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.rollback import all_or_nothing
 from loku.saving.kinds import SaveKind, check_save, save
-from loku.target_modules import default_target_modules
+from loku.target_modules import choose_targets
+from loku.text_decoder import check_causal_lm
 from loku.torch_defaults import torch_defaults
 from loku.trainer import UnlearnTrainer
 
@@ -139,8 +142,21 @@ def unlearn(
     model = load_model(model, config.init_arguments())
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
     refuse_adapters(model)
-    with all_or_nothing(model):
+    check_causal_lm(model)
+    with all_or_nothing(model), _no_empty_directory(config.output_dir):
         return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset)
+
+
+@contextmanager
+def _no_empty_directory(path: str | None) -> Iterator[None]:
+    """Remove the directory that the trainer makes for checkpoints, if there were none."""
+    new = path is not None and not os.path.exists(path)
+    try:
+        yield
+    finally:
+        if new and path is not None:
+            with suppress(OSError):  # it has files, or another process has removed it
+                os.rmdir(path)
 
 
 def _unlearn(
@@ -155,7 +171,7 @@ def _unlearn(
 ) -> UnlearnResult:
     """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
     output_embedding(model)
-    keep_differentiable_(model)  # before check_head evaluates the model
+    keep_differentiable_(model)  # before the model is evaluated
     rows = prepare_rows(model, forget, retain, config, tokenizer)
     tokenizer = rows.tokenizer
     if isinstance(rows.retain, StreamedRows) and config.init == "fila" and config.fisher_samples is None:
@@ -171,25 +187,24 @@ def _unlearn(
         callbacks=callbacks,
         eval_dataset=eval_dataset,
     )
-    first_row = collate(rows.forget[:1], padding_id(tokenizer, model))
     if config.tuning == "full":
-        check_head(model, first_row)
         trainer = make_trainer(model)
         trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
-    targets = config.target_modules
+    targets = choose_targets(model, config.target_modules or "qv+ffn", config.exclude_modules)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, too
-        target_modules=default_target_modules(model, targets) if isinstance(targets, str) else targets,
+        **targets.lora_arguments(),
     )
     set_seed(config.seed)  # the default LoRA factors are random
-    peft_model: Any = get_peft_model(model, lora)
+    with warnings.catch_warnings():  # peft reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        peft_model: Any = get_peft_model(model, lora)
     with uninitialised_on_failure(peft_model):
         check_save(peft_model, save_kind)
-        check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
         initialize: Callable[[], None] | None = None
         resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors

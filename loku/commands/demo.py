@@ -24,8 +24,12 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
-    from loku.demo import format_report, run_demo
+    from loku.demo import format_report, next_commands, run_demo
 
     report = run_demo(options.output, options.seed, progress=not options.quiet)
     print(format_report(report))
-    print(f"\nwritten to {options.output}: adapter/, probabilities.png, report.json")
+    files = "adapter/, probabilities.png, report.json, forget.jsonl, retain.jsonl"
+    print(
+        f"\nwritten to {options.output}: {files}\nnext, with settings of your own, or to measure the adapter:"
+    )
+    print("\n".join(f"    {command}" for command in next_commands(options.output)))

@@ -26,6 +26,8 @@ from typing import Any
 
 import yaml
 
+from loku.commands.foreign_options import own_names
+
 # transformers' hint is a path alone. True is the newest checkpoint, as for its trainer's ``train``.
 ALSO = {"resume_from_checkpoint": bool}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -203,9 +205,20 @@ def joined(fields: Mapping[str, Field], options: argparse.Namespace) -> dict[str
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the known name that is most like a name, or "" if none is like it."""
-    near = difflib.get_close_matches(name, [*known], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return "; did you mean ...?" with our names of another trainer's option, or with the name most like it.
+
+    Args:
+        name: The unknown name, perhaps with leading dashes.
+        known: The known names, with the same dashes.
+
+    Returns:
+        The suggestion, or "" if there is none.
+    """
+    known = [*known]
+    bare = name.lstrip("-")
+    ours = [name.removesuffix(bare) + own for own in own_names(bare)]
+    near = [own for own in ours if own in known] or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def read_yaml(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -109,10 +110,17 @@ def run(options: argparse.Namespace) -> None:
         settings.pop(name, None)
     missing = [f"--{name}" for name in PLACES[:-1] if not places[name]]
     if missing:
-        raise ValueError(f"there is no {', '.join(missing)}, neither as an option nor in a --config file")
+        options.parser.print_usage(sys.stderr)
+        checkpoints = "; --output_dir is the directory of checkpoints" if "output_dir" in settings else ""
+        raise ValueError(
+            f"there is no {', '.join(missing)}, neither as an option nor in a --config file"
+            f"{checkpoints if missing == ['--output'] else ''}"
+        )
     # By default transformers shows progress bars only if it shows warnings too.
     settings["disable_tqdm"] = settings.get("disable_tqdm", False) or options.quiet
-    _check_model(places["model"])
+    for name in ("model", "tokenizer"):
+        if places[name]:
+            _check_local(name, places[name])
     output = Path(places["output"])
 
     import transformers
@@ -127,6 +135,11 @@ def run(options: argparse.Namespace) -> None:
     if options.quiet:
         transformers.logging.disable_progress_bar()
     config = UnlearnConfig(**{"output_dir": str(output), **settings})
+    if config.num_train_epochs == 0 and config.max_steps < 0 and options.save != "residual":
+        raise ValueError(
+            "num_train_epochs 0 trains nothing, so nothing would be unlearned; with --save residual it saves "
+            "the initialised adapter"
+        )
     check_destination(output, "merged" if config.tuning == "full" else options.save)
     forget, retain = (read_rows(places[name]) for name in ("forget", "retain"))
     summary = _unlearn(places, config, forget, retain, settings, options.save)
@@ -135,11 +148,13 @@ def run(options: argparse.Namespace) -> None:
     PartialState().destroy_process_group()
 
 
-def _check_model(model: str) -> None:
-    # A name that does not look like a path is left to the hub.
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_local and not Path(model).is_dir():
-        raise ValueError(f"{model}, the --model, is not a directory")
+def _check_local(option: str, name: str) -> None:
+    """Refuse the path of a directory that is not there. A name that is no path is left to the hub."""
+    path = Path(name)
+    in_a_folder = "/" in name and path.parent.is_dir()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or in_a_folder
+    if looks_local and not path.is_dir():
+        raise ValueError(f"{name}, the --{option}, is not a directory")
 
 
 def _unlearn(
@@ -154,7 +169,9 @@ def _unlearn(
     from loku import unlearn
     from loku.data import RowError
     from loku.data.files import place_of_row
+    from loku.learning_rates import default_learning_rate
     from loku.memory import forget_peak_memory, peak_device_memory, peak_memory
+    from loku.models import unwrapped
 
     tokenizer = None
     if places["tokenizer"]:
@@ -170,11 +187,14 @@ def _unlearn(
             raise
         raise ValueError(f"{place_of_row(places[error.name], error.index)}: {error}") from error
     result.save(places["output"], kind)
+    config.learning_rate = config.learning_rate or default_learning_rate(result.model)
     seconds = time.perf_counter() - begin
     peaks = {"resident": peak_memory(), "device": peak_device_memory()}
     sizes = {"forget": len(forget), "retain": len(retain)}
     kind = "merged" if config.tuning == "full" else kind
-    return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind)
+    given = getattr(unwrapped(result.model), "_loku_merged_adapter", None)
+    base = places["model"] if given is None else given["base_model_name_or_path"]
+    return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind, base)
 
 
 def _summary(
@@ -186,6 +206,7 @@ def _summary(
     seconds: float,
     peaks: Mapping[str, int | None],
     kind: str,
+    base: str,
 ) -> str:
     from loku.evaluation import format_table
 
@@ -201,12 +222,13 @@ def _summary(
         measured = [name for name in logged[0] if name.endswith(("_loss", "_probability"))]
         for title, entry in (("first", logged[0]), ("last", logged[-1])):
             columns[f"{title} (step {entry['step']})"] = {name: entry[name] for name in measured}
+    done = "unlearned" if config.num_train_epochs or config.max_steps > 0 else "initialised, and not trained,"
     memory = [f"{size / 2**20:.0f} MiB {name}" for name, size in peaks.items() if size is not None]
     processes = f" in each of {config.world_size} processes" if config.world_size > 1 else ""
     sets = ", ".join(f"{sizes[name]} rows of {places[name]}" for name in ("forget", "retain"))
     return "\n".join(
         [
-            f"unlearned {places['model']}: {sets}",
+            f"{done} {places['model']}: {sets}",
             *_wrapped("settings", [f"{name} {_shown(getattr(config, name))}" for name in names]),
             "",
             format_table(columns) if columns else "no loss was logged: see --logging_strategy",
@@ -214,7 +236,7 @@ def _summary(
             f"{seconds:.0f} s, peak memory {', '.join(memory)}{processes}",
             *_speed(logged),
             f"saved to {places['output']}. To load it:",
-            *(f"    {line}" for line in _loading_lines(places, kind)),
+            *(f"    {line}" for line in _loading_lines(places["output"], kind, base)),
         ]
     )
 
@@ -249,14 +271,13 @@ def _wrapped(title: str, items: Sequence[str], width: int = 100) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _loading_lines(places: Mapping[str, str], kind: str) -> list[str]:
-    model, output = places["model"], places["output"]
+def _loading_lines(output: str, kind: str, base: str) -> list[str]:
     if kind == "merged":
         return [
             "from transformers import AutoModelForCausalLM",
             f"model = AutoModelForCausalLM.from_pretrained({output!r})",
         ]
-    base, adapter = (model, output) if kind == "portable" else (f"{output}/base", f"{output}/adapter")
+    base, adapter = (base, output) if kind == "portable" else (f"{output}/base", f"{output}/adapter")
     return [
         "from peft import PeftModel; from transformers import AutoModelForCausalLM",
         f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})",

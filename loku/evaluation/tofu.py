@@ -7,17 +7,29 @@ A log maps file names to sections, one for each set of questions. A section maps
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loku.data import question_answer_texts, tokenize_dataset
+from loku.data import (
+    BadRow,
+    RowError,
+    TokenLimits,
+    labelled_column,
+    paraphrased_answer,
+    question_answer_texts,
+    tokenize_dataset,
+    wrong_answers,
+)
 from loku.data.rows import DataSet
 from loku.evaluation.extraction import generated_texts
-from loku.evaluation.scores import TokenScores, token_scores
+from loku.evaluation.scores import TokenScores, check_scores, token_scores, unchecked_token_scores
 from loku.models import CausalLM
 
 if TYPE_CHECKING:
@@ -35,6 +47,86 @@ SECTIONS = {
 CHOICE_SETS = ("real_authors", "world_facts")  # the true answer competes with wrong ones
 UTILITY_SETS = ("retain", *CHOICE_SETS)
 ANSWER_SLACK = 16  # tokens of a generated answer beyond the longest true answer
+
+
+class Answer(NamedTuple):
+    """An answer that is scored.
+
+    Attributes:
+        row: The index of its row, from 0.
+        kind: "gt", "paraphrased" or "perturb", as in the quantities of a log.
+        tokens: Its tokenised row, with ``input_ids`` and ``labels``.
+    """
+
+    row: int
+    kind: str
+    tokens: Mapping[str, list[int]]
+
+
+def tokenized_answers(
+    rows: DataSet,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    max_length: int | None = None,
+    limits: TokenLimits | None = None,
+) -> list[Answer]:
+    """Tokenise all answers of rows of questions and answers.
+
+    Args:
+        rows: The rows, as for ``evaluate_tofu_rows``.
+        tokenizer: The tokenizer.
+        name: The name of the data set in messages.
+        max_length: The greatest number of tokens of a question and an answer; None (default) sets none. They
+            are never cut, because half an answer has another probability.
+        limits: The limits of a model, from ``loku.data.token_limits``; None (default) sets none.
+
+    Returns:
+        The true answers, in the order of the rows; then the paraphrased and wrong ones of the rows that have
+        wrong ones.
+
+    Raises:
+        ValueError: There are no rows.
+        RowError: A row lacks a question or an answer, has one of the wrong type, or is too long.
+    """
+    if len(rows) == 0:
+        raise ValueError(f"the {name} set is empty; it needs at least one row")
+    texts: list[tuple[int, str, str]] = []
+    others: list[tuple[int, str, str]] = []
+    for index, row in enumerate(rows):
+        if labelled_column(row) != "answer":
+            has = list(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise RowError(name, index, f"TOFU's measures need 'question' and 'answer', and it has {has}")
+        try:
+            wrong = wrong_answers(row)
+            if wrong:
+                others.append((index, "paraphrased", paraphrased_answer(row)))
+        except BadRow as error:
+            raise RowError(name, index, error) from error
+        texts.append((index, "gt", row["answer"]))
+        others += [(index, "perturb", answer) for answer in wrong]
+    texts += others
+    columns = [{"question": rows[index]["question"], "answer": answer} for index, _, answer in texts]
+    try:
+        tokens = tokenize_dataset(columns, tokenizer, name=name)
+    except RowError as error:
+        raise RowError(name, texts[error.index][0], error.problem) from error
+    answers = [Answer(index, kind, ids) for (index, kind, _), ids in zip(texts, tokens, strict=True)]
+    bounds = [
+        (max_length, "max_length", "raise max_length (--max-length) or drop the row"),
+        (None if limits is None else limits.context, "the model's context", "drop the row"),
+    ]
+    for index, _, ids in answers:
+        length = len(ids["input_ids"])
+        for greatest, what, instead in bounds:
+            if greatest is not None and length > greatest:
+                problem = f"a question with its answer has {length} tokens, and {what} is {greatest}"
+                raise RowError(name, index, f"{problem}. Answers to questions are not cut: {instead}")
+        try:
+            if limits is not None:
+                limits.check(ids)
+        except BadRow as error:
+            raise RowError(name, index, error) from error
+    return answers
 
 
 def answer_losses(
@@ -120,30 +212,37 @@ def evaluate_tofu_rows(
         The section.
 
     Raises:
-        ValueError: There are no rows, or a row lacks ``question`` or ``answer``.
+        ValueError: There are no rows.
+        RowError: A row lacks ``question`` or ``answer``, or has an answer that is no text.
+        FloatingPointError: A loss is NaN.
     """
-    if len(rows) == 0:
-        raise ValueError("there are no TOFU rows to evaluate")
-    for index, row in enumerate(rows):
-        if not {"question", "answer"} <= set(row):
-            raise ValueError(f"row {index}: TOFU rows need 'question' and 'answer', this one has {list(row)}")
+    return measured_section(
+        model, tokenizer, rows, range(len(rows)), batch_size, progress, description, scores, max_new_tokens
+    )
 
-    # All answers are scored in one list of (row, kind, answer), so that a batch may mix kinds.
-    jobs = [(i, "gt", row["answer"]) for i, row in enumerate(rows)]
-    for i, row in enumerate(rows):
-        if row.get("perturbed_answer"):
-            jobs.append((i, "paraphrased", row.get("paraphrased_answer") or row["answer"]))
-            jobs += [(i, "perturb", answer) for answer in row["perturbed_answer"]]
-    pairs = []
-    for i, _, answer in jobs:
-        prompt, completion = question_answer_texts(rows[i]["question"], answer)
-        pairs.append({"prompt": prompt, "completion": completion})
-    tokens = tokenize_dataset(pairs, tokenizer, name="evaluation")
+
+def measured_section(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: DataSet,
+    numbers: Sequence[int],
+    batch_size: int,
+    progress: bool,
+    description: str,
+    scores: Sequence[TokenScores] | None,
+    max_new_tokens: int | None,
+) -> Section:
+    """Do the work of ``evaluate_tofu_rows``, with the indices that messages give to the rows."""
+    answers = tokenized_answers(rows, tokenizer, description)
+    tokens = [answer.tokens for answer in answers]
+    # All answers are scored in one list, so that a batch may mix kinds.
     known = scores or []
     to_score = tokens[len(known) :]
-    scores = [*known, *token_scores(model, to_score, batch_size, progress, f"{description}: scoring")]
+    new = unchecked_token_scores(model, to_score, batch_size, progress, f"{description}: scoring")
+    scores = [*known, *new]
+    check_scores(scores, description, lambda i: f"row {numbers[answers[i].row]}, a {answers[i].kind} answer")
     scored: dict[str, dict[str, list[tuple[float, int]]]] = {"gt": {}, "paraphrased": {}, "perturb": {}}
-    for (i, kind, _), score in zip(jobs, scores, strict=True):
+    for (i, kind, _), score in zip(answers, scores, strict=True):
         scored[kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
 
     if max_new_tokens is None:
@@ -207,14 +306,15 @@ def forget_quality(unlearned_log: Log, retain_log: Log) -> float:
 
     The two-sided Kolmogorov-Smirnov test compares the truth ratios of the forget set, exp(mean perturbed loss
     - paraphrased loss), in the unlearned model and in a model that never saw the set. Its null hypothesis is
-    that both come from one distribution.
+    that both come from one distribution. The order of the rows does not count.
 
     Args:
         unlearned_log: The parsed TOFU log of the unlearned model.
         retain_log: The parsed TOFU log of the model that never saw the forget set.
 
     Raises:
-        ValueError: A log has no forget section with perturbed answers.
+        ValueError: A log has no forget section with perturbed answers, or a value of it is no number; or the
+            logs are about other questions.
     """
     from scipy.stats import ks_2samp
 
@@ -223,6 +323,13 @@ def forget_quality(unlearned_log: Log, retain_log: Log) -> float:
         _log_truth_ratio(_section(log, "forget"), f"the {name} log's forget section")
         for name, log in [("unlearned", unlearned_log), ("retain", retain_log)]
     ]
+    ours, theirs = (_section(log, "forget") for log in (unlearned_log, retain_log))
+    if not _check_same_questions(len(ratios[0]), _asked(ours), theirs, "the retain log"):
+        warnings.warn(
+            "a log lacks 'generated_text', so its questions could not be compared with the other log's; "
+            "forget quality needs the same rows in both",
+            stacklevel=2,
+        )
     return float(ks_2samp(*ratios).pvalue)
 
 
@@ -234,9 +341,91 @@ def check_forget_section(log: Log, name: str) -> None:
         name: The name of the log in messages.
 
     Raises:
-        ValueError: The log has no forget section with perturbed answers.
+        ValueError: The log has no forget section with perturbed answers, or a value of it is no number.
     """
     _log_truth_ratio(_section(log, "forget"), f"the forget section of {name}")
+
+
+def check_reference(log: Log, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Check that a TOFU log is about the questions of a forget set.
+
+    Args:
+        log: The parsed TOFU log.
+        rows: The rows of the forget set. Those with wrong answers count.
+        name: The name of the log in messages.
+
+    Raises:
+        ValueError: The log has no forget section with perturbed answers, or it is about other questions.
+    """
+    check_forget_section(log, name)
+    asked = [
+        (question_answer_texts(row["question"], "")[0], row["answer"]) for row in rows if wrong_answers(row)
+    ]
+    _check_same_questions(len(asked), asked, _section(log, "forget"), name)
+
+
+def _asked(section: Section) -> list[tuple[str, str]] | None:
+    """Return the prompts and true answers of the rows with perturbed answers, if the section has them."""
+    texts = section.get("generated_text", {})
+    if not section["average_perturb_loss"].keys() <= texts.keys():
+        return None
+    return [(texts[i][0], texts[i][2]) for i in section["average_perturb_loss"]]
+
+
+def _check_same_questions(
+    count: int, asked: Iterable[tuple[str, str]] | None, reference: Section, name: str
+) -> bool:
+    """Check that a reference section is about some questions, in any order.
+
+    Other evaluators render prompts by other templates, so a prompt must only contain the question.
+
+    Args:
+        count: The number of questions.
+        asked: Their prompts and true answers, or None if they are not known.
+        reference: The section of the reference log.
+        name: The name of the reference log in messages.
+
+    Returns:
+        Whether the questions could be compared, and not their number alone.
+
+    Raises:
+        ValueError: The section is about other questions.
+    """
+    instead = "evaluate the same rows with both models"
+    others = len(reference["average_perturb_loss"])
+    if count != others:
+        raise ValueError(
+            f"{name} has {others} forget questions with perturbed answers, and the forget set has {count}, "
+            f"so a forget quality would compare different questions; {instead}"
+        )
+    known = _asked(reference)
+    if known is None or asked is None:
+        return False
+    prompts_of = defaultdict(list)
+    for prompt, answer in known:
+        prompts_of[_letters(answer)].append(_question(prompt))
+    missing = []
+    for prompt, answer in asked:
+        question, candidates = _question(prompt), prompts_of[_letters(answer)]
+        same = next((other for other in candidates if question in other or other in question), None)
+        if same is None:
+            missing.append(prompt.strip())
+        else:
+            candidates.remove(same)
+    if missing:
+        raise ValueError(
+            f"{name} is about other questions: it lacks {len(missing)} of the {count} forget questions with "
+            f"their answers, such as {missing[0]!r}; {instead}"
+        )
+    return True
+
+
+def _question(prompt: str) -> str:
+    return _letters(re.sub(r"^\s*Question:|Answer:\s*$", "", prompt))
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\W+", "", text.lower())
 
 
 def section_metrics(section: Section, choice: bool = False, forget: bool = False) -> dict[str, float]:
@@ -341,4 +530,11 @@ def _log_truth_ratio(section: Section, where: str = "the section") -> np.ndarray
     right, wrong = section["avg_paraphrased_loss"], section["average_perturb_loss"]
     if missing := sorted(wrong.keys() - right.keys()):
         raise ValueError(f"{where}: rows {missing[:5]} have no 'avg_paraphrased_loss'")
-    return np.array([np.mean(losses) - right[i] for i, losses in wrong.items()])
+    ratios = np.array(
+        [np.mean(np.array(losses, dtype=np.float64)) - np.float64(right[i]) for i, losses in wrong.items()]
+    )  # None, by which JSON stands for NaN, becomes NaN
+    if broken := [i for i, ratio in zip(wrong, ratios, strict=True) if np.isnan(ratio)]:
+        raise ValueError(
+            f"{where}: the losses of rows {broken[:5]} are no numbers, so they have no truth ratio"
+        )
+    return ratios

@@ -74,15 +74,19 @@ def sharded_row_scales():
     return row_scales_module.fisher_row_scales(model, modules, *batches, progress=False)
 
 
-def unlearned(folder, name, measuring=(), kinds=("portable",), **options):
-    """Train an adapter, save it as ``folder/name`` and return a report. Other kinds have them in their names.
+def unlearned(folder, name, measuring=(), *, portable_alone=False, **options):
+    """Train an adapter, save it as ``folder/name`` and in every other way, and return a report.
 
     The report holds the log, the histories of the callbacks ``measuring``, and whether weights are sharded.
     """
     settings = config(folder, **options)
     result = loku.unlearn(tiny_model("llama"), FORGET, RETAIN, config=settings, callbacks=list(measuring))
-    for kind in kinds:
-        result.save(folder / (name if kind == "portable" else f"{name}_{kind}"), kind)
+    result.save(folder / name)
+    if not portable_alone:
+        for kind in ("residual", "merged"):
+            result.save(folder / f"{name}-{kind}", kind)
+        main = not dist.is_initialized() or dist.get_rank() == 0
+        result.model.save_pretrained(folder / f"{name}-peft", is_main_process=main)
     return {
         "measured": [callback.history for callback in measuring if hasattr(callback, "history")],
         "log": [entry for entry in result.history if "forget_loss" in entry],
@@ -194,11 +198,12 @@ def main(folder):
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
         }
         options["per_device_train_batch_size"] = 2
-        kinds = ("portable", "residual", "merged")
-        report["fsdp2"] = unlearned(folder, "fsdp2", measuring(), kinds, **options)
+        report["fsdp2"] = unlearned(folder, "fsdp2", measuring(), **options)
         options |= {"output_dir": str(folder / "fsdp2_run"), "optim": "adamw_torch", "learning_rate": 1e-2}
         options |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+        options["portable_alone"] = True
         options |= {"load_best_model_at_end": True, "metric_for_best_model": "forget_loss"}
+        options["greater_is_better"] = False  # the last step is the best
         report["fsdp2_whole"] = unlearned(folder, "fsdp2_whole", measuring(), **options)
         options["resume_from_checkpoint"] = str(folder / "fsdp2_run" / "checkpoint-2")
         report["fsdp2_resumed"] = unlearned(folder, "fsdp2_resumed", measuring(), **options)

@@ -2,7 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 import textwrap
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,10 @@ from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import loku
+import loku_kernels
 from loku import UnlearnConfig, cli, demo
+from loku import unlearn as unlearn_rows
+from loku.commands.foreign_options import OPTIONS, own_names
 from loku.commands.settings import read_fields
 from loku.commands.unlearn import COMMON, PLACES, _speed
 from loku_kernels.backends import native
@@ -175,7 +182,7 @@ def bad(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ({"forget": "missing.jsonl"}, ["missing.jsonl", "No such file"]),
+        ({"forget": "missing.jsonl"}, ["there is no file", "missing.jsonl"]),
         ({"forget": "broken.jsonl"}, ["broken.jsonl, line 3 is not JSON"]),
         ({"retain": "odd.jsonl"}, ["odd.jsonl, line 3: row 1 of the retain set", "'txt'"]),
         ({"retain": "empty.jsonl"}, ["the retain set is empty"]),
@@ -232,6 +239,14 @@ def test_what_cannot_be_saved_is_refused_before_training(folder, capsys, monkeyp
         (["unlearn", "--lora_rank", "x"], "'x' is not a whole number"),
         (["unlearn", "--tuning", "half"], "'half' is not one of lora, full"),
         (["demo", "--sed", "1"], "did you mean --seed?"),
+        (["unlearn", "--lr", "1e-4"], "there is no option --lr; did you mean --learning_rate?"),
+        (["unlearn", "--lr=1e-4"], "there is no option --lr; did you mean --learning_rate?"),
+        (["unlearn", "--batch_size", "4"], "did you mean --per_device_train_batch_size?"),
+        (["unlearn", "--model_name_or_path", "m"], "did you mean --model?"),
+        (["unlearn", "--num-epochs", "3"], "did you mean --num_train_epochs?"),
+        (["unlearn", "--lora_r", "8"], "did you mean --lora_rank?"),
+        (["unlearn", "--dataset_name", "d"], "did you mean --forget or --retain?"),
+        (["evaluate", "m", "--data", "a=b", "--adapter_path", "a"], "did you mean --adapter?"),
         ([], "COMMAND"),
     ],
 )
@@ -241,9 +256,93 @@ def test_wrong_options_are_2(arguments, part, capsys):
     assert stop.value.code == 2 and part in capsys.readouterr().err
 
 
+def test_names_of_other_trainers_are_ours_in_none_but_hints():
+    """A hint names an option that exists, and never one that the user has typed."""
+    options = {*read_fields(UnlearnConfig), *PLACES, "adapter", "batch_size", "data"}
+    for own, others in OPTIONS.items():
+        assert own in options
+        assert own_names(f"{others[0]}") and own not in others
+    fields = read_fields(UnlearnConfig)
+    assert not [
+        name for others in OPTIONS.values() for name in others if name in fields and name != "output_dir"
+    ]
+
+
 def test_missing_places_are_named(capsys):
     assert cli.main(["unlearn", "--model", "m", "--retain", "r.jsonl"]) == 2
     assert "--forget, --output" in capsys.readouterr().err
+    assert cli.main(["unlearn"]) == 2
+    assert capsys.readouterr().err.startswith("usage: loku unlearn --model PATH")
+    places = ["--model=m", "--forget=f", "--retain=r", "--output_dir=o"]
+    assert cli.main(["unlearn", *places]) == 2
+    assert "--output_dir is the directory of checkpoints" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"loku-kernels {loku_kernels.__version__}\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """``loku info | head -1``: the pipe breaks while the command prints, or when its output is flushed."""
+    for lines in (1, 100_000):
+        code = (
+            "import sys; from unittest import mock; from loku import cli, commands\n"
+            f"mock.patch('loku.commands.info.run', lambda options: print('x\\n' * {lines})).start()\n"
+            "sys.stdin.read(); sys.exit(cli.main(['info']))"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        process.stdout.close()
+        process.stdin.close()
+        errors = process.stderr.read()
+        assert process.wait(60) == cli.BROKEN_PIPE and errors == b""
+
+
+def test_no_training_is_not_unlearning(folder, tmp_path, capsys):
+    nothing = ("--num_train_epochs=0", "--init=pissa", "--quiet")
+    assert unlearn(folder, tmp_path / "out", *nothing) == 2
+    assert "nothing would be unlearned" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert unlearn(folder, tmp_path / "out", "--max_steps=0", "--quiet") == 2
+    assert "max_steps must be > 0" in capsys.readouterr().err
+    assert unlearn(folder, tmp_path / "out", *nothing, "--save=residual") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("initialised") and "unlearned " not in printed
+
+
+def test_the_chosen_learning_rate_is_in_the_summary(folder, tmp_path, capsys):
+    assert unlearn(folder, tmp_path / "out", "--max_steps=1", "--init=default") == 0
+    printed = capsys.readouterr().out
+    assert "learning_rate 0.002, chosen for adapters of a model of" in printed
+    assert re.search(r"^settings: .*learning_rate 0.002", printed, re.M | re.S)
+
+
+@pytest.mark.parametrize("option", ["model", "tokenizer"])
+@pytest.mark.parametrize("name", ["./absent", "tests/absent", "a/b/c"])
+def test_an_absent_path_is_not_looked_for_on_the_hub(option, name, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr("loku.data.files.read_rows", lambda source: pytest.fail("it went on"))
+    assert unlearn(folder, tmp_path / "out", **{option: name}) == 2
+    assert f"{name}, the --{option}, is not a directory" in capsys.readouterr().err
+
+
+def test_a_run_on_a_cpu_warns_of_nothing(folder, tmp_path):
+    """Warnings of libraries would be shown as ours."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = UnlearnConfig(output_dir=str(tmp_path / "new"), max_steps=1, disable_tqdm=True)
+        rows = [demo.load_rows()[0][:4], demo.load_rows()[1][:4]]
+        unlearn_rows(str(folder / "model"), *rows, config=config)
+    of_libraries = ("pin_memory", "is_gradient_checkpointing", "use_cache", "torch_dtype")
+    assert not [w for w in caught if any(word in str(w.message) for word in of_libraries)]
+    assert not (tmp_path / "new").exists()  # an empty directory of checkpoints
 
 
 def test_a_failed_run_is_1_and_debug_shows_where(folder, tmp_path, capsys, monkeypatch):

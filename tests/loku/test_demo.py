@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 
 import pytest
 import torch
@@ -47,6 +49,13 @@ def test_report(small, tmp_path, capsys):
     assert all(peak > 1 << 20 for peak in report["peak_memory_bytes"].values())
     for text in ("retain-only twin", "forget_quality", f"{after['forget_probability']:.3f}", "total:"):
         assert text in printed
+    for name, (good, meaning) in demo.MEASURES.items():
+        assert re.search(rf"^{name} +{good} is better: {re.escape(meaning)}$", printed, re.M)
+    assert demo.MEASURES.keys() == KEYS
+    assert "Training ran all 5 steps" in printed and "loku evaluate" in printed
+    names = {"adapter", "probabilities.png", "report.json", "forget.jsonl", "retain.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == names  # and no empty directory
+    assert [json.loads(line) for line in (tmp_path / "forget.jsonl").open()] == demo.load_rows()[0]
     assert (tmp_path / "probabilities.png").read_bytes().startswith(b"\x89PNG")
 
     model, tokenizer = demo.load_model()
@@ -54,6 +63,23 @@ def test_report(small, tmp_path, capsys):
     forget, retain = demo.load_rows()
     metrics, _ = demo.measure(model, tokenizer, forget, retain, progress=False)
     assert metrics["forget_probability"] == pytest.approx(after["forget_probability"], rel=1e-3)
+
+
+def test_an_early_end_is_explained():
+    history = [{"step": 32, "forget_probability": 0.0185, "retain_probability": 0.9332}]
+    text = demo._end({"steps": {"run": 32, "planned": 40}, "history": history})
+    for part in ("after 32 of 40 steps", "0.018", "0.933", "at most 0.03 and at least 0.92"):
+        assert part in text
+
+
+def test_the_next_commands_are_taken(tmp_path, monkeypatch):
+    output = tmp_path / "a folder"
+    for command in demo.next_commands(output):
+        program, *arguments = shlex.split(command)
+        taken = []
+        monkeypatch.setattr(f"loku.commands.{arguments[0]}.run", taken.append)
+        assert program == "loku" and cli.main(arguments) == 0 and len(taken) == 1
+        assert str(output) in command
 
 
 def test_help(capsys):
