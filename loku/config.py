@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from loku.fila.row_scales import FilaConfig
 from loku.objectives import OBJECTIVES
-from loku.target_modules import TARGET_SWEEPS
+from loku.target_modules import check_patterns
 
 # The fields of TrainingArguments that decide the result of a run. UnlearnConfig's own fields also decide it,
 # except its FREE_FIELDS.
@@ -71,8 +71,13 @@ class UnlearnConfig(TrainingArguments):
             "pissa" the leading singular directions of the weights, "default" is peft's own.
         lora_rank: The rank of the adapter, 16 by default.
         lora_alpha: The alpha of the adapter, 32 by default. Its scaling is lora_alpha / lora_rank.
-        target_modules: The names of the modules to adapt, or a sweep of the paper's Figure 4: "qv" (query and
-            value), "qkvo" (key and output as well), "ffn" (every MLP linear), or "qv+ffn" (default).
+        target_modules: The modules to adapt: a sweep of the paper's Figure 4, names, or a regular expression.
+            The sweeps are "qv" (query and value), "qkvo" (key and output as well), "ffn" (every MLP linear),
+            and "qv+ffn" (default). "all-linear" is every linear of the text decoder. A list has names. A text
+            of letters, digits, underscores and dots is one name. Any other text is a regular expression,
+            which must match whole names. See ``loku.target_modules.choose_targets``.
+        exclude_modules: The names of targets that are left out, or a regular expression; None (default)
+            leaves none out.
         fused_lora: Whether training multiplies the adapters of linears in the dtype of the model's own
             products and adds into their outputs, True by default. False leaves the products to peft, which
             casts the inputs to the adapters' dtype. See ``loku.lora_linear``.
@@ -174,7 +179,14 @@ class UnlearnConfig(TrainingArguments):
     )
     target_modules: list[str] | str | None = field(
         default="qv+ffn",
-        metadata={"help": "The names of the modules to adapt, or a sweep: qv, qkvo, ffn or qv+ffn."},
+        metadata={
+            "help": "The modules to adapt: a sweep (qv, qkvo, ffn or qv+ffn), all-linear, names with spaces "
+            "between, or one regular expression, which has other signs than letters, digits, _ and dots."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "The targets to leave out: names with spaces between, or one regular expression."},
     )
     fused_lora: bool = field(
         default=True,
@@ -230,11 +242,10 @@ class UnlearnConfig(TrainingArguments):
         if self.init not in ("fila", "default", "pissa"):
             raise ValueError(f'init must be "fila", "default" or "pissa", got {self.init!r}')
         self.target_modules = self.target_modules or "qv+ffn"
-        if isinstance(self.target_modules, str) and self.target_modules not in TARGET_SWEEPS:
-            raise ValueError(
-                f"target_modules must be a list of names or one of {list(TARGET_SWEEPS)}, got "
-                f"{self.target_modules!r}"
-            )
+        check_patterns("target_modules", self.target_modules)
+        self.exclude_modules = self.exclude_modules or None
+        if self.exclude_modules is not None:
+            check_patterns("exclude_modules", self.exclude_modules)
         if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
             raise ValueError(
                 'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '

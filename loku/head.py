@@ -22,8 +22,8 @@ from loku_kernels import (
     softmax_triplet,
 )
 
-# A softcap c that changes no number below 2^30, for models that always apply theirs: y / c and c * y are exact,
-# and tanh(y / c) is y / c.
+# A softcap c that changes no number below 2^30, for models that always apply theirs: y / c and c * y are
+# exact, and tanh(y / c) is y / c.
 _NO_CAP = 2.0**60
 # The settings by which transformers' models change their logits after the output embedding. The key is the
 # name of an attribute of the config, of the model or of its base model. The value has the neutral value of
@@ -313,8 +313,8 @@ def check_head(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     later = (before - logits[:, : before.shape[1]]).float().abs().amax(-1)
     if later.numel() and not later.median() <= 0.05 * logits.float().std():
         raise ValueError(
-            f"{type(unwrapped(model)).__name__} lets a token see the tokens after it, so it is no causal LM: the "
-            f"logits of the first {before.shape[1]} tokens are off by {later.median():.3g} without the others"
+            f"{type(unwrapped(model)).__name__} lets a token see the tokens after it, so it is no causal LM: "
+            f"the logits of the first {before.shape[1]} tokens are off by {later.median():.3g} without the others"
         )
 
 

@@ -82,7 +82,8 @@ class _FusedProducts(torch.autograd.Function):
         needs_A, needs_B = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(rows if needs_A else None, low if needs_B else None, weight, lora_A, lora_B)
         ctx.scaling, ctx.dtype, ctx.x_shape, ctx.x_dtype = scaling, dtype, x.shape, x.dtype
-        # Autograd forbids to change a view that a Function returns, and some models scale the output in place.
+        # Autograd forbids to change a view that a Function returns, and some models scale the output in
+        # place.
         return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], len(weight)))
 
     @staticmethod

@@ -67,6 +67,8 @@ from loku.prepared_rows import prepare_rows
 from loku.rollback import all_or_nothing
 from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
+from loku.target_modules import check_lora_config
+from loku.text_decoder import check_causal_lm
 from loku.torch_defaults import torch_defaults
 from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
 from loku_kernels import reduce_loss
@@ -183,6 +185,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         check_trainer_arguments(args, kwargs)
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args.init_arguments())
+        check_causal_lm(model)
         if peft_config is not None:
             refuse_adapters(model)
         with all_or_nothing(model, keep_weights=changes_base(peft_config)):
@@ -208,6 +211,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         self._check_rows(model, args, forget, retain)
         eval_sets = prepare_eval_sets(model, args, eval_dataset, rows)
         if peft_config is not None:
+            check_lora_config(model, peft_config)
             model = get_peft_model(model, peft_config)
         args = with_learning_rate(args, model)
         output_embedding(model)  # refuses a head that it cannot handle, which the first step would

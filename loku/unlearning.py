@@ -38,7 +38,8 @@ from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.rollback import all_or_nothing
 from loku.saving.kinds import SaveKind, check_save, save
-from loku.target_modules import default_target_modules
+from loku.target_modules import choose_targets
+from loku.text_decoder import check_causal_lm
 from loku.torch_defaults import torch_defaults
 from loku.trainer import UnlearnTrainer
 
@@ -141,6 +142,7 @@ def unlearn(
     model = load_model(model, config.init_arguments())
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
     refuse_adapters(model)
+    check_causal_lm(model)
     with all_or_nothing(model), _no_empty_directory(config.output_dir):
         return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset)
 
@@ -192,12 +194,12 @@ def _unlearn(
         trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
-    targets = config.target_modules
+    targets = choose_targets(model, config.target_modules or "qv+ffn", config.exclude_modules)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, too
-        target_modules=default_target_modules(model, targets) if isinstance(targets, str) else targets,
+        **targets.lora_arguments(),
     )
     set_seed(config.seed)  # the default LoRA factors are random
     with warnings.catch_warnings():  # peft reads a property that transformers has renamed

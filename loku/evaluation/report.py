@@ -81,7 +81,12 @@ def plot_probabilities(path: str | os.PathLike, history: Iterable[Mapping[str, A
             axes.plot([*points], [*points.values()], color=color, marker=marker, ms=4, label=f"{name} set")
     if not axes.lines:
         raise ValueError("the history holds no 'forget_probability' or 'retain_probability' to plot")
-    axes.set(xlabel="optimiser step", ylabel="mean answer probability", ylim=(-0.02, 1.02))
+    axes.set(
+        title="What the model still knows while it unlearns",
+        xlabel="optimiser step",
+        ylabel="mean answer probability",
+        ylim=(-0.02, 1.02),
+    )
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -89,12 +94,12 @@ def plot_probabilities(path: str | os.PathLike, history: Iterable[Mapping[str, A
 
 
 def plot_measures(path: str | os.PathLike, sets: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw the measures that lie in [0, 1] as bars, one for each data set.
+    """Draw the measures that lie in [0, 1] as bars, one for each data set that has the measure.
 
     Args:
         path: The PNG file to write; its directory is made if it is missing.
         sets: The measures, ``{set: {measure: number}}``, as ``evaluate`` returns them. NaN and measures that
-            are not bounded are passed over.
+            are not bounded are passed over. The number above a bar is its value.
 
     Raises:
         ValueError: No measure is left to draw.
@@ -103,16 +108,20 @@ def plot_measures(path: str | os.PathLike, sets: Mapping[str, Mapping[str, float
     names = [name for name in titles if name.startswith(BOUNDED)]
     if not names:
         raise ValueError(f"there is no measure to plot; those that can be are {list(BOUNDED)}")
-    figure, axes = _figure(2 + 1.5 * len(names), 4)
+    figure, axes = _figure(2 + 1.5 * len(names), 4.4)
     width = 0.8 / len(sets)
     for index, (title, measures) in enumerate(sets.items()):
         at = [i + (index - (len(sets) - 1) / 2) * width for i in range(len(names))]
-        axes.bar(at, [measures.get(name, math.nan) for name in names], width, label=title)
+        heights = [float(measures.get(name, math.nan)) for name in names]
+        bars = axes.bar(at, heights, width, label=f"{title} set")
+        labels = ["" if math.isnan(height) else f"{height:.2f}" for height in heights]
+        axes.bar_label(bars, labels, fontsize="xx-small")
     axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
-    axes.set(ylim=(0, 1.02))
+    axes.set(ylabel="value, from 0 to 1", ylim=(0, 1.08))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=len(sets))
+    figure.suptitle("Measures of the model by data set")
+    figure.legend(loc="outside lower center", ncols=min(6, len(sets)))
     _write_png(figure, path)
 
 

@@ -11,7 +11,7 @@ without a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,19 @@ def token_scores(
 
     Returns:
         The scores of each row, on the CPU.
+
+    Raises:
+        FloatingPointError: A loss is NaN. NaN matches no token, so the model would seem to have forgotten.
     """
+    scores = unchecked_token_scores(model, rows, batch_size, progress, description)
+    check_scores(scores, description)
+    return scores
+
+
+def unchecked_token_scores(
+    model: CausalLM, rows: Sequence[Mapping[str, Any]], batch_size: int, progress: bool, description: str
+) -> list[TokenScores]:
+    """Compute ``token_scores`` without its check for NaN."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     scores: list[Any] = [None] * len(rows)
     device = model_device(model)
@@ -98,7 +110,35 @@ def spread_token_scores(
     It takes the arguments of ``token_scores``. Only the main process shows progress.
     """
     progress = progress and is_main_process()
-    return spread(lambda rows: token_scores(model, rows, batch_size, progress, description), rows)
+
+    def score(rows: Sequence[Mapping[str, Any]]) -> list[TokenScores]:
+        return unchecked_token_scores(model, rows, batch_size, progress, description)
+
+    scores = spread(score, rows)
+    check_scores(scores, description)  # after the gathering, so that all processes stop
+    return scores
+
+
+def check_scores(
+    scores: Iterable[TokenScores], description: str, names: Callable[[int], str] = "row {}".format
+) -> None:
+    """Check that no loss is NaN.
+
+    Args:
+        scores: The scores of rows.
+        description: The set of the rows, for the message.
+        names: A function of the index of a row, from 0, that names it for the message; "row 3" by default.
+
+    Raises:
+        FloatingPointError: A loss is NaN. The message names the first row.
+    """
+    for index, score in enumerate(scores):
+        if score.losses.isnan().any():
+            position = int(score.positions[score.losses.isnan()][0])
+            raise FloatingPointError(
+                f"{description}: {names(index)}: the model's loss is NaN at token {position}, so its "
+                f"measures would mean nothing: the weights are broken, or the dtype overflows"
+            )
 
 
 def token_measures(scores: Iterable[TokenScores], min_k_share: float = MIN_K_SHARE) -> dict[str, float]:

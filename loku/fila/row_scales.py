@@ -345,8 +345,8 @@ def _accumulate(
                 )
             if not output.requires_grad:
                 raise RuntimeError(
-                    f"{name} takes no part in the gradient of the model (it computes without one), so it has no "
-                    "Fisher; leave it out of the target modules"
+                    f"{name} takes no part in the gradient of the model (it computes without one), so it has "
+                    "no Fisher; leave it out of the target modules"
                 )
             inputs[name] = args[0].detach()
             output.register_hook(backward_hook)

@@ -1,9 +1,10 @@
 """Which part of a linear module's input belongs to which row of a batch.
 
-The Fisher is a sum over rows of squared gradients. A row's gradient needs the row's tokens and no others. Most
-modules see their input as (B, T, k). Some models flatten it to (B * T, k) (OPT, shared experts), or split it
-further (B, T, H, k). Row by row it is the same memory. Other modules see the tokens in another order, or those
-tokens alone that a router sends them. A shape alone does not tell these cases apart, so a forward does.
+The Fisher is a sum over rows of squared gradients. A row's gradient needs the row's tokens and no others.
+Most modules see their input as (B, T, k). Some models flatten it to (B * T, k) (OPT, shared experts), or
+split it further (B, T, H, k). Row by row it is the same memory. Other modules see the tokens in another
+order, or those tokens alone that a router sends them. A shape alone does not tell these cases apart. So a
+forward does.
 """
 
 from __future__ import annotations
@@ -72,19 +73,19 @@ def check_rows_are_apart(model: nn.Module, modules: Mapping[str, nn.Module]) -> 
         calls = len(together[name])
         if calls == 0:
             raise RuntimeError(
-                f"{name} took no part in a forward of the model, so it has no Fisher; leave it out of the target "
-                "modules (an adapter on it may have no effect)"
+                f"{name} took no part in a forward of the model, so it has no Fisher; leave it out of the "
+                "target modules (an adapter on it may have no effect)"
             )
         if calls > 1:
             raise RuntimeError(
-                f"{name} is called more than once in a forward ({calls} times), so its gradient is a sum that is "
-                'not handled; leave it out of the target modules, or use init="default"'
+                f"{name} is called more than once in a forward ({calls} times), so its gradient is a sum "
+                'that is not handled; leave it out of the target modules, or use init="default"'
             )
         if not _is_apart(together[name][0], [inputs[name] for inputs in alone]):
             raise ValueError(
-                f"{name}: its inputs {tuple(together[name][0].shape)} for tokens {tuple(rows.shape)} are not the "
-                "tokens of one row after the other (a router may choose them), so its Fisher cannot be measured; "
-                'leave it out of the target modules, or use init="default"'
+                f"{name}: its inputs {tuple(together[name][0].shape)} for tokens {tuple(rows.shape)} are not "
+                "the tokens of one row after the other (a router may choose them), so its Fisher cannot be "
+                'measured; leave it out of the target modules, or use init="default"'
             )
 
 

@@ -54,7 +54,7 @@ def _storage(parameter: Tensor) -> Hashable:
 
 @torch.no_grad()
 def _computes_as_linear(base: Any) -> bool:
-    """Whether a subclass of nn.Linear or Conv1D computes x W^T + b; a class with a forward of its own is tried.
+    """Whether a subclass of nn.Linear or Conv1D computes x W^T + b. It is tried if its forward is its own.
 
     FSDP2 replaces the type of a module by a class of its own, which has the forward of the old one.
     """
@@ -93,14 +93,14 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str, owners: dict[Ha
     if not plain or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         dtype = f" with a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise ValueError(
-            f"{name}: FILA needs a plain nn.Linear or Conv1D with a floating-point weight, got {kind}{dtype}; "
-            "where the base is quantised, initialise on the unquantised base and then quantise the residual, "
-            'or use default LoRA initialisation (init="default")'
+            f"{name}: FILA needs a plain nn.Linear or Conv1D with a floating-point weight, got {kind}{dtype}"
+            "; where the base is quantised, initialise on the unquantised base and then quantise the "
+            'residual, or use default LoRA initialisation (init="default")'
         )
     if not _computes_as_linear(base):
         raise ValueError(
-            f"{name}: a {kind} computes something else than x W^T + b, so the outputs would change; leave it out "
-            'of target_modules, or use default LoRA initialisation (init="default")'
+            f"{name}: a {kind} computes something else than x W^T + b, so the outputs would change; leave it "
+            'out of target_modules, or use default LoRA initialisation (init="default")'
         )
     if not isinstance(layer, LoraLinear) or adapter_name in layer.lora_variant:
         raise ValueError(

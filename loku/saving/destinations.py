@@ -146,15 +146,17 @@ def destination(
 
 
 def residual_save(base: str | None) -> dict[str, Any] | None:
-    """The facts about the residual save whose base a model was loaded from, or None if it is no such base.
+    """The facts about the residual save whose base a model was loaded from, or None if it is no residual.
 
     Args:
         base: The name or path that the model was loaded by, or None.
 
     Returns:
-        A dict with "untouched", the name of the model that FILA made the residual of, or None.
+        A dict with "untouched", the name of the model that FILA made the residual of, or None. It is None for
+            a save after default LoRA initialisation, too: its base is a copy of the untouched one.
     """
     if base is None or Path(base).name != "base":
         return None
-    save = _last_save(Path(base).parent)
-    return save if save.get("kind") == "residual" else None
+    folder = Path(base).parent
+    save = _last_save(folder)
+    return save if save.get("kind") == "residual" and (folder / "reference").is_dir() else None

@@ -84,9 +84,9 @@ def write_half(tensors, path, **kwargs):
     kill()
 
 
-def save_half(peft_model, path):
+def save_half(peft_model, path, kind, tokenizer):
     with patch("loku.saving.adapter.save_file", write_half):
-        loku.save_portable_adapter(peft_model, path)
+        loku.saving.kinds.save(peft_model, path, kind, tokenizer=tokenizer)
 
 
 # By stage: the patch that kills the first run, its callbacks, and whether it leaves a checkpoint.
@@ -96,7 +96,7 @@ STAGES = {
     "training": (None, {"callbacks": [AtStep(3, kill)]}, True),
     "checkpoint": (lambda: at_call("torch.save", 6), {}, True),  # the optimizer of the second checkpoint
     "manifest": (lambda: at_call("loku.checkpoints.write_manifest", 2), {}, True),
-    "save": (lambda: at_call("loku.unlearning.save_portable_adapter", 1, save_half), {}, True),
+    "save": (lambda: at_call("loku.unlearning.save", 1, save_half), {}, True),
 }
 VARIANTS = {
     "fila": {},

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loku import UnlearnConfig, unlearn
@@ -37,6 +37,9 @@ SIZES = {
     "n_inner": 48,
     "ffn_dim": 48,
     "ffn_hidden_size": 48,
+    "dff": 48,
+    "d_inner": 48,
+    "d_ff": 48,
     # the depth
     "num_hidden_layers": 2,
     "n_layer": 2,
@@ -92,6 +95,12 @@ SIZES = {
     "resid_pdrop": 0.0,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "embed_dropout": 0.0,
+    "resid_dropout": 0.0,
+    "dropout_rate": 0.0,
+    "layerdrop": 0.0,
     "activation_dropout": 0.0,
     # others
     "dim_model_base": 16,
@@ -113,6 +122,10 @@ SETTINGS = {
     "minicpm3": {**MLA},
     "youtu": {**MLA},
     "cohere": {"logit_scale": 0.5},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gemma2": {"final_logit_softcapping": 3.0},
     "granite": {"logits_scaling": 2.0},
     "hyperclovax": {"logits_scaling": 0.5},
@@ -131,6 +144,17 @@ SETTINGS = {
     "zamba2": {"layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
 }
+
+
+# The model types that are run: decoder-only classes of all kinds, and a few that must be refused.
+KINDS = """
+    apertus arcee bamba bert biogpt bitnet bloom codegen cohere cohere2 ctrl dbrx deepseek_v2 deepseek_v3
+    dory ernie4_5 exaone4 falcon falcon_h1 falcon_mamba gemma gemma2 gemma3_text gemma3n_text glm glm4 glm4_moe
+    gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium hrm_text
+    hunyuan_v1_dense hyperclovax jamba jetmoe lfm2 llama llama4_text mamba mamba2 minicpm3 mistral mixtral mpt
+    nanochat nemotron olmo2 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
+    qwen3_next recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 t5 xglm xlnet xlstm zamba2
+""".split()
 
 
 def tiny_config(kind):
@@ -152,7 +176,8 @@ def make_model(kind):
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+        auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+        model = auto.from_config(tiny_config(kind)).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and parameter.is_floating_point() and "conv" not in name:
                 nn.init.normal_(parameter, std=0.7 * parameter.shape[-1] ** -0.5)
@@ -257,20 +282,40 @@ class Shown:
     """What a run of a class shows.
 
     Args:
+        kind: The model type.
         class_name: The class of the model.
         modules: The names of the linears with an adapter, as the adapter's config has them.
-        parameters: The names of the parameters with an adapter of their own (experts).
-        init: The initialisation that works: "fila", or "default" where FILA is refused.
-        refusal: The message of FILA's or of every refusal, or "".
-        errors: The measured differences by what was measured.
+        parameters: The names of the tensors with an adapter of their own (experts).
+        init: The initialisation that works: "fila", "default" where FILA is refused, or "" for neither.
+        refusal: The message of the refusal, or "".
+        errors: The measured differences, by what was measured.
     """
 
+    kind: str
     class_name: str
-    modules: list
-    parameters: list
-    init: str
+    modules: list = field(default_factory=list)
+    parameters: list = field(default_factory=list)
+    init: str = ""
     refusal: str = ""
     errors: dict = field(default_factory=dict)
+
+    def facts(self):
+        """What the table of docs/models.md has of the run."""
+        return {
+            "kind": self.kind,
+            "class": self.class_name,
+            "modules": self.modules,
+            "parameters": self.parameters,
+            "init": self.init,
+            "refusal": self.refusal,
+        }
+
+    def wrong(self):
+        """The errors that are more than rounding."""
+        wrong = {name: error for name, error in self.errors.items() if name != "change" and not error <= 2e-5}
+        if self.init and not self.errors["change"] > 1e-3:  # a run that changes nothing would show nothing
+            wrong["change"] = self.errors["change"]
+        return wrong
 
 
 def _gradient_error(gradient, exact):
@@ -300,47 +345,67 @@ def _config(tmp_path, **options):
     )
 
 
-def run(kind, tmp_path, init="fila", **options):
-    """Unlearn with a class's model, and measure all that can go silently wrong.
+def run(kind, tmp_path, **options):
+    """Unlearn with a class's model by FILA, or by default LoRA if FILA is refused, and measure the errors.
+
+    Args:
+        kind: The model type.
+        tmp_path: A folder for the saves.
+        options: Further settings of the runs.
 
     Returns:
         The ``Shown`` with the errors: of the outputs at the start, the row scales, the first gradients, the
-        first values of NPO and KL, and the outputs of each save in a fresh model.
+        first values of NPO and KL, and the outputs of each save in a fresh model. A refused model's error is
+        1 if the refusal changed it.
     """
-    model = make_model(kind)
+    refusal, changed = "", 0.0
+    for init in ("fila", "default"):
+        model = make_model(kind)
+        before = copy.deepcopy(model.state_dict())
+        try:
+            shown = _run(kind, model, tmp_path / init, init, options)
+        except (ValueError, RuntimeError) as error:
+            refusal = refusal or str(error)
+            after = model.state_dict()
+            same = list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+            changed = max(changed, float(not same))
+        else:
+            shown.refusal, shown.errors["refused model"] = refusal, changed
+            return shown
+    return Shown(kind, type(model).__name__, refusal=refusal, errors={"refused model": changed})
+
+
+def _run(kind, model, tmp_path, init, options):
     original, watch = logits(model), _Watch()
-    result = unlearn(model, FORGET, RETAIN, config=_config(tmp_path, init=init, **options), callbacks=[watch])
-    config = result.model.peft_config["default"]
+    config = _config(tmp_path, init=init, **options)
+    result = unlearn(model, FORGET, RETAIN, config=config, callbacks=[watch])
+    adapter = result.model.peft_config["default"]
     # A regular expression is a text.
-    modules = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    shown = Shown(type(model).__name__, sorted(modules or []), sorted(config.target_parameters or []), init)
-    shown.errors["start"] = off_by(watch.logits, original)
-    shown.errors["gradients"] = max(
+    modules = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules
+    shown = Shown(
+        kind, type(model).__name__, sorted(modules or []), sorted(adapter.target_parameters or []), init
+    )
+    errors = shown.errors
+    errors["start"] = off_by(watch.logits, original)
+    errors["gradients"] = max(
         _gradient_error(gradient, watch.exact[name]) for name, gradient in watch.gradients.items()
     )
     if init == "fila":
         (file,) = (tmp_path / "cache").glob("row_scales-*.safetensors")
         row_scales = load_file(file)
         exact = exact_row_scales(make_model(kind), sorted(row_scales))
-        shown.errors["row scales"] = max(off_by(row_scales[name], exact[name]) for name in exact)
-    layers = adapter_layers(result.model, "default")
-    shown.errors["not trained"] = float(
-        sum(not layer.lora_B["default"].weight.detach().any() for layer in layers.values())
-    )
+        errors["row scales"] = max(off_by(row_scales[name], exact[name]) for name in exact)
     trained = logits(result.model.eval())
-    shown.errors["change"] = off_by(trained, original)
+    errors["change"] = off_by(trained, original)
     for save in ("portable", "residual", "merged"):
         path = tmp_path / save
         result.save(path, save)
-        shown.errors[save] = off_by(logits(load(kind, path, save).eval()), trained)
-    beta = 0.1
-    for method, name, expected in (
-        ("npo", "forget_loss", 2 / beta * math.log(2)),
-        ("kl", "retain_loss", 0.0),
-    ):
-        config = _config(tmp_path, init=init, method=method, beta=beta, max_steps=1, **options)
+        errors[save] = off_by(logits(load(kind, path, save).eval()), trained)
+    npo = 2 / config.beta * math.log(2)
+    for method, name, expected in (("npo", "forget_loss", npo), ("kl", "retain_loss", 0.0)):
+        config = _config(tmp_path, init=init, method=method, max_steps=1, **options)
         history = unlearn(make_model(kind), FORGET, RETAIN, config=config).history
-        shown.errors[method] = abs(history[0][name] - expected)
+        errors[method] = abs(history[0][name] - expected)
     return shown
 
 

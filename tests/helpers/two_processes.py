@@ -74,13 +74,17 @@ def sharded_row_scales():
 
 
 def unlearned(folder, name, measuring=(), **options):
-    """Train an adapter, save it as ``folder/name`` and return a report.
+    """Train an adapter, save it as ``folder/name`` and in every other way, and return a report.
 
     The report holds the log, the histories of the callbacks ``measuring``, and whether weights are sharded.
     """
     settings = config(folder, **options)
     result = loku.unlearn(tiny_model("llama"), FORGET, RETAIN, config=settings, callbacks=list(measuring))
     result.save(folder / name)
+    for kind in ("residual", "merged"):
+        result.save(folder / f"{name}-{kind}", kind)
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    result.model.save_pretrained(folder / f"{name}-peft", is_main_process=main)
     return {
         "measured": [callback.history for callback in measuring],
         "log": [entry for entry in result.history if "forget_loss" in entry],

@@ -1,5 +1,7 @@
 """Callbacks stop training at their thresholds, and log the measures."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -103,6 +105,25 @@ def test_short_rows_and_sharded_models_are_refused(model, texts, monkeypatch):
     for every in (0, -1):
         with pytest.raises(ValueError, match="every"):
             loku.ExtractionStopping(texts, texts, every=every)
+
+
+def test_a_model_with_nan_has_not_forgotten(model, texts):
+    """NaN matches no token, which would look like a set that is forgotten, and utility that is kept."""
+    broken = copy.deepcopy(model)
+    callbacks = [
+        loku.ExtractionStopping(texts[:1], texts[1:], n=N, every=1),
+        loku.UtilityFloorStopping(texts, every=1),
+        loku.ProbabilityGauge({"forget": texts}, every=1),
+    ]
+    runs = [Run(callback) for callback in callbacks]
+    for run in runs:
+        run("on_train_begin", model, 0)
+    with torch.no_grad():
+        broken.lm_head.weight[0] = torch.nan
+    for run in runs:
+        with pytest.raises(FloatingPointError, match="row 0: the model's loss is NaN"):
+            run("on_step_end", broken, 1)
+        assert not run.control.should_training_stop
 
 
 def test_utility_floor(model, texts):

@@ -10,7 +10,10 @@ import pytest
 import torch
 import two_processes
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 import loku
 
@@ -98,6 +101,28 @@ def test_adapters(one, two, how):
     for ours, theirs in zip(two_logs, log, strict=True):
         for name in ("forget_loss", "retain_loss", "forget_probability"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_every_kind_of_save(two, how):
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.arange(3, 43).view(4, 10)).logits
+
+    def adapted(base, adapter):
+        return logits(PeftModel.from_pretrained(base, adapter))
+
+    folder = two[0]
+    expected = adapted(tiny_model("llama"), folder / how)
+    residual = AutoModelForCausalLM.from_pretrained(folder / f"{how}-residual" / "base")
+    found = {
+        "residual": adapted(residual, folder / f"{how}-residual" / "adapter"),
+        "merged": logits(AutoModelForCausalLM.from_pretrained(folder / f"{how}-merged")),
+        "save_pretrained": adapted(tiny_model("llama"), folder / f"{how}-peft"),
+    }
+    assert (expected - logits(tiny_model("llama"))).norm() > 1e-2 * expected.norm()
+    for name, logits_of_save in found.items():
+        assert (logits_of_save - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
 def test_callbacks_measure_all_rows(one, two):

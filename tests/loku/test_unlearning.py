@@ -354,6 +354,6 @@ def test_errors(tokenizer, tmp_path):
         model = run().model
         run(model)
     head = tiny_model("llama", 4096)
-    with pytest.raises(ValueError, match="LoRA target"):
+    with pytest.raises(ValueError, match="lm_head, the output embedding of LlamaForCausalLM"):
         run(head, target_modules=["lm_head"])
     assert tiny_config("llama").tie_word_embeddings is False

@@ -1,5 +1,6 @@
 """Measures of token scores against their definitions, and on cases that can be worked out by hand."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from naive_measures import naive_scores
 
 from loku.evaluation import (
     TokenScores,
+    extraction_likelihood,
     extraction_strength,
     mean_answer_probability,
     membership_auc,
@@ -141,3 +143,15 @@ def test_membership_auc_counts_pairs():
     assert membership_auc([-3.0], [-1.0, -2.0]) == 0.0
     assert math.isnan(membership_auc([], [1.0]))
     assert math.isnan(membership_auc([math.nan, 1.0], [0.0]))
+
+
+def test_a_nan_loss_is_refused(model, rows):
+    """A NaN matches no token, so the accuracy and the strength would be 0, as if all were forgotten."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[2] = torch.nan
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([4, 5, 6], [4, 2, 6, 7])]
+    for measure in (token_scores, memorization_accuracy, perplexity, extraction_likelihood):
+        with pytest.raises(FloatingPointError, match=r"row 1: the model's loss is NaN at token \d, so"):
+            measure(broken, rows, progress=False)
+    assert len(token_scores(broken, rows[:1], progress=False)) == 1

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
 import loku
+from loku.adapter_folders import MERGED_ADAPTER
 from loku.fila.initialize import initialize_from_row_scales
 from loku.fila.targets import fila_targets
-from loku.saving.adapter import MERGED_ADAPTER
 from loku.saving.kinds import KINDS, check_save, save
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -253,3 +253,27 @@ def test_what_no_merged_model_can_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="TrainableTokensWrapper is merged by peft's merge_and_unload"):
         check_save(tokens, "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("init", ["fila", "default"])
+def test_a_residual_save_is_unlearned_further(init, tmp_path):
+    """Its adapter is merged into the residual. The portable adapter is for the model before both runs."""
+    make_base("llama").save_pretrained(tmp_path / "original")
+
+    def unlearn(model, init):
+        options = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 2, "fisher_samples": 2}
+        config = loku.UnlearnConfig(
+            output_dir=str(tmp_path / "run"), init=init, use_cpu=True, disable_tqdm=True, **options
+        )
+        return loku.unlearn(str(model), ROWS, ROWS[::-1], config=config)
+
+    unlearn(tmp_path / "original", init).save(tmp_path / "first", "residual")
+    second = unlearn(tmp_path / "first", "fila")
+    second.save(tmp_path / "second")
+    expected = logits(second.model)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second")  # on the base that it names
+    assert_close(logits(again), expected, 1e-5)
+    if init == "fila":
+        assert_close(logits(loaded(tmp_path / "second", "portable", make_base("llama"))), expected, 1e-5)
+        with pytest.raises(ValueError, match="is a residual, and the initial factors are not loaded"):
+            unlearn(tmp_path / "first" / "base", "default")
