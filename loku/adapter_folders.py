@@ -24,14 +24,13 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
 from loku.saving.destinations import residual_save
 
 _log = logging.getLogger(__name__)
-
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 # Arguments of from_pretrained that say where a repository is, not how a model is made.
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -136,7 +135,7 @@ def _without_initial_factors(
     joined = dict(factors)
     for name, layer in adapter_layers(peft_model, REFERENCE_ADAPTER).items():
         B0, A0 = (factor.detach().float().cpu() for factor in adapter_factors(layer, REFERENCE_ADAPTER))
-        B, A = joined[name]
+        B, A = joined.get(name, (B0[:, :0], A0[:0]))
         joined[name] = torch.cat([B, B0 * -layer.scaling[REFERENCE_ADAPTER]], dim=1), torch.cat([A, A0])
     return joined
 
@@ -232,9 +231,9 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
 
     Returns:
         The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``base_model_name_or_path`` is the
-        untouched base. ``factors`` are B (d, rank) with the scaling multiplied in and A (rank, k), both
-        float32, by module name; None if the adapter has more than LoRA factors. ``tokenizer`` is the folder
-        or hub name of the tokenizer.
+        untouched base, or None for the residual save of a model without a name. ``factors`` are B (d, rank)
+        with the scaling multiplied in and A (rank, k), both float32, by module name; None if the adapter has
+        more than LoRA factors. ``tokenizer`` is the folder or hub name of the tokenizer.
 
     Raises:
         ValueError: The base is not named or cannot be loaded, or the adapter does not fit it or cannot be
@@ -252,7 +251,7 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     factors = _plain_factors(peft_model, load_peft_weights(adapter, "cpu", **hub))
     untouched, residual = base_name, residual_save(base_name)
     reference = Path(adapter).with_name(REFERENCE_ADAPTER)
-    if residual is not None and residual["untouched"] and reference.is_dir():
+    if residual is not None and reference.is_dir():
         untouched = residual["untouched"]
         factors = _without_initial_factors(factors, peft_model, reference)
     if earlier is not None:

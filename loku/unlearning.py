@@ -160,7 +160,7 @@ def _no_empty_directory(path: str | None) -> Iterator[None]:
 
 
 def _unlearn(
-    model: PreTrainedModel,
+    model: Any,
     forget: Any,
     retain: Any,
     config: UnlearnConfig,
