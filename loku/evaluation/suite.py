@@ -27,8 +27,8 @@ from loku.evaluation.scores import (
     spread_token_scores,
     token_measures,
 )
-from loku.evaluation.tofu import (
-    ANSWER_SLACK,
+from loku.evaluation.tofu import ANSWER_SLACK, measured_section, rouge_recalls, tokenized_answers
+from loku.evaluation.tofu_logs import (
     CHOICE_SETS,
     SECTIONS,
     UTILITY_SETS,
@@ -36,11 +36,8 @@ from loku.evaluation.tofu import (
     Section,
     check_reference,
     forget_quality,
-    measured_section,
     model_utility,
-    rouge_recalls,
     section_metrics,
-    tokenized_answers,
 )
 from loku.models import CausalLM
 

@@ -11,6 +11,7 @@ from naive_measures import naive_scores
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loku.data
+import loku.demo
 from loku.data import tokenize_dataset
 from loku.evaluation import (
     answer_losses,
@@ -22,7 +23,7 @@ from loku.evaluation import (
     section_metrics,
     utility_table,
 )
-from loku.evaluation.tofu import SECTIONS
+from loku.evaluation.tofu_logs import SECTIONS, check_reference
 
 
 def golden(name):
@@ -170,3 +171,11 @@ def test_tofu_log_of_a_model(embedded):
         ValueError, match="row 1 of the TOFU set: TOFU's measures need 'question' and 'answer'"
     ):
         evaluate_tofu_rows(model, tokenizer, [plain, {"text": "a"}], progress=False)
+
+
+def test_the_embedded_twin_is_about_the_demos_questions():
+    forget, _ = loku.demo.load_rows()
+    twin = json.loads((Path(loku.__file__).parent / "embedded" / "retain_only.json").read_text())["log"]
+    check_reference(twin, forget, "the twin's log")
+    with pytest.raises(ValueError, match="about other questions"):
+        check_reference(twin, [{**row, "question": "Who was it?"} for row in forget], "the log")
