@@ -48,7 +48,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._leading, self._trailing = special_ends(tokenizer)
-        added = tokenizer.added_tokens_decoder
+        added = getattr(tokenizer, "added_tokens_decoder", {})
         self._taking_spaces = {index for index, token in added.items() if token.rstrip}
 
     def __call__(self, labelled: LabelledText) -> TokenizedRow:
