@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tables
 from ablation_table import fila_ablation
+from forgetting_table import forgetting
 from gpu_tables import gpu
 from result_files import RESULTS, read_result
 from scaling_picture import draw
@@ -24,6 +25,7 @@ ABLATION = ROOT / "experiments" / "results" / "fila_ablation.jsonl"
 SUMMARISED = [f"{name}_cpu.json" for name in ("ihl_kernel", "linear", "unlearn", "fisher", "fila")]
 # name -> the function that makes the table, and the result files whose contents it takes
 TABLES: dict[str, tuple[Callable[..., str], Sequence[str | Path]]] = {
+    "forgetting": (forgetting, ["demo.json"]),
     "summary": (summary, SUMMARISED),
     "machine": (tables.machine, ["ihl_kernel_cpu.json"]),
     "ihl_kernel": (tables.ihl_kernel, ["ihl_kernel_cpu.json"]),
@@ -39,8 +41,8 @@ TABLES: dict[str, tuple[Callable[..., str], Sequence[str | Path]]] = {
     "fila_ablation": (fila_ablation, [ABLATION]),
 }
 PAGES = {
-    "README.md": ["summary"],
-    "docs/benchmarks.md": [name for name in TABLES if name not in ("summary", "fila_ablation")],
+    "README.md": ["forgetting", "summary"],
+    "docs/benchmarks.md": [name for name in TABLES if name not in ("forgetting", "summary", "fila_ablation")],
     "docs/experiments.md": ["fila_ablation"],
 }
 

@@ -16,15 +16,21 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
 from loku.saving.destinations import residual_save
 
 _log = logging.getLogger(__name__)
-
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 # Arguments of from_pretrained that say where a repository is, not how a model is made.
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -129,7 +135,7 @@ def _without_initial_factors(
     joined = dict(factors)
     for name, layer in adapter_layers(peft_model, REFERENCE_ADAPTER).items():
         B0, A0 = (factor.detach().float().cpu() for factor in adapter_factors(layer, REFERENCE_ADAPTER))
-        B, A = joined[name]
+        B, A = joined.get(name, (B0[:, :0], A0[:0]))
         joined[name] = torch.cat([B, B0 * -layer.scaling[REFERENCE_ADAPTER]], dim=1), torch.cat([A, A0])
     return joined
 
@@ -225,9 +231,9 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
 
     Returns:
         The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``base_model_name_or_path`` is the
-        untouched base. ``factors`` are B (d, rank) with the scaling multiplied in and A (rank, k), both
-        float32, by module name; None if the adapter has more than LoRA factors. ``tokenizer`` is the folder
-        or hub name of the tokenizer.
+        untouched base, or None for the residual save of a model without a name. ``factors`` are B (d, rank)
+        with the scaling multiplied in and A (rank, k), both float32, by module name; None if the adapter has
+        more than LoRA factors. ``tokenizer`` is the folder or hub name of the tokenizer.
 
     Raises:
         ValueError: The base is not named or cannot be loaded, or the adapter does not fit it or cannot be
@@ -245,7 +251,7 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     factors = _plain_factors(peft_model, load_peft_weights(adapter, "cpu", **hub))
     untouched, residual = base_name, residual_save(base_name)
     reference = Path(adapter).with_name(REFERENCE_ADAPTER)
-    if residual is not None and residual["untouched"] and reference.is_dir():
+    if residual is not None and reference.is_dir():
         untouched = residual["untouched"]
         factors = _without_initial_factors(factors, peft_model, reference)
     if earlier is not None:
@@ -270,11 +276,32 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         arguments: The arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: The errors of ``find_adapter`` and ``load_merged``.
+        ValueError: The model is an encoder-decoder. Or the errors of ``find_adapter`` and ``load_merged``.
     """
     adapter = find_adapter(model, arguments)
     if adapter is not None:
         if Path(adapter).is_dir():  # it includes the subfolder
             arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
         return load_merged(adapter, arguments)
-    return AutoModelForCausalLM.from_pretrained(model, **arguments)
+    return _auto_class(model, arguments).from_pretrained(model, **arguments)
+
+
+def _auto_class(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Any:
+    """AutoModelForCausalLM, or AutoModelForImageTextToText for a class such as Llava that it does not have.
+
+    Raises:
+        ValueError: The model is an encoder-decoder, which neither of them has as a causal LM.
+    """
+    if "config" in arguments:
+        return AutoModelForCausalLM
+    places = {key: value for key, value in arguments.items() if key in (*_HUB, "trust_remote_code")}
+    config = AutoConfig.from_pretrained(model, **places)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{model} is a {config.model_type} model, which is an encoder-decoder; pass a decoder-only "
+            "causal LM, as transformers.AutoModelForCausalLM loads"
+        )
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM

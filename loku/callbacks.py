@@ -1,8 +1,8 @@
 """Trainer callbacks that measure a model while it unlearns, and stop it.
 
 They take data sets as ``loku.unlearn`` does, and cut rows at the same length. ``history`` and the trainer's
-log get one dict for each measurement. Under DDP the rows are shared out among the processes. All processes
-see the same figures and stop together.
+log get one dict for each measurement. The rows are shared out among the processes of DDP and FSDP2. All
+processes see the same figures and stop together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loku.data import split_documents, token_limits, tokenize_dataset
 from loku.data.rows import DataSet
-from loku.distributed import is_sharded
 from loku.evaluation.extraction import spread_extraction_likelihood
 from loku.evaluation.scores import (
     TokenScores,
@@ -37,7 +36,7 @@ class _Gauge(TrainerCallback):
         batch_size: The number of rows in a batch.
 
     Raises:
-        ValueError: ``every`` is less than 1; or, at the start of training, FSDP has sharded the model.
+        ValueError: ``every`` is less than 1.
     """
 
     def __init__(self, sets: Mapping[str, DataSet], every: int | None, batch_size: int):
@@ -74,8 +73,6 @@ class _Gauge(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Tokenise the data sets and measure the model."""
-        if any(map(is_sharded, model.parameters())):  # all processes would have to run the same forwards
-            raise ValueError(f"{type(self).__name__} cannot measure a model that FSDP has sharded")
         max_length, limits = getattr(args, "max_length", None), token_limits(model)
         self.rows = {
             name: split_documents(

@@ -262,7 +262,7 @@ def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: b
         "retain_only": twin["metrics"],
         "samples": _samples(log_before, log_after, forget),
         "history": history,
-        "steps": {"run": history[-1]["step"], "planned": _planned_steps(forget)},
+        "steps": {"run": result.history[-1]["step"], "planned": _planned_steps(forget)},
         "settings": {**SETTINGS, "seed": seed, "stop_at": {"forget": FORGOTTEN, "retain": RETAINED}},
         "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
         "peak_memory_bytes": stages.peak_memory_bytes,

@@ -307,7 +307,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         if self._given is None:
             yield
             return
-        with reference_adapter(self.model, self._given):
+        peft_model: Any = self.model
+        with reference_adapter(peft_model, self._given):
             yield
 
     def _keep_references(self) -> None:
@@ -393,7 +394,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         return Batch(**rows, beta=self.args.beta), triplet
 
     def _first_module_not_finite(self, inputs: Mapping[str, Tensor]) -> str | None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled:
             return None  # a forward needs all processes, and only this process may have the NaN
         return first_module_not_finite(self.model, lambda: self._batch(self.model, inputs))
 

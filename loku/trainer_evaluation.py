@@ -63,6 +63,16 @@ def check_trainer_arguments(args: UnlearnConfig, arguments: Mapping[str, Any]) -
     """
     given = {name: arguments.get(name) is not None for name in _WITHOUT_EFFECT}
     given |= {name: bool(getattr(args, name, None)) for name in _FIELDS_WITHOUT_EFFECT}
+    if args.world_size > 1 and args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]
+        raise ValueError(
+            "dispatch_batches=True would leave all processes but one waiting, because each reads its own "
+            "share of the rows: leave it out of accelerator_config"
+        )
+    if getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "deepspeed", None):
+        raise ValueError(
+            "UnlearnTrainer does not run under DeepSpeed, whose shards neither FILA nor the saves can "
+            "gather: use FSDP2 (configs/accelerate/fsdp2.yaml) or DDP (configs/accelerate/ddp.yaml)"
+        )
     for name, remedy in {**_WITHOUT_EFFECT, **_FIELDS_WITHOUT_EFFECT}.items():
         if given[name]:
             raise ValueError(f"{name} has no effect on UnlearnTrainer: leave it out; {remedy}")

@@ -160,7 +160,7 @@ def _no_empty_directory(path: str | None) -> Iterator[None]:
 
 
 def _unlearn(
-    model: PreTrainedModel,
+    model: Any,
     forget: Any,
     retain: Any,
     config: UnlearnConfig,
@@ -171,6 +171,10 @@ def _unlearn(
 ) -> UnlearnResult:
     """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
     output_embedding(model)
+    lora_targets: dict[str, Any] = {}
+    if config.tuning == "lora":  # before the rows are read, which may take long
+        targets = choose_targets(model, config.target_modules or "qv+ffn", config.exclude_modules)
+        lora_targets = targets.lora_arguments()
     keep_differentiable_(model)  # before the model is evaluated
     rows = prepare_rows(model, forget, retain, config, tokenizer)
     tokenizer = rows.tokenizer
@@ -192,12 +196,11 @@ def _unlearn(
         trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
-    targets = choose_targets(model, config.target_modules or "qv+ffn", config.exclude_modules)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, too
-        **targets.lora_arguments(),
+        **lora_targets,
     )
     set_seed(config.seed)  # the default LoRA factors are random
     with warnings.catch_warnings():  # peft reads a property that transformers has renamed

@@ -193,7 +193,7 @@ def _unlearn(
     sizes = {"forget": len(forget), "retain": len(retain)}
     kind = "merged" if config.tuning == "full" else kind
     given = getattr(unwrapped(result.model), "_loku_merged_adapter", None)
-    base = places["model"] if given is None else given["base_model_name_or_path"]
+    base = places["model"] if given is None else given["base_model_name_or_path"] or "BASE"
     return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind, base)
 
 

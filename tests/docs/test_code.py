@@ -18,7 +18,7 @@ RECIPES = {"trainer", "open-unlearning"}  # behind ``<!-- recipe: NAME -->``; te
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_python_block(python_block, tmp_path, monkeypatch):
+def test_python_block(python_block, tmp_path, monkeypatch, capsys):
     code = compile(python_block.text, python_block.page, "exec")
     kind, _, value = python_block.marker.partition(": ")
     if kind == "not run":
@@ -29,11 +29,23 @@ def test_python_block(python_block, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         # A block may register a method of its own.
         before = dict(objectives.OBJECTIVES)
+        names = {"__name__": "__main__"}
         try:
-            exec(code, {"__name__": "__main__"})
+            exec(code, names)
         finally:
             objectives.OBJECTIVES.clear()
             objectives.OBJECTIVES.update(before)
+        if "before:" in python_block.text:
+            check_forgetting(names["result"], capsys.readouterr().out)
+
+
+def check_forgetting(result, printed):
+    """The first example does what the text beside it says."""
+    name = "Basil Mahfouz Al-Kuwaiti"
+    (before,), (after,) = (re.findall(rf"^{when}:(.*)$", printed, re.M) for when in ("before", "after"))
+    assert name in before and after and name not in after
+    probabilities = [e["forget_probability"] for e in result.history if "forget_probability" in e]
+    assert probabilities[0] > 0.99 and max(probabilities[-3:]) < 0.1
 
 
 def test_markers(page):

@@ -99,6 +99,7 @@ SIZES = {
     "attention_probs_dropout_prob": 0.0,
     "embed_dropout": 0.0,
     "resid_dropout": 0.0,
+    "residual_dropout": 0.0,
     "dropout_rate": 0.0,
     "layerdrop": 0.0,
     "activation_dropout": 0.0,
@@ -149,12 +150,13 @@ SETTINGS = {
 
 # The model types that are run: decoder-only classes of all kinds, and a few that must be refused.
 KINDS = """
-    apertus arcee bamba bert biogpt bitnet bloom codegen cohere cohere2 ctrl dbrx deepseek_v2 deepseek_v3
-    dory ernie4_5 exaone4 falcon falcon_h1 falcon_mamba gemma gemma2 gemma3_text gemma3n_text glm glm4
-    glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium
-    hrm_text hunyuan_v1_dense hyperclovax jamba jetmoe lfm2 llama llama4_text mamba mamba2 minicpm3 mistral mixtral mpt
-    nanochat nemotron olmo2 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
-    qwen3_next recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 t5 xglm xlnet xlstm zamba2
+    apertus arcee bamba bert biogpt bitnet bloom codegen cohere cohere2 ctrl dbrx deepseek_v2
+    deepseek_v3 dory ernie4_5 exaone4 falcon falcon_h1 falcon_mamba gemma gemma2 gemma3_text
+    gemma3n_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe
+    granitemoeshared helium hrm_text hunyuan_v1_dense hyperclovax jamba jetmoe lfm2 llama llama4_text
+    mamba mamba2 minicpm3 mistral mixtral mpt nanochat nemotron olmo2 olmoe openai-gpt opt persimmon phi
+    phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma rwkv seed_oss smollm3
+    stablelm starcoder2 t5 xglm xlnet xlstm zamba2
 """.split()
 
 

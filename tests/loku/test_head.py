@@ -3,9 +3,11 @@
 import model_classes
 import pytest
 import torch
+from small_trainers import FORGET, RETAIN, arguments
 from tiny_models import KINDS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
 
+from loku import UnlearnTrainer
 from loku.head import check_head, negative_log_likelihood, next_token_labels, output_embedding, token_triplets
 from loku_kernels import linear_softmax_triplet, softmax_triplet
 
@@ -143,11 +145,13 @@ class LogitsMoved(LlamaForCausalLM):
         return output
 
 
-def test_unknown_post_processing_is_refused():
+def test_unknown_post_processing_is_refused(tmp_path):
     model = LogitsMoved(tiny_config("llama")).eval()
     model.lm_head.weight.data.mul_(8)
     with pytest.raises(ValueError, match="LogitsMoved changes its logits"):
         check_head(model, a_batch())
+    with pytest.raises(ValueError, match="LogitsMoved changes its logits"):
+        UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN)
 
 
 def test_unknown_heads_are_refused():

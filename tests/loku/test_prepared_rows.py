@@ -9,6 +9,7 @@ import pytest
 import torch
 from character_tokenizer import PLAIN_CHAT, character_tokenizer
 from tiny_models import tiny_model
+from transformers import ProcessorMixin
 
 import loku
 from loku import UnlearnConfig
@@ -96,6 +97,20 @@ def test_measured_rows_must_fit_too(tmp_path):
     gauge = loku.ProbabilityGauge({"other": [LONG]})
     with pytest.raises(RowError, match=r"row 0 of the other set: it has \d+ tokens"):
         run(tiny_model("llama", len(tokenizer)), callbacks=[gauge], config=config(tmp_path, init="default"))
+
+
+class Processor(ProcessorMixin):
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+
+def test_the_tokenizer_of_a_processor(tmp_path):
+    tokenizer = character_tokenizer()
+    model = tiny_model("llama", len(tokenizer))
+    rows = prepare_rows(model, ROWS, ROWS, config(tmp_path), Processor(tokenizer))
+    assert rows.tokenizer is tokenizer and rows.forget == tokenize_dataset(ROWS, tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer is the str 'here'.*AutoTokenizer"):
+        prepare_rows(model, ROWS, ROWS, config(tmp_path), "here")
 
 
 def test_row_places():
