@@ -16,15 +16,21 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from loku.adapters import adapter_factors, adapter_layers, changes_base
+from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
+from loku.saving.destinations import residual_save
 
 _log = logging.getLogger(__name__)
-
-MERGED_ADAPTER = "_loku_merged_adapter"  # the attribute of a model that remembers what was merged into it
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 # Arguments of from_pretrained that say where a repository is, not how a model is made.
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -119,13 +125,26 @@ def _plain_factors(
     return factors
 
 
+def _without_initial_factors(
+    factors: dict[str, tuple[Tensor, Tensor]] | None, peft_model: PeftModel, reference: Path
+) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """The factors less the initial ones in ``reference``: what takes the untouched base to the model."""
+    if factors is None:
+        return None
+    peft_model.load_adapter(str(reference), REFERENCE_ADAPTER)
+    joined = dict(factors)
+    for name, layer in adapter_layers(peft_model, REFERENCE_ADAPTER).items():
+        B0, A0 = (factor.detach().float().cpu() for factor in adapter_factors(layer, REFERENCE_ADAPTER))
+        B, A = joined.get(name, (B0[:, :0], A0[:0]))
+        joined[name] = torch.cat([B, B0 * -layer.scaling[REFERENCE_ADAPTER]], dim=1), torch.cat([A, A0])
+    return joined
+
+
 def _with_earlier(
-    factors: dict[str, tuple[Tensor, Tensor]] | None, earlier: Mapping[str, Any] | None
+    factors: dict[str, tuple[Tensor, Tensor]] | None, earlier: Mapping[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor]] | None:
     """The factors of an adapter and of the one that was merged before it, as one adapter."""
-    if earlier is None or factors is None:
-        return factors
-    if earlier["factors"] is None:
+    if factors is None or earlier["factors"] is None:
         return None
     joined = dict(earlier["factors"])
     for name, (B, A) in factors.items():
@@ -144,11 +163,32 @@ def _check_quantised(adapter: str, peft_model: PeftModel) -> None:
             )
 
 
-def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
-    """Load the base of an adapter and merge the adapter into it. The log says so.
+def put_adapter(
+    base: PreTrainedModel, adapter: str, base_name: str, hub: Mapping[str, Any] | None = None
+) -> PeftModel:
+    """Put an adapter on its base, unmerged.
 
-    A base that is an adapter itself is merged into its own base first. The merged weights are rounded once to
-    the dtype of the base.
+    Args:
+        base: The base.
+        adapter: The folder or hub name of the adapter.
+        base_name: The name of the base in messages.
+        hub: The arguments of ``from_pretrained`` that say where the adapter is; None (default) for none.
+
+    Raises:
+        ValueError: The adapter does not fit the base.
+    """
+    hub = hub or {}
+    peft_model: Any = PeftModel.from_pretrained(base, adapter, **hub)
+    if hasattr(peft_model.base_model, "merge_and_unload"):  # not a learnt prompt
+        # A second time, because only load_adapter says which tensors found no place.
+        _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
+    return peft_model
+
+
+def load_on_base(adapter: str, arguments: Mapping[str, Any]) -> tuple[PeftModel, str]:
+    """Load the base of an adapter, and put the adapter on it, unmerged.
+
+    A base that is an adapter itself is merged into its own base first.
 
     Args:
         adapter: The folder or hub name of the adapter.
@@ -156,14 +196,10 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
             of the adapter.
 
     Returns:
-        The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``base_model_name_or_path`` is the
-        untouched base. ``factors`` are B (d, rank) with the scaling multiplied in and A (rank, k), both
-        float32, by module name; None if the adapter has more than LoRA factors. ``tokenizer`` is the folder
-        or hub name of the tokenizer.
+        The model with the adapter, and the path or hub name of the base.
 
     Raises:
-        ValueError: The base is not named or cannot be loaded, or the adapter does not fit it or cannot be
-            merged into it.
+        ValueError: The base is not named or cannot be loaded, or the adapter does not fit it.
     """
     hub = {key: value for key, value in arguments.items() if key in _HUB}
     config = PeftConfig.from_pretrained(adapter, **hub)
@@ -179,18 +215,50 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
             f"{adapter} is an adapter for {base_name!r}, which cannot be loaded ({error}): correct "
             f"base_model_name_or_path in its {CONFIG_NAME}, or merge it by peft and pass the merged model"
         ) from error
-    peft_model: Any = PeftModel.from_pretrained(base, adapter, **hub)
+    return put_adapter(base, adapter, base_name, hub), base_name
+
+
+def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the base of an adapter and merge the adapter into it. The log says so.
+
+    A base that is an adapter itself is merged into its own base first. The merged weights are rounded once to
+    the dtype of the base.
+
+    Args:
+        adapter: The folder or hub name of the adapter.
+        arguments: The arguments of ``from_pretrained`` for the base. ``revision`` and ``subfolder`` are those
+            of the adapter.
+
+    Returns:
+        The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``base_model_name_or_path`` is the
+        untouched base, or None for the residual save of a model without a name. ``factors`` are B (d, rank)
+        with the scaling multiplied in and A (rank, k), both float32, by module name; None if the adapter has
+        more than LoRA factors. ``tokenizer`` is the folder or hub name of the tokenizer.
+
+    Raises:
+        ValueError: The base is not named or cannot be loaded, or the adapter does not fit it or cannot be
+            merged into it.
+    """
+    hub = {key: value for key, value in arguments.items() if key in _HUB}
+    peft_model: Any
+    peft_model, base_name = load_on_base(adapter, arguments)
+    base: Any = peft_model.get_base_model()
     if not hasattr(peft_model.base_model, "merge_and_unload"):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter, which cannot be merged into its base")
-    # A second time, because only load_adapter says which tensors found no place.
-    _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
+        kind = peft_model.peft_config["default"].peft_type
+        raise ValueError(f"{adapter} is a {kind} adapter, which cannot be merged into its base")
     _check_quantised(adapter, peft_model)
     earlier = getattr(base, MERGED_ADAPTER, None)
-    factors = _with_earlier(_plain_factors(peft_model, load_peft_weights(adapter, "cpu", **hub)), earlier)
+    factors = _plain_factors(peft_model, load_peft_weights(adapter, "cpu", **hub))
+    untouched, residual = base_name, residual_save(base_name)
+    reference = Path(adapter).with_name(REFERENCE_ADAPTER)
+    if residual is not None and reference.is_dir():
+        untouched = residual["untouched"]
+        factors = _without_initial_factors(factors, peft_model, reference)
+    if earlier is not None:
+        untouched, factors = earlier["base_model_name_or_path"], _with_earlier(factors, earlier)
     merged = peft_model.merge_and_unload(safe_merge=True)
     for parameter in merged.parameters():  # peft froze them
         parameter.requires_grad_(parameter.is_floating_point())
-    untouched = base_name if earlier is None else earlier["base_model_name_or_path"]
     merged._loku_merged_adapter = {
         "base_model_name_or_path": untouched,
         "factors": factors,
@@ -208,11 +276,32 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         arguments: The arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: The errors of ``find_adapter`` and ``load_merged``.
+        ValueError: The model is an encoder-decoder. Or the errors of ``find_adapter`` and ``load_merged``.
     """
     adapter = find_adapter(model, arguments)
     if adapter is not None:
         if Path(adapter).is_dir():  # it includes the subfolder
             arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
         return load_merged(adapter, arguments)
-    return AutoModelForCausalLM.from_pretrained(model, **arguments)
+    return _auto_class(model, arguments).from_pretrained(model, **arguments)
+
+
+def _auto_class(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Any:
+    """AutoModelForCausalLM, or AutoModelForImageTextToText for a class such as Llava that it does not have.
+
+    Raises:
+        ValueError: The model is an encoder-decoder, which neither of them has as a causal LM.
+    """
+    if "config" in arguments:
+        return AutoModelForCausalLM
+    places = {key: value for key, value in arguments.items() if key in (*_HUB, "trust_remote_code")}
+    config = AutoConfig.from_pretrained(model, **places)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{model} is a {config.model_type} model, which is an encoder-decoder; pass a decoder-only "
+            "causal LM, as transformers.AutoModelForCausalLM loads"
+        )
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM

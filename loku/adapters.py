@@ -25,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from loku.distributed import full_tensor
 
 REFERENCE_ADAPTER = "reference"  # the frozen initial factors
+# The attribute of a causal LM that keeps the adapter which was merged into it (loku.adapter_folders).
+MERGED_ADAPTER = "_loku_merged_adapter"
 SNAPSHOT_ADAPTER = "loku_snapshot"  # a frozen copy of a trained adapter, for the time of training
 
 

@@ -1,8 +1,8 @@
 """Trainer callbacks that measure a model while it unlearns, and stop it.
 
 They take data sets as ``loku.unlearn`` does, and cut rows at the same length. ``history`` and the trainer's
-log get one dict for each measurement. Under DDP the rows are shared out among the processes. All processes
-see the same figures and stop together.
+log get one dict for each measurement. The rows are shared out among the processes of DDP and FSDP2. All
+processes see the same figures and stop together.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loku.data import split_documents, tokenize_dataset
+from loku.data import split_documents, token_limits, tokenize_dataset
 from loku.data.rows import DataSet
-from loku.distributed import is_sharded
 from loku.evaluation.extraction import spread_extraction_likelihood
 from loku.evaluation.scores import (
     TokenScores,
@@ -37,7 +36,7 @@ class _Gauge(TrainerCallback):
         batch_size: The number of rows in a batch.
 
     Raises:
-        ValueError: ``every`` is less than 1; or, at the start of training, FSDP has sharded the model.
+        ValueError: ``every`` is less than 1.
     """
 
     def __init__(self, sets: Mapping[str, DataSet], every: int | None, batch_size: int):
@@ -74,11 +73,11 @@ class _Gauge(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Tokenise the data sets and measure the model."""
-        if any(map(is_sharded, model.parameters())):  # all processes would have to run the same forwards
-            raise ValueError(f"{type(self).__name__} cannot measure a model that FSDP has sharded")
-        max_length = getattr(args, "max_length", None)
+        max_length, limits = getattr(args, "max_length", None), token_limits(model)
         self.rows = {
-            name: split_documents(tokenize_dataset(rows, processing_class, max_length=max_length, name=name))
+            name: split_documents(
+                tokenize_dataset(rows, processing_class, max_length=max_length, name=name, limits=limits)
+            )
             for name, rows in self.sets.items()
         }
         self.history = []
@@ -120,7 +119,7 @@ class _Gauge(TrainerCallback):
 
     def scores(self, model: Any, name: str) -> list[TokenScores]:
         """Return the ``token_scores`` of a data set, from all processes."""
-        return spread_token_scores(model, self.rows[name], self.batch_size, progress=False)
+        return spread_token_scores(model, self.rows[name], self.batch_size, progress=False, description=name)
 
 
 def _logged(log: Iterable[Mapping[str, Any]], *names: str) -> dict[str, float] | None:

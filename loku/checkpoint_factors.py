@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loku.adapters import REFERENCE_ADAPTER, reference_factors
+from loku.adapters import reference_factors
 from loku.distributed import copy_whole_, full_tensor, is_main_process
 from loku.fila.initialize import initialize_from_factors
 
@@ -147,8 +147,3 @@ def load_trained_(peft_model: PeftModel, checkpoint: str | os.PathLike) -> None:
 
 def _shape(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(tuple(shape))
-
-
-def has_reference(peft_model: PeftModel) -> bool:
-    """Whether a model holds its initial factors."""
-    return REFERENCE_ADAPTER in peft_model.peft_config

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from loku.adapters import has_residual_base
 from loku.checkpoint_factors import (
     check_reference,
-    has_reference,
     initialize_from_checkpoint,
     load_trained_,
     save_factors,
@@ -37,7 +37,7 @@ from loku.checkpoint_files import (
 from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
-from loku.distributed import from_main_process, is_main_process
+from loku.distributed import first_error, from_main_process, is_main_process
 from loku.fingerprints import sampled_weights_fingerprint
 from loku.nan_guard import check_parameters
 from loku.saving.adapter import save_portable_adapter
@@ -107,6 +107,8 @@ class ResumableTrainer(Trainer):
         self._base_model = sampled_weights_fingerprint(model) if args.should_save else None
         self._given_adapter: str | None = None  # of an adapter that is a part of the original model
         self._writing = self._ended = False
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise ValueError("FSDP 1 flattens the weights, and FILA needs matrices: set fsdp_version: 2")
         self.add_callback(_BestCheckpoint())
 
     @cached_property
@@ -182,11 +184,11 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # FSDP has sharded the parameters before this call.
-        if self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
+        if not isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         # A model without initial factors has the untouched base: the identity of the run has its fingerprint.
-        if not has_reference(self.model) and stored_factors(resume_from_checkpoint):
+        if not has_residual_base(self.model) and stored_factors(resume_from_checkpoint):
             initialize_from_checkpoint(self.model, resume_from_checkpoint, self.model.active_adapters[0])
         check_reference(self.model, resume_from_checkpoint)
         load_trained_(self.model, resume_from_checkpoint)
@@ -195,24 +197,22 @@ class ResumableTrainer(Trainer):
         best = str(self.state.best_model_checkpoint)
         if not os.path.isfile(os.path.join(best, MANIFEST)):
             raise OSError(f"load_best_model_at_end: the best checkpoint, {best}, is gone")
-        if self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
+        if not isinstance(self.model, PeftModel):
             super()._load_best_model()
         else:
             load_trained_(self.model, best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as ``transformers.Trainer.save_model``, an adapter for the untouched base.
+        """Save the model as ``transformers.Trainer.save_model``: an adapter for the untouched base.
 
-        After FILA that is the portable adapter (``loku.save_portable_adapter``). All processes must call it.
+        Under FSDP the factors alone are gathered, one at a time. All processes must call this.
 
         Args:
             output_dir: The directory, ``args.output_dir`` by default.
             _internal_call: Whether a checkpoint is being written.
         """
         model: Any = self.model
-        # Under FSDP all processes gather the factors, and peft's own save runs in the main process alone.
-        ours = isinstance(model, PeftModel) and (has_reference(model) or self.is_fsdp_enabled)
-        if not ours or self.is_deepspeed_enabled:
+        if not isinstance(model, PeftModel) or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
         directory = str(self.args.output_dir) if output_dir is None else output_dir
@@ -244,31 +244,43 @@ class ResumableTrainer(Trainer):
             shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
         self._writing = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+
+        def write_rest() -> None:
             if self.state.best_model_checkpoint == str(unfinished / name):
                 self.state.best_model_checkpoint = str(directory / name)
-            if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:
+            if isinstance(self.model, PeftModel):
                 save_factors(self.model, unfinished / name)
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / name / _STATE))
                 write_manifest(unfinished / name, self._identity)
                 replace_directory(unfinished / name, directory / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the last two
-            raise OSError(
-                f"{name} could not be written to {directory} ({error}). The checkpoints before it are whole: "
-                "make room and go on with resume_from_checkpoint=True"
-            ) from error
+
+        try:
+            self._written(partial(super()._save_checkpoint, model, trial), directory / name)
+            self._written(write_rest, directory / name)
         finally:
             self._writing = False
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(directory / name))
         if self.args.should_save:
             self._delete_oldest(directory)
+
+    @staticmethod
+    def _written(write: Callable[[], None], checkpoint: Path) -> None:
+        """Call a function that writes. All processes raise OSError if it fails in one."""
+        failed: Exception | None = None
+        try:
+            write()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the last two
+            failed = error
+        reason = first_error(None if failed is None else str(failed))
+        if reason is not None:
+            raise OSError(
+                f"{checkpoint.name} could not be written to {checkpoint.parent} ({reason}). The checkpoints "
+                "before it are whole: make room and go on with resume_from_checkpoint=True"
+            ) from failed
 
     def _delete_oldest(self, directory: Path) -> None:
         """Delete the oldest checkpoints beyond ``save_total_limit``, but not the newest and the best."""

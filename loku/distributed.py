@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -51,6 +52,30 @@ def sum_over_processes_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def first_error(message: str | None) -> str | None:
+    """Tell all processes of an error in one of them, so that all stop; all processes must call this.
+
+    Args:
+        message: This process's error, or None.
+
+    Returns:
+        The message of the first process that has one, which says so in the other processes; or None.
+    """
+    size = rank_and_size()[1]
+    if size == 1:
+        return message
+    # gloo reduces on the CPU and NCCL on the device; the flag is cheap, and the texts follow an error alone.
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    failed = torch.tensor([message is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if not failed.item():
+        return None
+    messages: list[str | None] = [None] * size
+    dist.all_gather_object(messages, message)
+    rank, first = next((rank, text) for rank, text in enumerate(messages) if text is not None)
+    return first if message is not None else f"{first} (in process {rank})"
+
+
 def wait_for_all_processes() -> None:
     """Wait until every process has called this."""
     if rank_and_size()[1] > 1:
@@ -74,6 +99,11 @@ def full_tensor(tensor: Any) -> Tensor:
 def local_tensor(tensor: Any) -> Tensor:
     """Return this process's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model, so that all processes must run the same number of forwards."""
+    return any(hasattr(module, "reshard") for module in model.modules())
 
 
 def reshard_(model: nn.Module) -> None:
@@ -122,7 +152,7 @@ def share_of_batches(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
         yield (mine.pop(), True) if mine else (batch, False)
 
 
-def spread(function: Callable[..., list[T]], *columns: Sequence[Any]) -> list[T]:
+def spread(function: Callable[..., list[T]], *columns: Sequence[Any], equal: bool = False) -> list[T]:
     """Compute ``function(*columns)`` with the rows shared out among the processes.
 
     Of n processes, each takes every n-th row. All processes must call this, and all get all the results.
@@ -130,13 +160,20 @@ def spread(function: Callable[..., list[T]], *columns: Sequence[Any]) -> list[T]
     Args:
         function: A function that maps lists to one list of results, in order, one for each row.
         columns: The lists, all of one length. The same rows must be given to every process.
+        equal: Whether all processes get equally many rows, False by default. A process with one row fewer
+            then computes a row of another process once more, because sharded weights are gathered together.
 
     Returns:
         The results, in the order of the rows.
     """
     rank, size = rank_and_size()
     share = [column[rank::size] for column in columns]
+    missing = equal and len(columns[0]) > size * len(share[0])
+    if missing:
+        share = [[*part, column[0]] for part, column in zip(share, columns, strict=True)]
     results = function(*share) if share[0] else []
+    if missing:
+        results.pop()
     if size == 1:
         return results
     gathered: list[list[T]] = [[] for _ in range(size)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loku.distributed import local_tensor
+from loku.distributed import first_error, local_tensor
 
 
 @torch.no_grad()
@@ -46,25 +46,30 @@ def check_parameters(model: nn.Module, step: int) -> None:
     """Check the parameters that are trained.
 
     Args:
-        model: The model. A sharded parameter is checked by its part in this process.
+        model: The model. A sharded parameter is checked by its part in each process. All processes must call
+            this, and all raise if one finds a NaN or Inf.
         step: The number of the optimizer step, for the message.
 
     Raises:
         FloatingPointError: A parameter has a NaN or Inf; the message names the first.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(local_tensor(parameter)).all():
-            raise FloatingPointError(
-                f"step {step}: the trained parameter {name} is not finite; nothing was saved, and earlier "
-                "checkpoints are kept. Lower learning_rate or max_grad_norm, or train in bfloat16 or float32"
-            )
+    bad = (
+        f"step {step}: the trained parameter {name} is not finite; nothing was saved, and earlier "
+        "checkpoints are kept. Lower learning_rate or max_grad_norm, or train in bfloat16 or float32"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not torch.isfinite(local_tensor(parameter)).all()
+    )
+    error = first_error(next(bad, None))
+    if error is not None:
+        raise FloatingPointError(error)
 
 
 class LossCheck(TrainerCallback):
     """Stop at a loss that is NaN or Inf, before it changes a weight.
 
     The check reads from the device once each optimizer step. The trainer's own check
-    (``logging_nan_inf_filter``) reads at each micro-batch, leaves such losses out of the log and goes on.
+    (``logging_nan_inf_filter``) reads at each micro-batch, leaves such losses out of the log and goes on. All
+    processes stop together. A process that went on alone would wait for the others for ever.
 
     Args:
         locate: A function that maps a batch to the name of the first module whose output is not finite, or
@@ -100,16 +105,18 @@ class LossCheck(TrainerCallback):
             FloatingPointError: A loss is NaN or Inf; the message names it, the step and the module.
         """
         pending, self._pending = self._pending, []
+        error = first_error(self._error(pending, state.global_step + 1))
+        if error is not None:
+            raise FloatingPointError(error)
+
+    def _error(self, pending: list[tuple[list[str], Tensor, Any]], step: int) -> str | None:
         if not pending or torch.isfinite(torch.cat([values for _, values, _ in pending])).all():
-            return
-        for names, values, batch in pending:
-            if torch.isfinite(values).all():
-                continue
-            name, value = next((n, v) for n, v in zip(names, values.tolist(), strict=True) if v - v != 0)
-            module = self._locate(batch)
-            where = "every module's output is finite" if module is None else f"it begins in {module}"
-            raise FloatingPointError(
-                f"step {state.global_step + 1}: {name} is {value} ({where}); the run was stopped before the "
-                "weights changed, and earlier checkpoints are kept. Lower learning_rate, or train in "
-                "bfloat16 or float32"
-            )
+            return None
+        names, values, batch = next(entry for entry in pending if not torch.isfinite(entry[1]).all())
+        name, value = next((n, v) for n, v in zip(names, values.tolist(), strict=True) if v - v != 0)
+        module = self._locate(batch)
+        where = "every module's output is finite" if module is None else f"it begins in {module}"
+        return (
+            f"step {step}: {name} is {value} ({where}); the run was stopped before the weights changed, and "
+            "earlier checkpoints are kept. Lower learning_rate, or train in bfloat16 or float32"
+        )

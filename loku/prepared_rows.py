@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from loku.config import UnlearnConfig
 from loku.data import (
@@ -44,6 +44,18 @@ class PreparedRows(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
+def _text_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
+    """Return a tokenizer, or the tokenizer in the processor of a model that also takes images."""
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = getattr(tokenizer, "tokenizer", None)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        raise ValueError(
+            f"tokenizer is the {type(tokenizer).__name__} {str(tokenizer)!r}; pass "
+            "AutoTokenizer.from_pretrained(...) of it"
+        )
+    return tokenizer
+
+
 def prepare_rows(
     model: CausalLM,
     forget: Any,
@@ -68,7 +80,7 @@ def prepare_rows(
         The rows, which ``UnlearnTrainer`` takes as its ``forget``.
 
     Raises:
-        ValueError: A set is empty, no tokenizer is found, or refusals cannot be made.
+        ValueError: A set is empty, the tokenizer is a path or is not found, or refusals cannot be made.
         RowError: A row is unusable, is longer than the model's context, or has a token that the model lacks.
             The message names the set, the row and, for a file, the line. A retain row that is not held in
             memory is checked when it is drawn.
@@ -76,6 +88,7 @@ def prepare_rows(
     """
     if isinstance(forget, PreparedRows):
         return forget
+    tokenizer = _text_tokenizer(tokenizer)
     given = {"forget": forget, "retain": retain}
     sources = {name: rows for name, rows in given.items() if isinstance(rows, (str, os.PathLike))}
     forget, retain = (read_rows(rows) if name in sources else rows for name, rows in given.items())

@@ -81,7 +81,9 @@ class _Module:
         current.update(self.attributes)
         for name, content in self.contents.items():
             _refill(current[name], content)
-        parameters = {name: kept and kept.restored() for name, kept in self.parameters.items()}
+        parameters = {
+            name: None if kept is None else kept.restored() for name, kept in self.parameters.items()
+        }
         for name, kept in self.parameters.items():
             if kept is not None and parameters[name] is None:  # gone: the model holds another in its place
                 parameters[name] = self.module._parameters.get(name)

@@ -294,8 +294,10 @@ def _no_match(found: _Candidates, field: str, pattern: str, among: list[str] | N
     what = "is no module of" if _is_name(pattern) else "is a regular expression that matches no module of"
     known = {".".join(name.split(".")[-pattern.count(".") - 1 :]) for name in found.names}
     near = difflib.get_close_matches(pattern, sorted(known), n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return f"which {what} {found.kind}; {hint}{linears[0].upper()}{linears[1:]}"
+    if near:
+        hint = f"did you mean {' or '.join(map(repr, near))}?"
+        return f"which {what} {found.kind}; {hint} The {linears.removeprefix('the ')}"
+    return f"which {what} {found.kind}; {linears}"
 
 
 def _leaves(names: Iterable[str]) -> list[str]:

@@ -44,6 +44,7 @@ _INITIALISERS = {"__init__", "_init_weights", "init_weights", "reset_parameters"
 _DIRECT_READ = re.compile(
     r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|data)\b|\[|, torch\.Tensor\))"
 )
+_PARAMETER_READ = re.compile(r"self\.(\w+)\.(\w+)\b(?!\.(?:dtype|device|shape|size)\b|\()")
 _SLICED_READ = re.compile(r"self\.(\w+)\.weight\[")
 
 
@@ -117,7 +118,8 @@ def directly_read(model: nn.Module) -> set[str]:
     """The names of the modules whose weights another module's forward reads without calling them.
 
     An adapter acts in the call of its module alone, so it has no effect there. Mamba's ``dt_proj`` is one,
-    and so are ``x_proj`` and ``out_proj`` where a fused kernel takes their weights in training on CUDA.
+    and so are ``x_proj`` and ``out_proj`` where a fused kernel takes their weights in training on CUDA. The
+    names of other parameters that are read so are among them, such as those of DBRX's experts.
 
     Args:
         model: The causal LM, without an adapter.
@@ -128,13 +130,20 @@ def directly_read(model: nn.Module) -> set[str]:
     names = set()
     for name, module in model.named_modules():
         prefix = name + "." if name else ""
-        names |= {prefix + child for child in _read_children(type(module), sliced) if hasattr(module, child)}
+        weights, parameters = _read_children(type(module), sliced)
+        names |= {prefix + child for child in weights if hasattr(module, child)}
+        for child, parameter in parameters:
+            held = getattr(getattr(module, child, None), "_parameters", {}).get(parameter)
+            if held is not None and parameter not in ("weight", "bias"):
+                names.add(f"{prefix}{child}.{parameter}")
     return names
 
 
 @cache
-def _read_children(cls: Any, sliced: bool) -> frozenset[str]:
+def _read_children(cls: Any, sliced: bool) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+    """The children whose weight a class reads, and the pairs of a child and another attribute of it."""
     found: set[str] = set()
+    attributes: set[tuple[str, str]] = set()
     for part in cls.__mro__:
         if part in (nn.Module, PreTrainedModel) or part.__module__.startswith("torch."):
             continue
@@ -146,6 +155,7 @@ def _read_children(cls: Any, sliced: bool) -> frozenset[str]:
             except (OSError, TypeError):  # it was made without a source file
                 continue
             found |= set(_DIRECT_READ.findall(source))
+            attributes |= set(_PARAMETER_READ.findall(source))
             if sliced:
                 found |= set(_SLICED_READ.findall(source))
-    return frozenset(found)
+    return frozenset(found), frozenset(attributes)

@@ -49,6 +49,7 @@ from loku.data.pairs import Draw
 from loku.fila.initialize import uninitialised_on_failure
 from loku.fingerprints import given_adapter_fingerprint
 from loku.head import (
+    check_head,
     check_packing,
     label_hidden_states,
     model_tokens,
@@ -214,7 +215,7 @@ class UnlearnTrainer(EvaluatingTrainer):
             check_lora_config(model, peft_config)
             model = get_peft_model(model, peft_config)
         args = with_learning_rate(args, model)
-        output_embedding(model)  # refuses a head that it cannot handle, which the first step would
+        check_head(model, collate(forget[:1], padding_id(processing_class, model)))
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
         if (name := next(half, None)) is not None:
             raise ValueError(
@@ -306,7 +307,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         if self._given is None:
             yield
             return
-        with reference_adapter(self.model, self._given):
+        peft_model: Any = self.model
+        with reference_adapter(peft_model, self._given):
             yield
 
     def _keep_references(self) -> None:
@@ -392,7 +394,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         return Batch(**rows, beta=self.args.beta), triplet
 
     def _first_module_not_finite(self, inputs: Mapping[str, Tensor]) -> str | None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled:
             return None  # a forward needs all processes, and only this process may have the NaN
         return first_module_not_finite(self.model, lambda: self._batch(self.model, inputs))
 

@@ -23,6 +23,7 @@ from loku.data import (
     has_input_ids,
     infer_tokenizer,
     split_documents,
+    token_limits,
     tokenize_dataset,
 )
 from loku.data.large_sets import DrawnRows
@@ -62,6 +63,16 @@ def check_trainer_arguments(args: UnlearnConfig, arguments: Mapping[str, Any]) -
     """
     given = {name: arguments.get(name) is not None for name in _WITHOUT_EFFECT}
     given |= {name: bool(getattr(args, name, None)) for name in _FIELDS_WITHOUT_EFFECT}
+    if args.world_size > 1 and args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]
+        raise ValueError(
+            "dispatch_batches=True would leave all processes but one waiting, because each reads its own "
+            "share of the rows: leave it out of accelerator_config"
+        )
+    if getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "deepspeed", None):
+        raise ValueError(
+            "UnlearnTrainer does not run under DeepSpeed, whose shards neither FILA nor the saves can "
+            "gather: use FSDP2 (configs/accelerate/fsdp2.yaml) or DDP (configs/accelerate/ddp.yaml)"
+        )
     for name, remedy in {**_WITHOUT_EFFECT, **_FIELDS_WITHOUT_EFFECT}.items():
         if given[name]:
             raise ValueError(f"{name} has no effect on UnlearnTrainer: leave it out; {remedy}")
@@ -85,16 +96,17 @@ def tokenized_eval_sets(
         The rows of each set by its name. "" is the name of a set that is not in a dict.
 
     Raises:
-        ValueError: A set is empty or a row is unusable.
+        ValueError: A set is empty, or a row is unusable or beyond the limits of the model.
     """
-    tokenized = {}
+    tokenized, limits = {}, token_limits(model)
     sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
     for name, rows in sets.items():
         known = tokenizer
         if known is None and not has_input_ids(rows):
             known = infer_tokenizer(model)
         told = name or "evaluation"
-        tokenized[name] = split_documents(tokenize_dataset(rows, known, max_length=max_length, name=told))
+        tokens = tokenize_dataset(rows, known, max_length=max_length, name=told, limits=limits)
+        tokenized[name] = split_documents(tokens)
     return tokenized
 
 

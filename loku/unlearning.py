@@ -32,7 +32,7 @@ from loku.fila.initialize import (
     uninitialised_on_failure,
 )
 from loku.fila.targets import fila_targets
-from loku.head import check_head, output_embedding
+from loku.head import output_embedding
 from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
@@ -160,7 +160,7 @@ def _no_empty_directory(path: str | None) -> Iterator[None]:
 
 
 def _unlearn(
-    model: PreTrainedModel,
+    model: Any,
     forget: Any,
     retain: Any,
     config: UnlearnConfig,
@@ -171,7 +171,11 @@ def _unlearn(
 ) -> UnlearnResult:
     """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
     output_embedding(model)
-    keep_differentiable_(model)  # before check_head evaluates the model
+    lora_targets: dict[str, Any] = {}
+    if config.tuning == "lora":  # before the rows are read, which may take long
+        targets = choose_targets(model, config.target_modules or "qv+ffn", config.exclude_modules)
+        lora_targets = targets.lora_arguments()
+    keep_differentiable_(model)  # before the model is evaluated
     rows = prepare_rows(model, forget, retain, config, tokenizer)
     tokenizer = rows.tokenizer
     if isinstance(rows.retain, StreamedRows) and config.init == "fila" and config.fisher_samples is None:
@@ -187,19 +191,16 @@ def _unlearn(
         callbacks=callbacks,
         eval_dataset=eval_dataset,
     )
-    first_row = collate(rows.forget[:1], padding_id(tokenizer, model))
     if config.tuning == "full":
-        check_head(model, first_row)
         trainer = make_trainer(model)
         trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
-    targets = choose_targets(model, config.target_modules or "qv+ffn", config.exclude_modules)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, too
-        **targets.lora_arguments(),
+        **lora_targets,
     )
     set_seed(config.seed)  # the default LoRA factors are random
     with warnings.catch_warnings():  # peft reads a property that transformers has renamed
@@ -207,7 +208,6 @@ def _unlearn(
         peft_model: Any = get_peft_model(model, lora)
     with uninitialised_on_failure(peft_model):
         check_save(peft_model, save_kind)
-        check_head(peft_model, first_row)
         trainer = make_trainer(peft_model)
         initialize: Callable[[], None] | None = None
         resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors

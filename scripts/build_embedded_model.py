@@ -127,13 +127,13 @@ def train(rows: Sequence[Row], tokenizer_dir: Path, output_dir: Path, epochs: in
 
 
 def forget_section(log: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a TOFU log that forget quality needs: the losses of the forget set's answers."""
+    """Return the part of a TOFU log that forget quality needs: the losses, and the questions and answers."""
     section = log["eval_log_forget.json"]
-    return {
-        "eval_log_forget.json": {
-            name: section[name] for name in ("average_perturb_loss", "avg_paraphrased_loss")
-        }
+    kept = {name: section[name] for name in ("average_perturb_loss", "avg_paraphrased_loss")}
+    kept["generated_text"] = {
+        i: [prompt, None, answer] for i, (prompt, _, answer) in section["generated_text"].items()
     }
+    return {"eval_log_forget.json": kept}
 
 
 def ship(work_dir: Path) -> None:

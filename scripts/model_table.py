@@ -84,7 +84,9 @@ def _run_all() -> list[Facts]:
 
 def main() -> None:
     """Write the table, and with --run the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", action="store_true", help=f"run every class and write {RESULTS.name}")
     if parser.parse_args().run:
         lines = ",\n".join(json.dumps(facts) for facts in _run_all())

@@ -24,4 +24,12 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(*args, **kwargs)
 
 
+def accept_underscores(parser: argparse.ArgumentParser) -> None:
+    """Let ``--max_length`` stand for ``--max-length``, and so on; the help shows the latter alone."""
+    known = parser._option_string_actions
+    for text, action in [*known.items()]:
+        if text.startswith("--"):
+            known.setdefault("--" + text.removeprefix("--").replace("-", "_"), action)
+
+
 Commands = argparse._SubParsersAction  # the argument of ``add``: the commands of the parser of ``loku``

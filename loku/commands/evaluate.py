@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.commands import CommandParser, Commands
+from loku.commands import CommandParser, Commands, accept_underscores
 
 
 def add(commands: Commands[CommandParser]) -> CommandParser:
@@ -21,7 +22,11 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         "membership inference and dialogue F1, as far as the sets allow. Prints a table, and writes a JSON "
         "report with TOFU's log and a picture beside it. Runs under torchrun and accelerate launch.",
     )
-    parser.add_argument("model", metavar="MODEL", help="path or hub name of a causal LM")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="path or hub name of a causal LM, or the folder of an adapter, which names its base",
+    )
     parser.add_argument(
         "--data",
         nargs="+",
@@ -29,11 +34,11 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         type=_named_source,
         metavar="NAME=SOURCE",
         help="data sets. NAME: forget, retain, real_authors, world_facts, holdout, or any other. SOURCE: a "
-        ".jsonl or .json file of rows, a .txt file with a text on each line, or NAME[:CONFIG[:SPLIT]] on the "
-        "hub",
+        "file (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz), a folder that datasets saved, or "
+        "NAME[:CONFIG[:SPLIT]] on the hub",
     )
     parser.add_argument("--out", default="report.json", metavar="FILE", help="report (default: report.json)")
-    parser.add_argument("--adapter", metavar="PATH", help="path of a peft adapter for the model")
+    parser.add_argument("--adapter", metavar="PATH", help="folder of a peft adapter for the model")
     parser.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
     parser.add_argument(
         "--reference-log", metavar="FILE", help="TOFU log of a model that never saw the forget set"
@@ -45,7 +50,11 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         default=1,
         help="tokens between its prefixes; more is coarser and faster (default: 1)",
     )
-    parser.add_argument("--max-length", type=int, help="tokens at which texts are cut")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens at which texts are cut; a question with its answer that is longer is refused",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="rows at once (default: 16)")
     parser.add_argument(
         "--reasoning",
@@ -55,6 +64,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
+    accept_underscores(parser)
     return parser
 
 
@@ -64,45 +74,45 @@ def run(options: argparse.Namespace) -> None:
 
     import torch
     from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from loku.data.files import read_rows
+    from loku.data import read_rows, row_places
     from loku.evaluation import evaluate, plot_measures, reasoning_accuracies, write_report
 
     # One process may generate for much longer than another, so the timeout is long.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
-    data = {name: read_rows(source) for name, source in options.data}
-    if len(data) < len(options.data):
+    sources = dict(options.data)
+    if len(sources) < len(options.data):
         raise ValueError(f"two data sets have one name: {[name for name, _ in options.data]}")
+    data = {name: read_rows(source) for name, source in sources.items()}
     reference = None
     if options.reference_log is not None:
-        reference = json.loads(Path(options.reference_log).read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", use_safetensors=True)
-    if options.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, options.adapter)
+        reference = json.loads(Path(options.reference_log).read_text(encoding="utf-8-sig"))
+    model, base, adapter = _load(options.model, options.adapter)
+    if options.adapter is None and adapter is not None and state.is_main_process:
+        print(f"{adapter} is an adapter; its base is {base}", file=sys.stderr)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or _tokenizer_place(model, base, adapter))
     model.to(state.device).eval()
     reasoning = None
     if options.reasoning and state.is_main_process:
         reasoning = reasoning_accuracies(model, tokenizer, batch_size=options.batch_size)
-    result = evaluate(
-        model,
-        tokenizer,
-        data,
-        reference_log=reference,
-        n=options.ngram,
-        stride=options.stride,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-        progress=not options.quiet,
-    )
+    with row_places(sources):
+        result = evaluate(
+            model,
+            tokenizer,
+            data,
+            reference_log=reference,
+            n=options.ngram,
+            stride=options.stride,
+            max_length=options.max_length,
+            batch_size=options.batch_size,
+            progress=not options.quiet,
+        )
     if state.is_main_process:
         report = {
-            "model": options.model,
-            "adapter": options.adapter,
-            "data": dict(options.data),
+            "model": base,
+            "adapter": adapter,
+            "data": sources,
             "reference_log": options.reference_log,
             "settings": {
                 key: getattr(options, key) for key in ("ngram", "stride", "max_length", "batch_size")
@@ -123,6 +133,50 @@ def run(options: argparse.Namespace) -> None:
         plot_measures(written[-1], result.sets)
         print(f"\nwritten: {', '.join(map(str, written))}")
     state.destroy_process_group()
+
+
+def _load(place: str, adapter: str | None) -> tuple[Any, str, str | None]:
+    """Load a model, with its adapter if there is one.
+
+    An adapter is not merged, because the sum would be rounded to the dtype of the base.
+
+    Returns:
+        The model, the place of its base, and the place of the adapter or None.
+
+    Raises:
+        ValueError: MODEL is an adapter whose base cannot be loaded, or there is an ``--adapter`` too.
+    """
+    from loku.adapter_folders import find_adapter, load_on_base, put_adapter
+    from loku.models import load_model
+
+    arguments = {"dtype": "auto", "use_safetensors": True}  # never a pickle unasked
+    own = find_adapter(place, {})
+    if adapter is None:
+        if own is None:
+            return load_model(place, arguments), place, None
+        try:
+            model, base = load_on_base(own, arguments)
+        except ValueError as error:
+            raise ValueError(f"{error}. Or name the base: loku evaluate BASE --adapter {own}") from error
+        return model, base, own
+    if own is not None:
+        raise ValueError(
+            f"{place} is an adapter, and there is an --adapter too; MODEL must be the base of {adapter}: "
+            f"loku evaluate BASE --adapter {adapter}"
+        )
+    base_model: Any = load_model(place, arguments)
+    return put_adapter(base_model, adapter, place), place, adapter
+
+
+def _tokenizer_place(model: Any, base: str, adapter: str | None) -> str:
+    """Return the adapter's folder if a tokenizer was saved there, else the place of the base's tokenizer."""
+    from loku.adapters import MERGED_ADAPTER
+    from loku.models import unwrapped
+
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        return adapter
+    merged: Any = getattr(unwrapped(model), MERGED_ADAPTER, None)
+    return base if merged is None else merged["tokenizer"]
 
 
 def _evaluation_table(report: Mapping[str, Any]) -> str:

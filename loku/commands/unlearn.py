@@ -171,6 +171,7 @@ def _unlearn(
     from loku.data.files import place_of_row
     from loku.learning_rates import default_learning_rate
     from loku.memory import forget_peak_memory, peak_device_memory, peak_memory
+    from loku.models import unwrapped
 
     tokenizer = None
     if places["tokenizer"]:
@@ -191,7 +192,9 @@ def _unlearn(
     peaks = {"resident": peak_memory(), "device": peak_device_memory()}
     sizes = {"forget": len(forget), "retain": len(retain)}
     kind = "merged" if config.tuning == "full" else kind
-    return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind)
+    given = getattr(unwrapped(result.model), "_loku_merged_adapter", None)
+    base = places["model"] if given is None else given["base_model_name_or_path"] or "BASE"
+    return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind, base)
 
 
 def _summary(
@@ -203,6 +206,7 @@ def _summary(
     seconds: float,
     peaks: Mapping[str, int | None],
     kind: str,
+    base: str,
 ) -> str:
     from loku.evaluation import format_table
 
@@ -232,7 +236,7 @@ def _summary(
             f"{seconds:.0f} s, peak memory {', '.join(memory)}{processes}",
             *_speed(logged),
             f"saved to {places['output']}. To load it:",
-            *(f"    {line}" for line in _loading_lines(places, kind)),
+            *(f"    {line}" for line in _loading_lines(places["output"], kind, base)),
         ]
     )
 
@@ -267,14 +271,13 @@ def _wrapped(title: str, items: Sequence[str], width: int = 100) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _loading_lines(places: Mapping[str, str], kind: str) -> list[str]:
-    model, output = places["model"], places["output"]
+def _loading_lines(output: str, kind: str, base: str) -> list[str]:
     if kind == "merged":
         return [
             "from transformers import AutoModelForCausalLM",
             f"model = AutoModelForCausalLM.from_pretrained({output!r})",
         ]
-    base, adapter = (model, output) if kind == "portable" else (f"{output}/base", f"{output}/adapter")
+    base, adapter = (base, output) if kind == "portable" else (f"{output}/base", f"{output}/adapter")
     return [
         "from peft import PeftModel; from transformers import AutoModelForCausalLM",
         f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})",

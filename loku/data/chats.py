@@ -32,8 +32,8 @@ class Chat(NamedTuple):
 
 
 def is_chat(value: Any) -> bool:
-    """Whether the value of a column is a list of messages, or is meant to be one."""
-    return value is not None and not isinstance(value, str)
+    """Whether the value of a column is a list, which should be one of messages."""
+    return as_list(value) is not None
 
 
 def chat_of(row: Mapping[str, Any]) -> Chat:

@@ -266,8 +266,8 @@ def split_documents(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]
 
 def has_input_ids(rows: Any) -> bool:
     """Whether the first row of a data set has ``input_ids``, that is, the set is tokenised already."""
-    first = next(iter(rows), None) if hasattr(rows, "__iter__") else None
-    return isinstance(first, Mapping) and "input_ids" in first
+    first = next(iter(as_rows(rows, "data")), None) if hasattr(rows, "__iter__") else None
+    return labelled_column(first) == "input_ids"
 
 
 def duplicate_rows(

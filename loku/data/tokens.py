@@ -37,7 +37,9 @@ class TextTokenizer:
 
     The ids are those of ``tokenizer(text)``, with the tokenizer's EOS, if it has one, at the end. A token is
     labelled if it has at least one labelled character. So a token that lies across the end of the prompt
-    belongs to the completion, and every character of the completion is predicted.
+    belongs to the completion, and every character of the completion is predicted. Some added
+    tokens, such as Phi-3's ``<|assistant|>``, take the spaces after them along. They stay with the prompt in
+    which they begin.
 
     Args:
         tokenizer: The tokenizer.
@@ -46,6 +48,8 @@ class TextTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._leading, self._trailing = special_ends(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        self._taking_spaces = {index for index, token in added.items() if token.rstrip}
 
     def __call__(self, labelled: LabelledText) -> TokenizedRow:
         """Tokenise a text.
@@ -64,11 +68,12 @@ class TextTokenizer:
             encodings: Any = getattr(encoded, "encodings", None)
             offsets = None if encodings is None else encodings[0].offsets
             for span in labelled.spans:
-                first, last = (
-                    self._tokens_by_prefixes(ids, labelled.text, span)
-                    if offsets is None
-                    else _tokens_of(offsets, *span)
-                )
+                if offsets is None:
+                    first, last = self._tokens_by_prefixes(ids, labelled.text, span)
+                else:
+                    first, last = _tokens_of(offsets, *span)
+                    if first < last and offsets[first][0] < span[0] and ids[first] in self._taking_spaces:
+                        first += 1
                 labels[first:last] = ids[first:last]
         row = {"input_ids": ids, "labels": labels}
         return self._with_special(row, labelled.spans is None) if labelled.special else row

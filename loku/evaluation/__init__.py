@@ -22,15 +22,8 @@ from loku.evaluation.scores import (
     token_scores,
 )
 from loku.evaluation.suite import Evaluation, evaluate
-from loku.evaluation.tofu import (
-    answer_losses,
-    evaluate_tofu_rows,
-    forget_quality,
-    model_utility,
-    rouge_recalls,
-    section_metrics,
-    utility_table,
-)
+from loku.evaluation.tofu import answer_losses, evaluate_tofu_rows, rouge_recalls
+from loku.evaluation.tofu_logs import forget_quality, model_utility, section_metrics, utility_table
 
 __all__ = [
     "REASONING_TASKS",

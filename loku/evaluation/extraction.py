@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loku.distributed import is_main_process, spread
+from loku.distributed import from_main_process, has_shards, is_main_process, reshard_, spread
 from loku.evaluation.generation import eos_ids, generate_greedy, until_eos
 from loku.evaluation.scores import TokenScores, mean_over_rows, token_scores
 from loku.models import CausalLM
@@ -201,13 +201,18 @@ def spread_extraction_likelihood(
     """Compute the mean of ``extraction_likelihood`` with the rows shared out among the processes.
 
     All processes must call this, with all rows and the ``token_scores`` of all rows. It takes the arguments
-    of ``extraction_likelihood``. Only the main process shows progress.
+    of ``extraction_likelihood``. Only the main process shows progress. With sharded weights (FSDP2) every
+    process generates for all rows, because the number of forwards depends on the tokens.
     """
     progress = progress and is_main_process()
 
     def per_row(rows: Sequence[Mapping[str, Any]], scores: Sequence[TokenScores]) -> list[float | None]:
         return extraction_likelihood(model, rows, n, stride, batch_size, progress, scores).per_row
 
+    if has_shards(model):
+        values = per_row(rows, scores)
+        reshard_(model)
+        return mean_over_rows(from_main_process(values))
     return mean_over_rows(spread(per_row, rows, scores))
 
 

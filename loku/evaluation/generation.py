@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from loku.data import token_limits
 from loku.models import CausalLM, evaluating, model_device, unwrapped
 
 PROBE_TOKENS = 16  # tokens of a probe's prompt at most, and of its padding
@@ -53,7 +54,7 @@ def generate_greedy(
     if eos_token_id is None:
         eos_token_id = eos_ids(model)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = token_limits(model).context or math.inf
     lengths = [
         min(length, context - len(prompt)) for prompt, length in zip(prompts, max_new_tokens, strict=True)
     ]
@@ -197,7 +198,8 @@ def _same_as_alone(model: CausalLM, prompts: Sequence[Sequence[int]], padding: i
         padding: The number of tokens by which the other row is longer.
         context: The greatest number of tokens that the model takes.
     """
-    prompt = list(min(prompts, key=len))[:PROBE_TOKENS]
+    shortest: Sequence[int] = min(prompts, key=len)
+    prompt = list(shortest[:PROBE_TOKENS])
     width = len(prompt) + padding
     if width + 2 > context:
         return False
@@ -207,7 +209,8 @@ def _same_as_alone(model: CausalLM, prompts: Sequence[Sequence[int]], padding: i
         _generate(model, rows, 2, [], output_logits=True, return_dict_in_generate=True).logits
         for rows in ([prompt], [prompt, other])
     )
-    tolerance = ROUNDING.get(unwrapped(model).dtype, ROUNDING[torch.bfloat16])
+    dtype: Any = unwrapped(model).dtype
+    tolerance = ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
     for expected, found in zip(alone, together, strict=True):
         expected, found = expected[0], found[0]
         known = expected.isfinite()

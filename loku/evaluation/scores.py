@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from loku.data import IGNORE_INDEX, collate
-from loku.distributed import is_main_process, spread
+from loku.distributed import has_shards, is_main_process, reshard_, spread
 from loku.models import CausalLM, evaluating, model_device
 from loku_kernels import softmax_triplet
 
@@ -114,7 +114,10 @@ def spread_token_scores(
     def score(rows: Sequence[Mapping[str, Any]]) -> list[TokenScores]:
         return unchecked_token_scores(model, rows, batch_size, progress, description)
 
-    scores = spread(score, rows)
+    sharded = has_shards(model)
+    scores = spread(score, rows, equal=sharded)
+    if sharded:
+        reshard_(model)
     check_scores(scores, description)  # after the gathering, so that all processes stop
     return scores
 

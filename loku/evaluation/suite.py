@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loku.data import split_documents, tokenize_dataset
-from loku.data.rows import labelled_column
+from loku.data import (
+    as_rows,
+    labelled_column,
+    read_rows,
+    row_places,
+    split_documents,
+    token_limits,
+    tokenize_dataset,
+)
 from loku.distributed import is_main_process, spread
 from loku.evaluation.dialogue import dialogue_f1
 from loku.evaluation.extraction import generated_texts, spread_extraction_likelihood
@@ -19,18 +27,16 @@ from loku.evaluation.scores import (
     spread_token_scores,
     token_measures,
 )
-from loku.evaluation.tofu import (
-    ANSWER_SLACK,
+from loku.evaluation.tofu import ANSWER_SLACK, measured_section, rouge_recalls, tokenized_answers
+from loku.evaluation.tofu_logs import (
     CHOICE_SETS,
     SECTIONS,
     UTILITY_SETS,
     Log,
     Section,
-    check_forget_section,
-    evaluate_tofu_rows,
+    check_reference,
     forget_quality,
     model_utility,
-    rouge_recalls,
     section_metrics,
 )
 from loku.models import CausalLM
@@ -60,7 +66,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    data: Mapping[str, Iterable[Any]],
+    data: Mapping[str, Iterable[Any] | str | os.PathLike],
     *,
     reference_log: Log | None = None,
     n: int = 10,
@@ -77,7 +83,8 @@ def evaluate(
     TOFU's measures of a section and dialogue F1. Sets of ``prompt`` and ``completion`` get the ROUGE-L recall
     and dialogue F1 of generated completions.
 
-    Three measures take several sets. ``forget_quality`` needs a reference log. ``model_utility`` needs
+    Three measures take several sets. ``forget_quality`` needs a reference log of the same forget questions.
+    ``model_utility`` needs
     "retain", "real_authors" and "world_facts" with ``perturbed_answer``. ``membership_auc`` tells "forget"
     from "holdout" by Min-K%.
 
@@ -87,38 +94,48 @@ def evaluate(
     Args:
         model: The causal LM, on the device where it runs.
         tokenizer: The tokenizer.
-        data: The data sets, ``{set name: rows}``. The names "forget", "holdout", "retain", "real_authors" and
-            "world_facts" have a meaning; sets with other names get the measures of every set.
+        data: The data sets, ``{set name: rows}``. In place of rows, the path of a file or a hub name, as for
+            ``loku.data.read_rows``. The names "forget", "holdout", "retain", "real_authors" and "world_facts"
+            have a meaning; sets with other names get the measures of every set.
         reference_log: The parsed TOFU log of a model that never saw the forget set; None by default.
         n: The length of Extraction Likelihood's n-grams, in tokens, 10 by default.
         stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, 1 by
             default.
         min_k_share: The share of a row's tokens that Min-K% takes, in (0, 1], 0.2 by default.
-        max_length: The number of tokens at which texts are cut; None (default) does not cut them. Answers to
-            questions are never cut.
+        max_length: The number of tokens at which texts are cut; None (default) does not cut them. A question
+            with its answer is never cut: one that is longer is refused.
         batch_size: The number of rows in a batch, 16 by default.
         progress: Whether the main process shows progress bars, True by default.
 
     Raises:
-        ValueError: A row cannot be used; or the reference log or the forget set lacks perturbed answers.
+        RowError: A row cannot be used. The message names the set and the row, and the line of a file.
+        ValueError: A set is empty; or the reference log is about other questions than the forget set, or one
+            of them lacks perturbed answers.
+        FloatingPointError: A loss or a logit is NaN.
     """
-    data_sets = {name: list(rows) for name, rows in data.items()}
+    sources = {name: rows for name, rows in data.items() if isinstance(rows, (str, os.PathLike))}
+    data_sets = {
+        name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))
+        for name, rows in data.items()
+    }
+    with row_places(sources):
+        tokens_of = {
+            name: _tokenized(model, tokenizer, rows, max_length, name) for name, rows in data_sets.items()
+        }
     if reference_log is not None:
-        check_forget_section(reference_log, "the reference log")
         forget = data_sets.get("forget", [])
         if not all(map(_is_question, forget)) or not any(row.get("perturbed_answer") for row in forget):
             raise ValueError(
                 "forget quality needs a forget set of questions and answers, with 'perturbed_answer'"
             )
+        check_reference(reference_log, forget, "the reference log")
     show = progress and is_main_process()
     sets: dict[str, dict[str, float]] = {}
     log: dict[str, Section] = {}
     min_k_of: dict[str, list[float]] = {}
     for name, rows in data_sets.items():
         questions = all(_is_question(row) for row in rows)
-        cut = None if questions else max_length
-        tokens = split_documents(tokenize_dataset(rows, tokenizer, max_length=cut, name=name))
-        _check_context(model, tokens, name)
+        tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
         sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share)}
         min_k_of[name] = min_k(scores, min_k_share)
@@ -130,12 +147,18 @@ def evaluate(
         if questions:
 
             def tofu_rows(
-                rows: list[Any], scores: list[TokenScores], room: int = room, name: str = name
+                rows: list[Any],
+                scores: list[TokenScores],
+                numbers: Sequence[int],
+                room: int = room,
+                name: str = name,
             ) -> list[dict[str, Any]]:
-                section = evaluate_tofu_rows(model, tokenizer, rows, batch_size, show, name, scores, room)
+                section = measured_section(
+                    model, tokenizer, rows, numbers, batch_size, show, name, scores, room
+                )
                 return _by_row(section, len(rows))
 
-            section = _by_quantity(spread(tofu_rows, rows, scores))
+            section = _by_quantity(spread(tofu_rows, rows, scores, range(len(rows))))
             generated = [text.removeprefix("Answer:") for _, text, _ in section["generated_text"].values()]
             choice = name in CHOICE_SETS and all(row.get("perturbed_answer") for row in rows)
             sets[name] |= section_metrics(section, choice, name == "forget")
@@ -179,14 +202,15 @@ def evaluate(
     return Evaluation(sets, whole, not_available, log)
 
 
-def _check_context(model: CausalLM, tokens: Iterable[Mapping[str, Any]], name: str) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max((len(row["input_ids"]) for row in tokens), default=0)
-    if context is not None and longest > context:
-        raise ValueError(
-            f"{name}: a row has {longest} tokens, and the model's context is {context}: cut texts "
-            "(max_length, --max-length), or leave the row out"
-        )
+def _tokenized(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Any], max_length: int | None, name: str
+) -> list[Mapping[str, Any]]:
+    """Tokenise a data set, and check that the model can take all that is measured of it."""
+    limits = token_limits(model)
+    if rows and all(_is_question(row) for row in rows):
+        answers = tokenized_answers(rows, tokenizer, name, max_length, limits)
+        return [answer.tokens for answer in answers[: len(rows)]]
+    return split_documents(tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits))
 
 
 def _is_question(row: Any) -> bool:

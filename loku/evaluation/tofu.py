@@ -1,40 +1,141 @@
-"""TOFU's measures (Maini et al., 2024), read from and written to TOFU's own JSON logs.
-
-A log maps file names to sections, one for each set of questions. A section maps a quantity to
-``{str(row index): value}``. Losses are in nats: ``*_loss`` is the sum over an answer's tokens, and
-``avg_*_loss`` and ``average_perturb_loss`` are the means over them.
-"""
+"""TOFU's measures of a model on rows of questions and answers (Maini et al., 2024)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loku.data import question_answer_texts, tokenize_dataset
+from loku.data import (
+    BadRow,
+    RowError,
+    TokenLimits,
+    labelled_column,
+    paraphrased_answer,
+    tokenize_dataset,
+    wrong_answers,
+)
 from loku.data.rows import DataSet
 from loku.evaluation.extraction import generated_texts
-from loku.evaluation.scores import TokenScores, token_scores
+from loku.evaluation.scores import TokenScores, check_scores, token_scores, unchecked_token_scores
+from loku.evaluation.tofu_logs import (  # the logs' names were here
+    CHOICE_SETS,
+    SECTIONS,
+    UTILITY_SETS,
+    Log,
+    Section,
+    check_forget_section,
+    forget_quality,
+    log_truth_ratio,
+    model_utility,
+    section_metrics,
+    utility_table,
+)
 from loku.models import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Section: TypeAlias = dict[str, dict[str, Any]]  # {quantity: {str(row index): value}}
-Log: TypeAlias = Mapping[str, Section]
+__all__ = [
+    "CHOICE_SETS",
+    "SECTIONS",
+    "UTILITY_SETS",
+    "Log",
+    "Section",
+    "answer_losses",
+    "check_forget_section",
+    "evaluate_tofu_rows",
+    "forget_quality",
+    "model_utility",
+    "rouge_recalls",
+    "section_metrics",
+    "utility_table",
+]
 
-SECTIONS = {
-    "retain": "eval_log.json",
-    "real_authors": "eval_real_author_wo_options.json",
-    "world_facts": "eval_real_world_wo_options.json",
-    "forget": "eval_log_forget.json",
-}
-CHOICE_SETS = ("real_authors", "world_facts")  # the true answer competes with wrong ones
-UTILITY_SETS = ("retain", *CHOICE_SETS)
 ANSWER_SLACK = 16  # tokens of a generated answer beyond the longest true answer
+
+
+class Answer(NamedTuple):
+    """An answer that is scored.
+
+    Attributes:
+        row: The index of its row, from 0.
+        kind: "gt", "paraphrased" or "perturb", as in the quantities of a log.
+        tokens: Its tokenised row, with ``input_ids`` and ``labels``.
+    """
+
+    row: int
+    kind: str
+    tokens: Mapping[str, list[int]]
+
+
+def tokenized_answers(
+    rows: DataSet,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    max_length: int | None = None,
+    limits: TokenLimits | None = None,
+) -> list[Answer]:
+    """Tokenise all answers of rows of questions and answers.
+
+    Args:
+        rows: The rows, as for ``evaluate_tofu_rows``.
+        tokenizer: The tokenizer.
+        name: The name of the data set in messages.
+        max_length: The greatest number of tokens of a question and an answer; None (default) sets none. They
+            are never cut, because half an answer has another probability.
+        limits: The limits of a model, from ``loku.data.token_limits``; None (default) sets none.
+
+    Returns:
+        The true answers, in the order of the rows; then the paraphrased and wrong ones of the rows that have
+        wrong ones.
+
+    Raises:
+        ValueError: There are no rows.
+        RowError: A row lacks a question or an answer, has one of the wrong type, or is too long.
+    """
+    if len(rows) == 0:
+        raise ValueError(f"the {name} set is empty; it needs at least one row")
+    texts: list[tuple[int, str, str]] = []
+    others: list[tuple[int, str, str]] = []
+    for index, row in enumerate(rows):
+        if labelled_column(row) != "answer":
+            has = list(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise RowError(name, index, f"TOFU's measures need 'question' and 'answer', and it has {has}")
+        try:
+            wrong = wrong_answers(row)
+            if wrong:
+                others.append((index, "paraphrased", paraphrased_answer(row)))
+        except BadRow as error:
+            raise RowError(name, index, error) from error
+        texts.append((index, "gt", row["answer"]))
+        others += [(index, "perturb", answer) for answer in wrong]
+    texts += others
+    columns = [{"question": rows[index]["question"], "answer": answer} for index, _, answer in texts]
+    try:
+        tokens = tokenize_dataset(columns, tokenizer, name=name)
+    except RowError as error:
+        raise RowError(name, texts[error.index][0], error.problem) from error
+    answers = [Answer(index, kind, ids) for (index, kind, _), ids in zip(texts, tokens, strict=True)]
+    bounds = [
+        (max_length, "max_length", "raise max_length (--max-length) or drop the row"),
+        (None if limits is None else limits.context, "the model's context", "drop the row"),
+    ]
+    for index, _, ids in answers:
+        length = len(ids["input_ids"])
+        for greatest, what, instead in bounds:
+            if greatest is not None and length > greatest:
+                problem = f"a question with its answer has {length} tokens, and {what} is {greatest}"
+                raise RowError(name, index, f"{problem}. Answers to questions are not cut: {instead}")
+        try:
+            if limits is not None:
+                limits.check(ids)
+        except BadRow as error:
+            raise RowError(name, index, error) from error
+    return answers
 
 
 def answer_losses(
@@ -120,30 +221,37 @@ def evaluate_tofu_rows(
         The section.
 
     Raises:
-        ValueError: There are no rows, or a row lacks ``question`` or ``answer``.
+        ValueError: There are no rows.
+        RowError: A row lacks ``question`` or ``answer``, or has an answer that is no text.
+        FloatingPointError: A loss is NaN.
     """
-    if len(rows) == 0:
-        raise ValueError("there are no TOFU rows to evaluate")
-    for index, row in enumerate(rows):
-        if not {"question", "answer"} <= set(row):
-            raise ValueError(f"row {index}: TOFU rows need 'question' and 'answer', this one has {list(row)}")
+    return measured_section(
+        model, tokenizer, rows, range(len(rows)), batch_size, progress, description, scores, max_new_tokens
+    )
 
-    # All answers are scored in one list of (row, kind, answer), so that a batch may mix kinds.
-    jobs = [(i, "gt", row["answer"]) for i, row in enumerate(rows)]
-    for i, row in enumerate(rows):
-        if row.get("perturbed_answer"):
-            jobs.append((i, "paraphrased", row.get("paraphrased_answer") or row["answer"]))
-            jobs += [(i, "perturb", answer) for answer in row["perturbed_answer"]]
-    pairs = []
-    for i, _, answer in jobs:
-        prompt, completion = question_answer_texts(rows[i]["question"], answer)
-        pairs.append({"prompt": prompt, "completion": completion})
-    tokens = tokenize_dataset(pairs, tokenizer, name="evaluation")
+
+def measured_section(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: DataSet,
+    numbers: Sequence[int],
+    batch_size: int,
+    progress: bool,
+    description: str,
+    scores: Sequence[TokenScores] | None,
+    max_new_tokens: int | None,
+) -> Section:
+    """Do the work of ``evaluate_tofu_rows``, with the indices that messages give to the rows."""
+    answers = tokenized_answers(rows, tokenizer, description)
+    tokens = [answer.tokens for answer in answers]
+    # All answers are scored in one list, so that a batch may mix kinds.
     known = scores or []
     to_score = tokens[len(known) :]
-    scores = [*known, *token_scores(model, to_score, batch_size, progress, f"{description}: scoring")]
+    new = unchecked_token_scores(model, to_score, batch_size, progress, f"{description}: scoring")
+    scores = [*known, *new]
+    check_scores(scores, description, lambda i: f"row {numbers[answers[i].row]}, a {answers[i].kind} answer")
     scored: dict[str, dict[str, list[tuple[float, int]]]] = {"gt": {}, "paraphrased": {}, "perturb": {}}
-    for (i, kind, _), score in zip(jobs, scores, strict=True):
+    for (i, kind, _), score in zip(answers, scores, strict=True):
         scored[kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
 
     if max_new_tokens is None:
@@ -197,148 +305,6 @@ def evaluate_tofu_rows(
             "num_token_paraphrased": single(counts_of(scored["paraphrased"])),
         }
         with np.errstate(over="ignore"):
-            ratios = np.exp(-_log_truth_ratio(section))
+            ratios = np.exp(-log_truth_ratio(section))
         section["truth_ratio"] = dict(zip(scored["perturb"], ratios.tolist(), strict=True))
     return section
-
-
-def forget_quality(unlearned_log: Log, retain_log: Log) -> float:
-    """Compute TOFU's forget quality, a p-value; high is good.
-
-    The two-sided Kolmogorov-Smirnov test compares the truth ratios of the forget set, exp(mean perturbed loss
-    - paraphrased loss), in the unlearned model and in a model that never saw the set. Its null hypothesis is
-    that both come from one distribution.
-
-    Args:
-        unlearned_log: The parsed TOFU log of the unlearned model.
-        retain_log: The parsed TOFU log of the model that never saw the forget set.
-
-    Raises:
-        ValueError: A log has no forget section with perturbed answers.
-    """
-    from scipy.stats import ks_2samp
-
-    # The test uses the order alone, so the logarithm gives the same p-value, and it cannot overflow.
-    ratios = [
-        _log_truth_ratio(_section(log, "forget"), f"the {name} log's forget section")
-        for name, log in [("unlearned", unlearned_log), ("retain", retain_log)]
-    ]
-    return float(ks_2samp(*ratios).pvalue)
-
-
-def check_forget_section(log: Log, name: str) -> None:
-    """Check that a TOFU log has the section that forget quality needs.
-
-    Args:
-        log: The parsed TOFU log.
-        name: The name of the log in messages.
-
-    Raises:
-        ValueError: The log has no forget section with perturbed answers.
-    """
-    _log_truth_ratio(_section(log, "forget"), f"the forget section of {name}")
-
-
-def section_metrics(section: Section, choice: bool = False, forget: bool = False) -> dict[str, float]:
-    """Compute the three numbers of one section, each a mean over rows.
-
-    Args:
-        section: The section of a parsed TOFU log.
-        choice: Whether the answer's probability is normalised over the answer and its wrong alternatives, as
-            for real authors and world facts; False by default.
-        forget: Whether the section belongs to the forget set; False by default.
-
-    Returns:
-        ``probability`` is the answer's, exp(-mean token loss). ``rouge`` is ROUGE-L recall. With R = exp(mean
-        perturbed loss - paraphrased loss), ``truth_ratio`` is max(0, 1 - 1/R), or min(R, 1/R) with
-        ``forget``; it is absent if no row has perturbed answers.
-
-    Raises:
-        ValueError: With ``choice``, a row has no perturbed answers.
-    """
-    loss = _values(section, "avg_gt_loss")
-    if choice:
-        wrong = section.get("average_perturb_loss", {})
-        missing = sorted(set(section["avg_gt_loss"]) - set(wrong))
-        if missing:
-            raise ValueError(f"rows {missing[:5]} have no perturbed answers to choose among")
-        # This is a softmax over the alternatives. exp(-loss) may underflow for all of them.
-        with np.errstate(over="ignore"):
-            odds = [
-                np.exp(right - np.array([right, *wrong[i]])) for i, right in section["avg_gt_loss"].items()
-            ]
-        probability = np.array([1 / each.sum() for each in odds])
-    else:
-        probability = np.exp(-loss)
-    rouge = _values(section, "rougeL_recall")
-    metrics = {"probability": float(probability.mean()), "rouge": float(rouge.mean())}
-    if "average_perturb_loss" in section:
-        log_ratio = _log_truth_ratio(section)
-        truth = np.exp(-np.abs(log_ratio)) if forget else -np.expm1(-np.maximum(log_ratio, 0))
-        metrics["truth_ratio"] = float(truth.mean())
-    return metrics
-
-
-def utility_table(log: Log) -> dict[str, dict[str, float]]:
-    """Compute the ``section_metrics`` of a parsed TOFU log.
-
-    Returns:
-        ``{set: {"probability", "rouge", "truth_ratio"}}`` for each of the sets retain, real_authors,
-        world_facts and forget that the log has.
-    """
-    return {
-        name: section_metrics(log[key], name in CHOICE_SETS, name == "forget")
-        for name, key in SECTIONS.items()
-        if key in log
-    }
-
-
-def model_utility(log: Log, sets: Collection[str] = UTILITY_SETS) -> float:
-    """Compute TOFU's model utility.
-
-    It is the harmonic mean of nine numbers: probability, ROUGE-L recall and truth ratio on retain, real
-    authors and world facts.
-
-    Args:
-        log: The parsed TOFU log.
-        sets: The sets that count, all three by default. A model that never saw some of them, such as the
-            embedded one, has fewer; its utility is not comparable with published figures.
-
-    Returns:
-        The utility, in [0, 1].
-
-    Raises:
-        ValueError: The log lacks one of the sets, or the set's perturbed answers.
-    """
-    for name in sets:
-        _section(log, name)
-    table = utility_table(log)
-    values: list[float] = []
-    for name in sets:
-        if "truth_ratio" not in table[name]:
-            raise ValueError(f"the log's {name} section has no perturbed answers, so no truth ratio")
-        values += table[name].values()
-    return len(values) / sum(1 / v for v in values) if all(v != 0 for v in values) else 0.0
-
-
-def _section(log: Log, name: str) -> Section:
-    if SECTIONS[name] not in log:
-        raise ValueError(f"the log has no {name} section {SECTIONS[name]!r}; it has {list(log)}")
-    return log[SECTIONS[name]]
-
-
-def _values(section: Section, key: str) -> np.ndarray:
-    return np.array(list(section[key].values()), dtype=np.float64)
-
-
-def _log_truth_ratio(section: Section, where: str = "the section") -> np.ndarray:
-    """Return mean perturbed loss - paraphrased loss of each row with perturbed answers, float64 (rows,)."""
-    if not section.get("average_perturb_loss") or not section.get("avg_paraphrased_loss"):
-        raise ValueError(
-            f"{where} lacks 'average_perturb_loss' or 'avg_paraphrased_loss'; evaluate rows with "
-            f"'perturbed_answer'"
-        )
-    right, wrong = section["avg_paraphrased_loss"], section["average_perturb_loss"]
-    if missing := sorted(wrong.keys() - right.keys()):
-        raise ValueError(f"{where}: rows {missing[:5]} have no 'avg_paraphrased_loss'")
-    return np.array([np.mean(losses) - right[i] for i, losses in wrong.items()])

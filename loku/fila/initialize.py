@@ -7,9 +7,9 @@ W - scaling * B A. So the model computes the same outputs as before. Training mo
 forget set needs most.
 
 Such an adapter fits the residual base only. ``loku.saving.adapter.save_portable_adapter`` writes one that
-fits the untouched base. ``restore_base_`` gives the untouched base back. ``reference_model`` runs the
-original model from the initial factors, which are kept as a second, frozen adapter. ``disable_adapter()``,
-``unload()`` and ``delete_adapter()`` leave the residual base behind.
+fits the untouched base, and so does the model's own ``save_pretrained`` from then on
+(``loku.saving.residual_base``). ``restore_base_`` gives the untouched base back. ``reference_model`` runs the
+original model from the initial factors, which are kept as a second, frozen adapter.
 """
 
 from __future__ import annotations
@@ -148,10 +148,9 @@ def initialize_from_row_scales(
     is computed in float64 from the factors as stored and rounded once. So outputs change by one rounding
     of W.
 
-    The initial factors are kept as the adapter "reference", frozen, in the dtype of the factors.
-    ``PeftModel.save_pretrained`` saves its parameters, because a checkpoint needs both adapters.
-    ``save_portable_adapter`` does not. The original target weights are kept in CPU memory, so that
-    ``restore_base_`` is exact. ``release_base_copy_`` frees them.
+    The initial factors are kept as the adapter "reference", frozen, in the dtype of the factors. The peft
+    model's class becomes a subclass of its own, whose saves fit the untouched base. The original target
+    weights are kept in CPU memory, so that ``restore_base_`` is exact. ``release_base_copy_`` frees them.
 
     All processes of torch.distributed must call this with the same row scales. They get the same adapter. The
     weights may be sharded (FSDP2). They are gathered one at a time, and the reference is whole.

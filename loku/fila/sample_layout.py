@@ -61,7 +61,7 @@ def check_rows_are_apart(model: nn.Module, modules: Mapping[str, nn.Module]) -> 
         RuntimeError: A forward calls a module twice or never. The message names it.
         ValueError: A module gets the tokens of a row in another order or number. The message names it.
     """
-    rows = torch.tensor(_ROWS, device=model_device(model))
+    rows = torch.tensor(_ROWS, dtype=torch.int64, device=model_device(model))
     seen = []
     with evaluating(model):
         for ids in (rows, rows[:1], rows[1:]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loku.adapter_folders import MERGED_ADAPTER
-from loku.adapters import REFERENCE_ADAPTER, adapter_layers, has_residual_base
+from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_layers, has_residual_base
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
 from loku.saving.destinations import destination, residual_save
 
@@ -48,33 +45,9 @@ def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
 def _merged_adapter(peft_model: PeftModel) -> dict[str, Any] | None:
     """The name of the untouched base and the factors of an adapter that was merged into it, or None.
 
-    The base of the portable adapter is the model under the adapter that ``loku.unlearn`` was given. If that
-    was a residual save, it is the model that FILA made the residual of.
+    ``loku.adapter_folders.load_merged`` keeps them. The untouched base is the model under that adapter.
     """
-    given = getattr(peft_model.get_base_model(), MERGED_ADAPTER, None)
-    residual = None if given is None else residual_save(given["base_model_name_or_path"])
-    if residual is None or given["factors"] is None:
-        return given
-    factors = dict(given["factors"])
-    reference = _stored_factors(Path(given["base_model_name_or_path"]).with_name(REFERENCE_ADAPTER))
-    for name, (B0, A0) in reference.items():
-        B, A = factors.get(name, (B0[:, :0], A0[:0]))
-        factors[name] = torch.cat([B, -B0], dim=1), torch.cat([A, A0])
-    return {"base_model_name_or_path": residual["untouched"], "factors": factors}
-
-
-def _stored_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """B with the scaling multiplied in and A, float32, of a saved LoRA adapter, by module name."""
-    config: Any = LoraConfig.from_pretrained(str(folder))
-    tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    factors = {}
-    for key in tensors:
-        name, _, end = key.removeprefix("base_model.model.").rpartition(".lora_A.")
-        if end == "weight":
-            B, A = tensors[key.replace(".lora_A.", ".lora_B.")].float(), tensors[key].float()
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-            factors[name] = B * (alpha / (math.sqrt(len(A)) if config.use_rslora else len(A))), A
-    return factors
+    return getattr(peft_model.get_base_model(), MERGED_ADAPTER, None)
 
 
 def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCal
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loku import UnlearnConfig, unlearn
-from loku.adapters import adapter_layers, linear_weight
+from loku.adapters import linear_weight
 
 VOCAB = 61
 
@@ -99,6 +99,7 @@ SIZES = {
     "attention_probs_dropout_prob": 0.0,
     "embed_dropout": 0.0,
     "resid_dropout": 0.0,
+    "residual_dropout": 0.0,
     "dropout_rate": 0.0,
     "layerdrop": 0.0,
     "activation_dropout": 0.0,
@@ -123,11 +124,12 @@ SETTINGS = {
     "youtu": {**MLA},
     "cohere": {"logit_scale": 0.5},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gemma2": {"final_logit_softcapping": 3.0},
     "granite": {"logits_scaling": 2.0},
+    "granitemoeshared": {"shared_intermediate_size": 24},
     "hyperclovax": {"logits_scaling": 0.5},
     "nanochat": {"final_logit_softcapping": 3.0},
     "recurrent_gemma": {"logits_soft_cap": 3.0},
@@ -148,12 +150,13 @@ SETTINGS = {
 
 # The model types that are run: decoder-only classes of all kinds, and a few that must be refused.
 KINDS = """
-    apertus arcee bamba bert biogpt bitnet bloom codegen cohere cohere2 ctrl dbrx deepseek_v2 deepseek_v3
-    dory ernie4_5 exaone4 falcon falcon_h1 falcon_mamba gemma gemma2 gemma3_text gemma3n_text glm glm4 glm4_moe
-    gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium hrm_text
-    hunyuan_v1_dense hyperclovax jamba jetmoe lfm2 llama llama4_text mamba mamba2 minicpm3 mistral mixtral mpt
-    nanochat nemotron olmo2 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
-    qwen3_next recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 t5 xglm xlnet xlstm zamba2
+    apertus arcee bamba bert biogpt bitnet bloom codegen cohere cohere2 ctrl dbrx deepseek_v2
+    deepseek_v3 dory ernie4_5 exaone4 falcon falcon_h1 falcon_mamba gemma gemma2 gemma3_text
+    gemma3n_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe
+    granitemoeshared helium hrm_text hunyuan_v1_dense hyperclovax jamba jetmoe lfm2 llama llama4_text
+    mamba mamba2 minicpm3 mistral mixtral mpt nanochat nemotron olmo2 olmoe openai-gpt opt persimmon phi
+    phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma rwkv seed_oss smollm3
+    stablelm starcoder2 t5 xglm xlnet xlstm zamba2
 """.split()
 
 
@@ -239,7 +242,7 @@ def exact_row_scales(model, names):
 
 
 def exact_gradients(peft_model, batch, retain_weight):
-    """The gradients of an adapter under IHL and the LM loss, by float64 autograd through the paper's formulas."""
+    """The gradients of an adapter under IHL and the LM loss, by float64 autograd on the paper's formulas."""
     model = in_float64(peft_model)
     labels = batch["labels"][:, 1:]
     predicted = model(
@@ -367,7 +370,7 @@ def run(kind, tmp_path, **options):
         except (ValueError, RuntimeError) as error:
             refusal = refusal or str(error)
             after = model.state_dict()
-            same = list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+            same = list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
             changed = max(changed, float(not same))
         else:
             shown.refusal, shown.errors["refused model"] = refusal, changed

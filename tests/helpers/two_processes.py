@@ -19,6 +19,7 @@ from tiny_models import tiny_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 import loku
 from loku.data import collate
@@ -73,7 +74,7 @@ def sharded_row_scales():
     return row_scales_module.fisher_row_scales(model, modules, *batches, progress=False)
 
 
-def unlearned(folder, name, measuring=(), **options):
+def unlearned(folder, name, measuring=(), *, portable_alone=False, **options):
     """Train an adapter, save it as ``folder/name`` and in every other way, and return a report.
 
     The report holds the log, the histories of the callbacks ``measuring``, and whether weights are sharded.
@@ -81,13 +82,15 @@ def unlearned(folder, name, measuring=(), **options):
     settings = config(folder, **options)
     result = loku.unlearn(tiny_model("llama"), FORGET, RETAIN, config=settings, callbacks=list(measuring))
     result.save(folder / name)
-    for kind in ("residual", "merged"):
-        result.save(folder / f"{name}-{kind}", kind)
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    result.model.save_pretrained(folder / f"{name}-peft", is_main_process=main)
+    if not portable_alone:
+        for kind in ("residual", "merged"):
+            result.save(folder / f"{name}-{kind}", kind)
+        main = not dist.is_initialized() or dist.get_rank() == 0
+        result.model.save_pretrained(folder / f"{name}-peft", is_main_process=main)
     return {
-        "measured": [callback.history for callback in measuring],
+        "measured": [callback.history for callback in measuring if hasattr(callback, "history")],
         "log": [entry for entry in result.history if "forget_loss" in entry],
+        "evaluations": [entry for entry in result.history if "eval_forget_loss" in entry],
         "sharded": any(is_sharded(parameter) for parameter in result.model.parameters()),
     }
 
@@ -114,6 +117,48 @@ def fsdp_on_the_cpu():
         yield
     finally:
         AcceleratorState.__init__ = init
+
+
+class Poison(TrainerCallback):
+    """Makes a base weight of process 1 infinite before the second step."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 1 and dist.get_rank() == 1:
+            weight = model.get_base_model().get_submodule("model.layers.1.mlp.up_proj").base_layer.weight
+            weight.data[3, 2] = torch.inf
+
+
+class Fails(TrainerCallback):
+    """Fails in process 0 alone, as on a full disk, when the first checkpoint is written."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        from loku import checkpoints
+
+        def full(*args):
+            raise OSError("disk full")
+
+        if dist.get_rank() == 0:
+            checkpoints.write_manifest = full
+
+
+def error_of(function):
+    """The error of each process, as text."""
+    try:
+        function()
+    except (ValueError, FloatingPointError, OSError) as error:
+        return gathered(f"{type(error).__name__}: {error}")
+    return gathered("none")
+
+
+def errors(folder):
+    """Runs that fail in one process."""
+    dispatch = {"dispatch_batches": True, "split_batches": False}
+    saves = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(folder / "failing")}
+    return {
+        "nan": error_of(lambda: unlearned(folder, "nan", [Poison()], per_device_train_batch_size=2)),
+        "disk": error_of(lambda: unlearned(folder, "disk", [Fails()], **saves)),
+        "dispatch": error_of(lambda: unlearned(folder, "dispatch", accelerator_config=dispatch)),
+    }
 
 
 def gathered(value):
@@ -152,7 +197,17 @@ def main(folder):
             "fsdp": True,
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
         }
-        report["fsdp2"] = unlearned(folder, "fsdp2", per_device_train_batch_size=2, **options)
+        options["per_device_train_batch_size"] = 2
+        report["fsdp2"] = unlearned(folder, "fsdp2", measuring(), **options)
+        options |= {"output_dir": str(folder / "fsdp2_run"), "optim": "adamw_torch", "learning_rate": 1e-2}
+        options |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+        options["portable_alone"] = True
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": "forget_loss"}
+        options["greater_is_better"] = False  # the last step is the best
+        report["fsdp2_whole"] = unlearned(folder, "fsdp2_whole", measuring(), **options)
+        options["resume_from_checkpoint"] = str(folder / "fsdp2_run" / "checkpoint-2")
+        report["fsdp2_resumed"] = unlearned(folder, "fsdp2_resumed", measuring(), **options)
+    report["errors"] = errors(folder)
     if dist.get_rank() == 0:
         save_file(scales, folder / "scales.safetensors")
         save_file(sharded, folder / "sharded_scales.safetensors")

@@ -96,12 +96,9 @@ def test_a_resumed_run_keeps_the_thresholds_of_the_original_model(model, texts):
     assert floor.utility_floor == 0.125
 
 
-def test_short_rows_and_sharded_models_are_refused(model, texts, monkeypatch):
+def test_short_rows_are_refused(model, texts):
     with pytest.raises(ValueError, match="n=30"):
         Run(loku.ExtractionStopping(texts, texts, n=30))("on_train_begin", model, 0)
-    monkeypatch.setattr("loku.callbacks.is_sharded", lambda parameter: True)
-    with pytest.raises(ValueError, match="UtilityFloorStopping cannot measure a model that FSDP has sharded"):
-        Run(loku.UtilityFloorStopping(texts))("on_train_begin", model, 0)
     for every in (0, -1):
         with pytest.raises(ValueError, match="every"):
             loku.ExtractionStopping(texts, texts, every=every)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,9 +126,42 @@ def test_every_kind_of_save(two, how):
         assert (logits_of_save - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
-def test_callbacks_measure_all_rows(one, two):
-    found, expected = two[1]["ddp"]["measured"], one[1]["measured"]
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_callbacks_measure_all_rows(how, one, two):
+    found, expected = two[1][how]["measured"], one[1]["measured"]
     for ours, theirs in zip(found, expected, strict=True):
         assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [0, 2, 4]
         for entry, other in zip(ours, theirs, strict=True):
             assert entry == pytest.approx(other, rel=1e-4)
+
+
+def test_a_run_under_fsdp2_resumes_exactly(two):
+    """It goes on from its second step, evaluates, and loads the best checkpoint, which is the last."""
+    folder, report = two
+    names = ("fsdp2_whole", "fsdp2_resumed")
+    whole, resumed = (load_file(folder / name / "adapter_model.safetensors") for name in names)
+    assert whole.keys() == resumed.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    newest = folder / "fsdp2_run" / "checkpoint-4"
+    assert list(newest.rglob("adapter_config.json")) == [newest / "adapter_config.json"]
+    assert (newest / "adapter_model.safetensors").read_bytes() == (
+        folder / "fsdp2_whole" / "adapter_model.safetensors"
+    ).read_bytes()  # right on the untouched base
+    whole, resumed = report["fsdp2_whole"], report["fsdp2_resumed"]
+    assert whole["sharded"] and resumed["sharded"]
+    assert [entry["step"] for entry in resumed["measured"][1]] == [2, 4]  # it began at the second step
+    assert resumed["measured"][1][-1] == whole["measured"][1][-1]
+    assert [entry["eval_forget_loss"] for entry in resumed["evaluations"]] == [
+        entry["eval_forget_loss"] for entry in whole["evaluations"]
+    ]
+
+
+def test_an_error_in_one_process_stops_both(two):
+    """A NaN in process 1 and a full disk in process 0; and an option that would leave process 1 waiting."""
+    errors = two[1]["errors"]
+    for error in errors["nan"]:
+        assert re.match(r"FloatingPointError: step 2: forget_loss is nan \(it begins in .*up_proj", error)
+    assert "in process 1" in errors["nan"][0]
+    for error in errors["disk"]:
+        assert re.match(r"OSError: checkpoint-1 could not be written to .*disk full", error)
+    for error in errors["dispatch"]:
+        assert error.startswith("ValueError: dispatch_batches=True would leave all processes but one waiting")

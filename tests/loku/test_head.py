@@ -1,12 +1,15 @@
 """The forward yields the triplets of the model's own logits, without the logits."""
 
+import model_classes
 import pytest
 import torch
+from small_trainers import FORGET, RETAIN, arguments
 from tiny_models import KINDS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
 
+from loku import UnlearnTrainer
 from loku.head import check_head, negative_log_likelihood, next_token_labels, output_embedding, token_triplets
-from loku_kernels import softmax_triplet
+from loku_kernels import linear_softmax_triplet, softmax_triplet
 
 VOCAB = 97
 SMALL = {
@@ -85,6 +88,54 @@ def test_put_back_when_the_forward_fails():
     assert model.config.final_logit_softcapping == 2.0
 
 
+OTHERS = ["recurrent_gemma", "xlstm", "hyperclovax", "minicpm3", "gemma3n_text", "falcon_h1", "mamba"]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_ways_to_change_logits(kind):
+    """Softcaps that are always on, factors and divisors of one name, configs that check, casts to float32."""
+    model, batch = model_classes.make_model(kind), a_batch()
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % 61, batch["labels"].clamp(max=60)
+    config = model.config.to_dict()
+    check_head(model, batch)
+    triplet, counted = token_triplets(model, **batch)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    expected, _ = softmax_triplet(logits.double(), next_token_labels(batch["labels"]))
+    assert triplet.dtype == torch.float64
+    torch.testing.assert_close(triplet[counted], expected[counted], rtol=1e-5, atol=1e-5)
+    ours = negative_log_likelihood(model, batch)
+    theirs = model(**batch, use_cache=False).loss * counted.sum()
+    head = output_embedding(model).weight
+    ours, theirs = (torch.autograd.grad(loss, head)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    assert model.config.to_dict() == config
+
+    with pytest.raises(Exception):  # noqa: B017 - the model decides how a bad id fails
+        token_triplets(model, **{**batch, "input_ids": batch["input_ids"] + 61})
+    assert model.config.to_dict() == config
+    assert "forward" not in output_embedding(model).__dict__
+    after = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    torch.testing.assert_close(after, logits)
+
+
+def test_a_cast_to_float32_loses_no_digits():
+    model, batch = model_classes.make_model("mamba"), a_batch()
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % 61, batch["labels"].clamp(max=60)
+    ours, counted = token_triplets(model, **batch)
+    with torch.no_grad():
+        hidden = model(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    next_labels = next_token_labels(batch["labels"])
+    exact, _ = linear_softmax_triplet(hidden.hidden_states[-1], output_embedding(model).weight, next_labels)
+    assert (ours - exact)[counted].abs().max() < 1e-9 < (exact.float() - exact)[counted].abs().max()
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_a_model_that_sees_later_tokens_is_refused(kind):
+    model, batch = model_classes.make_model(kind), a_batch()
+    with pytest.raises(ValueError, match=r"lets a token see the tokens after it, so it is no causal LM"):
+        check_head(model, {**batch, "input_ids": batch["input_ids"] % 61})
+
+
 class LogitsMoved(LlamaForCausalLM):
     """A model that changes its logits, and whose config does not say so."""
 
@@ -94,11 +145,13 @@ class LogitsMoved(LlamaForCausalLM):
         return output
 
 
-def test_unknown_post_processing_is_refused():
+def test_unknown_post_processing_is_refused(tmp_path):
     model = LogitsMoved(tiny_config("llama")).eval()
     model.lm_head.weight.data.mul_(8)
     with pytest.raises(ValueError, match="LogitsMoved changes its logits"):
         check_head(model, a_batch())
+    with pytest.raises(ValueError, match="LogitsMoved changes its logits"):
+        UnlearnTrainer(model, arguments(tmp_path), FORGET, RETAIN)
 
 
 def test_unknown_heads_are_refused():

@@ -241,6 +241,22 @@ def test_the_active_adapter_counts():
     assert ours[2].keys() == {"lora_A.other.weight", "lora_B.other.weight"}
 
 
+def test_an_output_may_be_changed_in_place():
+    """Gemma3n does so."""
+    x, results = draw(3, 5, IN), []
+    for fused in (True, False):
+        layer = layer_of()
+        with fused_lora(layer, fused):
+            assert is_fused(layer, x) or not fused
+            y = layer(x)
+            y *= 2
+            y[:, 0] += 1
+            y.square().sum().backward()
+        results.append([y.detach(), *(parameter.grad for parameter in trained(layer).values())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_class_that_sharding_gave_stays():
     """FSDP2 gives the modules that it shards a class of its own, and needs it after the context, too."""
     model = nn.Sequential(layer_of())

@@ -2,12 +2,14 @@
 
 import copy
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 from character_tokenizer import PLAIN_CHAT, character_tokenizer
 from tiny_models import tiny_model
+from transformers import ProcessorMixin
 
 import loku
 from loku import UnlearnConfig
@@ -82,6 +84,33 @@ def test_lines_of_rows_that_are_read_as_they_are_drawn(tmp_path, monkeypatch):
     rows = prepare_rows(model, ROWS, retain, config(tmp_path), tokenizer)
     with pytest.raises(RowError, match=r"r\.jsonl, line 5: row 2 of the retain set: 'text' is blank"):
         rows.retain[2]
+
+
+def test_measured_rows_must_fit_too(tmp_path):
+    tokenizer = character_tokenizer()
+    run = partial(loku.unlearn, forget=ROWS, retain=ROWS, tokenizer=tokenizer)
+    settings = config(tmp_path, init="default", eval_strategy="steps", eval_steps=1)
+    with pytest.raises(RowError, match=r"row 1 of the evaluation set: it has \d+ tokens"):
+        run(
+            tiny_model("llama", len(tokenizer)), eval_dataset=pd.DataFrame([*ROWS[:1], LONG]), config=settings
+        )
+    gauge = loku.ProbabilityGauge({"other": [LONG]})
+    with pytest.raises(RowError, match=r"row 0 of the other set: it has \d+ tokens"):
+        run(tiny_model("llama", len(tokenizer)), callbacks=[gauge], config=config(tmp_path, init="default"))
+
+
+class Processor(ProcessorMixin):
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+
+def test_the_tokenizer_of_a_processor(tmp_path):
+    tokenizer = character_tokenizer()
+    model = tiny_model("llama", len(tokenizer))
+    rows = prepare_rows(model, ROWS, ROWS, config(tmp_path), Processor(tokenizer))
+    assert rows.tokenizer is tokenizer and rows.forget == tokenize_dataset(ROWS, tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer is the str 'here'.*AutoTokenizer"):
+        prepare_rows(model, ROWS, ROWS, config(tmp_path), "here")
 
 
 def test_row_places():

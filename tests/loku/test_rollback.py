@@ -42,7 +42,7 @@ ALL_BUT_WEIGHTS = [name for name in FACTS if name != "weights"]
 UNLEARN = {
     "tokenising the rows": (loku.unlearning, "prepare_rows", 1, False),
     "putting the adapter in": (peft.tuners.lora.model.LoraModel, "_create_and_replace", 3, True),
-    "checking the output embedding": (loku.unlearning, "check_head", 1, True),
+    "checking the output embedding": (loku.trainer, "check_head", 1, True),
     "making the trainer": (loku.trainer, "StepLog", 1, True),
     "measuring the retain set": (loku.fila.row_scales, "accumulate_squared_grad_", 2, True),
     "measuring the forget set": (loku.fila.row_scales, "accumulate_squared_grad_", 16, True),
@@ -52,13 +52,13 @@ UNLEARN = {
     "beginning to train": (TrainerCallback, "on_train_begin", 1, False),
     "the first step": (loku.trainer.UnlearnTrainer, "compute_loss", 1, True),
     "the middle of training": (loku.trainer.UnlearnTrainer, "compute_loss", 2, True),
-    "writing a checkpoint": (loku.checkpoints, "_write_manifest", 1, True),
+    "writing a checkpoint": (loku.checkpoints, "write_manifest", 1, True),
     "checking the end": (loku.checkpoints, "check_parameters", 3, False),
 }
 FULL = {stage: UNLEARN[stage] for stage in ("checking the output embedding", "making the trainer")}
 FULL_TRAINING = {stage: UNLEARN[stage] for stage in ("the middle of training", "writing a checkpoint")}
 TRAINER = {stage: UNLEARN[stage] for stage in ("putting the adapter in", "making the trainer")}
-# What is restored, by the call and the stage at which it fails. docs/guide.md shows it.
+# What is restored, by the call and the stage at which it fails. The guide shows it.
 RESTORED = {
     **{("unlearn", stage): FACTS for stage in UNLEARN},
     **{('unlearn, tuning="full"', stage): FACTS for stage in FULL},

@@ -1,5 +1,6 @@
 """The modules and parameters that get an adapter: sweeps of many classes, names, expressions, exclusions."""
 
+import argparse
 import ast
 import re
 import warnings
@@ -22,6 +23,7 @@ from transformers import (
 
 import loku
 from loku import UnlearnConfig, UnlearnTrainer
+from loku.commands.settings import add_fields, joined
 from loku.target_modules import check_lora_config, choose_targets, default_target_modules
 from loku.text_decoder import check_causal_lm
 
@@ -242,6 +244,25 @@ def test_names_and_expressions(target_modules, exclude_modules, names):
     peft_model = get_peft_model(model, LoraConfig(**targets.lora_arguments()))
     layers = {n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     assert layers == set(targets.modules) != set()
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["q_proj"], ["q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["qv"], ["q_proj", "v_proj"]),
+        (["all-linear"], LLAMA_7),
+        (["self_attn.k_proj"], ["k_proj"]),
+        ([".*layers.0.*(q|v)_proj"], ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]),
+    ],
+)
+def test_words_of_the_command_line(words, names):
+    parser = argparse.ArgumentParser()
+    fields = add_fields(parser, UnlearnConfig, "own", "common", ())
+    options = parser.parse_args(["--target_modules", *words])
+    config = UnlearnConfig(**joined(fields, options))
+    assert choose_targets(make_base("llama"), config.target_modules).names == names
 
 
 def test_experts_by_name_and_all_linear():

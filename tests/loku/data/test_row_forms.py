@@ -15,6 +15,7 @@ from loku.data import (
     RefusalRows,
     RowError,
     as_rows,
+    has_input_ids,
     labelled_column,
     load_refusals,
     paraphrased_answer,
@@ -156,6 +157,7 @@ def test_a_call_of_a_tool_needs_no_text():
         ({"messages": CHAT[1:2]}, "no message before the assistant's"),
         ({"prompt": CHAT[:1], "completion": "yo"}, "'prompt' is a list.*both lists of messages"),
         ({"prompt": "hi", "completion": CHAT[1:2]}, "'completion' is a list.*both lists of messages"),
+        ({"prompt": 3, "completion": b"x"}, "'prompt' is a int.*both be strings"),
         ({"prompt": CHAT[:2], "completion": CHAT[2:]}, "completion's first message has the role 'user'"),
         ({"prompt": CHAT[:1], "completion": []}, "'completion' must be a non-empty list"),
     ],
@@ -213,6 +215,9 @@ def test_texts_are_strings(value, form):
 def test_missing_values(missing):
     row = {"question": "a", "answer": missing, "text": "ab"}
     assert texts(row) == ("<s>ab</s>", "<s>ab</s>")
+    assert not has_input_ids([{"input_ids": missing, "text": "ab"}]) and has_input_ids(
+        [{"input_ids": [5, 6]}]
+    )
     with pytest.raises(RowError, match="row 0 of the forget set: it has values in the columns \\[\\]"):
         tokenize_dataset([{"text": missing}], PLAIN)
     with pytest.raises(RowError, match="row 1 of the forget set: it is a missing value"):

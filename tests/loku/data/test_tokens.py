@@ -13,7 +13,7 @@ from sentencepiece_tokenizers import (
     trained_tokenizer,
 )
 from tiny_models import tiny_model
-from transformers import BertTokenizer, LlamaTokenizer, PreTrainedTokenizer
+from transformers import AddedToken, BertTokenizer, LlamaTokenizer, PreTrainedTokenizer
 
 from loku.data import RefusalRows, tokenize_dataset
 from loku.data.tokens import special_ends
@@ -167,6 +167,18 @@ def test_a_tokenizer_without_offsets():
     for prompt, completion in (("xa", "bx"), ("xc", "dx")):
         with pytest.raises(ValueError, match="row 0 of the forget set: this tokenizer gives no offsets"):
             tokenize_dataset([{"prompt": prompt, "completion": completion}], tokenizer)
+
+
+def test_an_added_token_that_takes_spaces_along_stays_with_its_prompt():
+    tokenizer = trained_tokenizer("bytes")
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True)], special_tokens=True)
+    added = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    pair = {"prompt": "hello<|assistant|>\n", "completion": " the river"}
+    (row,) = tokenize_dataset([pair], tokenizer)
+    assert row["input_ids"] == [*tokenizer("hello<|assistant|>\n the river")["input_ids"], EOS]
+    answer = tokenizer("the river")["input_ids"]
+    assert row["input_ids"][labelled(row)[0] - 1] == added
+    assert [row["input_ids"][i] for i in labelled(row)] == [*answer, EOS]
 
 
 def test_the_special_tokens_around_a_text():

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loku.evaluation as evaluation
 from loku import cli, demo
-from loku.data import tokenize_dataset
+from loku.data import RowError, tokenize_dataset
 from loku.data.files import read_rows
 from loku.evaluation.tofu import SECTIONS
 
@@ -192,16 +194,9 @@ def flat(value, path=""):
     return {path: value}
 
 
-def test_table_and_figure(report, folder, capsys, tmp_path):
+def test_table_and_figure(report, folder, adapter, capsys, tmp_path):
     assert (folder / "one.png").read_bytes().startswith(b"\x89PNG")
     out = tmp_path / "text.json"
-    adapter = tmp_path / "adapter"
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    model = LlamaForCausalLM.from_pretrained(folder / "model")
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(model, lora).save_pretrained(adapter)
     cli.main(
         [
             *("evaluate", str(folder / "model"), "--adapter", str(adapter), "--out", str(out), "--quiet"),
@@ -216,7 +211,7 @@ def test_table_and_figure(report, folder, capsys, tmp_path):
     assert adapted["perplexity"] != pytest.approx(report[0]["sets"]["text"]["perplexity"])
 
 
-def test_errors_come_before_the_work(parts, capsys):
+def test_errors_come_before_the_work(parts, capsys, monkeypatch):
     model, tokenizer, rows = parts
     with pytest.raises(ValueError, match="no forget section"):
         evaluation.evaluate(model, tokenizer, rows, reference_log={})
@@ -226,8 +221,22 @@ def test_errors_come_before_the_work(parts, capsys):
     with pytest.raises(ValueError, match="forget set of questions and answers"):
         mixed = [*rows["forget"], *rows["chat"]]
         evaluation.evaluate(model, tokenizer, {"forget": mixed}, reference_log=log)
-    with pytest.raises(ValueError, match="long: a row has 600 tokens, and the model's context is 512"):
-        evaluation.evaluate(model, tokenizer, {"long": [{"input_ids": [5] * 600}]})
+    monkeypatch.setattr(LlamaForCausalLM, "forward", None)  # the model must not run
+    sets = {"text": ["A text."], "long": [{"input_ids": [5] * 600}]}
+    with pytest.raises(
+        RowError, match="row 0 of the long set: it has 600 tokens, and the model's context has"
+    ):
+        evaluation.evaluate(model, tokenizer, sets)
+    sets = {"text": ["A text."], "long": [{"question": "A?", "answer": "b " * 600}]}
+    with pytest.raises(RowError, match=r"long set: a question with its answer has .* context is 512.*drop"):
+        evaluation.evaluate(model, tokenizer, sets)
+    sets = {"retain": [{"question": "A?", "answer": "b", "perturbed_answer": ["c", "d " * 600]}]}
+    with pytest.raises(RowError, match="row 0 of the retain set: a question with its answer has"):
+        evaluation.evaluate(model, tokenizer, sets)
+    for wrong, problem in [("Never.", "is a str"), (["a", None], "is a NoneType"), (["a", ""], "is empty")]:
+        sets = {"text": ["A text."], "retain": [{**rows["retain"][0], "perturbed_answer": wrong}]}
+        with pytest.raises(RowError, match=f"row 0 of the retain set: 'perturbed_answer.*{problem}"):
+            evaluation.evaluate(model, tokenizer, sets)
     with pytest.raises(ValueError, match="odd set is empty"):
         evaluation.evaluate(model, tokenizer, {"odd": []})
     with pytest.raises(SystemExit):
@@ -261,10 +270,171 @@ def test_documents_of_packed_rows_are_rows_of_their_own(parts):
     assert sets["holdout"] == {**expected["holdout"], "rows": 1}
 
 
-def test_max_length_cuts_texts_but_not_answers(parts):
+def test_max_length_cuts_texts_and_refuses_longer_questions(parts):
     model, tokenizer, rows = parts
-    chosen = {name: rows[name] for name in ("retain", "text")}
-    whole = evaluation.evaluate(model, tokenizer, chosen, progress=False).sets
+    whole = evaluation.evaluate(model, tokenizer, {"text": rows["text"]}, progress=False).sets
     with pytest.warns(UserWarning, match="rows of the text set were cut"):
-        cut = evaluation.evaluate(model, tokenizer, chosen, max_length=3, progress=False).sets
-    assert cut["retain"] == whole["retain"] and cut["text"] != whole["text"]
+        cut = evaluation.evaluate(model, tokenizer, {"text": rows["text"]}, max_length=3, progress=False).sets
+    assert cut["text"] != whole["text"]
+    longest = max(len(row["input_ids"]) for row in tokenize_dataset(rows["retain"], tokenizer))
+    few = {"retain": rows["retain"][:2]}
+    assert evaluation.evaluate(model, tokenizer, few, max_length=longest, progress=False).sets
+    with pytest.raises(
+        RowError, match=f"retain set: a question .* and max_length is {longest - 1}[.] Answers"
+    ):
+        sets = {"retain": rows["retain"]}
+        evaluation.evaluate(model, tokenizer, sets, max_length=longest - 1, progress=False)
+
+
+def test_a_set_may_be_a_path(parts, folder, tmp_path):
+    model, tokenizer, rows = parts
+    expected = evaluation.evaluate(model, tokenizer, {"text": rows["text"]}, progress=False).sets
+    for place in (folder / "text.txt", str(folder / "text.txt")):
+        assert evaluation.evaluate(model, tokenizer, {"text": place}, progress=False).sets == expected
+    file = tmp_path / "rows.csv"
+    file.write_text("question,answer\nA?,42\nB?,\n")
+    with pytest.raises(RowError, match=r"rows.csv, line 3: row 1 of the odd set"):
+        evaluation.evaluate(model, tokenizer, {"odd": file})
+
+
+@pytest.fixture(scope="module")
+def broken(parts):
+    """The model with a NaN in one word's vector, which not every row has, and with a NaN everywhere."""
+    model, _, _ = parts
+
+    def make(word):
+        other = LlamaForCausalLM(model.config).double().eval()
+        with torch.no_grad():
+            other.model.embed_tokens.weight[slice(None) if word is None else word] = torch.nan
+        return other
+
+    return make
+
+
+def test_a_nan_model_is_no_model_that_has_forgotten(parts, broken):
+    _, tokenizer, rows = parts
+    sets = {"retain": rows["retain"][:2]}
+    with pytest.raises(
+        FloatingPointError, match=r"retain: scoring: row 0: the model's loss is NaN at token \d+, so"
+    ):
+        evaluation.evaluate(broken(None), tokenizer, sets, progress=False)
+    word = tokenizer(" zebra")["input_ids"][0]
+    sets["retain"][1] = {**rows["retain"][1], "perturbed_answer": ["zebra zebra"]}
+    assert all(
+        word not in row["input_ids"] for row in tokenize_dataset(rows["retain"][:2], tokenizer)
+    )  # so that the true answers have no NaN
+    with pytest.raises(FloatingPointError, match="retain: row 1, a perturb answer: the model's loss is NaN"):
+        evaluation.evaluate(broken(word), tokenizer, sets, progress=False)
+    tokens = tokenize_dataset(["A text.", " zebra zebra"], tokenizer)
+    for measure in (
+        evaluation.token_scores,
+        evaluation.memorization_accuracy,
+        evaluation.extraction_likelihood,
+    ):
+        with pytest.raises(FloatingPointError, match="row 1: the model's loss is NaN"):
+            measure(broken(word), tokens, progress=False)
+
+
+def test_a_reference_log_of_other_questions_is_refused(parts, reference):
+    model, tokenizer, rows = parts
+    section = reference[SECTIONS["forget"]]
+
+    def measure(section, forget=rows["forget"]):
+        log = {SECTIONS["forget"]: section}
+        sets = {"forget": forget}
+        return evaluation.evaluate(model, tokenizer, sets, reference_log=log, stride=50, progress=False)
+
+    expected = measure(section).whole["forget_quality"]
+    order = ("2", "0", "1")  # the test takes no notice of the order
+    other = {
+        name: {str(new): values[old] for new, old in enumerate(order)} for name, values in section.items()
+    }
+    assert measure(other).whole["forget_quality"] == expected
+    texts = {
+        i: [f"[INST] {q.removeprefix('Question: ').strip()} [/INST]", "", a]
+        for i, (q, _, a) in section["generated_text"].items()
+    }  # another evaluator's template
+    assert measure({**section, "generated_text": texts}).whole["forget_quality"] == expected
+
+    for part, change in ((0, "Question: Who?\n"), (2, "Nobody.")):
+        texts = {i: [*given] for i, given in section["generated_text"].items()}
+        texts["1"][part] = change
+        with pytest.raises(ValueError, match="reference log is about other questions: it lacks 1 of the 3"):
+            measure({**section, "generated_text": texts})
+    fewer = {name: {i: v for i, v in values.items() if i != "2"} for name, values in section.items()}
+    with pytest.raises(ValueError, match=r"reference log has 2 forget questions .* forget set has 3"):
+        measure(fewer)
+    with pytest.raises(ValueError, match="retain log has 2 forget questions"):
+        evaluation.forget_quality({SECTIONS["forget"]: section}, {SECTIONS["forget"]: fewer})
+    with pytest.raises(ValueError, match=r"the losses of rows .'1'. are no numbers"):
+        measure({**section, "avg_paraphrased_loss": {**section["avg_paraphrased_loss"], "1": None}})
+    without = {name: values for name, values in section.items() if name != "generated_text"}
+    with pytest.warns(UserWarning, match="a log lacks 'generated_text'"):
+        assert measure(without).whole["forget_quality"] == expected
+
+
+@pytest.fixture(scope="module")
+def adapter(folder):
+    """The folder of an adapter, which names the model of ``folder`` as its base."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def evaluate_text(folder, out, *arguments):
+    return cli.main(
+        ["evaluate", *map(str, arguments), "--quiet", "--out", str(out), "--data", f"text={folder}/text.txt"]
+    )
+
+
+def test_an_adapter_is_measured_on_its_base(folder, adapter, tmp_path, capsys):
+    assert evaluate_text(folder, tmp_path / "a.json", adapter) == 0
+    assert f"{adapter} is an adapter; its base is {folder / 'model'}" in capsys.readouterr().err
+    assert evaluate_text(folder, tmp_path / "b.json", folder / "model", "--adapter", adapter) == 0
+    found, expected = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert found == expected and found["adapter"] == str(adapter)
+    bare = (
+        json.loads((folder / "one.json").read_text())["sets"]["text"]
+        if (folder / "one.json").exists()
+        else {}
+    )
+    assert found["sets"]["text"] != bare
+
+
+def test_an_adapter_without_its_base_says_which(folder, adapter, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(adapter, moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/none/base"
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    assert evaluate_text(folder, tmp_path / "a.json", moved) == 2
+    error = capsys.readouterr().err
+    assert f"{moved} is an adapter for '/none/base', which cannot be loaded" in error
+    assert f"Or name the base: loku evaluate BASE --adapter {moved}" in error
+    assert evaluate_text(folder, tmp_path / "a.json", moved, "--adapter", adapter) == 2
+    assert f"MODEL must be the base of {adapter}: loku evaluate BASE" in capsys.readouterr().err
+    config["base_model_name_or_path"] = None
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    assert evaluate_text(folder, tmp_path / "a.json", moved) == 2
+    assert f"Or name the base: loku evaluate BASE --adapter {moved}" in capsys.readouterr().err
+    tensors = load_file(moved / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, moved / "adapter_model.safetensors")
+    assert evaluate_text(folder, tmp_path / "a.json", folder / "model", "--adapter", moved) == 2
+    assert "does not fit its base" in capsys.readouterr().err
+
+
+def test_options_take_underscores_and_errors_name_the_line(folder, tmp_path, capsys):
+    model = folder / "model"
+    assert evaluate_text(folder, tmp_path / "a.json", model, "--max_length", "3", "--batch_size", "2") == 0
+    assert "2 rows of the text set were cut" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "a.json").read_text())["settings"]
+    assert settings["max_length"] == 3 and settings["batch_size"] == 2
+    file = tmp_path / "odd.jsonl"
+    file.write_text('{"text": "a b c"}\n\n{"text": 3}\n')
+    assert cli.main(["evaluate", str(model), "--data", f"odd={file}", "--out", str(tmp_path / "b.json")]) == 2
+    assert f"{file}, line 3: row 1 of the odd set: 'text' is a int" in capsys.readouterr().err

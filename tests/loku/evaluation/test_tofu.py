@@ -11,6 +11,7 @@ from naive_measures import naive_scores
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loku.data
+import loku.demo
 from loku.data import tokenize_dataset
 from loku.evaluation import (
     answer_losses,
@@ -22,7 +23,7 @@ from loku.evaluation import (
     section_metrics,
     utility_table,
 )
-from loku.evaluation.tofu import SECTIONS
+from loku.evaluation.tofu_logs import SECTIONS, check_reference
 
 
 def golden(name):
@@ -36,7 +37,8 @@ def phi_full():
 
 
 def test_golden_forget_quality(phi_full):
-    assert forget_quality(phi_full, golden("phi_retain90")) == pytest.approx(2.1943e-16, rel=1e-4)
+    with pytest.warns(UserWarning, match="a log lacks 'generated_text'"):  # the committed part of it
+        assert forget_quality(phi_full, golden("phi_retain90")) == pytest.approx(2.1943e-16, rel=1e-4)
     assert forget_quality(phi_full, phi_full) == 1.0
 
 
@@ -74,6 +76,8 @@ def test_metrics_survive_a_collapsed_model(phi_full):
     metrics = section_metrics(section, choice=True)
     assert metrics == {"probability": 0.25, "rouge": 0.25, "truth_ratio": 0.5}
     assert section_metrics(section, forget=True)["truth_ratio"] == 0.0
+    texts = {i: ["Question: Who?\n", "", "Nobody."] for i in ("0", "1")}
+    section["generated_text"] = texts
     log = {SECTIONS["forget"]: section, SECTIONS["retain"]: section}
     assert forget_quality(log, log) == 1.0
     assert model_utility(log, sets=["retain"]) == 0.0
@@ -163,5 +167,15 @@ def test_tofu_log_of_a_model(embedded):
     without = evaluate_tofu_rows(model, tokenizer, [plain], 8, progress=False)
     assert "truth_ratio" not in without
     assert set(section_metrics(without)) == {"probability", "rouge"}
-    with pytest.raises(ValueError, match="row 1: TOFU rows need"):
+    with pytest.raises(
+        ValueError, match="row 1 of the TOFU set: TOFU's measures need 'question' and 'answer'"
+    ):
         evaluate_tofu_rows(model, tokenizer, [plain, {"text": "a"}], progress=False)
+
+
+def test_the_embedded_twin_is_about_the_demos_questions():
+    forget, _ = loku.demo.load_rows()
+    twin = json.loads((Path(loku.__file__).parent / "embedded" / "retain_only.json").read_text())["log"]
+    check_reference(twin, forget, "the twin's log")
+    with pytest.raises(ValueError, match="about other questions"):
+        check_reference(twin, [{**row, "question": "Who was it?"} for row in forget], "the log")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from loku.adapters import reference_model
-from loku.fila.initialize import initialize_from_row_scales
+from loku.fila.initialize import initialize_from_row_scales, restore_base_
 from loku.fila.targets import fila_targets
 from loku.target_modules import default_target_modules
 
@@ -132,7 +132,7 @@ def test_experts_keep_default_lora_beside_linears():
         MixtralConfig(**LLAMA_SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
     )
     experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    other = copy.deepcopy(moe)
+    other, weights = copy.deepcopy(moe), copy.deepcopy(moe.state_dict())
     model = get_peft_model(moe, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **experts))
     assert sorted({name.rpartition(".")[2] for name in fila_targets(model)}) == ["q_proj", "v_proj"]
     before = logits(model)
@@ -144,6 +144,9 @@ def test_experts_keep_default_lora_beside_linears():
     with reference_model(model):
         assert_close(logits(model), before, 1e-5)
     assert (logits(model) - before).abs().max() > 0.01
+    base = restore_base_(model)
+    assert base.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in base.state_dict().items())
 
     model = get_peft_model(other, LoraConfig(r=4, target_modules=[], **experts))
     with pytest.raises(ValueError, match=r"the adapter has none; .*init=\"default\""):
