@@ -26,7 +26,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 )
 def test_larger_models_get_smaller_rates(parameters, lora, full, monkeypatch):
     model = tiny_model("llama", VOCAB)
-    monkeypatch.setattr(type(model), "num_parameters", lambda self: parameters)
+
+    def count(self):
+        return parameters + sum(p.numel() for name, p in self.named_parameters() if ".lora_" in name)
+
+    monkeypatch.setattr(type(model), "num_parameters", count)
     assert default_learning_rate(model) == full
     assert default_learning_rate(with_lora(model)) == lora
 
