@@ -130,7 +130,8 @@ def directly_read(model: nn.Module) -> set[str]:
     names = set()
     for name, module in model.named_modules():
         prefix = name + "." if name else ""
-        weights, parameters = _read_children(type(module), sliced)
+        kind: Any = type(module)
+        weights, parameters = _read_children(kind, sliced)
         names |= {prefix + child for child in weights if hasattr(module, child)}
         for child, parameter in parameters:
             held = getattr(getattr(module, child, None), "_parameters", {}).get(parameter)
