@@ -28,6 +28,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
+from loku.fingerprints import sampled_weights_fingerprint
 from loku.saving.destinations import residual_save
 
 _log = logging.getLogger(__name__)
@@ -233,7 +234,8 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
         The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``base_model_name_or_path`` is the
         untouched base, or None for the residual save of a model without a name. ``factors`` are B (d, rank)
         with the scaling multiplied in and A (rank, k), both float32, by module name; None if the adapter has
-        more than LoRA factors. ``tokenizer`` is the folder or hub name of the tokenizer.
+        more than LoRA factors. ``tokenizer`` is the folder or hub name of the tokenizer. ``weights`` is the
+        fingerprint of the merged weights, for which the factors are right.
 
     Raises:
         ValueError: The base is not named or cannot be loaded, or the adapter does not fit it or cannot be
@@ -263,6 +265,7 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
         "base_model_name_or_path": untouched,
         "factors": factors,
         "tokenizer": _tokenizer_place(adapter, base_name if earlier is None else earlier["tokenizer"], hub),
+        "weights": sampled_weights_fingerprint(merged),
     }
     _log.warning("%s is an adapter: it was merged into its base %s", adapter, base_name)
     return merged

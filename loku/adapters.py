@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from loku.distributed import full_tensor
 
 REFERENCE_ADAPTER = "reference"  # the frozen initial factors
-# The attribute of a causal LM that keeps the adapter which was merged into it (loku.adapter_folders).
+# The attribute of a causal LM that keeps the adapter which was merged into it (loku.adapter_folders,
+# loku.saving.residual_base).
 MERGED_ADAPTER = "_loku_merged_adapter"
 SNAPSHOT_ADAPTER = "loku_snapshot"  # a frozen copy of a trained adapter, for the time of training
 
@@ -46,7 +47,8 @@ def refuse_adapters(model: nn.Module) -> None:
     if isinstance(model, (PeftModel, PeftMixedModel)):
         raise ValueError(
             "model is a PeftModel already; merge its adapter first: model.merge_and_unload() returns a plain "
-            "model. Save that model as well: a portable adapter that is trained on it fits no other"
+            "model. Unless the PeftModel is a result of loku, save that model as well: a portable adapter that "
+            "is trained on it fits no other"
         )
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     name = next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
@@ -62,6 +64,14 @@ def refuse_adapters(model: nn.Module) -> None:
         f"{name} of the model has an adapter of an earlier PeftModel, such as the result of an earlier "
         "unlearn: pass what the merge_and_unload() of that PeftModel returns, or load the model anew"
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the causal LM inside the wrappers of DDP and peft."""
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    base: Any = getattr(model, "get_base_model", None)
+    return model if base is None else base()
 
 
 def adapter_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Any]:
@@ -107,6 +117,14 @@ def has_residual_base(peft_model: PeftModel) -> bool:
     change the base (PiSSA, OLoRA) are not meant: peft repeats them when it loads such an adapter.
     """
     return REFERENCE_ADAPTER in peft_model.peft_config
+
+
+def stands_for_another_base(peft_model: PeftModel) -> bool:
+    """Whether an adapter of this model, saved as it is, would load wrongly on the base that it names.
+
+    That is so on a residual base, and on a base into which an adapter was merged.
+    """
+    return has_residual_base(peft_model) or hasattr(peft_model.get_base_model(), MERGED_ADAPTER)
 
 
 def _products_not_zero(layers: Mapping[str, Any], adapter_name: str) -> list[str]:

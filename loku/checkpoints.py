@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from loku.adapters import has_residual_base
+from loku.adapters import has_residual_base, stands_for_another_base
 from loku.checkpoint_factors import (
     check_reference,
     initialize_from_checkpoint,
@@ -40,7 +40,7 @@ from loku.data.large_sets import DrawnRows
 from loku.distributed import first_error, from_main_process, is_main_process
 from loku.fingerprints import sampled_weights_fingerprint
 from loku.nan_guard import check_parameters
-from loku.saving.adapter import save_portable_adapter
+from loku.saving.adapter import check_portable, save_portable_adapter
 from loku.saving.directories import replace_directory
 
 __all__ = [  # with the names that have moved to modules of their own
@@ -55,6 +55,17 @@ __all__ = [  # with the names that have moved to modules of their own
 ]
 
 _STATE = "trainer_state.json"
+
+
+def _portable(peft_model: PeftModel) -> bool:
+    """Whether ``save_pretrained`` has an adapter to write that is right on the base that it names."""
+    if not stands_for_another_base(peft_model):
+        return True
+    try:
+        check_portable(peft_model, peft_model.active_adapters[0])
+    except ValueError:
+        return False
+    return True
 
 
 class _BestCheckpoint(TrainerCallback):
@@ -212,6 +223,13 @@ class ResumableTrainer(Trainer):
             _internal_call: Whether a checkpoint is being written.
         """
         model: Any = self.model
+        if _internal_call and isinstance(model, PeftModel) and not _portable(model):
+            # The files of loku.checkpoint_factors are all that a resumed run reads.
+            if self.args.should_save:
+                directory = str(output_dir)
+                os.makedirs(directory, exist_ok=True)
+                torch.save(self.args, os.path.join(directory, TRAINING_ARGS_NAME))
+            return
         if not isinstance(model, PeftModel) or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return

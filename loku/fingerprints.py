@@ -17,9 +17,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from loku.adapters import snapshot_reference
+from loku.adapters import snapshot_reference, unwrapped
 from loku.distributed import from_main_process, full_tensor, is_main_process
-from loku.models import unwrapped
 
 _SAMPLE = 1024  # greatest number of values of a parameter in a sample of the weights
 

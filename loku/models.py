@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loku.adapter_folders import load_causal_lm
+from loku.adapters import unwrapped as unwrapped  # it has moved
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,14 +44,6 @@ def load_model(
     if model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by its path or name")
     return model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the causal LM inside the wrappers of DDP and peft."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    base: Any = getattr(model, "get_base_model", None)
-    return model if base is None else base()
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -27,11 +27,11 @@ from transformers import (
 from loku.adapters import (
     Reference,
     changes_base,
-    has_residual_base,
     reference_adapter,
     reference_model,
     refuse_adapters,
     snapshot_reference,
+    stands_for_another_base,
 )
 from loku.config import UnlearnConfig
 from loku.data import (
@@ -66,6 +66,7 @@ from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probabili
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.rollback import all_or_nothing
+from loku.saving.adapter import refresh_merged_adapter_
 from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
 from loku.target_modules import check_lora_config
@@ -187,6 +188,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         self.objective = OBJECTIVES[args.method]
         model = load_model(model, args.init_arguments())
         check_causal_lm(model)
+        refresh_merged_adapter_(model)
         if peft_config is not None:
             refuse_adapters(model)
         with all_or_nothing(model, keep_weights=changes_base(peft_config)):
@@ -222,7 +224,7 @@ class UnlearnTrainer(EvaluatingTrainer):
                 f"{name} would train in float16, in which small steps round to nothing: load the model with "
                 "dtype=torch.float32 (and set bf16 or fp16 for its speed), or in bfloat16"
             )
-        if isinstance(model, PeftModel) and has_residual_base(model):  # loaded, with its initial factors
+        if isinstance(model, PeftModel) and stands_for_another_base(model):
             on_residual_base_(model)
         dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
         collator = partial(collate_pairs, pad_token_id=padding_id(processing_class, model))

@@ -37,7 +37,9 @@ from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.rollback import all_or_nothing
+from loku.saving.adapter import refresh_merged_adapter_
 from loku.saving.kinds import SaveKind, check_save, save
+from loku.saving.residual_base import on_residual_base_
 from loku.target_modules import choose_targets
 from loku.text_decoder import check_causal_lm
 from loku.torch_defaults import torch_defaults
@@ -143,6 +145,7 @@ def unlearn(
     config.model_init_kwargs = None  # used: the trainer gets the loaded model
     refuse_adapters(model)
     check_causal_lm(model)
+    refresh_merged_adapter_(model)
     with all_or_nothing(model), _no_empty_directory(config.output_dir):
         return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset)
 
@@ -206,6 +209,7 @@ def _unlearn(
     with warnings.catch_warnings():  # peft reads a property that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         peft_model: Any = get_peft_model(model, lora)
+    on_residual_base_(peft_model)  # for default LoRA, too: its merge keeps the factors for a next run
     with uninitialised_on_failure(peft_model):
         check_save(peft_model, save_kind)
         trainer = make_trainer(peft_model)

@@ -14,11 +14,20 @@ from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_layers, has_residual_base
+from loku.adapters import (
+    MERGED_ADAPTER,
+    REFERENCE_ADAPTER,
+    adapter_layers,
+    changes_base,
+    has_residual_base,
+    stands_for_another_base,
+    unwrapped,
+)
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
+from loku.fingerprints import sampled_weights_fingerprint
 from loku.saving.destinations import destination, residual_save
 
 
@@ -45,9 +54,82 @@ def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
 def _merged_adapter(peft_model: PeftModel) -> dict[str, Any] | None:
     """The name of the untouched base and the factors of an adapter that was merged into it, or None.
 
-    ``loku.adapter_folders.load_merged`` keeps them. The untouched base is the model under that adapter.
+    ``loku.adapter_folders.load_merged`` and ``merge_and_unload`` of a result keep them. The untouched base is
+    the model under that adapter.
     """
     return getattr(peft_model.get_base_model(), MERGED_ADAPTER, None)
+
+
+def refresh_merged_adapter_(model: nn.Module) -> None:
+    """Forget the factors of an adapter that was merged into a model, if its weights were changed since.
+
+    No LoRA adapter of the untouched base is then known to hold the model, and ``check_portable`` says so.
+
+    Args:
+        model: The model before an adapter or a training changes it. A residual base is left alone.
+    """
+    base: Any = unwrapped(model)
+    given = getattr(base, MERGED_ADAPTER, None)
+    if given is None or (isinstance(model, PeftModel) and has_residual_base(model)):
+        return
+    if given["factors"] is not None and given.get("weights") != sampled_weights_fingerprint(base):
+        setattr(base, MERGED_ADAPTER, {**given, "factors": None})
+
+
+def remember_merged_adapter_(base: nn.Module, facts: dict[str, Any] | None) -> None:
+    """Keep the result of ``merged_adapter_facts`` in the base, after the merge."""
+    if facts is not None:
+        setattr(base, MERGED_ADAPTER, {**facts, "weights": sampled_weights_fingerprint(base)})
+
+
+@torch.no_grad()
+def merged_adapter_facts(peft_model: PeftModel, adapter_names: list[str]) -> dict[str, Any] | None:
+    """What a model must remember of adapters that are about to be merged into its base.
+
+    Args:
+        peft_model: The model with the adapters.
+        adapter_names: The names of the adapters that will be merged.
+
+    Returns:
+        A dict as ``loku.adapter_folders.load_merged`` keeps it, without ``weights``. ``factors`` is None if
+        no plain LoRA adapter of the untouched base holds the merged model. The result is None if the merged
+        model is the untouched base itself.
+    """
+    given = _merged_adapter(peft_model)
+    if list(adapter_names) == [REFERENCE_ADAPTER]:
+        return given
+    first = peft_model.peft_config[adapter_names[0]]
+    untouched = _untouched_base(peft_model, first)
+    facts = {
+        "base_model_name_or_path": untouched,
+        "factors": None,
+        "tokenizer": untouched if given is None else given.get("tokenizer"),
+    }
+    try:
+        check_portable(peft_model, adapter_names[0])
+    except ValueError:
+        return facts
+    layers = adapter_layers(peft_model, adapter_names[0])
+    plain = not any(
+        hasattr(layer, "parameter_name")
+        or adapter_names[0] in layer.lora_variant
+        or layer.lora_bias.get(adapter_names[0])
+        for layer in layers.values()
+    )
+    if len(adapter_names) > 1 or changes_base(first) or not plain:
+        return facts
+    _, own = plain_adapter(peft_model, adapter_names[0])
+    if not all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in own):
+        return facts
+    _, state = _sum_adapter(peft_model, adapter_names[0], own, None)
+    names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
+    facts["factors"] = {
+        name.removeprefix("base_model.model."): tuple(
+            state[f"{name}.lora_{letter}.weight"].detach().float().cpu().clone() for letter in "BA"
+        )
+        for name in names
+    }
+    return facts
 
 
 def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -71,12 +153,18 @@ def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None
         )
     if given is not None and given["factors"] is None:
         raise ValueError(
-            "the given model was an adapter that is no plain LoRA, so no LoRA adapter of its base "
-            f'{given["base_model_name_or_path"]!r} can hold it; choose the kind of save "merged" '
+            "the given model was an adapter that is no plain LoRA, or its weights were changed after an "
+            "adapter was merged into it. So no LoRA adapter of its base "
+            f'{given["base_model_name_or_path"]!r} is known to hold it; choose the kind of save "merged" '
             '(save_kind="merged", or --save merged)'
         )
-    if given is None and not has_residual_base(peft_model):
+    if not stands_for_another_base(peft_model):
         return  # the adapter is saved as it is
+    if given is not None and changes_base(peft_model.peft_config[adapter_name]):
+        raise ValueError(
+            "peft's initialisation changed the base weights, so this adapter cannot be added to the one that "
+            'was merged before it; choose the kind of save "merged", or init_lora_weights=True'
+        )
     for name, layer in adapter_layers(peft_model, adapter_name).items():
         added = given is not None and name in given["factors"]
         if adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name):
@@ -258,7 +346,7 @@ def portable_adapter(
         raise ValueError(
             f"the model has no layer with the adapter {adapter_name!r} any more; it was taken off"
         )
-    if has_residual_base(peft_model) or _merged_adapter(peft_model) is not None:
+    if stands_for_another_base(peft_model):
         config, state = _sum_adapter(peft_model, adapter_name, state, state_dict)
     config.base_model_name_or_path = _untouched_base(peft_model, config)
     return config, {name: full_tensor(tensor) for name, tensor in state.items()}

@@ -269,6 +269,7 @@ def save_residual_model(
             _save_model(peft_model.get_base_model(), directory / "base", state, tokenizer)
             for folder, (config, tensors) in adapters.items():
                 (directory / folder).mkdir()
+                config.init_lora_weights = True  # peft would repeat any other on the residual that is saved
                 config.base_model_name_or_path = os.path.abspath(os.path.join(path, "base"))
                 write_adapter(peft_model, config, tensors, directory / folder)
     wait_for_all_processes()

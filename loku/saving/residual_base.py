@@ -22,8 +22,13 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from loku.adapters import REFERENCE_ADAPTER, active_adapters, has_residual_base
-from loku.saving.adapter import portable_adapter, write_adapter
+from loku.adapters import REFERENCE_ADAPTER, active_adapters, has_residual_base, stands_for_another_base
+from loku.saving.adapter import (
+    merged_adapter_facts,
+    portable_adapter,
+    remember_merged_adapter_,
+    write_adapter,
+)
 from loku.saving.destinations import destination
 
 
@@ -58,7 +63,7 @@ class ResidualBase(PeftModel):
             ValueError: An adapter cannot be saved so, or ``save_directory`` is a file.
             OSError: ``save_directory`` cannot be written.
         """
-        if not has_residual_base(self):
+        if not stands_for_another_base(self):
             super().save_pretrained(
                 str(save_directory),
                 safe_serialization,
@@ -128,6 +133,9 @@ class ResidualBase(PeftModel):
     ) -> nn.Module:
         """Merge adapters into the base and return it, as in peft: by default the active adapter.
 
+        The returned model keeps the adapter's factors in memory. So the portable adapter of a further
+        unlearning fits the untouched base.
+
         Args:
             progressbar: Whether to show a bar.
             safe_merge: Whether to check for NaN.
@@ -142,7 +150,10 @@ class ResidualBase(PeftModel):
                 f"the adapters {list(names)} do not add up: {REFERENCE_ADAPTER!r} makes the original model "
                 "of the residual base, and every other adapter a trained one; merge one of them"
             )
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
+        facts = merged_adapter_facts(self, list(names))
+        merged = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
+        remember_merged_adapter_(merged, facts)
+        return merged
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle cannot find it by its name.
