@@ -47,7 +47,7 @@ def refuse_adapters(model: nn.Module) -> None:
     if isinstance(model, (PeftModel, PeftMixedModel)):
         raise ValueError(
             "model is a PeftModel already; merge its adapter first: model.merge_and_unload() returns a plain "
-            "model. Unless the PeftModel is a result of loku, save that model as well: a portable adapter that "
+            "model. Save that too, unless the PeftModel is a result of loku: a portable adapter that "
             "is trained on it fits no other"
         )
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
