@@ -30,6 +30,9 @@ from loku.distributed import full_tensor, is_main_process, wait_for_all_processe
 from loku.fingerprints import sampled_weights_fingerprint
 from loku.saving.destinations import destination, residual_save
 
+# peft's initialisations of the base weights that differ each time, as from random numbers or gradients.
+_NOT_REPEATED = ("pissa_niter", "corda", "lora_ga")
+
 
 def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
     """Check that an adapter can be saved.
@@ -157,6 +160,13 @@ def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None
             "adapter was merged into it. So no LoRA adapter of its base "
             f'{given["base_model_name_or_path"]!r} is known to hold it; choose the kind of save "merged" '
             '(save_kind="merged", or --save merged)'
+        )
+    initialisation = str(getattr(peft_model.peft_config[adapter_name], "init_lora_weights", None)).lower()
+    if not has_residual_base(peft_model) and initialisation.startswith(_NOT_REPEATED):
+        raise ValueError(
+            f"init_lora_weights={initialisation!r} changed the base weights by random numbers or by data, so "
+            "peft cannot repeat it when it loads the adapter on the untouched base; choose the kind of save "
+            '"residual" or "merged", or init_lora_weights="pissa"'
         )
     if not stands_for_another_base(peft_model):
         return  # the adapter is saved as it is

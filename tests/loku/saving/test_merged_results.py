@@ -107,3 +107,12 @@ def test_a_residual_save_after_an_initialisation_of_peft(init, tmp_path):
     save(model, tmp_path, "residual")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), expected, 1e-5)
+
+
+def test_a_random_initialisation_of_the_base_has_no_portable_adapter(tmp_path):
+    """peft would draw another one when it loads the adapter."""
+    options = {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_2"}
+    model = get_peft_model(make_base("llama"), LoraConfig(**options))
+    with pytest.raises(ValueError, match=r"peft cannot repeat it.*\"residual\" or \"merged\""):
+        save(model, tmp_path / "portable")
+    save(model, tmp_path / "merged", "merged")
