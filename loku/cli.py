@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from loku.commands import CommandParser, demo, evaluate, info, unlearn
 from loku.commands.settings import suggestion
+from loku.cpu_threads import wait_passively
 
 EPILOG = """\
 exit codes:
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: argparse has shown help, or an option is wrong.
     """
+    wait_passively()
     parser = argparse.ArgumentParser(
         prog="loku",
         description="Unlearning for causal language models.",

@@ -34,6 +34,7 @@ from loku.adapters import (
     stands_for_another_base,
 )
 from loku.config import UnlearnConfig
+from loku.cpu_threads import warn_of_busy_cores
 from loku.data import (
     IGNORE_INDEX,
     PairedDataset,
@@ -284,6 +285,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         The arguments, the result and the errors are those of ``ResumableTrainer.train``. After an exception
         the model is as before, except for the weights that were trained.
         """
+        if self.args.device.type == "cpu":
+            warn_of_busy_cores()
         tf32 = chooses_tf32(self.args, self.model)
         self._first_log = {"tf32": 1.0} if tf32 else {}
         with (

@@ -41,7 +41,7 @@ def two(tmp_path_factory):
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return folder, json.loads((folder / "report.json").read_text())

@@ -46,7 +46,6 @@ DEFAULT_TARGETS = {
     "biogpt": (["fc1", "fc2", "q_proj", "v_proj"], []),
     "bloom": (NEOX, []),
     "ctrl": (["Wq", "Wv", "ffn.0", "ffn.2"], []),
-    "dbrx": (["Wqkv"], ["mlp.v1", "mlp.w1", "mlp.w2"]),
     "deepseek_v3": (MLA, SHARED),
     "falcon": (NEOX, []),
     "falcon_h1": (LLAMA, []),
@@ -220,6 +219,12 @@ def test_unknown_layouts_are_refused():
         choose_targets(model)
     with pytest.raises(ValueError, match=r"no MLP linear .*'in_proj'"):
         choose_targets(on_meta("mamba"), "ffn")
+    dbrx = on_meta("dbrx")  # its forward reads the weights of its experts without a call
+    with pytest.raises(ValueError, match=r"no MLP linear .*'Wqkv'"):
+        choose_targets(dbrx)
+    assert choose_targets(dbrx, "qv").names == ["Wqkv"]
+    with pytest.raises(ValueError, match="would have no effect"):
+        choose_targets(dbrx, ["Wqkv", "mlp.w1"])
 
 
 LLAMA_7 = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
