@@ -70,6 +70,10 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
+    out = Path(options.out)
+    if out.suffix.lower() == ".png" or out.is_dir():
+        raise ValueError(f"--out {out} must be the file of a JSON report, such as report.json")
+
     from datetime import timedelta
 
     import torch
@@ -123,7 +127,6 @@ def run(options: argparse.Namespace) -> None:
             "reasoning": reasoning,
         }
         print(_evaluation_table(report))
-        out = Path(options.out)
         write_report(out, report)
         written = [out]
         if result.log:

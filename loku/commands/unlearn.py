@@ -71,8 +71,8 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", metavar="PATH", help="path or hub name of a causal LM")
     source = (
-        "a .jsonl or .json file of rows, a .txt file with a text on each line, or NAME[:CONFIG[:SPLIT]] on "
-        "the hub"
+        "a file (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz), a folder that datasets saved, or "
+        "NAME[:CONFIG[:SPLIT]] on the hub"
     )
     group.add_argument("--forget", metavar="FILE", help=f"the rows to forget: {source}")
     group.add_argument("--retain", metavar="FILE", help="the rows to keep, in the same forms")

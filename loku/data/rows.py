@@ -63,7 +63,8 @@ def as_rows(rows: Any, name: str) -> Any:
         name: The name of the data set in messages.
 
     Raises:
-        ValueError: The elements of the data set are no rows: it is a mapping, one string or a set.
+        ValueError: The elements of the data set are no rows: it is a mapping, one string or a set. Or two
+            columns of a ``pandas.DataFrame`` have one name.
     """
     if isinstance(rows, Mapping):
         raise ValueError(
@@ -71,6 +72,9 @@ def as_rows(rows: Any, name: str) -> Any:
         )
     library = type(rows).__module__.partition(".")[0]
     if library == "pandas" and hasattr(rows, "columns"):
+        if not rows.columns.is_unique:
+            twice = list(rows.columns[rows.columns.duplicated()])
+            raise ValueError(f"the {name} set has two columns of one name, {twice[0]!r}; drop or rename one")
         columns = {column: _cells(rows[column]) for column in rows.columns}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if library == "pandas" and hasattr(rows, "index"):
@@ -114,7 +118,8 @@ def tokenize_dataset(
     Each row is a string or has columns, in this order of preference:
 
     - ``input_ids``, with ``labels`` or with every token labelled. They are taken unchanged, except that the
-      positions that an ``attention_mask`` column masks are dropped. A label is -100 or a token id. A row may
+      positions that an ``attention_mask`` column masks are dropped. A label is -100 or a token id. A 0 in
+      TRL's ``completion_mask`` or ``assistant_masks`` takes the label away. A row may
       pack several documents. Then ``position_ids``, which begin at 0 in each document, or ``seq_lengths``
       tell them apart. Documents do not see each other, and the first token of each is not predicted.
     - ``messages``, which the tokenizer's chat template renders. Every assistant turn is labelled if the

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+LABEL_MASKS = ("completion_mask", "assistant_masks")  # TRL's: 1 marks a labelled token
 
 TokenizedRow: TypeAlias = dict[str, list[int]]
 
@@ -144,7 +145,7 @@ def given_tokens(row: Mapping[str, Any]) -> TokenizedRow:
     """
     ids = _integers(row, "input_ids")
     columns = {"input_ids": ids, "labels": list(ids)}
-    for key in ("labels", "position_ids", "attention_mask"):
+    for key in ("labels", "position_ids", "attention_mask", *LABEL_MASKS):
         if key in row:
             columns[key] = _integers(row, key)
     if "position_ids" not in row and "seq_lengths" in row:
@@ -160,18 +161,25 @@ def given_tokens(row: Mapping[str, Any]) -> TokenizedRow:
             raise BadRow(
                 f"'labels' has {label}; a label is a token id or {IGNORE_INDEX}, which marks no label"
             )
+    for key in LABEL_MASKS:
+        labelled = columns.pop(key, None)
+        if labelled is not None:
+            _check_mask(labelled, key)
+            pairs = zip(columns["labels"], labelled, strict=True)
+            columns["labels"] = [label if counts else IGNORE_INDEX for label, counts in pairs]
     mask = columns.pop("attention_mask", None)
     if mask is not None:
-        if not set(mask) <= {0, 1}:
-            raise BadRow(
-                f"'attention_mask' has {max(mask, key=abs)}; it must have 0 and 1 alone. 'position_ids' or "
-                "'seq_lengths' tell documents apart"
-            )
+        _check_mask(mask, "attention_mask", ". 'position_ids' or 'seq_lengths' tell documents apart")
         kept = [i for i, attended in enumerate(mask) if attended]
         columns = {key: [values[i] for i in kept] for key, values in columns.items()}
     if "position_ids" in columns:
         _end_documents(columns)
     return columns
+
+
+def _check_mask(mask: Sequence[int], key: str, instead: str = "") -> None:
+    if not set(mask) <= {0, 1}:
+        raise BadRow(f"'{key}' has {max(mask, key=abs)}; it must have 0 and 1 alone{instead}")
 
 
 def _integers(row: Mapping[str, Any], key: str) -> list[int]:
@@ -182,7 +190,7 @@ def _integers(row: Mapping[str, Any], key: str) -> list[int]:
         return list(values)
     for value in values:
         # A bool is an Integral too, and it is a token id by mistake alone. In a mask it means 0 or 1.
-        if not isinstance(value, Integral) or (isinstance(value, bool) and key != "attention_mask"):
+        if not isinstance(value, Integral) or (isinstance(value, bool) and "mask" not in key):
             raise BadRow(
                 f"'{key}' must be a flat list of integers, one sequence a row; it has a "
                 f"{type(value).__name__}"

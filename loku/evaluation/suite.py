@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loku.data import (
+    IGNORE_INDEX,
     as_rows,
     labelled_column,
     read_rows,
@@ -14,6 +15,7 @@ from loku.data import (
     split_documents,
     token_limits,
     tokenize_dataset,
+    wrong_answers,
 )
 from loku.distributed import is_main_process, spread
 from loku.evaluation.dialogue import dialogue_f1
@@ -109,10 +111,12 @@ def evaluate(
 
     Raises:
         RowError: A row cannot be used. The message names the set and the row, and the line of a file.
-        ValueError: A set is empty; or the reference log is about other questions than the forget set, or one
-            of them lacks perturbed answers.
+        ValueError: A set is empty; the batch size is less than 1; or the reference log is about other
+            questions than the forget set, or one of them lacks perturbed answers.
         FloatingPointError: A loss or a logit is NaN.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     sources = {name: rows for name, rows in data.items() if isinstance(rows, (str, os.PathLike))}
     data_sets = {
         name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))
@@ -124,7 +128,7 @@ def evaluate(
         }
     if reference_log is not None:
         forget = data_sets.get("forget", [])
-        if not all(map(_is_question, forget)) or not any(row.get("perturbed_answer") for row in forget):
+        if not all(map(_is_question, forget)) or not any(map(wrong_answers, forget)):
             raise ValueError(
                 "forget quality needs a forget set of questions and answers, with 'perturbed_answer'"
             )
@@ -160,7 +164,7 @@ def evaluate(
 
             section = _by_quantity(spread(tofu_rows, rows, scores, range(len(rows))))
             generated = [text.removeprefix("Answer:") for _, text, _ in section["generated_text"].values()]
-            choice = name in CHOICE_SETS and all(row.get("perturbed_answer") for row in rows)
+            choice = name in CHOICE_SETS and all(map(wrong_answers, rows))
             sets[name] |= section_metrics(section, choice, name == "forget")
             if name in CHOICE_SETS and not choice:
                 sets[name].pop("truth_ratio", None)
@@ -179,7 +183,7 @@ def evaluate(
                 )
 
             generated = spread(replies, tokens, scores)
-            references = [row["completion"] for row in rows]
+            references = _completions(rows, tokens, tokenizer, max_length)
             sets[name]["rouge"] = mean_over_rows(rouge_recalls(generated, references)[1])
             sets[name]["dialogue_f1"] = mean_over_rows(dialogue_f1(generated, references))
 
@@ -211,6 +215,19 @@ def _tokenized(
         answers = tokenized_answers(rows, tokenizer, name, max_length, limits)
         return [answer.tokens for answer in answers[: len(rows)]]
     return split_documents(tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits))
+
+
+def _completions(
+    rows: list[Any], tokens: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[str]:
+    """Return the texts that generated completions are compared with: of a cut row, what was left of it."""
+    decode: Any = tokenizer.decode
+    return [
+        decode([label for label in ids["labels"] if label != IGNORE_INDEX], skip_special_tokens=True)
+        if len(ids["input_ids"]) == max_length
+        else row["completion"]
+        for row, ids in zip(rows, tokens, strict=True)
+    ]
 
 
 def _is_question(row: Any) -> bool:

@@ -246,6 +246,25 @@ def test_token_ids_are_integers():
             tokenize_dataset([bad], None)
 
 
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+def test_masks_of_trl_take_labels_away(mask):
+    row = {"input_ids": [4, 5, 6, 7, 8], "attention_mask": [0, 1, 1, 1, 1], mask: [1, 0, 0, 1, 1]}
+    assert tokenize_dataset([row], None) == [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
+    row["labels"] = [-100, -100, 6, -100, 8]
+    assert tokenize_dataset([row], None)[0]["labels"] == [-100, -100, -100, 8]
+    for wrong, message in (([0, 0, 0, 2, 1], f"'{mask}' has 2"), ([0, 1], f"'{mask}' has 2 entries")):
+        with pytest.raises(RowError, match=message):
+            tokenize_dataset([{**row, mask: wrong}], None)
+    with pytest.raises(RowError, match="no label token"):
+        tokenize_dataset([{**row, mask: [0] * 5}], None)
+
+
+def test_columns_of_one_name_are_refused():
+    frame = pd.DataFrame([["a", "b", "c"]], columns=["question", "answer", "answer"])
+    with pytest.raises(ValueError, match="the forget set has two columns of one name, 'answer'"):
+        tokenize_dataset(frame, PLAIN)
+
+
 def test_wrong_answers():
     assert wrong_answers({"perturbed_answer": ["a", "b"]}) == ["a", "b"]
     assert wrong_answers({"perturbed_answer": np.array(["a"], dtype=object)}) == ["a"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -239,6 +240,10 @@ def test_errors_come_before_the_work(parts, capsys, monkeypatch):
             evaluation.evaluate(model, tokenizer, sets)
     with pytest.raises(ValueError, match="odd set is empty"):
         evaluation.evaluate(model, tokenizer, {"odd": []})
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluation.evaluate(model, tokenizer, rows, batch_size=0)
+    assert cli.main(["evaluate", "model", "--data", "x=forget.jsonl", "--out", "report.png"]) == 2
+    assert "--out report.png must be the file of a JSON report" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "model", "--data", "forget.jsonl"])
     assert "'forget.jsonl' is not NAME=SOURCE" in capsys.readouterr().err
@@ -258,6 +263,36 @@ def test_model_utility_is_available_where_every_row_has_wrong_answers(parts):
         "truth_ratio" not in part.sets["real_authors"]
         and part.sets["world_facts"] == whole.sets["world_facts"]
     )
+
+
+def test_wrong_answers_may_be_arrays_or_missing(parts, reference):
+    model, tokenizer, rows = parts
+    data = {"real_authors": rows["forget"], "forget": rows["forget"]}
+    expected = evaluation.evaluate(model, tokenizer, data, reference_log=reference, progress=False)
+    arrays = {
+        name: [{**row, "perturbed_answer": np.array(row["perturbed_answer"], dtype=object)} for row in rows]
+        for name, rows in data.items()
+    }
+    found = evaluation.evaluate(model, tokenizer, arrays, reference_log=reference, progress=False)
+    assert found.sets == expected.sets and found.whole == expected.whole
+    sets = {"real_authors": [{**row, "perturbed_answer": float("nan")} for row in rows["forget"]]}
+    measures = evaluation.evaluate(model, tokenizer, sets, progress=False).sets["real_authors"]
+    assert "truth_ratio" not in measures
+    with pytest.raises(ValueError, match="forget set of questions and answers, with 'perturbed_answer'"):
+        missing = {"forget": sets["real_authors"]}
+        evaluation.evaluate(model, tokenizer, missing, reference_log=reference, progress=False)
+
+
+def test_a_cut_completion_is_compared_with_what_is_left_of_it(parts):
+    model, tokenizer, _ = parts
+    row = {"prompt": "Once", "completion": " upon a time there was a river in the country. " * 20}
+    (ids,) = tokenize_dataset([row], tokenizer, max_length=12)
+    left = tokenizer.decode([label for label in ids["labels"] if label != -100])
+    generated = f"{left} and then"
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="were cut"):
+        patch.setattr("loku.evaluation.suite.generated_texts", lambda *args: [generated])
+        sets = evaluation.evaluate(model, tokenizer, {"x": [row]}, max_length=12, progress=False).sets
+    assert sets["x"]["rouge"] == 1
 
 
 def test_documents_of_packed_rows_are_rows_of_their_own(parts):
