@@ -198,7 +198,7 @@ def test_a_model_by_name_raw_rows_and_a_peft_config(saved, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "base_model: someone/base" in card and "- unlearning" in card and "learning_rate: 0.01" in card
 
-    with pytest.raises(ValueError, match="leave out peft_config"):
+    with pytest.raises(ValueError, match="merge its adapter first"):
         UnlearnTrainer(trainer.model, arguments(tmp_path), FORGET, RETAIN, peft_config=lora())
     with pytest.raises(ValueError, match="by its path or name"):
         UnlearnTrainer(tiny_model("llama"), args, QUESTIONS, TEXTS)

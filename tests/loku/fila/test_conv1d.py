@@ -84,7 +84,7 @@ def test_a_failure_puts_the_weights_back(monkeypatch):
     def failing(*args):
         raise MemoryError("injected")
 
-    monkeypatch.setattr("loku.fila.initialize._add_reference", failing)
+    monkeypatch.setattr("loku.fila.initialize.add_frozen_adapter", failing)
     with pytest.raises(MemoryError, match="injected"):
         initialize_from_row_scales(model, random_scales(model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
