@@ -28,7 +28,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
-from loku.fingerprints import sampled_weights_fingerprint
+from loku.saving.adapter import remember_merged_adapter_
 from loku.saving.destinations import residual_save
 
 _log = logging.getLogger(__name__)
@@ -261,12 +261,12 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     merged = peft_model.merge_and_unload(safe_merge=True)
     for parameter in merged.parameters():  # peft froze them
         parameter.requires_grad_(parameter.is_floating_point())
-    merged._loku_merged_adapter = {
+    facts = {
         "base_model_name_or_path": untouched,
         "factors": factors,
         "tokenizer": _tokenizer_place(adapter, base_name if earlier is None else earlier["tokenizer"], hub),
-        "weights": sampled_weights_fingerprint(merged),
     }
+    remember_merged_adapter_(merged, facts)
     _log.warning("%s is an adapter: it was merged into its base %s", adapter, base_name)
     return merged
 

@@ -36,7 +36,6 @@ def run_identity(
     forget: Iterable[Mapping[str, Any]],
     retain: Iterable[Mapping[str, Any]] | DrawnRows,
     refusals: RefusalRows | None = None,
-    given_adapter: str | None = None,
 ) -> dict[str, Any]:
     """The facts that two runs must share for one to go on from the other's checkpoint.
 
@@ -47,8 +46,6 @@ def run_identity(
         forget: The tokenised forget rows.
         retain: The tokenised retain rows. Only the first 100 rows count of a set that is not held in memory.
         refusals: The refusals that the run trains on, or None.
-        given_adapter: The ``given_adapter_fingerprint`` of the model if the method compares with the original
-            model, or None.
 
     Returns:
         The facts, which JSON can hold, by their names in messages.
@@ -56,7 +53,6 @@ def run_identity(
     identity = {
         "checkpoint format": _FORMAT,
         "base model": fingerprint,
-        "given adapter": given_adapter,
         "forget set": ordered_rows_fingerprint(forget),
         "retain set": ordered_rows_fingerprint(retain.first() if isinstance(retain, DrawnRows) else retain),
         "refusals": None if refusals is None else texts_fingerprint(refusals.refusals),

@@ -116,7 +116,6 @@ class ResumableTrainer(Trainer):
         self._run = forget, retain, refusals
         # The fingerprint is taken before training changes the weights.
         self._base_model = sampled_weights_fingerprint(model) if args.should_save else None
-        self._given_adapter: str | None = None  # of an adapter that is a part of the original model
         self._writing = self._ended = False
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ValueError("FSDP 1 flattens the weights, and FILA needs matrices: set fsdp_version: 2")
@@ -124,8 +123,7 @@ class ResumableTrainer(Trainer):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        facts = run_identity(self.args, self._base_model, *self._run, given_adapter=self._given_adapter)
-        return facts | self._further_facts()
+        return run_identity(self.args, self._base_model, *self._run) | self._further_facts()
 
     def _further_facts(self) -> dict[str, Any]:
         """Facts of a subclass that two runs must share, which JSON can hold, by their names in messages."""

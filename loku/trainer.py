@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -251,12 +251,15 @@ class UnlearnTrainer(EvaluatingTrainer):
         # must not divide again.
         self.model_accepts_loss_kwargs = True
         self._given: Reference | None = None
-        if self.objective.reference is not None and args.should_save:
-            self._given_adapter = given_adapter_fingerprint(model)
+        compares = self.objective.reference is not None and args.should_save
+        self._given_adapter = given_adapter_fingerprint(model) if compares else None
         self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._step_log = StepLog()
         self.add_callback(self._step_log)
         self._first_log: dict[str, float] = {}
+
+    def _further_facts(self) -> dict[str, Any]:
+        return {"given adapter": self._given_adapter, **super()._further_facts()}
 
     def _check_rows(self, model: nn.Module, args: UnlearnConfig, forget: Any, retain: Any) -> None:
         if isinstance(retain, StreamedRows) and args.dataloader_num_workers > 0:
@@ -309,11 +312,8 @@ class UnlearnTrainer(EvaluatingTrainer):
             if self._given is None:
                 with self.accelerator.autocast():  # in the precision of training
                     self._keep_references()
-        if self._given is None:
-            yield
-            return
         peft_model: Any = self.model
-        with reference_adapter(peft_model, self._given):
+        with nullcontext() if self._given is None else reference_adapter(peft_model, self._given):
             yield
 
     def _keep_references(self) -> None:

@@ -167,11 +167,11 @@ def _unlearn(
 ) -> str:
     """Unlearn, save the result, and return the summary."""
     from loku import unlearn
+    from loku.adapters import MERGED_ADAPTER, unwrapped
     from loku.data import RowError
     from loku.data.files import place_of_row
     from loku.learning_rates import default_learning_rate
     from loku.memory import forget_peak_memory, peak_device_memory, peak_memory
-    from loku.models import unwrapped
 
     tokenizer = None
     if places["tokenizer"]:
@@ -192,7 +192,7 @@ def _unlearn(
     peaks = {"resident": peak_memory(), "device": peak_device_memory()}
     sizes = {"forget": len(forget), "retain": len(retain)}
     kind = "merged" if config.tuning == "full" else kind
-    given = getattr(unwrapped(result.model), "_loku_merged_adapter", None)
+    given = getattr(unwrapped(result.model), MERGED_ADAPTER, None)
     base = places["model"] if given is None else given["base_model_name_or_path"] or "BASE"
     return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind, base)
 

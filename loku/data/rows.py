@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loku.adapters import MERGED_ADAPTER
 from loku.data.files import place_of_row
 from loku.data.row_errors import BadRow, RowError
 from loku.data.row_forms import columns_of, labelled_column, labelled_text
@@ -305,7 +306,7 @@ def infer_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    merged: Any = getattr(model, "_loku_merged_adapter", None)  # its tokenizer may lie beside the adapter
+    merged: Any = getattr(model, MERGED_ADAPTER, None)  # its tokenizer may lie beside the adapter
     name = getattr(model.config, "_name_or_path", "") if merged is None else merged["tokenizer"]
     if not name:
         raise ValueError("this model does not say where it was loaded from; pass its tokenizer as tokenizer=")
