@@ -8,7 +8,6 @@ the same base model, data and settings.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any
 from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
+from loku.file_digests import file_digest
 from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
 
 MANIFEST = "loku_checkpoint.json"
@@ -61,14 +61,6 @@ def run_identity(
     return json.loads(json.dumps(identity, default=str))  # the form that is read back
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_manifest(directory: Path, identity: dict[str, Any]) -> None:
     """Write the manifest of a checkpoint, after all its other files.
 
@@ -77,7 +69,7 @@ def write_manifest(directory: Path, identity: dict[str, Any]) -> None:
         identity: The ``run_identity`` of its run.
     """
     files = {
-        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
         for file in sorted(directory.rglob("*"))
         if file.is_file()
     }
@@ -101,7 +93,7 @@ def _check_files(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
             reason = "is missing"
         elif file.stat().st_size != expected["bytes"]:
             reason = f"has {file.stat().st_size} bytes of {expected['bytes']}"
-        elif _sha256(file) != expected["sha256"]:
+        elif file_digest(file) != expected["sha256"]:
             reason = "was altered: its SHA-256 is not that of what was written"
         else:
             continue

@@ -41,7 +41,7 @@ from loku.distributed import first_error, from_main_process, is_main_process
 from loku.fingerprints import sampled_weights_fingerprint
 from loku.nan_guard import check_parameters
 from loku.saving.adapter import check_portable, save_portable_adapter
-from loku.saving.directories import replace_directory
+from loku.saving.directories import flush_tree, replace_directory
 
 __all__ = [  # with the names that have moved to modules of their own
     "MANIFEST",
@@ -269,6 +269,7 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / name / _STATE))
                 write_manifest(unfinished / name, self._identity)
+                flush_tree(unfinished / name)
                 replace_directory(unfinished / name, directory / name)
 
         try:

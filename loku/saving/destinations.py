@@ -8,7 +8,6 @@ a loader would read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from loku.file_digests import file_digest, file_digests
 from loku.saving.directories import whole_directory
 
 LIST = "loku_save.json"
@@ -33,30 +33,6 @@ _LOADED = (
 )
 _FOLDERS = ("base", "adapter", "reference")  # of a residual save
 _KEYS = {"portable": "adapter_config.json", "residual": "adapter", "merged": "config.json"}
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
-
-
-def _digest(file: Path) -> str:
-    """A digest of a file's size and of 64 samples of its content; files of up to 1 MiB count as a whole."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(file, "rb") as stream:
-        if size <= _SAMPLES * _SAMPLE_BYTES:
-            digest.update(stream.read())
-        else:
-            for sample in range(_SAMPLES):
-                stream.seek(sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    """The digests of the files in a directory, by their paths in it."""
-    return {
-        file.relative_to(directory).as_posix(): _digest(file)
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
 
 
 def _last_save(directory: Path) -> dict[str, Any]:
@@ -74,9 +50,9 @@ def _entries_of_the_last_save(directory: Path) -> set[str]:
     for name in {file.partition("/")[0] for file in listed}:
         entry = directory / name
         if entry.is_dir():
-            held = {f"{name}/{file}": digest for file, digest in _digests(entry).items()}
+            held = {f"{name}/{file}": digest for file, digest in file_digests(entry).items()}
         else:
-            held = {name: _digest(entry)} if entry.is_file() else {}
+            held = {name: file_digest(entry)} if entry.is_file() else {}
         if all(listed.get(file) == digest for file, digest in held.items()):
             ours.add(name)
     return ours
@@ -141,7 +117,7 @@ def destination(
     replaced = tuple(escape(name) for name in _entries_of_the_last_save(Path(path)))
     with whole_directory(path, key=_KEYS[kind], replaced=replaced) as directory:
         yield directory
-        save = {"kind": kind, **facts, "files": _digests(directory)}
+        save = {"kind": kind, **facts, "files": file_digests(directory)}
         (directory / LIST).write_text(json.dumps(save, indent=2), encoding="utf-8")
 
 

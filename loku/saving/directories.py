@@ -1,4 +1,7 @@
-"""Files and directories that are whole or absent, even if their writer is stopped."""
+"""Files and directories that are whole or absent, even if their writer is stopped or the machine loses power.
+
+The files are flushed to the disk before a rename gives them their name, and the rename after it.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,12 @@ def whole_directory(path: str | os.PathLike, *, key: str, replaced: tuple[str, .
     unfinished.mkdir()
     try:
         yield unfinished
+        flush_tree(unfinished)
         if exists:
             _replace_entries(unfinished, path, key, replaced)
         else:
             unfinished.rename(path)
+            flush(path.parent)
     except SafetensorError as error:  # safetensors raises it if the disk is full
         raise OSError(f"{path} was not written, and is as it was: {error}") from error
     finally:
@@ -72,9 +77,42 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     unfinished = _unfinished(path.parent, path.name)
     try:
         yield unfinished
+        flush(unfinished)
         os.replace(unfinished, path)
+        flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk (``fsync``).
+
+    Args:
+        path: The file or the directory.
+
+    Raises:
+        OSError: The disk reports a failure. A full one may report it first here.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(directory: Path) -> None:
+    """Wait until a directory and all its files and folders are on the disk.
+
+    Args:
+        directory: The directory.
+
+    Raises:
+        OSError: The disk reports a failure.
+    """
+    for entry in directory.rglob("*"):
+        if not entry.is_symlink():
+            flush(entry)
+    flush(directory)
 
 
 def _unfinished(folder: Path, name: str) -> Path:
@@ -91,6 +129,7 @@ def replace_directory(new: Path, path: Path) -> None:
     """
     moves = [(path, new.parent / "previous")] if path.exists() else []
     _rename_all([*moves, (new, path)])
+    flush(path.parent)
 
 
 def _replace_entries(source: Path, path: Path, key: str, replaced: tuple[str, ...]) -> None:
@@ -110,6 +149,7 @@ def _replace_entries(source: Path, path: Path, key: str, replaced: tuple[str, ..
             *((entry, path / entry.name) for entry in new),
         ]
     )
+    flush(path)
 
 
 def _rename_all(moves: list[tuple[Path, Path]]) -> None:
