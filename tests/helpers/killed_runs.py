@@ -95,7 +95,7 @@ STAGES = {
     "initialisation": (lambda: at_call("loku.fila.initialize.row_scaled_svd", 2), {}, False),
     "training": (None, {"callbacks": [AtStep(3, kill)]}, True),
     "checkpoint": (lambda: at_call("torch.save", 6), {}, True),  # the optimizer of the second checkpoint
-    "manifest": (lambda: at_call("loku.checkpoints.write_manifest", 2), {}, True),
+    "manifest": (lambda: at_call("loku.checkpoint_folder.write_manifest", 2), {}, True),
     "save": (lambda: at_call("loku.unlearning.save", 1, save_half), {}, True),
 }
 VARIANTS = {
