@@ -129,8 +129,7 @@ class CheckpointFolder:
         write_manifest(new, identity, contents)
         flush_tree(new)
         if not os.path.lexists(path):
-            new.rename(path)
-            flush(self.directory)
+            _rename(new, path)
             return path
         reason = why_not_ours(path, identity)
         if reason:
@@ -138,12 +137,11 @@ class CheckpointFolder:
         replaced = self.private / _REPLACED / path.name
         replaced.parent.mkdir(exist_ok=True)
         try:
-            path.rename(replaced)
-            new.rename(path)
+            _rename(path, replaced)
+            _rename(new, path)
         except BaseException:
             _put_back(self.private)
             raise
-        flush(self.directory)
         self._delete(replaced)
         return path
 
@@ -174,10 +172,15 @@ class CheckpointFolder:
     def _delete(self, checkpoint: Path) -> None:
         """Delete a checkpoint. It loses its name first."""
         deleted = self.private / f"deleted-{uuid.uuid4().hex[:8]}"
-        checkpoint.rename(deleted)
-        flush(checkpoint.parent)
-        flush(self.private)
+        _rename(checkpoint, deleted)
         shutil.rmtree(deleted, ignore_errors=True)
+
+
+def _rename(origin: Path, target: Path) -> None:
+    """Rename a directory, and wait until both names are on the disk."""
+    origin.rename(target)
+    flush(target.parent)
+    flush(origin.parent)
 
 
 def _put_back(private: Path) -> None:
@@ -185,8 +188,7 @@ def _put_back(private: Path) -> None:
     for _, replaced in steps_of(private / _REPLACED):
         path = private.parent / replaced.name
         if not os.path.lexists(path):
-            replaced.rename(path)
-            flush(private.parent)
+            _rename(replaced, path)
 
 
 def _clear_private(private: Path) -> None:

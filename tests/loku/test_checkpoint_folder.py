@@ -217,7 +217,7 @@ def test_room_is_checked_in_bytes(folder, monkeypatch):
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
     """The manifest comes last, the directory of the name after it; and a name goes before its files."""
-    events, rename, fsync = [], Path.rename, os.fsync
+    private, events, rename, fsync = f"flush {folder.private.name}", [], Path.rename, os.fsync
 
     def recorded(self, target):
         events.append(f"{self.name} -> {'private' if folder.private in target.parents else target.name}")
@@ -232,7 +232,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(folder, monkeypatch)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **kwargs: events.append("delete"))
     publish(folder, 2)
     files = {f"flush {name}" for name in (STATE, "training_args.bin", TRAINED, MANIFEST, "checkpoint-2")}
-    assert set(events[:5]) == files and events[5:] == ["checkpoint-2 -> checkpoint-2", "flush run"]
+    assert set(events[:5]) == files and events[5:] == ["checkpoint-2 -> checkpoint-2", "flush run", private]
     events.clear()
     folder.delete_oldest(0, set(), RUN)
-    assert events == ["checkpoint-2 -> private", "flush run", f"flush {folder.private.name}", "delete"]
+    assert events == ["checkpoint-2 -> private", private, "flush run", "delete"]
