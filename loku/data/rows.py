@@ -230,11 +230,16 @@ class RowTokenizer:
                 )
             if self.limits is not None:
                 self.limits.check(columns)
+        except RecursionError as error:
+            raise self._error(index, "its values are nested too deeply") from error
         except BadRow as error:
-            place = None if self.source is None else place_of_row(self.source, index)
-            raise RowError(self.name, index, error, place) from error.__cause__
+            raise self._error(index, error) from error.__cause__
         self.truncated += length > left
         return columns
+
+    def _error(self, index: int, problem: object) -> RowError:
+        place = None if self.source is None else place_of_row(self.source, index)
+        return RowError(self.name, index, problem, place)
 
     def _tokens(self, row: Any) -> TokenizedRow:
         columns = columns_of(row)
