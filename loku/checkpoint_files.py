@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from loku.file_digests import file_digest
-from loku.run_identity import differences
+from loku.run_identity import differences, warn_of_environment
 
 MANIFEST = "loku_checkpoint.json"
 STATE = "trainer_state.json"
@@ -192,6 +192,13 @@ def _differences(checkpoint: Path, manifest: dict[str, Any], identity: dict[str,
         raise ValueError(f"{checkpoint} is not a whole checkpoint of loku ({MANIFEST}: {error})") from error
 
 
+def _warn_of_environment(checkpoint: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
+    try:
+        warn_of_environment(identity, manifest["run"])
+    except RecursionError as error:
+        raise ValueError(f"{checkpoint} is not a whole checkpoint of loku ({MANIFEST}: {error})") from error
+
+
 def _alteration(checkpoint: Path, files: dict[str, dict[str, Any]], digests: bool = True) -> str | None:
     """The first file that is not as the manifest says, and why; or None."""
     inside = checkpoint.resolve()
@@ -320,6 +327,7 @@ def find_checkpoint(
         difference = _differences(checkpoint, manifest, identity)
         if not difference:
             check_whole(checkpoint, manifest["files"], contents)
+            _warn_of_environment(checkpoint, manifest, identity)
             return checkpoint
         reason = reason or (
             f"{checkpoint} is of another run: {difference}. Nothing was changed; pass the model, data and "

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -41,10 +41,9 @@ from loku.checkpoint_folder import CheckpointFolder
 from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
-from loku.distributed import first_error, from_main_process, is_main_process
-from loku.fingerprints import sampled_weights_fingerprint
+from loku.distributed import check_in_main_process, first_error, is_main_process
 from loku.nan_guard import check_parameters
-from loku.run_identity import run_identity
+from loku.run_identity import model_facts, run_identity, settings_facts
 from loku.saving.adapter import check_portable, save_portable_adapter
 
 __all__ = [  # with the names that have moved to modules of their own
@@ -58,22 +57,7 @@ __all__ = [  # with the names that have moved to modules of their own
     "whole_checkpoints",
 ]
 
-T = TypeVar("T")
 _ADAM = ("adamw_torch", "adamw_torch_fused")
-
-
-def _in_main_process(function: Callable[[], T]) -> T:
-    """Call a function in the main process alone. All processes get its result or its error."""
-    answer: Any = None
-    if is_main_process():
-        try:
-            answer = function()
-        except (OSError, ValueError) as error:
-            answer = error
-    answer = from_main_process(answer)
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def _portable(peft_model: PeftModel) -> bool:
@@ -133,8 +117,8 @@ class ResumableTrainer(Trainer):
             check_writable(str(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self._run = forget, retain, refusals
-        # The fingerprint is taken before training changes the weights.
-        self._base_model = sampled_weights_fingerprint(model) if args.should_save else None
+        if self._may_write_checkpoints():
+            settings_facts(args)  # it refuses what no checkpoint can keep
         self._ended = self._reserved = False
         self._folder = CheckpointFolder(str(self.args.output_dir))
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
@@ -143,7 +127,19 @@ class ResumableTrainer(Trainer):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return run_identity(self.args, self._base_model, *self._run) | self._further_facts()
+        return run_identity(self.args, self._model_facts, *self._run) | self._further_facts()
+
+    @cached_property
+    def _model_facts(self) -> dict[str, Any]:
+        return model_facts(self.model)
+
+    def _may_write_checkpoints(self) -> bool:
+        """Whether a checkpoint may be written. Reading all weights would cost other runs time for nothing."""
+        if self.args.save_strategy != "no" or self.args.enable_jit_checkpoint:
+            return True
+        # A callback can ask for a checkpoint at any step. Those of transformers and loku do not.
+        modules = {type(callback).__module__ for callback in self.callback_handler.callbacks}
+        return not {module.partition(".")[0] for module in modules} <= {"transformers", "loku"}
 
     def _further_facts(self) -> dict[str, Any]:
         """Facts of a subclass that two runs must share, which JSON can hold, by their names in messages."""
@@ -161,8 +157,9 @@ class ResumableTrainer(Trainer):
     def _find_checkpoint(self, resume: str | os.PathLike | bool | None) -> Path | None:
         if not resume:
             return None
+        _ = self._model_facts  # all processes must take them
         output_dir, contents = str(self.args.output_dir), self._contents
-        return _in_main_process(lambda: find_checkpoint(resume, output_dir, self._identity, contents))
+        return check_in_main_process(lambda: find_checkpoint(resume, output_dir, self._identity, contents))
 
     @property
     def _contents(self) -> Contents:
@@ -202,8 +199,10 @@ class ResumableTrainer(Trainer):
                 checkpoint = self.checkpoint
             else:
                 checkpoint = self._find_checkpoint(resume_from_checkpoint)
+            if begun and self._may_write_checkpoints():
+                _ = self._identity  # before training changes the weights
             if begun and writes:
-                _in_main_process(partial(self._check_folder, checkpoint))
+                check_in_main_process(partial(self._check_folder, checkpoint))
             yield checkpoint
         finally:
             if begun:
@@ -213,7 +212,7 @@ class ResumableTrainer(Trainer):
 
     def _reserve(self) -> None:
         self._reserved = True
-        _in_main_process(self._folder.reserve)
+        check_in_main_process(self._folder.reserve)
 
     def _check_folder(self, checkpoint: Path | None) -> None:
         """Refuse what a checkpoint of this run must not replace, and a disk that has no room for one."""
@@ -287,7 +286,7 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
-        _in_main_process(lambda: check_best(Path(best), self._identity))
+        check_in_main_process(lambda: check_best(Path(best), self._identity))
         if not isinstance(self.model, PeftModel):
             super()._load_best_model()
         else:
