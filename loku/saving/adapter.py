@@ -27,7 +27,7 @@ from loku.adapters import (
     unwrapped,
 )
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
-from loku.fingerprints import sampled_weights_fingerprint
+from loku.fingerprints import parameters_fingerprint
 from loku.saving.destinations import destination, residual_save
 
 # peft's initialisations of the base weights that differ each time, as from random numbers or gradients.
@@ -75,14 +75,14 @@ def refresh_merged_adapter_(model: nn.Module) -> None:
     given = getattr(base, MERGED_ADAPTER, None)
     if given is None or (isinstance(model, PeftModel) and has_residual_base(model)):
         return
-    if given["factors"] is not None and given.get("weights") != sampled_weights_fingerprint(base):
+    if given["factors"] is not None and given.get("weights") != parameters_fingerprint(base):
         setattr(base, MERGED_ADAPTER, {**given, "factors": None})
 
 
 def remember_merged_adapter_(base: nn.Module, facts: dict[str, Any] | None) -> None:
     """Keep the result of ``merged_adapter_facts`` in the base, after the merge."""
     if facts is not None:
-        setattr(base, MERGED_ADAPTER, {**facts, "weights": sampled_weights_fingerprint(base)})
+        setattr(base, MERGED_ADAPTER, {**facts, "weights": parameters_fingerprint(base)})
 
 
 @torch.no_grad()
