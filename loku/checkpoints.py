@@ -30,7 +30,6 @@ from loku.checkpoint_files import (
     UNFINISHED,
     check_writable,
     find_checkpoint,
-    run_identity,
     whole_checkpoints,
     write_manifest,
 )
@@ -40,6 +39,7 @@ from loku.data.large_sets import DrawnRows
 from loku.distributed import first_error, from_main_process, is_main_process
 from loku.fingerprints import sampled_weights_fingerprint
 from loku.nan_guard import check_parameters
+from loku.run_identity import run_identity
 from loku.saving.adapter import check_portable, save_portable_adapter
 from loku.saving.directories import flush_tree, replace_directory
 
