@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loku.file_digests import file_digest
-from loku.run_identity import differences
+from loku.run_identity import differences, warn_of_environment
 
 MANIFEST = "loku_checkpoint.json"
 UNFINISHED = ".unfinished"
@@ -125,6 +125,7 @@ def find_checkpoint(
                     f"{checkpoint} has no state of the optimizer, so a run cannot go on from it exactly: it "
                     "was written with save_only_model=True; begin anew, or pass another checkpoint"
                 )
+            warn_of_environment(identity, manifest["run"])
             return checkpoint
         reason = reason or (
             f"{checkpoint} is of another run: {difference}. Nothing was changed; pass the model, data and "

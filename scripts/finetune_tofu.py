@@ -24,7 +24,7 @@ from loku.data.files import read_rows
 from loku.evaluation import evaluate_tofu_rows, write_report
 from loku.evaluation.tofu import SECTIONS
 from loku.models import load_model
-from loku.saving.directories import whole_directory
+from loku.saving.destinations import destination
 from loku.trust import load_tokenizer
 
 
@@ -58,7 +58,7 @@ def finetune(base: str, rows: list[Any], output: Path, options: argparse.Namespa
     tokens = tokenize_dataset(rows, tokenizer, max_length=options.max_length, name="TOFU")
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
     Trainer(model, arguments, train_dataset=tokens, data_collator=collator).train()
-    with whole_directory(output, key="config.json", replaced=("*",)) as directory:
+    with destination(output, "merged") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     data = {name: read_rows(source) for name, source in sources.items()}
     reference = None
     if options.reference_log is not None:
-        reference = json.loads(Path(options.reference_log).read_text(encoding="utf-8-sig"))
+        reference = _read_log(options.reference_log)
     model, base, adapter = _load(options.model, options.adapter, options.model_init_kwargs)
     if options.adapter is None and adapter is not None and state.is_main_process:
         print(f"{adapter} is an adapter; its base is {base}", file=sys.stderr)
@@ -210,6 +210,18 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
         tables.append(format_table({"accuracy": report["reasoning"]}))
     lines = [f"{name} is not available: {reason}" for name, reason in report["not_available"].items()]
     return "\n\n".join([*tables, "\n".join(lines)]).rstrip()
+
+
+def _read_log(path: str) -> Mapping[str, Any]:
+    """Read a TOFU log; ``ValueError`` if it is none."""
+    from loku.evaluation.tofu_logs import check_forget_section
+
+    try:
+        log = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    check_forget_section(log, path)
+    return log
 
 
 def _json_object(text: str) -> dict[str, Any]:
