@@ -38,8 +38,6 @@ from loku_kernels.logits_blocks import fits_one_block, logits_of
 from loku_kernels.plain import gradients_with_graph, plain_linear_triplet, plain_triplet
 from loku_kernels.tracing import (
     is_batched,
-    link_to,
-    refused_factor,
     refused_results,
     traced,
     traced_gradient,
@@ -213,15 +211,8 @@ class _InplaceIHL(torch.autograd.Function):
     """IHL whose forward overwrites the logits with their gradient. The backward returns that memory."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        ignore_index: int,
-        reduction: Reduction,
-        link: Tensor | None,
-    ) -> Tensor:
-        ctx.logits, ctx.grad, ctx.link = logits, logits.detach(), link
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+        ctx.logits, ctx.grad = logits, logits.detach()
         # The forward's one write applies the mean's 1/N, except in float16. There it would round to 0 the
         # small gradients that a loss scale protects, so the backward applies it.
         late, dtype = logits.dtype == torch.float16, wide_dtype(logits.dtype)
@@ -238,7 +229,7 @@ class _InplaceIHL(torch.autograd.Function):
         return _loss_of_triplet("inverted_hinge", triplet, labels, ignore_index, reduction).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.grad is None:
             raise RuntimeError(
                 "ihl_loss(inplace=True) keeps its gradient where the logits were, and it is used up: "
@@ -248,22 +239,18 @@ class _InplaceIHL(torch.autograd.Function):
             raise RuntimeError("ihl_loss(inplace=True) has room for one gradient: use inplace=False")
         grad, ctx.grad = ctx.grad, None
         logits, ctx.logits = ctx.logits, None
-        message = "ihl_loss(inplace=True) has no second derivative: use inplace=False"
-        factor = grad_loss if ctx.pending is None else grad_loss * ctx.pending
-        if torch.compiler.is_compiling():
-            with torch.enable_grad():  # a traced backward has no graph otherwise, whatever is asked for
-                grad.mul_(refused_factor(message, factor, ctx.link).unsqueeze(-1))
-            return grad, *[None] * 4
         with torch.no_grad():
+            factor = grad_loss if ctx.pending is None else grad_loss * ctx.pending
             if traced_gradient(grad_loss):
                 scale_rows_(grad, factor)
             else:
                 choose("scale_rows_", grad).scale_rows_(grad, factor)
         if wants_graph():
+            message = "ihl_loss(inplace=True) has no second derivative: use inplace=False"
             if transformed():
                 raise RuntimeError(message)
             (grad,) = refused_results(message, [grad], [logits, grad_loss])
-        return grad, *[None] * 4
+        return grad, None, None, None
 
 
 def _loss_of_triplet(
@@ -369,8 +356,7 @@ def ihl_loss(
             raise ValueError(
                 "inplace=True needs logits of their own memory, got expanded ones; clone them first"
             )
-        link = link_to(logits) if torch.compiler.is_compiling() else None
-        inplace_loss: Tensor = _InplaceIHL.apply(logits, labels, ignore_index, reduction, link)
+        inplace_loss: Tensor = _InplaceIHL.apply(logits, labels, ignore_index, reduction)
         return inplace_loss
     return _logits_loss("inverted_hinge", logits, labels, ignore_index, reduction)
 

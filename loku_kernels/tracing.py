@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import custom_op
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # its modes are on no stack of dispatch modes
@@ -105,7 +104,7 @@ def traced_gradient(grad: Tensor) -> bool:
 
 
 def refused_results(message: str, results: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Any:
-    """Make the results of a backward that nothing traces refuse to be differentiated.
+    """Make the results of a backward refuse to be differentiated.
 
     torch's ``once_differentiable`` returns constants if the incoming gradients are constants. A penalty of
     the gradient would then silently not train. These results lead to the inputs.
@@ -120,51 +119,3 @@ def refused_results(message: str, results: Sequence[Tensor | None], inputs: Sequ
     """
     refuse: Any = torch._C._functions.DelayedError(message.encode(), len(results) + len(inputs))
     return refuse(*results, *inputs)[: len(results)]
-
-
-# In a compiled graph a backward does not know whether it is differentiated. So the refusal is in the graph.
-
-
-@custom_op("loku_kernels::refused_derivative", mutates_args=())
-def _refused_derivative(x: Tensor, message: str) -> Tensor:
-    return torch.ones_like(x)
-
-
-@_refused_derivative.register_fake
-def _(x: Tensor, message: str) -> Tensor:
-    return torch.ones_like(x)
-
-
-def _save_message(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.message = inputs
-
-
-def _refuse(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError(ctx.message)
-
-
-_refused_derivative.register_autograd(_refuse, setup_context=_save_message)
-
-
-def link_to(tensor: Tensor) -> Tensor:
-    """Return a scalar with a graph that leads to a tensor, for ``refused_factor``.
-
-    Args:
-        tensor: The tensor, of any shape.
-    """
-    return tensor.reshape(-1)[:0].sum()
-
-
-def refused_factor(message: str, factor: Tensor, link: Tensor) -> Tensor:
-    """Make a factor of the results of a compiled backward refuse to be differentiated.
-
-    Args:
-        message: The message of the ``RuntimeError``.
-        factor: The factor, of any shape.
-        link: A scalar with a graph that leads to the tensors of the forward.
-
-    Returns:
-        The factor, with a graph whose backward raises, if one of the arguments has a graph.
-    """
-    one: Tensor = _refused_derivative(link, message)
-    return factor * one
