@@ -37,7 +37,7 @@ import torch
 from loku.data.files import read_rows
 from loku.demo import EMBEDDED, load_model
 from loku.objectives import OBJECTIVES
-from loku.saving.directories import whole_directory
+from loku.saving.destinations import destination
 
 DATA = Path(__file__).parent / "data" / "wikitext.jsonl"
 SEQUENCES, TOKENS = 32, 200  # sequences of a forget set, tokens of a sequence
@@ -162,7 +162,7 @@ def memorise(
             dataloader_pin_memory=False,
         )
         Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
-    with whole_directory(output, key="config.json", replaced=("*",)) as directory:
+    with destination(output, "merged") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 

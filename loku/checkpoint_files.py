@@ -13,52 +13,15 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.config import UnlearnConfig
-from loku.data import RefusalRows
-from loku.data.large_sets import DrawnRows
 from loku.file_digests import file_digest
-from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
+from loku.run_identity import differences, warn_of_environment
 
 MANIFEST = "loku_checkpoint.json"
 UNFINISHED = ".unfinished"
-_DIGESTS = ("base model", "given adapter", "forget set", "retain set", "refusals", "evaluation sets")
 _SCHEDULER = "scheduler.pt"  # written beside the optimizer's files, whose names differ by the way of sharding
-_FORMAT = 4  # raised with each change of the facts that identify a run
-
-
-def run_identity(
-    args: UnlearnConfig,
-    fingerprint: str | None,
-    forget: Iterable[Mapping[str, Any]],
-    retain: Iterable[Mapping[str, Any]] | DrawnRows,
-    refusals: RefusalRows | None = None,
-) -> dict[str, Any]:
-    """The facts that two runs must share for one to go on from the other's checkpoint.
-
-    Args:
-        args: The settings; their ``deciding_settings`` count.
-        fingerprint: The ``sampled_weights_fingerprint`` of the base model, or None in a process that writes
-            no checkpoints.
-        forget: The tokenised forget rows.
-        retain: The tokenised retain rows. Only the first 100 rows count of a set that is not held in memory.
-        refusals: The refusals that the run trains on, or None.
-
-    Returns:
-        The facts, which JSON can hold, by their names in messages.
-    """
-    identity = {
-        "checkpoint format": _FORMAT,
-        "base model": fingerprint,
-        "forget set": ordered_rows_fingerprint(forget),
-        "retain set": ordered_rows_fingerprint(retain.first() if isinstance(retain, DrawnRows) else retain),
-        "refusals": None if refusals is None else texts_fingerprint(refusals.refusals),
-        **args.deciding_settings(),
-    }
-    return json.loads(json.dumps(identity, default=str))  # the form that is read back
 
 
 def write_manifest(directory: Path, identity: dict[str, Any]) -> None:
@@ -101,18 +64,6 @@ def _check_files(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
             f"{checkpoint}: {name} {reason}. Nothing was loaded; restore the file, or delete this checkpoint "
             "to go on from an earlier one"
         )
-
-
-def _differences(identity: dict[str, Any], other: dict[str, Any]) -> str:
-    parts = []
-    for name in {**other, **identity}:
-        ours, theirs = identity.get(name), other.get(name)
-        if ours != theirs:
-            is_digest = name in _DIGESTS
-            parts.append(
-                f"another {name}" if is_digest else f"{name}={theirs!r}, where this run has {ours!r}"
-            )
-    return "; ".join(parts)
 
 
 def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -166,7 +117,7 @@ def find_checkpoint(
     reason = None
     for checkpoint in reversed(candidates):
         manifest = _read_manifest(checkpoint)
-        difference = _differences(identity, manifest["run"])
+        difference = differences(identity, manifest["run"])
         if not difference:
             _check_files(checkpoint, manifest["files"])
             if _SCHEDULER not in manifest["files"]:
@@ -174,6 +125,7 @@ def find_checkpoint(
                     f"{checkpoint} has no state of the optimizer, so a run cannot go on from it exactly: it "
                     "was written with save_only_model=True; begin anew, or pass another checkpoint"
                 )
+            warn_of_environment(identity, manifest["run"])
             return checkpoint
         reason = reason or (
             f"{checkpoint} is of another run: {difference}. Nothing was changed; pass the model, data and "

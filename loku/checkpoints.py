@@ -30,7 +30,6 @@ from loku.checkpoint_files import (
     UNFINISHED,
     check_writable,
     find_checkpoint,
-    run_identity,
     whole_checkpoints,
     write_manifest,
 )
@@ -38,8 +37,8 @@ from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
 from loku.distributed import first_error, from_main_process, is_main_process
-from loku.fingerprints import sampled_weights_fingerprint
 from loku.nan_guard import check_parameters
+from loku.run_identity import model_facts, run_identity, settings_facts
 from loku.saving.adapter import check_portable, save_portable_adapter
 from loku.saving.directories import flush_tree, replace_directory
 
@@ -114,8 +113,8 @@ class ResumableTrainer(Trainer):
             check_writable(str(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self._run = forget, retain, refusals
-        # The fingerprint is taken before training changes the weights.
-        self._base_model = sampled_weights_fingerprint(model) if args.should_save else None
+        if self._may_write_checkpoints():
+            settings_facts(args)  # it refuses what no checkpoint can keep
         self._writing = self._ended = False
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ValueError("FSDP 1 flattens the weights, and FILA needs matrices: set fsdp_version: 2")
@@ -123,7 +122,19 @@ class ResumableTrainer(Trainer):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return run_identity(self.args, self._base_model, *self._run) | self._further_facts()
+        return run_identity(self.args, self._model_facts, *self._run) | self._further_facts()
+
+    @cached_property
+    def _model_facts(self) -> dict[str, Any]:
+        return model_facts(self.model)
+
+    def _may_write_checkpoints(self) -> bool:
+        """Whether a checkpoint may be written. Reading all weights would cost other runs time for nothing."""
+        if self.args.save_strategy != "no" or self.args.enable_jit_checkpoint:
+            return True
+        # A callback can ask for a checkpoint at any step. Those of transformers and loku do not.
+        modules = {type(callback).__module__ for callback in self.callback_handler.callbacks}
+        return not {module.partition(".")[0] for module in modules} <= {"transformers", "loku"}
 
     def _further_facts(self) -> dict[str, Any]:
         """Facts of a subclass that two runs must share, which JSON can hold, by their names in messages."""
@@ -141,6 +152,7 @@ class ResumableTrainer(Trainer):
     def _find_checkpoint(self, resume: str | os.PathLike | bool | None) -> Path | None:
         if not resume:
             return None
+        _ = self._model_facts  # all processes must take them
         answer: Path | ValueError | None = None
         if is_main_process():  # it answers for all
             try:
@@ -170,6 +182,8 @@ class ResumableTrainer(Trainer):
             ValueError: The errors of ``find_checkpoint``.
             FloatingPointError: A loss or a trained parameter is NaN or Inf.
         """
+        if self._may_write_checkpoints():
+            _ = self._identity  # before training changes the weights
         if resume_from_checkpoint is None:
             checkpoint = self.checkpoint
         else:

@@ -79,8 +79,9 @@ class UnlearnResult:
                 (``loku.save_merged_model``).
 
         Raises:
-            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, or
-                it holds a model or an adapter that is not an earlier save.
+            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, is,
+                holds or lies in a directory that the model was loaded from, or holds something that is in the
+                way and no unaltered earlier save.
             OSError: ``path`` cannot be written.
         """
         save(self.model, path, kind, tokenizer=self.tokenizer)

@@ -23,7 +23,7 @@ from loku.data import collate, padding_id, tokenize_dataset
 from loku.data.files import read_rows
 from loku.evaluation import evaluate_tofu_rows, write_report
 from loku.evaluation.tofu import SECTIONS
-from loku.saving.directories import whole_directory
+from loku.saving.destinations import destination
 
 
 def finetune(base: str, rows: list[Any], output: Path, options: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def finetune(base: str, rows: list[Any], output: Path, options: argparse.Namespa
     tokens = tokenize_dataset(rows, tokenizer, max_length=options.max_length, name="TOFU")
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
     Trainer(model, arguments, train_dataset=tokens, data_collator=collator).train()
-    with whole_directory(output, key="config.json", replaced=("*",)) as directory:
+    with destination(output, "merged") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 

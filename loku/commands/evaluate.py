@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loku.commands import CommandParser, Commands, accept_underscores
+from loku.counts import check_counts, check_max_length
 
 
 def add(commands: Commands[CommandParser]) -> CommandParser:
@@ -73,6 +74,11 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.suffix.lower() == ".png" or out.is_dir():
         raise ValueError(f"--out {out} must be the file of a JSON report, such as report.json")
+    counts = {
+        f"--{name}": getattr(options, name.replace("-", "_")) for name in ("ngram", "stride", "batch-size")
+    }
+    check_counts(**counts)
+    check_max_length(options.max_length, "--max-length")
 
     from datetime import timedelta
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loku.adapters import MERGED_ADAPTER
+from loku.counts import check_max_length
 from loku.data.files import place_of_row
 from loku.data.row_errors import BadRow, RowError
 from loku.data.row_forms import columns_of, labelled_column, labelled_text
@@ -163,6 +164,7 @@ def tokenize_dataset(
             it is beyond the limits; the first such row is named. The first token of a row is never
             predicted, so its label does not count.
     """
+    check_max_length(max_length)
     rows = as_rows(rows, name)
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise ValueError(f"the {name} set is a {type(rows).__name__}, which has no length; pass list(rows)")
@@ -205,11 +207,7 @@ class RowTokenizer:
         limits: TokenLimits | None = None,
         source: str | os.PathLike | None = None,
     ):
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
-            raise ValueError(
-                f"max_length must be an integer >= 2, since the first token of a row is never predicted, or "
-                f"None; got {max_length!r}"
-            )
+        check_max_length(max_length)
         self.tokenizer, self.max_length, self.name = tokenizer, max_length, name
         self.limits, self.source = limits, source
         self.truncated = 0
@@ -232,11 +230,16 @@ class RowTokenizer:
                 )
             if self.limits is not None:
                 self.limits.check(columns)
+        except RecursionError as error:
+            raise self._error(index, "its values are nested too deeply") from error
         except BadRow as error:
-            place = None if self.source is None else place_of_row(self.source, index)
-            raise RowError(self.name, index, error, place) from error.__cause__
+            raise self._error(index, error) from error.__cause__
         self.truncated += length > left
         return columns
+
+    def _error(self, index: int, problem: object) -> RowError:
+        place = None if self.source is None else place_of_row(self.source, index)
+        return RowError(self.name, index, problem, place)
 
     def _tokens(self, row: Any) -> TokenizedRow:
         columns = columns_of(row)

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from loku.data.row_errors import BadRow
+from loku.data.values import check_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,9 +57,10 @@ class TextTokenizer:
         """Tokenise a text.
 
         Raises:
-            BadRow: The tokenizer is a slow one, which gives no offsets, and the tokens of the text before a
-                labelled part are not the first tokens of the whole text.
+            BadRow: The text has a lone surrogate. Or the tokenizer is a slow one, which gives no offsets, and
+                the tokens of the text before a labelled part are not the first tokens of the whole text.
         """
+        check_unicode(labelled.text)
         # verbose=False: no warning about model_max_length, since max_length has its own.
         encoded = self.tokenizer(labelled.text, add_special_tokens=False, verbose=False)
         ids: list[int] = list(encoded["input_ids"])
@@ -148,12 +150,16 @@ def given_tokens(row: Mapping[str, Any]) -> TokenizedRow:
     for key in ("labels", "position_ids", "attention_mask", *LABEL_MASKS):
         if key in row:
             columns[key] = _integers(row, key)
-    if "position_ids" not in row and "seq_lengths" in row:
-        columns["position_ids"] = [i for length in _integers(row, "seq_lengths") for i in range(length)]
     for key, values in columns.items():
         if len(values) != len(ids):
-            source = "seq_lengths" if key == "position_ids" and key not in row else key
-            raise BadRow(f"it has {len(ids)} input_ids but '{source}' has {len(values)} entries")
+            raise BadRow(f"it has {len(ids)} input_ids but '{key}' has {len(values)} entries")
+    if "position_ids" not in row and "seq_lengths" in row:
+        lengths = _integers(row, "seq_lengths")
+        if min(lengths, default=0) < 0:
+            raise BadRow(f"'seq_lengths' has {min(lengths)}; the length of a document is 0 or greater")
+        if sum(lengths) != len(ids):  # before they are counted out: one may be greater than any memory
+            raise BadRow(f"it has {len(ids)} input_ids but 'seq_lengths' has {sum(lengths)} entries")
+        columns["position_ids"] = [i for length in lengths for i in range(length)]
     if any(token < 0 for token in ids):
         raise BadRow(f"'input_ids' has {min(ids)}; a token id is 0 or greater")
     for label in columns["labels"]:
@@ -186,16 +192,18 @@ def _integers(row: Mapping[str, Any], key: str) -> list[int]:
     values = row[key].tolist() if hasattr(row[key], "tolist") else row[key]
     if not isinstance(values, (list, tuple)):
         raise BadRow(f"'{key}' must be a flat list of integers, one sequence a row")
-    if all(type(value) is int for value in values):
-        return list(values)
-    for value in values:
-        # A bool is an Integral too, and it is a token id by mistake alone. In a mask it means 0 or 1.
-        if not isinstance(value, Integral) or (isinstance(value, bool) and "mask" not in key):
-            raise BadRow(
-                f"'{key}' must be a flat list of integers, one sequence a row; it has a "
-                f"{type(value).__name__}"
-            )
-    return [int(value) for value in values]
+    if not all(type(value) is int for value in values):
+        for value in values:
+            # A bool is an Integral too, and it is a token id by mistake alone. In a mask it means 0 or 1.
+            if not isinstance(value, Integral) or (isinstance(value, bool) and "mask" not in key):
+                raise BadRow(
+                    f"'{key}' must be a flat list of integers, one sequence a row; it has a "
+                    f"{type(value).__name__}"
+                )
+    integers = [int(value) for value in values]
+    if integers and not -(2**63) <= min(integers) <= max(integers) < 2**63:
+        raise BadRow(f"'{key}' has an integer of more than 64 bits")  # it may be too long to be shown
+    return integers
 
 
 def _end_documents(columns: TokenizedRow) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loku.counts import check_counts
 from loku.models import CausalLM, evaluating
 
 if TYPE_CHECKING:
@@ -50,8 +51,11 @@ def reasoning_accuracies(
 
     Raises:
         ImportError: The harness is not installed.
-        ValueError: A task reports no accuracy.
+        ValueError: ``batch_size`` or ``limit`` is less than 1, ``num_fewshot`` is less than 0, or a task
+            reports no accuracy.
     """
+    check_counts(batch_size=batch_size, limit=1 if limit is None else limit)
+    check_counts(0, num_fewshot=num_fewshot)
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

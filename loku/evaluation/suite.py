@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from loku.counts import check_counts, check_max_length
 from loku.data import (
     IGNORE_INDEX,
     as_rows,
@@ -23,6 +24,7 @@ from loku.evaluation.extraction import generated_texts, spread_extraction_likeli
 from loku.evaluation.scores import (
     MIN_K_SHARE,
     TokenScores,
+    check_share,
     mean_over_rows,
     membership_auc,
     min_k,
@@ -100,23 +102,25 @@ def evaluate(
             ``loku.data.read_rows``. The names "forget", "holdout", "retain", "real_authors" and "world_facts"
             have a meaning; sets with other names get the measures of every set.
         reference_log: The parsed TOFU log of a model that never saw the forget set; None by default.
-        n: The length of Extraction Likelihood's n-grams, in tokens, 10 by default.
-        stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, 1 by
-            default.
+        n: The length of Extraction Likelihood's n-grams, in tokens, >= 1; 10 by default.
+        stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, >= 1;
+            1 by default.
         min_k_share: The share of a row's tokens that Min-K% takes, in (0, 1], 0.2 by default.
-        max_length: The number of tokens at which texts are cut; None (default) does not cut them. A question
-            with its answer is never cut: one that is longer is refused.
-        batch_size: The number of rows in a batch, 16 by default.
+        max_length: The number of tokens at which texts are cut, >= 2; None (default) does not cut them. A
+            question with its answer is never cut: one that is longer is refused.
+        batch_size: The number of rows in a batch, >= 1; 16 by default.
         progress: Whether the main process shows progress bars, True by default.
 
     Raises:
         RowError: A row cannot be used. The message names the set and the row, and the line of a file.
-        ValueError: A set is empty; the batch size is less than 1; or the reference log is about other
-            questions than the forget set, or one of them lacks perturbed answers.
+        ValueError: ``n``, ``stride``, ``min_k_share``, ``max_length`` or ``batch_size`` is out of its range;
+            a set is empty; or the reference log is about other questions than the forget set, or one of them
+            lacks perturbed answers.
         FloatingPointError: A loss or a logit is NaN.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_counts(n=n, stride=stride, batch_size=batch_size)
+    check_max_length(max_length)
+    check_share(min_k_share)
     sources = {name: rows for name, rows in data.items() if isinstance(rows, (str, os.PathLike))}
     data_sets = {
         name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))

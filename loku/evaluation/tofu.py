@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loku.counts import check_counts
 from loku.data import (
     BadRow,
     RowError,
@@ -162,6 +163,7 @@ def answer_losses(
         The mean loss of a completion's tokens, in nats, float64 (N,), and the number of its tokens, int64
         (N,).
     """
+    check_counts(batch_size=batch_size)
     if not prompts:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
     pairs = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
@@ -221,7 +223,7 @@ def evaluate_tofu_rows(
         The section.
 
     Raises:
-        ValueError: There are no rows.
+        ValueError: There are no rows, or ``batch_size`` or ``max_new_tokens`` is less than 1.
         RowError: A row lacks ``question`` or ``answer``, or has an answer that is no text.
         FloatingPointError: A loss is NaN.
     """
@@ -242,6 +244,9 @@ def measured_section(
     max_new_tokens: int | None,
 ) -> Section:
     """Do the work of ``evaluate_tofu_rows``, with the indices that messages give to the rows."""
+    check_counts(batch_size=batch_size)
+    if max_new_tokens is not None:
+        check_counts(max_new_tokens=max_new_tokens)
     answers = tokenized_answers(rows, tokenizer, description)
     tokens = [answer.tokens for answer in answers]
     # All answers are scored in one list, so that a batch may mix kinds.

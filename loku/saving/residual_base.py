@@ -24,6 +24,7 @@ from torch import nn
 
 from loku.adapters import REFERENCE_ADAPTER, active_adapters, has_residual_base, stands_for_another_base
 from loku.saving.adapter import (
+    loaded_from,
     merged_adapter_facts,
     portable_adapter,
     remember_merged_adapter_,
@@ -95,7 +96,8 @@ class ResidualBase(PeftModel):
             return
         for name, (config, state) in adapters.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            with destination(folder, "portable", refuse_others=False) as directory:
+            sources = loaded_from(self)
+            with destination(folder, "portable", refuse_others=False, sources=sources) as directory:
                 write_adapter(self, config, state, directory, safe_serialization=safe_serialization)
         self.create_or_update_model_card(os.fspath(save_directory))
 

@@ -240,7 +240,7 @@ def test_errors_come_before_the_work(parts, capsys, monkeypatch):
             evaluation.evaluate(model, tokenizer, sets)
     with pytest.raises(ValueError, match="odd set is empty"):
         evaluation.evaluate(model, tokenizer, {"odd": []})
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         evaluation.evaluate(model, tokenizer, rows, batch_size=0)
     assert cli.main(["evaluate", "model", "--data", "x=forget.jsonl", "--out", "report.png"]) == 2
     assert "--out report.png must be the file of a JSON report" in capsys.readouterr().err
