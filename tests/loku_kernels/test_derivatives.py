@@ -20,7 +20,7 @@ REFUSED_IN_PLACE = {
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
 
 
-def check(way, name, dtype=torch.float64, reduction="mean", trained=None):
+def check(way, name, dtype=torch.float64, reduction="mean", trained=None, tolerance=None):
     """Compare the derivatives by the leaves ``trained`` (default: all) with the formula's in float64."""
     leaf_names, function, formula = functions(reduction)[name]
     operands = operands_of(leaf_names, dtype)
@@ -43,7 +43,9 @@ def check(way, name, dtype=torch.float64, reduction="mean", trained=None):
     assert len(ours) == len(expected)
     for x, exact in zip(ours, expected, strict=True):
         error, largest = (x.double() - exact).abs().max(), exact.abs().max()
-        assert error <= TOLERANCES[dtype] * largest, f"{name}, {trained}: off by {error:.2e} of {largest:.2e}"
+        assert error <= (tolerance or TOLERANCES[dtype]) * largest, (
+            f"{name}, {trained}: off by {error:.2e} of {largest:.2e}"
+        )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch's own
@@ -76,6 +78,14 @@ def test_backends(way, backend):
     for name in functions():
         if not name.startswith("triplet_loss"):
             check(way, name, torch.float32)
+
+
+@pytest.mark.parametrize("block_bytes", [16 << 20, 120, 16])  # one block, three columns, one column
+def test_float64_keeps_its_digits(block_bytes, backend, monkeypatch):
+    """The error is relative to the largest entry of a gradient."""
+    monkeypatch.setattr("loku_kernels.logits_blocks.BLOCK_BYTES", block_bytes)
+    for name in functions():
+        check("grad", name, tolerance=1e-13)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
