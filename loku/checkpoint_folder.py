@@ -8,7 +8,6 @@ dead.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import uuid
@@ -32,8 +31,9 @@ _REPLACED = "replaced"
 class CheckpointFolder:
     """The directory of the checkpoints of one run.
 
-    All processes of the run must make one together. The main process calls ``reserve``, ``check_room`` and
-    ``refuse_collisions`` before training, and ``release`` after it.
+    All processes of the run must make one together. The main process calls ``reserve`` and then
+    ``refuse_collisions``
+    before training, and ``release`` after it.
 
     Args:
         directory: The directory.
@@ -90,24 +90,6 @@ class CheckpointFolder:
                     f"must not replace: {reason}. Nothing was changed; pass another output_dir, or move "
                     f"{entry.name} away"
                 )
-
-    def check_room(self, needed: int) -> None:
-        """Check that there is room for a checkpoint.
-
-        Args:
-            needed: Its least size in bytes.
-
-        Raises:
-            OSError: There is less.
-        """
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            error = OSError(
-                f"output_dir {str(self.directory)!r} has room for {free} bytes, and a checkpoint of this run "
-                f"has at least {needed}; nothing was started: make room, or pass another output_dir"
-            )
-            error.errno = errno.ENOSPC
-            raise error
 
     def publish(self, step: int, identity: dict[str, Any], contents: Contents) -> Path:
         """Give a checkpoint that lies in the private directory its manifest and its name.

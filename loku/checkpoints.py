@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -44,7 +43,9 @@ from loku.data.large_sets import DrawnRows
 from loku.distributed import check_in_main_process, first_error, is_main_process
 from loku.nan_guard import check_parameters
 from loku.run_identity import model_facts, run_identity, settings_facts
-from loku.saving.adapter import check_portable, save_portable_adapter
+from loku.saving.adapter import check_portable, loaded_from, save_portable_adapter
+from loku.saving.destinations import check_room, refuse_overlap
+from loku.saving.directories import system_error
 
 __all__ = [  # with the names that have moved to modules of their own
     "MANIFEST",
@@ -187,7 +188,8 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: The errors of ``find_checkpoint``. Another run writes to the directory. It holds
-                something that this run would replace and that is not its own.
+                something that this run would replace and that is not its own. Or the model was loaded from
+                there.
             OSError: There is no room for a checkpoint.
         """
         begun = not self._reserved
@@ -215,11 +217,13 @@ class ResumableTrainer(Trainer):
         check_in_main_process(self._folder.reserve)
 
     def _check_folder(self, checkpoint: Path | None) -> None:
-        """Refuse what a checkpoint of this run must not replace, and a disk that has no room for one."""
+        """Refuse a directory that the model was loaded from, what is in the way, and a disk without room."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         # A lower bound: Adam has two states of a parameter's size, and other optimizers may have none.
         states = 2 if self.args.optim in _ADAM and not self.args.save_only_model else 0
-        self._folder.check_room(sum(p.numel() * p.element_size() for p in parameters) * (1 + states))
+        needed = sum(p.numel() * p.element_size() for p in parameters) * (1 + states)
+        check_room(self._folder.directory, needed, "a checkpoint of this run")
+        refuse_overlap(self._folder.directory, **loaded_from(self.model))
         first = 0 if checkpoint is None else read_state(checkpoint)[0]
         self._folder.refuse_collisions(partial(self._writes, first), self._identity)
 
@@ -368,17 +372,16 @@ class ResumableTrainer(Trainer):
         failed: Exception | None = None
         try:
             write()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the last two
+        except Exception as error:  # libraries in Rust raise it for a full disk, torch a RuntimeError
             failed = error
         reason = first_error(None if failed is None else str(failed))
         if reason is not None:
-            told = OSError(
+            raise system_error(  # the command line tells a failed run from wrong arguments by the number
                 f"{checkpoint.name} could not be written to {checkpoint.parent} ({reason}). The checkpoints "
                 "before it are whole: make room, or mend what the reason names, and go on with "
-                "resume_from_checkpoint=True"
-            )
-            told.errno = errno.EIO  # the command line tells a failed run from wrong arguments by it
-            raise told from failed
+                "resume_from_checkpoint=True",
+                getattr(failed, "errno", None) or errno.EIO,
+            ) from failed
 
     def _delete_oldest(self, kept: set[str]) -> None:
         limit = self.args.save_total_limit

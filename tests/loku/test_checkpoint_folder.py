@@ -1,9 +1,7 @@
 """A run replaces and deletes nothing but its own unaltered checkpoints, and clears what dead runs left."""
 
-import errno
 import os
 import shutil
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -202,17 +200,6 @@ def test_only_our_own_rests_are_cleared(tmp_path):
     folder.reserve()
     folder.release()
     assert contents(tmp_path) == before and (tmp_path / "_loku.link.unfinished").is_symlink()
-
-
-def test_room_is_checked_in_bytes(folder, monkeypatch):
-    usage = namedtuple("usage", "total used free")(10, 3, 7)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    folder.check_room(7)
-    with pytest.raises(
-        OSError, match=r"room for 7 bytes, and a checkpoint .* at least 8; nothing was"
-    ) as error:
-        folder.check_room(8)
-    assert error.value.errno == errno.ENOSPC
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
