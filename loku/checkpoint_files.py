@@ -260,7 +260,7 @@ def why_not_ours(checkpoint: Path, identity: dict[str, Any]) -> str | None:
         difference = _differences(checkpoint, _read_manifest(checkpoint), identity)
         return f"it is a checkpoint of another run: {difference}" if difference else change(checkpoint)
     except ValueError as error:
-        return str(error)
+        return f"no manifest of loku vouches for it ({error.__cause__})"
 
 
 def steps_of(directory: Path) -> list[tuple[int, Path]]:
@@ -270,7 +270,7 @@ def steps_of(directory: Path) -> list[tuple[int, Path]]:
         directory: The directory. It need not exist.
     """
     entries = list(directory.iterdir()) if directory.is_dir() else []
-    named = ((re.fullmatch(r"checkpoint-([0-9]{1,18})", entry.name), entry) for entry in entries)
+    named = ((re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,17})", entry.name), entry) for entry in entries)
     return sorted((int(match[1]), entry) for match, entry in named if match)
 
 

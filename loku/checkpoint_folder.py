@@ -32,8 +32,7 @@ class CheckpointFolder:
     """The directory of the checkpoints of one run.
 
     All processes of the run must make one together. The main process calls ``reserve`` and then
-    ``refuse_collisions``
-    before training, and ``release`` after it.
+    ``refuse_collisions`` before training, and ``release`` after it.
 
     Args:
         directory: The directory.

@@ -68,7 +68,7 @@ def incomplete(checkpoint):
 
 
 OTHERS = [
-    (foreign, "there is no such file"),
+    (foreign, r"no manifest of loku vouches for it \(there is no such file"),
     (annotated, "it also has notes.txt, which loku did not write"),
     (altered, "trainer_state.json was altered"),
     (linked, "it is a link"),
