@@ -84,7 +84,7 @@ class Contents:
             shards = ["pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/*.distcp"]
             return [whole] if whole in files else shards
         named = _shards(directory / _INDEX) if _INDEX in files and _WEIGHTS not in files else [_WEIGHTS]
-        return ["training_args.bin", "config.json", *named]
+        return ["training_args.bin", *named]
 
     def _optimizer(self, files: Collection[str]) -> list[str]:
         if not self.sharded:

@@ -197,7 +197,8 @@ def _unlearn(
     )
     if config.tuning == "full":
         trainer = make_trainer(model)
-        trainer.train()
+        with trainer.checkpoints_reserved():  # KL, DPO and NPO run the original model before they train
+            trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
     lora = LoraConfig(

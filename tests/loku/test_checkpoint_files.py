@@ -67,10 +67,10 @@ KINDS = {
     "adapters": (Contents(), ADAPTERS),
     "fila": (Contents(), (*ADAPTERS, REFERENCE)),
     "scaler": (Contents(scaler=True), (*ADAPTERS, "scaler.pt")),
-    "full": (Contents(adapters=False), (*ADAPTERS[:-1], "config.json", "model.safetensors")),
+    "full": (Contents(adapters=False), (*ADAPTERS[:-1], "model.safetensors")),
     "full in shards": (
         Contents(adapters=False),
-        (*ADAPTERS[:-1], "config.json", "model-1.safetensors", "model-2.safetensors"),
+        (*ADAPTERS[:-1], "model-1.safetensors", "model-2.safetensors"),
     ),
     "two processes": (
         Contents(processes=2),
