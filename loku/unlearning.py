@@ -138,7 +138,8 @@ def unlearn(
         ValueError: A data set is empty or a row unusable. The output embedding, the targets or the model
             cannot be handled. The model carries an adapter already. No tokenizer is found. The checkpoint is
             not whole or is of another run. The message says how to mend it.
-        FloatingPointError: A loss or a Fisher is NaN or Inf. The message names the step and the module.
+        FloatingPointError: A weight of the given model, a loss or a Fisher is NaN or Inf. The message names
+            the parameter, or the step and the module.
         OSError: ``output_dir`` or a checkpoint cannot be written.
     """
     config = copy.deepcopy(config) if config is not None else UnlearnConfig()
