@@ -41,6 +41,7 @@ from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
 from loku.distributed import check_in_main_process, first_error, is_main_process
+from loku.interrupts import uninterrupted
 from loku.nan_guard import check_parameters
 from loku.run_identity import model_facts, run_identity, settings_facts
 from loku.saving.adapter import check_portable, loaded_from, save_portable_adapter
@@ -210,7 +211,7 @@ class ResumableTrainer(Trainer):
             if begun:
                 self._reserved = False
                 if is_main_process():
-                    self._folder.release()
+                    uninterrupted(self._folder.release)
 
     def _reserve(self) -> None:
         self._reserved = True
