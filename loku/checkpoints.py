@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ class ResumableTrainer(Trainer):
         self,
         model: nn.Module,
         args: UnlearnConfig,
-        forget: Iterable[Mapping[str, Any]],
+        forget: Sequence[Mapping[str, Any]],
         retain: Iterable[Mapping[str, Any]] | DrawnRows,
         refusals: RefusalRows | None = None,
         **kwargs: Any,
