@@ -226,7 +226,7 @@ def check_destination(path: str | os.PathLike, kind: str, **sources: str | os.Pa
     if path.is_dir():
         _, others = _entries(path)
         _refuse_others(path, kind, others)
-    _check_writable(path)
+    check_writable(path)
 
 
 def _refuse_others(path: Path, kind: str, others: Mapping[str, list[str]]) -> None:
@@ -252,7 +252,16 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: str | os.PathLike) -> None:
+    """Check that a directory can be written to, or made, by a file without a name.
+
+    Args:
+        path: The directory. It need not exist.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    path = Path(path)
     try:
         with tempfile.TemporaryFile(dir=_existing(path)):
             pass
