@@ -80,10 +80,14 @@ def load_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def load_model(path: str | os.PathLike = EMBEDDED) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in float32 and its tokenizer, by default the embedded ones."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(path)
+    from loku.trust import load_tokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    return model, load_tokenizer(path)
 
 
 def measure(
