@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from loku import cli, demo
+from loku.saving.destinations import check_destination
 
 KEYS = {
     "forget_probability",
@@ -58,6 +59,11 @@ def test_report(small, tmp_path, capsys):
     assert [json.loads(line) for line in (tmp_path / "forget.jsonl").open()] == demo.load_rows()[0]
     assert (tmp_path / "probabilities.png").read_bytes().startswith(b"\x89PNG")
 
+    check_destination(tmp_path, "demo")  # a next demo overwrites this one
+    (tmp_path / "forget.jsonl").write_text("a user's rows")
+    with pytest.raises(ValueError, match=r"holds forget\.jsonl, which is not a save of loku, or was changed"):
+        check_destination(tmp_path, "demo")
+
     model, tokenizer = demo.load_model()
     model = PeftModel.from_pretrained(model, tmp_path / "adapter")
     forget, retain = demo.load_rows()
@@ -70,7 +76,6 @@ def contents(path):
 
 
 def test_the_files_of_others_are_not_overwritten(small, tmp_path, monkeypatch, capsys):
-    """A demo overwrites an earlier demo, beside a save and a user's files, and nothing else."""
     monkeypatch.setattr(demo, "measure", lambda *args, **kwargs: pytest.fail("it was started"))
     for name in ("report.json", "forget.jsonl", "adapter/notes.txt", "probabilities.png"):
         path = tmp_path / name.partition(".")[0].replace("/", "_")
@@ -85,22 +90,6 @@ def test_the_files_of_others_are_not_overwritten(small, tmp_path, monkeypatch, c
         assert cli.main(["demo", "--output", str(output), "--quiet"]) == 2
         assert "would write over" in capsys.readouterr().err and contents(demo.EMBEDDED) == before
     assert cli.main(["demo", "--output", str(tmp_path / "report" / "report.json" / "out"), "--quiet"]) == 2
-
-
-def test_an_earlier_demo_is_overwritten_beside_a_save(small, tmp_path, monkeypatch):
-    measured = demo.measure
-    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "num_train_epochs": 1, "init": "default"})
-    monkeypatch.setattr(
-        demo,
-        "measure",
-        lambda model, tokenizer, *rows: measured(model, tokenizer, *(r[:4] for r in rows[:2])),
-    )
-    (tmp_path / "config.json").write_text("a user's")
-    (tmp_path / "notes.txt").write_text("a user's")
-    for _ in range(2):
-        demo.run_demo(tmp_path, progress=False)
-        assert len(list(tmp_path.iterdir())) == 8
-    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "config.json").read_text() == "a user's"
 
 
 def test_an_early_end_is_explained():
