@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loku import demo
 from loku.checkpoint_files import MANIFEST
-from loku.data import infer_tokenizer
+from loku.data import infer_tokenizer, tokenize_dataset
 from loku.file_digests import file_digest
 from loku.models import load_model
 from loku.trust import check_base
@@ -236,6 +236,23 @@ def test_a_config_that_asks_for_a_kernel_of_the_hub(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(parts))
     with pytest.raises(ValueError, match=message):
         check_base(tmp_path, AutoConfig.from_pretrained(tmp_path), {})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}",
+        "{{ raise_exception.__globals__.os.system('touch MARKER') }}",
+        "{% for i in range(10 ** 9) %}a{% endfor %}",
+    ],
+)
+def test_a_chat_template_is_sandboxed(template, tmp_path):
+    _, tokenizer = demo.load_model()
+    tokenizer.chat_template = template.replace("MARKER", str(tmp_path / "marker"))
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    with pytest.raises(ValueError, match="row 0"):
+        tokenize_dataset(rows, tokenizer)
+    assert not (tmp_path / "marker").exists()
 
 
 class _Payload:
