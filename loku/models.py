@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from loku.adapter_folders import load_causal_lm
 from loku.adapters import unwrapped as unwrapped  # it has moved
+from loku.interrupts import uninterrupted_context
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,15 +52,15 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-@contextmanager
+@uninterrupted_context
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and then every module back into its own mode.
 
     It is not inference mode: caches that grow inside, such as rotary tables, must stay usable in training.
     """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         with torch.no_grad():
             yield
     finally:

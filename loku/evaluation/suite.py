@@ -44,6 +44,7 @@ from loku.evaluation.tofu_logs import (
     section_metrics,
 )
 from loku.models import CausalLM
+from loku.nan_guard import check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,11 +117,12 @@ def evaluate(
         ValueError: ``n``, ``stride``, ``min_k_share``, ``max_length`` or ``batch_size`` is out of its range;
             a set is empty; or the reference log is about other questions than the forget set, or one of them
             lacks perturbed answers.
-        FloatingPointError: A loss or a logit is NaN.
+        FloatingPointError: A weight is NaN or Inf, or a loss or a logit is NaN.
     """
     check_counts(n=n, stride=stride, batch_size=batch_size)
     check_max_length(max_length)
     check_share(min_k_share)
+    check_weights(model)
     sources = {name: rows for name, rows in data.items() if isinstance(rows, (str, os.PathLike))}
     data_sets = {
         name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))

@@ -19,7 +19,7 @@ from loku.data import (
     tokenize_dataset,
     wrong_answers,
 )
-from loku.data.rows import DataSet
+from loku.data.rows import DataSet, RowTokenizer, TokenizedRow
 from loku.evaluation.extraction import generated_texts
 from loku.evaluation.scores import TokenScores, check_scores, token_scores, unchecked_token_scores
 from loku.evaluation.tofu_logs import (  # the logs' names were here
@@ -114,29 +114,12 @@ def tokenized_answers(
             raise RowError(name, index, error) from error
         texts.append((index, "gt", row["answer"]))
         others += [(index, "perturb", answer) for answer in wrong]
-    texts += others
-    columns = [{"question": rows[index]["question"], "answer": answer} for index, _, answer in texts]
-    try:
-        tokens = tokenize_dataset(columns, tokenizer, name=name)
-    except RowError as error:
-        raise RowError(name, texts[error.index][0], error.problem) from error
-    answers = [Answer(index, kind, ids) for (index, kind, _), ids in zip(texts, tokens, strict=True)]
-    bounds = [
-        (max_length, "max_length", "raise max_length (--max-length) or drop the row"),
-        (None if limits is None else limits.context, "the model's context", "drop the row"),
-    ]
-    for index, _, ids in answers:
-        length = len(ids["input_ids"])
-        for greatest, what, instead in bounds:
-            if greatest is not None and length > greatest:
-                problem = f"a question with its answer has {length} tokens, and {what} is {greatest}"
-                raise RowError(name, index, f"{problem}. Answers to questions are not cut: {instead}")
-        try:
-            if limits is not None:
-                limits.check(ids)
-        except BadRow as error:
-            raise RowError(name, index, error) from error
-    return answers
+    tokenize = RowTokenizer(tokenizer, max_length, name, limits, cut=False)
+
+    def tokens(index: int, answer: str) -> TokenizedRow:
+        return tokenize(index, {"question": rows[index]["question"], "answer": answer})
+
+    return [Answer(index, kind, tokens(index, answer)) for index, kind, answer in [*texts, *others]]
 
 
 def answer_losses(

@@ -334,21 +334,32 @@ def test_a_set_may_be_a_path(parts, folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def broken(parts):
-    """The model with a NaN in one word's vector, which not every row has, and with a NaN everywhere."""
+    """The model with a NaN in one word's vector, which not every row has, and with a NaN everywhere.
+
+    Its weights are finite, as if the dtype overflowed.
+    """
     model, _, _ = parts
 
     def make(word):
         other = LlamaForCausalLM(model.config).double().eval()
-        with torch.no_grad():
-            other.model.embed_tokens.weight[slice(None) if word is None else word] = torch.nan
+
+        def overflow(module, args, output):
+            where = torch.full_like(args[0], True) if word is None else args[0] == word
+            return output.masked_fill(where.bool()[..., None], torch.nan)
+
+        other.model.embed_tokens.register_forward_hook(overflow)
         return other
 
     return make
 
 
 def test_a_nan_model_is_no_model_that_has_forgotten(parts, broken):
-    _, tokenizer, rows = parts
+    model, tokenizer, rows = parts
     sets = {"retain": rows["retain"][:2]}
+    other = LlamaForCausalLM(model.config).eval()
+    other.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"1 of the 16 values of model\.norm\.weight are NaN or Inf"):
+        evaluation.evaluate(other, tokenizer, {"retain": [3]})  # before the rows are looked at
     with pytest.raises(
         FloatingPointError, match=r"retain: scoring: row 0: the model's loss is NaN at token \d+, so"
     ):

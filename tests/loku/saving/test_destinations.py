@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from fila_models import initialized, logits, make_base, train
+from killed_writers import killed_at
 from peft import PeftModel
 from sentencepiece_tokenizers import trained_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, ByT5Tokenizer, CTRLTokenizer
@@ -393,6 +394,38 @@ def test_the_names_of_shards_and_vocabularies_are_known(tmp_path):
         with suppress(ImportError):  # a tokenizer may need a package of its own
             files.update(getattr(transformers, name).vocab_files_names.values())
     assert len(files) > 5 and unknown(files, "portable") == unknown(files, "merged") == []
+
+
+@pytest.mark.parametrize(
+    "earlier, kind", [("residual", "portable"), ("merged", "merged"), ("portable", "residual")]
+)
+def test_a_save_that_is_killed_at_any_move_is_finished(earlier, kind, models, tmp_path):
+    """Before the next start the old save loads, or the new one, or none. Then the new one is whole."""
+    folder, other, model = models
+    expected = {"old": logits(other), "new": logits(model)}
+    number, killed, ends = 0, True, []
+    while killed:
+        number += 1
+        path = tmp_path / str(number)
+        save(other, path, earlier)
+        (path / "notes.txt").write_text("kept")
+        killed = killed_at(number, lambda: save(model, path, kind), ("os.rename", "os.rmdir"))  # noqa: B023
+        for end in (earlier, kind):
+            with suppress(OSError, ValueError):  # a save that lacks its key is not found
+                found = logits(loaded(path, end, folder))
+                close = [name for name in expected if (found - expected[name]).abs().max() < 1e-3]
+                assert len(close) == 1, number
+        check_destination(path, kind)
+        for end in dict.fromkeys((kind, earlier)):
+            with suppress(OSError, ValueError):
+                found = logits(loaded(path, end, folder))
+                ends.append("new" if (found - expected["new"]).abs().max() < 1e-3 else "old")
+                assert_close(found, expected[ends[-1]])
+        assert len(ends) == number
+        save(model, path, kind)
+        assert sorted(entry.name for entry in path.iterdir()) == sorted([*OTHERS[kind], "notes.txt"])
+        assert_close(logits(loaded(path, kind, folder)), expected["new"])
+    assert number > 8 and ends[0] == "old" and ends.count("new") > 5
 
 
 def test_a_copied_save_is_still_ours(models, tmp_path):
