@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -110,7 +110,7 @@ class ResumableTrainer(Trainer):
         self,
         model: nn.Module,
         args: UnlearnConfig,
-        forget: Iterable[Mapping[str, Any]],
+        forget: Sequence[Mapping[str, Any]],
         retain: Iterable[Mapping[str, Any]] | DrawnRows,
         refusals: RefusalRows | None = None,
         **kwargs: Any,

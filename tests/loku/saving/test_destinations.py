@@ -223,6 +223,23 @@ def test_what_comes_while_a_save_is_written_stays(models, tmp_path):
         (tmp_path / "saved" / name).unlink()
 
 
+def test_a_demo_and_a_save_in_one_directory_leave_each_other_alone(models, tmp_path):
+    (tmp_path / "notes.txt").write_text("a user's")
+    for text in ("1", "2"):
+        with destination(tmp_path, "demo") as directory:
+            for name in ("forget.jsonl", "report.json"):
+                (directory / name).write_text(text)
+            (directory / "adapter").mkdir()
+            (directory / "adapter" / "adapter_config.json").write_text(text)
+        save(models[2], tmp_path, "portable")
+        assert (tmp_path / "forget.jsonl").read_text() == text
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
+            [*OTHERS["portable"], "adapter", "forget.jsonl", "loku_demo.json", "notes.txt", "report.json"]
+        )
+    with pytest.raises(ValueError, match=r"holds adapter/adapter_config\.json|holds adapter, which is not"):
+        check_destination(tmp_path, "residual")
+
+
 HOSTILE = [
     '{"kind": "merged", "files": {"../victim.txt": "%s"}}',
     '{"kind": "merged", "files": {"%s": "%s"}}',
