@@ -68,7 +68,7 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _gradient_with_graph(
     grad_triplet: Tensor, logits: Tensor, labels: Tensor, ignore_index: int
-) -> tuple[Tensor | None, None, None]:
+) -> tuple[Tensor | None, ...]:
     """Compute the result of a backward that is to be differentiated again."""
 
     def triplet_of(logits: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _gradient_with_graph(
     return *gradients_with_graph(triplet_of, [logits], [True], grad_triplet), None, None
 
 
-def _logits_backward(ctx: Any, grad_triplet: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
+def _logits_backward(ctx: Any, grad_triplet: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     logits, labels, triplet, runner_up_id = ctx.saved_tensors
     if wants_graph():
         return _gradient_with_graph(grad_triplet, logits, labels, ctx.ignore_index)

@@ -341,7 +341,9 @@ def hidden_gradient(
     triplet, runner_up_id, grad_triplet = (x.contiguous() for x in (triplet, runner_up_id, grad_triplet))
     saved = (triplet.data_ptr(), runner_up_id.data_ptr())
 
-    def call(factors: tuple[float, int], weight_rows: tuple[Any, ...], ids: tuple[int, int], *rest: Any) -> int:
+    def call(
+        factors: tuple[float, int], weight_rows: tuple[Any, ...], ids: tuple[int, int], *rest: Any
+    ) -> int:
         arguments = (grad_triplet.data_ptr(), *factors, *weight_rows, *ids, *saved, *rest)
         return int(_core.hidden_gradient(*arguments))
 

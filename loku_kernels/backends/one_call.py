@@ -172,7 +172,9 @@ def hidden_loss_backward(
     """
     native.require("saved", saved, (_SAVED_NUMBERS * labels.numel(),), torch.float64)
 
-    def call(factors: tuple[float, int], weight_rows: tuple[Any, ...], ids: tuple[int, int], *rest: Any) -> int:
+    def call(
+        factors: tuple[float, int], weight_rows: tuple[Any, ...], ids: tuple[int, int], *rest: Any
+    ) -> int:
         return int(native._core.hidden_loss_backward(saved.data_ptr(), *factors, *weight_rows, *ids, *rest))
 
     return native.gradient_of_hidden(call, factor, weight, labels, direction, softcap, logit_scale)
