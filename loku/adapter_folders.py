@@ -34,8 +34,8 @@ from loku.trust import (
     TRUSTED,
     check_adapter,
     check_base,
-    code_refused,
     find_file,
+    loading,
     trusts_code,
 )
 
@@ -209,13 +209,14 @@ def put_adapter(
         hub: The arguments of ``from_pretrained`` that say where the adapter is; None (default) for none.
 
     Raises:
-        ValueError: The adapter does not fit the base.
+        ValueError: The adapter does not fit the base, or its file is damaged.
     """
     hub = hub or {}
-    peft_model: Any = PeftModel.from_pretrained(base, adapter, config=config, **hub)
-    if hasattr(peft_model.base_model, "merge_and_unload"):  # not a learnt prompt
-        # A second time, because only load_adapter says which tensors found no place.
-        _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
+    with loading(adapter):
+        peft_model: Any = PeftModel.from_pretrained(base, adapter, config=config, **hub)
+        if hasattr(peft_model.base_model, "merge_and_unload"):  # not a learnt prompt
+            # A second time, because only load_adapter says which tensors found no place.
+            _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
     return peft_model
 
 
@@ -246,7 +247,7 @@ def load_on_base(adapter: str, arguments: Mapping[str, Any]) -> tuple[PeftModel,
         base_arguments["revision"] = config.revision
     try:
         base = load_causal_lm(base_name, base_arguments)
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise ValueError(
             f"{adapter} is an adapter for {base_name!r}, which cannot be loaded ({error}): correct "
             f"base_model_name_or_path in its {CONFIG_NAME}, or merge it by peft and pass the merged model"
@@ -318,8 +319,8 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         arguments: The arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: The model is an encoder-decoder, or is refused (``loku.trust``). Or the errors of
-            ``find_adapter`` and ``load_merged``.
+        ValueError: The model is an encoder-decoder, is refused (``loku.trust``), or its files are damaged. Or
+            the errors of ``find_adapter`` and ``load_merged``.
     """
     arguments = {"use_safetensors": True, **arguments, "trust_remote_code": trusts_code(arguments)}
     adapter = find_adapter(model, arguments)
@@ -327,8 +328,10 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         if Path(adapter).is_dir():  # it includes the subfolder
             arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
         return load_merged(adapter, arguments)
+    if "subfolder" in arguments:  # transformers would look for an adapter in the folder above
+        arguments.setdefault("adapter_kwargs", {"subfolder": arguments["subfolder"]})
     trusted = arguments.pop("trust_remote_code")
-    with code_refused(model):
+    with loading(model):
         loaded = _auto_class(model, arguments, trusted).from_pretrained(
             model, trust_remote_code=trusted, **arguments
         )

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -29,6 +32,17 @@ HUB_ARGUMENTS = (
     "revision",
     "subfolder",
     "token",
+)
+# What transformers raises for files that are damaged or hostile.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SafetensorError,
+    StrictDataclassError,  # of a config
+    TypeError,
+    ValueError,
 )
 # Fields of an adapter's config by which peft reads or imports something else than the adapter's folder. The
 # value beside a field is the harmless one.
@@ -56,25 +70,28 @@ def trusts_code(arguments: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def code_refused(place: str | os.PathLike) -> Iterator[None]:
-    """Name our argument where transformers refuses the code of a repository.
+def loading(place: str | os.PathLike) -> Iterator[None]:
+    """Name the repository, and what to do, where transformers refuses its code or cannot read its files.
 
     Args:
         place: The folder or hub name of the repository.
 
     Raises:
-        ValueError: transformers has refused the code.
+        ValueError: transformers has refused the code, or the files are damaged.
     """
     try:
         yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except _DAMAGE as error:
+        text = str(error)
+        if "trust_remote_code" in text and isinstance(error, ValueError):
+            raise ValueError(
+                f"{place} needs code of its own, which is never run unasked: read it, and if you trust it "
+                'pass model_init_kwargs={"trust_remote_code": True}, on the command line '
+                "--model_init_kwargs '{\"trust_remote_code\": true}'"
+            ) from error
+        if type(error) is ValueError and len(text) < 1000:  # a sentence of transformers
             raise
-        raise ValueError(
-            f"{place} needs code of its own, which is never run unasked: read it, and if you trust it pass "
-            'model_init_kwargs={"trust_remote_code": True}, on the command line '
-            "--model_init_kwargs '{\"trust_remote_code\": true}'"
-        ) from error
+        raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {text:.500}") from error
 
 
 def load_tokenizer(
@@ -88,12 +105,12 @@ def load_tokenizer(
         local_files_only: Whether the hub is left alone, False by default.
 
     Raises:
-        ValueError: The tokenizer needs code of its own, which is not trusted.
+        ValueError: The tokenizer needs code of its own, which is not trusted, or its files are damaged.
         OSError: There is no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    with code_refused(place):
+    with loading(place):
         return AutoTokenizer.from_pretrained(
             place, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )

@@ -281,7 +281,7 @@ def check_writable(path: str | os.PathLike) -> None:
         ) from error
 
 
-def check_room(path: str | os.PathLike, needed_bytes: int) -> None:
+def check_room(path: str | os.PathLike, needed_bytes: int, what: str = "the save") -> None:
     """Check that a disk has room for a save, before anything is trained.
 
     A save that is there makes way only when the new one is whole. So its room does not count.
@@ -289,6 +289,7 @@ def check_room(path: str | os.PathLike, needed_bytes: int) -> None:
     Args:
         path: The directory of the save. It need not exist.
         needed_bytes: The size of the save, in bytes.
+        what: What is written, for the message.
 
     Raises:
         OSError: There is less room. The message says how much there is and how much is needed.
@@ -296,7 +297,7 @@ def check_room(path: str | os.PathLike, needed_bytes: int) -> None:
     free = shutil.disk_usage(_existing(Path(path))).free
     if free < needed_bytes:
         raise system_error(
-            f"{os.fspath(path)} has room for {free / 2**20:.1f} MiB, and the save needs about "
+            f"{os.fspath(path)} has room for {free / 2**20:.1f} MiB, and {what} needs about "
             f"{needed_bytes / 2**20:.1f} MiB. Nothing was started; make room, or pass another directory",
             errno.ENOSPC,
         )

@@ -7,10 +7,12 @@ of foreign code writes a file.
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import killed_runs
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,7 +20,9 @@ from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loku import demo
-from loku.data import infer_tokenizer
+from loku.checkpoint_files import MANIFEST
+from loku.data import infer_tokenizer, tokenize_dataset
+from loku.file_digests import file_digest
 from loku.models import load_model
 from loku.trust import check_base
 
@@ -232,6 +236,62 @@ def test_a_config_that_asks_for_a_kernel_of_the_hub(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(parts))
     with pytest.raises(ValueError, match=message):
         check_base(tmp_path, AutoConfig.from_pretrained(tmp_path), {})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}",
+        "{{ raise_exception.__globals__.os.system('touch MARKER') }}",
+        "{% for i in range(10 ** 9) %}a{% endfor %}",
+    ],
+)
+def test_a_chat_template_is_sandboxed(template, tmp_path):
+    _, tokenizer = demo.load_model()
+    tokenizer.chat_template = template.replace("MARKER", str(tmp_path / "marker"))
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    with pytest.raises(ValueError, match="row 0"):
+        tokenize_dataset(rows, tokenizer)
+    assert not (tmp_path / "marker").exists()
+
+
+class _Payload:
+    """A pickle that writes a file when it is read by an unguarded ``torch.load``."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoints")
+    killed_runs.run(directory, max_steps=3)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"]
+)
+def test_pickles_in_a_checkpoint_run_no_code(name, checkpoints, tmp_path):
+    """The manifest vouches for each of them: who can write the folder can write it, too."""
+    marker, checkpoint = tmp_path / "marker", tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(checkpoints / "checkpoint-2", checkpoint)
+    torch.save(_Payload(marker), checkpoint / name)
+    path = checkpoint / MANIFEST
+    manifest = json.loads(path.read_text())
+    facts = {"bytes": (checkpoint / name).stat().st_size, "sha256": file_digest(checkpoint / name)}
+    path.write_text(json.dumps({**manifest, "files": {**manifest["files"], name: facts}}))
+    if name in ("training_args.bin", "adapter_model.bin"):  # nobody reads them
+        killed_runs.run(tmp_path / "new", max_steps=3, resume_from_checkpoint=str(checkpoint))
+    else:
+        with pytest.raises(Exception, match=r"(?i)weights_only|unsupported"):
+            killed_runs.run(tmp_path / "new", max_steps=3, resume_from_checkpoint=str(checkpoint))
+    assert not marker.exists()
+    torch.load(checkpoint / name, weights_only=False)
+    assert marker.exists()
 
 
 def calls(tree, names):
