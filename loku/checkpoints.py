@@ -40,7 +40,8 @@ from loku.checkpoint_folder import CheckpointFolder
 from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
-from loku.distributed import check_in_main_process, first_error, is_main_process
+from loku.distributed import check_in_main_process, first_error
+from loku.interrupts import uninterrupted
 from loku.nan_guard import check_parameters
 from loku.run_identity import model_facts, run_identity, settings_facts
 from loku.saving.adapter import check_portable, loaded_from, save_portable_adapter
@@ -209,8 +210,8 @@ class ResumableTrainer(Trainer):
         finally:
             if begun:
                 self._reserved = False
-                if is_main_process():
-                    self._folder.release()
+                if self.args.should_save:  # on each node that keeps checkpoints of its own
+                    uninterrupted(self._folder.release)
 
     def _reserve(self) -> None:
         self._reserved = True
