@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from loku.counts import check_counts
 from loku.data import token_limits
+from loku.interrupts import uninterrupted_context
 from loku.models import CausalLM, evaluating, model_device, unwrapped
 
 PROBE_TOKENS = 16  # tokens of a probe's prompt at most, and of its padding
@@ -49,8 +50,10 @@ def generate_greedy(
         or at the end of the model's context.
 
     Raises:
+        ValueError: ``batch_size`` is less than 1.
         FloatingPointError: The logits of a continuation have a NaN.
     """
+    check_counts(batch_size=batch_size)
     if eos_token_id is None:
         eos_token_id = eos_ids(model)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
@@ -99,7 +102,7 @@ class _NaNCheck:
         return scores
 
 
-@contextmanager
+@uninterrupted_context
 def _empty_generation_config(model: CausalLM) -> Iterator[None]:
     """Take the model's own generation config away, and put it back.
 
