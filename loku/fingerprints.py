@@ -29,6 +29,7 @@ from loku.distributed import from_main_process, full_tensor, is_main_process, lo
 from loku.model_description import base_modules, config_description, modules_description
 
 _PIECE = 16 << 20  # bytes that one thread digests at a time
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 _THREADS = min(8, os.cpu_count() or 1)  # more than these wait for the memory
 
 
@@ -58,7 +59,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         for name, tensor in tensors:
             for number, part in enumerate(_parts(tensor)):
                 header = json.dumps([name, number, str(part.dtype), list(part.shape), part.is_meta]).encode()
-                values = torch.empty(0, device="cpu") if part.is_meta else part
+                values = _NOTHING if part.is_meta else part
                 for piece in values.contiguous().reshape(-1).view(torch.uint8).split(_PIECE):
                     waiting.append(threads.submit(_piece_digest, header, piece.cpu()))
                     if len(waiting) > 2 * _THREADS:
@@ -112,7 +113,7 @@ def _base_tensors(model: nn.Module, with_buffers: bool) -> Iterator[tuple[str, T
                         continue
                     label = f"{kind} {name}.{own_name}"
                     if id(tensor) in first_names and not is_offloaded:
-                        yield f"{label} is {first_names[id(tensor)]}", torch.empty(0, device="cpu")
+                        yield f"{label} is {first_names[id(tensor)]}", _NOTHING
                         continue
                     first_names[id(tensor)] = label
                     if own_name == "weight" and id(module) in originals:

@@ -189,9 +189,10 @@ def _unlearn(
 
     tokenizer = None
     if places["tokenizer"]:
-        from transformers import AutoTokenizer
+        from loku.trust import load_tokenizer, trusts_code
 
-        tokenizer = AutoTokenizer.from_pretrained(places["tokenizer"])
+        trusted = trusts_code(config.init_arguments())
+        tokenizer = load_tokenizer(places["tokenizer"], trust_remote_code=trusted)
     begin = time.perf_counter()
     forget_peak_memory()
     try:

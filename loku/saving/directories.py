@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -306,8 +307,8 @@ def _replace_entries(
     )
     (place / _PREVIOUS).mkdir()
     journal = {
-        "old": {name: _inode(path / name) for name in old},
-        "new": {name: _inode(place / _NEW / name) for name in new},
+        "old": {name: _identity(path / name) for name in old},
+        "new": {name: _identity(place / _NEW / name) for name in new},
     }
     part = place / f"{_JOURNAL}.part"
     part.write_text(json.dumps(journal), encoding="utf-8")
@@ -336,30 +337,39 @@ def _end_moves(place: Path, path: Path) -> None:
     flush(place)
 
 
-def _inode(path: Path) -> int:
-    return os.lstat(path).st_ino
+def _identity(path: Path) -> str:
+    """A text by which a file, or a directory with all it holds, is known after a move but not after a change.
+
+    An inode alone is used again for a new file.
+    """
+    held = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []
+    found = ((entry.relative_to(path), os.lstat(entry)) for entry in (path, *held))
+    text = "\n".join(f"{name} {status.st_ino} {status.st_mtime_ns}" for name, status in found)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def _remaining_moves(place: Path, path: Path) -> list[tuple[Path, Path]]:
     """The moves of a journal that are still to be made.
 
-    No entry has been deleted while the journal exists. So an entry with the recorded inode is the very one
-    that the writer meant, and nothing else is moved.
+    Only entries that are the very ones that the writer meant are moved.
     """
     journal, moves = _read_journal(place), []
-    refused = place.parent != path
-    for name, inode in journal["old"].items():
-        if os.path.lexists(path / name) and _inode(path / name) == inode:
+    refused = place.parent != path or any(
+        not set(os.listdir(place / folder)) <= journal[part].keys()
+        for part, folder in (("old", _PREVIOUS), ("new", _NEW))
+    )
+    for name, identity in journal["old"].items():
+        if os.path.lexists(path / name) and _identity(path / name) == identity:
             moves.append((path / name, place / _PREVIOUS / name))
         elif not os.path.lexists(place / _PREVIOUS / name):
             refused = True
     leaving = {origin for origin, _ in moves}
-    for name, inode in journal["new"].items():
+    for name, identity in journal["new"].items():
         origin, target = place / _NEW / name, path / name
         if not os.path.lexists(origin):
-            refused |= not (os.path.lexists(target) and _inode(target) == inode)
+            refused |= not (os.path.lexists(target) and _identity(target) == identity)
             continue
-        refused |= _inode(origin) != inode or (os.path.lexists(target) and target not in leaving)
+        refused |= _identity(origin) != identity or (os.path.lexists(target) and target not in leaving)
         moves.append((origin, target))
     if refused:
         raise ValueError(
@@ -370,7 +380,7 @@ def _remaining_moves(place: Path, path: Path) -> list[tuple[Path, Path]]:
     return moves
 
 
-def _read_journal(place: Path) -> dict[str, dict[str, int]]:
+def _read_journal(place: Path) -> dict[str, dict[str, str]]:
     journal: Any = None
     file = place / _JOURNAL
     with suppress(OSError, ValueError, RecursionError):
@@ -380,14 +390,14 @@ def _read_journal(place: Path) -> dict[str, dict[str, int]]:
         not isinstance(journal, dict)
         or journal.keys() != {"old", "new"}
         or not all(isinstance(part, dict) for part in journal.values())
-        or not all(_is_move(name, inode) for part in journal.values() for name, inode in part.items())
+        or not all(_is_move(name, identity) for part in journal.values() for name, identity in part.items())
     ):
         raise ValueError(f"{file} is damaged, so what {place} holds is left alone; move it away")
     return journal
 
 
-def _is_move(name: str, inode: Any) -> bool:
-    return name not in ("", ".", "..") and "/" not in name and "\0" not in name and isinstance(inode, int)
+def _is_move(name: str, identity: Any) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name and isinstance(identity, str)
 
 
 def _rename_all(moves: list[tuple[Path, Path]]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from fila_models import initialized, logits, make_base, train
+from killed_writers import killed_at
 from peft import PeftModel
 from sentencepiece_tokenizers import trained_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, ByT5Tokenizer, CTRLTokenizer
@@ -222,6 +223,23 @@ def test_what_comes_while_a_save_is_written_stays(models, tmp_path):
         (tmp_path / "saved" / name).unlink()
 
 
+def test_a_demo_and_a_save_in_one_directory_leave_each_other_alone(models, tmp_path):
+    (tmp_path / "notes.txt").write_text("a user's")
+    for text in ("1", "2"):
+        with destination(tmp_path, "demo") as directory:
+            for name in ("forget.jsonl", "report.json"):
+                (directory / name).write_text(text)
+            (directory / "adapter").mkdir()
+            (directory / "adapter" / "adapter_config.json").write_text(text)
+        save(models[2], tmp_path, "portable")
+        assert (tmp_path / "forget.jsonl").read_text() == text
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
+            [*OTHERS["portable"], "adapter", "forget.jsonl", "loku_demo.json", "notes.txt", "report.json"]
+        )
+    with pytest.raises(ValueError, match=r"holds adapter/adapter_config\.json|holds adapter, which is not"):
+        check_destination(tmp_path, "residual")
+
+
 HOSTILE = [
     '{"kind": "merged", "files": {"../victim.txt": "%s"}}',
     '{"kind": "merged", "files": {"%s": "%s"}}',
@@ -393,6 +411,38 @@ def test_the_names_of_shards_and_vocabularies_are_known(tmp_path):
         with suppress(ImportError):  # a tokenizer may need a package of its own
             files.update(getattr(transformers, name).vocab_files_names.values())
     assert len(files) > 5 and unknown(files, "portable") == unknown(files, "merged") == []
+
+
+@pytest.mark.parametrize(
+    "earlier, kind", [("residual", "portable"), ("merged", "merged"), ("portable", "residual")]
+)
+def test_a_save_that_is_killed_at_any_move_is_finished(earlier, kind, models, tmp_path):
+    """Before the next start the old save loads, or the new one, or none. Then the new one is whole."""
+    folder, other, model = models
+    expected = {"old": logits(other), "new": logits(model)}
+    number, killed, ends = 0, True, []
+    while killed:
+        number += 1
+        path = tmp_path / str(number)
+        save(other, path, earlier)
+        (path / "notes.txt").write_text("kept")
+        killed = killed_at(number, lambda: save(model, path, kind), ("os.rename", "os.rmdir"))  # noqa: B023
+        for end in (earlier, kind):
+            with suppress(OSError, ValueError):  # a save that lacks its key is not found
+                found = logits(loaded(path, end, folder))
+                close = [name for name in expected if (found - expected[name]).abs().max() < 1e-3]
+                assert len(close) == 1, number
+        check_destination(path, kind)
+        for end in dict.fromkeys((kind, earlier)):
+            with suppress(OSError, ValueError):
+                found = logits(loaded(path, end, folder))
+                ends.append("new" if (found - expected["new"]).abs().max() < 1e-3 else "old")
+                assert_close(found, expected[ends[-1]])
+        assert len(ends) == number
+        save(model, path, kind)
+        assert sorted(entry.name for entry in path.iterdir()) == sorted([*OTHERS[kind], "notes.txt"])
+        assert_close(logits(loaded(path, kind, folder)), expected["new"])
+    assert number > 8 and ends[0] == "old" and ends.count("new") > 5
 
 
 def test_a_copied_save_is_still_ours(models, tmp_path):
