@@ -5,8 +5,8 @@
 
 The calls are those of ``tests/helpers/fuzz_calls.py``. They run in child processes of two threads, a few
 thousand in each. A call is "right", refused by an error, or wrong. A child that ends by a signal or by a
-sanitizer's report counts as a crash. The counts go to ``scripts/fuzz_counts.json`` after each child. A run
-with the same seed makes the same calls.
+sanitizer's report counts as a crash. The counts go to ``scripts/fuzz_counts.json`` after each child. Each
+call has a seed of its own, so a run with the same first seed makes the same calls.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 COUNTS = Path(__file__).parent / "fuzz_counts.json"
 CALLS_OF_A_CHILD = 5000
-SHOWN = 3  # wrong calls of a child that are printed
+THREADS = 2
 
 
 def sanitizers() -> list[str]:
@@ -34,57 +34,42 @@ def sanitizers() -> list[str]:
     ]
 
 
-def make_calls(name: str, seed: int, count: int) -> Counter[str]:
+def make_calls(name: str, first: int, count: int) -> Counter[str]:
     """Make some calls in this process.
 
     Args:
         name: The name of the calls in ``fuzz_calls.CALLS``.
-        seed: The seed of their arguments.
+        first: The seed of the first call. The next call has the next seed.
         count: The number of calls.
 
     Returns:
         The number of calls by outcome. Anything that is no outcome counts as ``"wrong"`` and is printed.
     """
-    import hypothesis
     import torch
-    from fuzz_calls import CALLS
-    from hypothesis import strategies as st
+    from fuzz_calls import make_call
 
-    torch.set_num_threads(2)
-    check, strategies, _ = CALLS[name]
+    torch.set_num_threads(THREADS)
     outcomes: Counter[str] = Counter()
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(st.tuples(*strategies))
-    def call(arguments: tuple[Any, ...]) -> None:
+    for seed in range(first, first + count):
         try:
-            outcome = check(*arguments)
+            outcome = make_call(name, seed)
         except Exception as error:
             outcome = "wrong"
-            if outcomes["wrong"] < SHOWN:
-                print(f"{name}{arguments}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{name} with seed {seed}: {type(error).__name__}: {error}", file=sys.stderr)
         outcomes[outcome] += 1
-
-    call()
     return outcomes
 
 
-def run_child(name: str, seed: int, count: int) -> Counter[str]:
-    """Run ``make_calls`` in a process of its own. A crash is an outcome, too."""
-    command = [sys.executable, __file__, "--child", name, str(seed), str(count)]
+def run_child(name: str, first: int, count: int) -> Counter[str]:
+    """Run ``make_calls`` in a process of its own. A crash is an outcome, and the only one of the child."""
+    command = [sys.executable, __file__, "--child", name, str(first), str(count)]
     search = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT / "tests/helpers")])
-    environment = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    threads = {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"PYTHONPATH": search} | threads
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
     print(child.stderr, end="", file=sys.stderr)
     if child.returncode != 0:
-        print(f"{name} with seed {seed} ended with {child.returncode}", file=sys.stderr)
+        print(f"{name}, seeds {first} to {first + count - 1}: {child.returncode}", file=sys.stderr)
         return Counter(crashed=1)
     return Counter(json.loads(child.stdout.splitlines()[-1]))
 
@@ -109,26 +94,31 @@ def main() -> None:
     parser.add_argument(
         "--calls", type=int, default=100_000, help="the number of calls (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the arguments (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
     parser.add_argument("--output", type=Path, default=COUNTS, help="the file of the counts")
-    parser.add_argument("--child", nargs=3, metavar=("NAME", "SEED", "COUNT"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("NAME", "FIRST", "COUNT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        name, seed, count = arguments.child
-        print(json.dumps(make_calls(name, int(seed), int(count))))
+        name, first, count = arguments.child
+        print(json.dumps(make_calls(name, int(first), int(count))))
         return
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests/helpers")]
     from fuzz_calls import CALLS
     from result_files import environment
 
-    facts = {"seed": arguments.seed, "threads": 2, "sanitizers": sanitizers(), "environment": environment()}
+    facts = {
+        "seed": arguments.seed,
+        "threads": THREADS,
+        "sanitizers": sanitizers(),
+        "environment": environment(),
+    }
     by_call: dict[str, Counter[str]] = {name: Counter() for name in CALLS}
-    start, seed = time.monotonic(), arguments.seed
+    start = time.monotonic()
     for name, (_, _, share) in CALLS.items():
-        wanted = -(-arguments.calls * round(100 * share) // 100)
-        while (missing := wanted - by_call[name].total()) > 0:
-            seed += 1
-            by_call[name] += run_child(name, seed, min(missing, CALLS_OF_A_CHILD))
+        count = -(-arguments.calls * round(100 * share) // 100)
+        for done in range(0, count, CALLS_OF_A_CHILD):
+            size = min(CALLS_OF_A_CHILD, count - done)
+            by_call[name] += run_child(name, arguments.seed + done, size)
             seconds = {"seconds": round(time.monotonic() - start)}
             arguments.output.write_text(json.dumps(summary(by_call, facts | seconds), indent=1) + "\n")
             print(f"{name}: {dict(by_call[name])}", flush=True)
