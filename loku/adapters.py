@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +22,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loku.distributed import full_tensor
+from loku.interrupts import uninterrupted_context
 
 REFERENCE_ADAPTER = "reference"  # the frozen initial factors
 # The attribute of a causal LM that keeps the adapter which was merged into it (loku.adapter_folders,
 # loku.saving.residual_base).
 MERGED_ADAPTER = "_loku_merged_adapter"
+# The attribute of a peft model that keeps the weights which FILA overwrote, in CPU memory.
+BASE_COPY = "_loku_base_weights"
 SNAPSHOT_ADAPTER = "loku_snapshot"  # a frozen copy of a trained adapter, for the time of training
 
 
@@ -181,7 +183,7 @@ def reference_factors(peft_model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]
     return factors
 
 
-@contextmanager
+@uninterrupted_context
 def active_adapters(peft_model: PeftModel, names: list[str]) -> Iterator[None]:
     """A context in which these adapters are active; [] is the base model alone.
 
@@ -318,7 +320,7 @@ def snapshot_reference(model: nn.Module) -> Reference | None:
     return Reference(name, factors)  # type: ignore[arg-type]  # pairs
 
 
-@contextmanager
+@uninterrupted_context
 def reference_adapter(peft_model: PeftModel, reference: Reference) -> Iterator[None]:
     """A context in which ``reference_model`` computes as the given model did at ``snapshot_reference``.
 
@@ -338,7 +340,7 @@ def reference_adapter(peft_model: PeftModel, reference: Reference) -> Iterator[N
         remove_adapter(peft_model, SNAPSHOT_ADAPTER)
 
 
-@contextmanager
+@uninterrupted_context
 def reference_model(peft_model: PeftModel) -> Iterator[PeftModel]:
     """A context in which ``peft_model`` computes as the original model: the reference of NPO, DPO and KL.
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any, TextIO
 
 from loku.commands import CommandParser, demo, evaluate, info, unlearn
 from loku.commands.settings import suggestion
 from loku.cpu_threads import wait_passively
+from loku.interrupts import uninterrupted_context
 
 EPILOG = """\
 exit codes:
@@ -25,6 +27,7 @@ exit codes:
 LOKU_DEBUG=1 in the environment shows where in the code an error came from."""
 
 
+INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
@@ -40,6 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: argparse has shown help, or an option is wrong.
     """
+    with _interrupts_are_a_line(ends_process=arguments is None):
+        return _main(arguments)
+    return INTERRUPTED
+
+
+@uninterrupted_context
+def _interrupts_are_a_line(ends_process: bool) -> Iterator[None]:
+    """A context that ends at an interrupt with one line. Further ones have no effect if the process ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _debugging():
+            raise
+        if ends_process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(f"{_prefix()}interrupted", file=sys.stderr)
+
+
+def _debugging() -> bool:
+    return os.environ.get("LOKU_DEBUG", "") not in ("", "0")
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     wait_passively()
     parser = argparse.ArgumentParser(
         prog="loku",
@@ -58,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         known, name = options.parser._option_string_actions, unknown[0].partition("=")[0]
         options.parser.error(f"there is no option {name}{suggestion(name, known)}")
-    debug = os.environ.get("LOKU_DEBUG", "") not in ("", "0")
+    debug = _debugging()
     with warnings.catch_warnings():
         if not debug:
             warnings.showwarning = _show_warning
@@ -68,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # of a reader such as head, which wants no more
             _close_stdout()
             return BROKEN_PIPE
-        except (KeyboardInterrupt, Exception) as error:
+        except Exception as error:
             if debug:
                 raise
             code, text = _explain(error)
@@ -97,10 +123,8 @@ def _close_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _explain(error: BaseException) -> tuple[int, str]:
+def _explain(error: Exception) -> tuple[int, str]:
     """Return the exit code of an error, and a message for a person."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"

@@ -7,13 +7,14 @@ always do.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loku.data.rows import IGNORE_INDEX
+from loku.interrupts import uninterrupted_context
 from loku.models import evaluating, model_device, unwrapped
 from loku_kernels import (
     cross_entropy,
@@ -79,7 +80,7 @@ def _settings(base: Any) -> Iterator[tuple[Any, str, Any, dict[str, Any]]]:
                 yield owner, name, neutral, known(value)
 
 
-@contextmanager
+@uninterrupted_context
 def _neutral(settings: list[tuple[Any, str, Any, dict[str, Any]]]) -> Iterator[None]:
     """A context in which the attributes of ``_settings`` are neutral."""
     with ExitStack() as stack:
@@ -91,7 +92,7 @@ def _neutral(settings: list[tuple[Any, str, Any, dict[str, Any]]]) -> Iterator[N
         yield
 
 
-@contextmanager
+@uninterrupted_context
 def _computing(model: nn.Module, compute: Callable[..., Tensor], shape: torch.Size) -> Iterator[None]:
     """A context in which the output embedding's forward is ``compute(hidden, head, **postprocessing)``.
 

@@ -20,7 +20,7 @@ module, so the replicas of ``nn.DataParallel`` and copies of the model would run
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
+from loku.interrupts import uninterrupted_context
 from loku_kernels.logits_blocks import product_dtype
 from loku_kernels.tracing import refused_results, transformed
 
@@ -246,7 +247,7 @@ class FusedLoraLinear(LoraLinear):
         return object.__new__, (LoraLinear,), *reduced[2:]
 
 
-@contextmanager
+@uninterrupted_context
 def fused_lora(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Fuse the LoRA linears of a model within the context. Afterwards they are peft's again.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from loku.adapter_folders import load_causal_lm
 from loku.adapters import unwrapped as unwrapped  # it has moved
+from loku.interrupts import uninterrupted_context
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,8 +26,9 @@ def load_model(
 ) -> CausalLM:
     """Return a model, loaded from safetensors if it is given by its path or hub name.
 
-    An adapter that is given by its path or hub name is merged into its base, which the log says. The folder
-    of a residual save counts as its adapter on its base.
+    No code of its repository runs, unless ``model_init_kwargs`` has ``trust_remote_code=True``. An adapter
+    that is given by its path or hub name is merged into its base, which the log says. The folder of a
+    residual save counts as its adapter on its base.
 
     Args:
         model: The model itself, which is returned as it is; or the path or hub name of a causal LM or of an
@@ -36,11 +37,11 @@ def load_model(
 
     Raises:
         ValueError: There are ``model_init_kwargs`` for a model that is loaded already. Or the path is that of
-            an adapter that cannot be merged into its base (``loku.adapter_folders.load_merged``).
+            an adapter that cannot be merged into its base (``loku.adapter_folders.load_merged``). Or the
+            repository needs code of its own, or has no safetensors (``loku.trust``).
     """
     if isinstance(model, (str, os.PathLike)):
-        arguments = {"use_safetensors": True, **(model_init_kwargs or {})}  # never a pickle unasked
-        return load_causal_lm(model, arguments)
+        return load_causal_lm(model, model_init_kwargs or {})
     if model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by its path or name")
     return model
@@ -51,15 +52,15 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-@contextmanager
+@uninterrupted_context
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and then every module back into its own mode.
 
     It is not inference mode: caches that grow inside, such as rotary tables, must stay usable in training.
     """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         with torch.no_grad():
             yield
     finally:

@@ -7,12 +7,13 @@ it many times faster than in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
+
+from loku.interrupts import uninterrupted_context
 
 
 def chooses_tf32(args: TrainingArguments, model: nn.Module) -> bool:
@@ -32,7 +33,7 @@ def chooses_tf32(args: TrainingArguments, model: nn.Module) -> bool:
     return any(p.dtype == torch.float32 and p.dim() > 1 for p in model.parameters())
 
 
-@contextmanager
+@uninterrupted_context
 def float32_products(precision: Literal["tf32", "ieee"] | None) -> Iterator[None]:
     """Set the precision of CUDA's float32 products within the context.
 

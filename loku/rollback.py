@@ -1,9 +1,13 @@
-"""All or nothing: a model is as it was after an exception in a context.
+"""A model is as it was: all of it after an exception, and after success what a run changed for its own sake.
 
-The context keeps what costs next to nothing: every module object with its class, attributes, hooks and mode,
-the flags of every parameter, and the contents of the configs. So adapters go, whatever injected them, and
-hooks, patched forwards and changed settings go with them. Weights that were overwritten in place are put back
-by whoever overwrote them.
+``all_or_nothing`` owns the changes that a call makes to a given model. It keeps what costs next to nothing:
+every module object with its class, attributes, hooks and mode, the flags of every parameter, and the contents
+of the configs. So adapters go, whatever injected them, and hooks, patched forwards and changed settings go
+with them. Weights that were overwritten in place are put back by whoever overwrote them, who registers that
+with the context. No signal interrupts the restoring (``loku.interrupts``).
+
+``settings_kept`` puts back the modes, the configs, gradient checkpointing and the wrapper of autocast after
+success, too.
 """
 
 from __future__ import annotations
@@ -11,8 +15,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from loku.distributed import is_sharded
+from loku.interrupts import uninterrupted_context
 
 _CONFIGS = (PreTrainedConfig, GenerationConfig)
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
@@ -126,8 +131,40 @@ def _sharded(model: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
-@contextmanager
-def all_or_nothing(model: nn.Module, *, keep_weights: bool = False) -> Iterator[None]:
+class _Configs:
+    """The contents of the configs of modules."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.contents = [
+            (config, {name: _copied(value) for name, value in vars(config).items()})
+            for config in _configs(modules)
+        ]
+
+    def restore_(self) -> None:
+        for config, content in self.contents:
+            vars(config).clear()
+            vars(config).update(content)
+
+
+class _Given:
+    """A model as it was given."""
+
+    def __init__(self, model: nn.Module, keep_weights: bool) -> None:
+        modules = list(model.modules())
+        self.model, self.configs = model, _Configs(modules)
+        self.modules = [_Module(module, keep_weights) for module in modules]
+
+    def restore_(self) -> None:
+        sharded = _sharded(self.model)
+        with ExitStack() as stack:  # a module that cannot be restored does not keep the others from it
+            stack.callback(self.configs.restore_)
+            for module in self.modules:
+                stack.callback(module.restore_flags_ if sharded else module.restore_)
+
+
+def all_or_nothing(
+    model: nn.Module, *, keep_weights: bool = False
+) -> AbstractContextManager[ExitStack[bool | None]]:
     """A context after which a model is as before, if the block raises any exception.
 
     These are put back: every module under its name, its class, attributes, hooks, buffers and mode; the
@@ -136,27 +173,105 @@ def all_or_nothing(model: nn.Module, *, keep_weights: bool = False) -> Iterator[
 
     A model that FSDP2 has sharded meanwhile stays sharded. Then flags, modes and configs are put back.
 
+    The context yields an ``ExitStack``. Its callbacks run after an exception alone, in reverse order and
+    before the model is put back. A block registers there what the context does not put back by itself,
+    before it makes the change.
+
     Args:
         model: The model.
         keep_weights: Whether to copy every weight into CPU memory and put the values back. False (default)
             leaves weights that were overwritten to whoever overwrote them.
     """
-    modules = list(model.modules())
-    kept = [_Module(module, keep_weights) for module in modules]
-    configs = [
-        (config, {name: _copied(value) for name, value in vars(config).items()})
-        for config in _configs(modules)
-    ]
+    return _undone_on_failure(
+        _Given(model, keep_weights)
+    )  # copies of weights are made outside of the context
+
+
+@uninterrupted_context
+def _undone_on_failure(given: _Given) -> Iterator[ExitStack[bool | None]]:
+    with ExitStack() as undo:
+        undo.callback(given.restore_)
+        yield undo
+        undo.pop_all()
+
+
+# What a training run of transformers and accelerate sets in a module: gradient checkpointing, its hook at the
+# embeddings, the forward inside autocast, and marks. One mark keeps accelerate from preparing a model again.
+_RUN_ATTRIBUTES = (
+    "forward",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_is_accelerate_prepared",
+    "_is_torch_compile",
+    "_original_forward",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+)
+_HOOKS = "_require_grads_hooks"
+
+
+class _Settings:
+    """The modes, configs and run attributes of a model's modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self.model, self.configs = model, _Configs(modules)
+        self.modes = {module: module.training for module in modules}
+        self.attributes = {module: self._attributes(module) for module in modules}
+
+    @staticmethod
+    def _attributes(module: nn.Module) -> dict[str, Any]:
+        return {name: vars(module)[name] for name in _RUN_ATTRIBUTES if name in vars(module)}
+
+    def restore_(self) -> None:
+        sharded = _sharded(self.model)  # FSDP2 and accelerate go on from what they have prepared
+        for module, attributes in self.attributes.items():
+            if sharded:
+                continue
+            kept = [handle.id for handle in attributes.get(_HOOKS, [])]
+            for handle in vars(module).get(_HOOKS, []):
+                if handle.id not in kept:
+                    handle.remove()
+            for name in self._attributes(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+        for module, training in self.modes.items():
+            module.training = training
+        self.configs.restore_()
+
+
+def settings_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """A context after which the settings of a model are as before, whether the block fails or not.
+
+    These are the mode of each module, the contents of the configs, gradient checkpointing, and the forward
+    that accelerate has wrapped for ``bf16`` and ``fp16``. A model that FSDP2 has sharded keeps the forward
+    and gradient checkpointing of its training.
+
+    Args:
+        model: The model.
+    """
+    return _restored(_Settings(model))
+
+
+@uninterrupted_context
+def _restored(settings: _Settings) -> Iterator[None]:
     try:
         yield
-    except BaseException:
-        sharded = _sharded(model)
-        for module in kept:
-            if sharded:
-                module.restore_flags_()
-            else:
-                module.restore_()
-        for config, content in configs:
-            vars(config).clear()
-            vars(config).update(content)
-        raise
+    finally:
+        settings.restore_()
+
+
+def inherit_modes_(model: nn.Module, modes: Mapping[nn.Module, bool], inherited: bool) -> None:
+    """Put modules that were added to a model into the mode of what they wrap, else of what they are in.
+
+    Args:
+        model: The model with the added modules.
+        modes: The modes of the modules that were there before.
+        inherited: The mode for modules that neither wrap nor are in a module of ``modes``.
+    """
+    wrapped = model
+    while wrapped not in modes and isinstance(getattr(wrapped, "base_layer", None), nn.Module):
+        wrapped = wrapped.base_layer  # type: ignore[assignment]  # as the line above says
+    model.training = modes.get(wrapped, inherited)
+    for module in model.children():
+        inherit_modes_(module, modes, model.training)

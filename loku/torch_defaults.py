@@ -6,12 +6,14 @@ would put batches and random orders on a device that their generators do not hav
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
+from loku.interrupts import uninterrupted_context
 
-@contextmanager
+
+@uninterrupted_context
 def torch_defaults() -> Iterator[None]:
     """A context or decorator in which new tensors are float32 and on the CPU, unless they say otherwise."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()

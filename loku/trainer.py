@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 from loku.adapters import (
@@ -47,7 +43,7 @@ from loku.data import (
     padding_id,
 )
 from loku.data.pairs import Draw
-from loku.fila.initialize import uninitialised_on_failure
+from loku.fila.initialize import undo_of_initialisation
 from loku.fingerprints import given_adapter_fingerprint
 from loku.head import (
     check_head,
@@ -59,6 +55,7 @@ from loku.head import (
     token_triplets,
     token_triplets_and_divergence,
 )
+from loku.interrupts import uninterrupted
 from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
@@ -66,13 +63,14 @@ from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
-from loku.rollback import all_or_nothing
+from loku.rollback import all_or_nothing, settings_kept
 from loku.saving.adapter import refresh_merged_adapter_
 from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
 from loku.target_modules import check_lora_config
 from loku.text_decoder import check_causal_lm
 from loku.torch_defaults import torch_defaults
+from loku.trainer_callbacks import LossBar, SetEpoch
 from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
 from loku_kernels import reduce_loss
 
@@ -87,34 +85,6 @@ def _reference_values(model: nn.Module, tokens: Mapping[str, Any], reference: st
         if reference == "divergence":
             return label_hidden_states(model, **tokens)
         return Rows(*token_triplets(model, **tokens)).log_probability()
-
-
-class LossBar(ProgressCallback):
-    """The trainer's progress bar, with the last losses at its end instead of a line for each log."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the last losses at the end of the bar."""
-        shown = ("forget_loss", "retain_loss")
-        losses = {name: value for name, value in (logs or {}).items() if name in shown}
-        if self.training_bar is not None and losses:
-            self.training_bar.set_postfix(losses)
-
-
-class _SetEpoch(TrainerCallback):
-    def __init__(self, dataset: PairedDataset) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 class UnlearnTrainer(EvaluatingTrainer):
@@ -192,7 +162,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         refresh_merged_adapter_(model)
         if peft_config is not None:
             refuse_adapters(model)
-        with all_or_nothing(model, keep_weights=changes_base(peft_config)):
+        # transformers sets config.use_cache, which the forwards of training do not read.
+        with all_or_nothing(model, keep_weights=changes_base(peft_config)), settings_kept(model):
             self._construct(
                 model, args, forget, retain, processing_class, refusals, peft_config, eval_dataset, **kwargs
             )
@@ -216,7 +187,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         eval_sets = prepare_eval_sets(model, args, eval_dataset, rows)
         if peft_config is not None:
             check_lora_config(model, peft_config)
-            model = get_peft_model(model, peft_config)
+            model = uninterrupted(get_peft_model, model, peft_config)
         args = with_learning_rate(args, model)
         check_head(model, collate(forget[:1], padding_id(processing_class, model)))
         half = (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16)
@@ -244,7 +215,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         self.remove_callback(PrinterCallback)  # without progress bars it would print every log
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar)
-        self.add_callback(_SetEpoch(dataset))
+        self.add_callback(SetEpoch(dataset))
         self._loss_check = LossCheck(self._first_module_not_finite)
         self.add_callback(self._loss_check)
         # compute_loss divides by the counts of a whole step, from _get_num_items_in_batch. So the trainer
@@ -286,35 +257,40 @@ class UnlearnTrainer(EvaluatingTrainer):
         """Train; first prepare the original model if the method needs it.
 
         The arguments, the result and the errors are those of ``ResumableTrainer.train``. After an exception
-        the model is as before, except for the weights that were trained.
+        the model is as before, except for the weights that were trained. After success, too, these are as
+        before: the mode of each module, the configs, gradient checkpointing, and the forward, which
+        transformers leaves inside autocast with ``bf16`` and ``fp16``.
         """
         if self.args.device.type == "cpu":
             warn_of_busy_cores()
         tf32 = chooses_tf32(self.args, self.model)
         self._first_log = {"tf32": 1.0} if tf32 else {}
-        with (
-            all_or_nothing(self.model),
-            uninitialised_on_failure(self.model),  # a checkpoint may initialise it
-            fused_lora(self.model, self.args.fused_lora),
-            float32_products("tf32" if tf32 else None),
-            self._original_model(),
-        ):
-            return super().train(*args, **kwargs)
+        with all_or_nothing(self.model) as undo:
+            undo.callback(undo_of_initialisation(self.model))  # a checkpoint may initialise it
+            if not self.is_fsdp_enabled:
+                self.model_wrapped = self.model  # after an earlier train it has to be prepared again
+            with settings_kept(self.model):
+                self._keep_original()
+                with (
+                    fused_lora(self.model, self.args.fused_lora),
+                    float32_products("tf32" if tf32 else None),
+                    self._original_model(),
+                ):
+                    return super().train(*args, **kwargs)
 
-    @contextmanager
-    def _original_model(self) -> Iterator[None]:
-        """A context in which ``_reference`` has the values of the model that the first train was given."""
-        if self.objective.reference is None:
-            yield
+    def _keep_original(self) -> None:
+        """Keep what the objective needs of the model that the first train was given."""
+        if self.objective.reference is None or self._given is not None or self.train_dataset.references:
             return
-        if self._given is None and not self.train_dataset.references:
-            self._given = snapshot_reference(self.model)
-            if self._given is None:
-                with self.accelerator.autocast():  # in the precision of training
-                    self._keep_references()
+        self._given = snapshot_reference(self.model)
+        if self._given is None:
+            with self.accelerator.autocast():  # in the precision of training
+                self._keep_references()
+
+    def _original_model(self) -> AbstractContextManager[None]:
+        """A context in which ``_reference`` has the values of the model that the first train was given."""
         peft_model: Any = self.model
-        with nullcontext() if self._given is None else reference_adapter(peft_model, self._given):
-            yield
+        return nullcontext() if self._given is None else reference_adapter(peft_model, self._given)
 
     def _keep_references(self) -> None:
         """Run the original model on every row that will be drawn, and keep the values of the objective."""

@@ -4,7 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,17 +26,19 @@ from loku.adapters import base_weight, refuse_adapters
 from loku.config import UnlearnConfig
 from loku.data import StreamedRows, collate, padding_id, split_documents
 from loku.fila.initialize import (
+    hand_over_base_copy_,
     initialize_from_row_scales,
     initialize_lora_fila_weights,
-    release_base_copy_,
-    uninitialised_on_failure,
+    undo_of_initialisation,
 )
 from loku.fila.targets import fila_targets
 from loku.head import output_embedding
+from loku.interrupts import uninterrupted, uninterrupted_context
 from loku.models import keep_differentiable_, load_model
 from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
-from loku.rollback import all_or_nothing
+from loku.process_state import process_state_kept
+from loku.rollback import all_or_nothing, inherit_modes_, settings_kept
 from loku.saving.adapter import refresh_merged_adapter_
 from loku.saving.kinds import SaveKind, check_save, save
 from loku.saving.residual_base import on_residual_base_
@@ -79,14 +81,14 @@ class UnlearnResult:
                 (``loku.save_merged_model``).
 
         Raises:
-            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, or
-                it holds a model or an adapter that is not an earlier save.
+            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, is,
+                holds or lies in a directory that the model was loaded from, or holds something that is in the
+                way and no unaltered earlier save.
             OSError: ``path`` cannot be written.
         """
         save(self.model, path, kind, tokenizer=self.tokenizer)
 
 
-@torch_defaults()
 def unlearn(
     model: PreTrainedModel | str | os.PathLike,
     forget: Any,
@@ -107,9 +109,10 @@ def unlearn(
     Args:
         model: The causal LM of transformers, or its path or hub name. It is consumed: the adapters are put
             into it. If anything fails the model is as it was: weights, ``requires_grad``, modes, config,
-            hooks, modules and their classes. ``tuning="full"`` trains the weights themselves, keeps no copy
-            of them and does not put them back. An adapter that is given by its path or hub name is merged
-            into its base, and the merged model is unlearned.
+            hooks, modules and their classes. An interrupt is a failure, too. After success its modes, its
+            configs and gradient checkpointing are as they were given. ``tuning="full"`` trains the weights
+            themselves, keeps no copy of them and does not put them back. An adapter that is given by its path
+            or hub name is merged into its base, and the merged model is unlearned.
         forget: The rows to forget: a list of strings, a list of dicts or a ``datasets.Dataset``. The columns
             are ``text``, ``prompt`` and ``completion``, ``question`` and ``answer``, ``messages``, or
             ``input_ids`` (and ``labels``). See ``loku.data.tokenize_dataset``.
@@ -142,16 +145,28 @@ def unlearn(
     config = copy.deepcopy(config) if config is not None else UnlearnConfig()
     if not isinstance(config, UnlearnConfig):
         raise ValueError(f"config must be a loku.UnlearnConfig, got {type(config).__name__}")
-    model = load_model(model, config.init_arguments())
-    config.model_init_kwargs = None  # used: the trainer gets the loaded model
-    refuse_adapters(model)
-    check_causal_lm(model)
-    refresh_merged_adapter_(model)
-    with all_or_nothing(model), _no_empty_directory(config.output_dir):
-        return _unlearn(model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset)
+    with process_state_kept(), torch_defaults():
+        model = load_model(model, config.init_arguments())
+        config.model_init_kwargs = None  # used: the trainer gets the loaded model
+        refuse_adapters(model)
+        check_causal_lm(model)
+    modes, training = {module: module.training for module in model.modules()}, model.training
+    with all_or_nothing(model) as undo:  # outermost, so that an interrupt at the end of the others undoes all
+        refresh_merged_adapter_(model)
+        with (
+            process_state_kept(),
+            torch_defaults(),
+            settings_kept(model),
+            _no_empty_directory(config.output_dir),
+        ):
+            result = _unlearn(
+                model, forget, retain, config, tokenizer, callbacks, save_kind, eval_dataset, undo
+            )
+        inherit_modes_(result.model, modes, training)
+        return result
 
 
-@contextmanager
+@uninterrupted_context
 def _no_empty_directory(path: str | None) -> Iterator[None]:
     """Remove the directory that the trainer makes for checkpoints, if there were none."""
     new = path is not None and not os.path.exists(path)
@@ -172,8 +187,9 @@ def _unlearn(
     callbacks: Sequence[TrainerCallback] | None,
     save_kind: SaveKind,
     eval_dataset: Any,
+    undo: ExitStack[bool | None],
 ) -> UnlearnResult:
-    """The steps of ``unlearn`` on a loaded model. If they fail, the weights that FILA overwrote are back."""
+    """The steps of ``unlearn`` on a loaded model. ``undo`` is that of ``all_or_nothing``."""
     output_embedding(model)
     lora_targets: dict[str, Any] = {}
     if config.tuning == "lora":  # before the rows are read, which may take long
@@ -197,7 +213,8 @@ def _unlearn(
     )
     if config.tuning == "full":
         trainer = make_trainer(model)
-        trainer.train()
+        with trainer.checkpoints_reserved():  # KL, DPO and NPO run the original model before they train
+            trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
     lora = LoraConfig(
@@ -209,13 +226,14 @@ def _unlearn(
     set_seed(config.seed)  # the default LoRA factors are random
     with warnings.catch_warnings():  # peft reads a property that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        peft_model: Any = get_peft_model(model, lora)
+        peft_model: Any = uninterrupted(get_peft_model, model, lora)
     on_residual_base_(peft_model)  # for default LoRA, too: its merge keeps the factors for a next run
-    with uninitialised_on_failure(peft_model):
-        check_save(peft_model, save_kind)
-        trainer = make_trainer(peft_model)
+    undo.callback(undo_of_initialisation(peft_model))
+    check_save(peft_model, save_kind)
+    trainer = make_trainer(peft_model)
+    with trainer.checkpoints_reserved() as checkpoint:
+        resumed = checkpoint is not None  # the trainer then takes the checkpoint's initial factors
         initialize: Callable[[], None] | None = None
-        resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors
         if config.init == "fila" and not resumed:
             initialize = partial(_initialize_by_fila, peft_model, rows, config)
         elif config.init == "pissa" and not resumed:
@@ -226,7 +244,7 @@ def _unlearn(
             else:
                 initialize()
         trainer.train()
-    release_base_copy_(peft_model)
+    hand_over_base_copy_(peft_model, undo)
     return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loku_kernels.autocast import dtype_under_autocast
+
 TokenLoss = Literal["inverted_hinge", "cross_entropy"]
 Reduction = Literal["mean", "sum", "none"]
 
@@ -143,11 +145,12 @@ def check_linear_operands(
 
 def _check_like_hidden(name: str, tensor: Tensor, hidden: Tensor) -> None:
     """Raise ``ValueError`` unless an operand has dtype and device of the hidden states."""
-    if tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        # Autocast makes the dtypes equal, as for ``linear``.
+    # Autocast makes the dtypes equal, as for ``linear``, unless one of them is float64.
+    if tensor.dtype is not hidden.dtype and dtype_under_autocast(tensor) is not dtype_under_autocast(hidden):
+        advice = "" if torch.float64 in (tensor.dtype, hidden.dtype) else ", or multiply under autocast"
         raise ValueError(
             f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}; convert one of them, "
-            f"such as hidden.to({tensor.dtype}), or multiply under autocast"
+            f"such as hidden.to({tensor.dtype}){advice}"
         )
     if tensor.device != hidden.device:
         raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")

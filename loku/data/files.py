@@ -370,4 +370,5 @@ def _from_hub(source: str) -> Dataset:
     name, config, split, *more = [*source.split(":"), "", ""]
     if any(more):
         raise ValueError(f"{source!r} is not NAME[:CONFIG[:SPLIT]]")
-    return load_dataset(name, config or None, split=split or "train")
+    # datasets 3 asks whether a set's code may run, and later ones run none.
+    return load_dataset(name, config or None, split=split or "train", trust_remote_code=False)

@@ -21,6 +21,7 @@ from loku.data.row_forms import columns_of, labelled_column, labelled_text
 from loku.data.token_limits import TokenLimits
 from loku.data.tokens import IGNORE_INDEX, TextTokenizer, TokenizedRow, given_tokens
 from loku.data.values import as_list, is_missing
+from loku.trust import TRUSTED, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -330,13 +331,12 @@ def infer_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     """Load the tokenizer that was saved beside a model.
 
     Args:
-        model: A causal LM, whose config names the folder or the hub name that it was loaded from.
+        model: A causal LM, whose config names the folder or the hub name that it was loaded from. Code of the
+            tokenizer runs only if ``loku`` loaded the model with ``trust_remote_code=True``.
 
     Raises:
-        ValueError: The config names no such place, or no tokenizer is there.
+        ValueError: The config names no such place, no tokenizer is there, or it needs code of its own.
     """
-    from transformers import AutoTokenizer
-
     merged: Any = getattr(model, MERGED_ADAPTER, None)  # its tokenizer may lie beside the adapter
     name = getattr(model.config, "_name_or_path", "") if merged is None else merged["tokenizer"]
     if not name:
@@ -345,7 +345,8 @@ def infer_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     if not local and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"{name!r}, where this model was loaded from, is not there; pass tokenizer=")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        trusted = getattr(model, TRUSTED, False)
+        tokenizer = load_tokenizer(name, trust_remote_code=trusted, local_files_only=local)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ...
         raise ValueError(f"no tokenizer could be loaded from {name!r}; pass tokenizer= ({error})") from error
     # For some models AutoTokenizer makes an empty one where no tokenizer was saved.

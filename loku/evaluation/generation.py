@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from loku.counts import check_counts
 from loku.data import token_limits
+from loku.interrupts import uninterrupted_context
 from loku.models import CausalLM, evaluating, model_device, unwrapped
 
 PROBE_TOKENS = 16  # tokens of a probe's prompt at most, and of its padding
@@ -102,7 +102,7 @@ class _NaNCheck:
         return scores
 
 
-@contextmanager
+@uninterrupted_context
 def _empty_generation_config(model: CausalLM) -> Iterator[None]:
     """Take the model's own generation config away, and put it back.
 

@@ -14,8 +14,8 @@ original model from the initial factors, which are kept as a second, frozen adap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from loku.adapters import (
+    BASE_COPY,
     REFERENCE_ADAPTER,
     active_adapters,
     adapter_factors,
@@ -49,11 +50,11 @@ from loku.fila.originals import HostCopies
 from loku.fila.row_scale_cache import cached_row_scales
 from loku.fila.row_scales import FilaConfig, fisher_row_scales, reiterable
 from loku.fila.targets import fila_targets
+from loku.interrupts import uninterrupted_context
+from loku.process_state import random_states_kept
 from loku.rollback import all_or_nothing
 from loku.saving.residual_base import on_residual_base_
 from loku_kernels import row_scaled_svd
-
-_BASE_COPY = "_loku_base_weights"
 
 
 def _checked_row_scales(row_scales: Mapping[str, Tensor], layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
@@ -132,6 +133,7 @@ def _add_to_base_(layer: LoraLinear, adapter_name: str, factor: float) -> None:
         copy_whole_(weight, whole)
 
 
+@random_states_kept()
 @torch.no_grad()
 def initialize_from_row_scales(
     peft_model: PeftModel, row_scales: Mapping[str, Tensor], adapter_name: str = "default"
@@ -171,7 +173,8 @@ def initialize_from_row_scales(
     layers = fila_targets(peft_model, adapter_name)
     refuse_trained_adapter(peft_model, adapter_name)
     checked = _checked_row_scales(row_scales, layers)
-    with _keeping_originals(peft_model, layers, adapter_name) as originals:
+    originals = _copies(layers, adapter_name)
+    with _keeping_originals(peft_model, layers, adapter_name, originals):
         _initialize(layers, checked, adapter_name, originals)
 
 
@@ -210,7 +213,8 @@ def initialize_from_factors(
                 f"{name}: B and A must have the shapes {[tuple(shape) for shape in held]}, got "
                 f"{[tuple(shape) for shape in given]}; use the rank that they were made with"
             )
-    with _keeping_originals(peft_model, layers, adapter_name) as originals:
+    originals = _copies(layers, adapter_name)
+    with _keeping_originals(peft_model, layers, adapter_name, originals):
         for name, layer in layers.items():
             originals.wait_for(name)
             _move_into_adapter(layer, adapter_name, *factors[name])
@@ -222,79 +226,94 @@ def _local_weight(layer: LoraLinear) -> Tensor:
     return local_tensor(stored)
 
 
-@contextmanager
+@uninterrupted_context
 def _keeping_originals(
-    peft_model: PeftModel, layers: dict[str, LoraLinear], adapter_name: str
-) -> Iterator[HostCopies]:
-    """Keep the weights that an initialisation overwrites, and add the reference adapter when it is done.
+    peft_model: PeftModel, layers: dict[str, LoraLinear], adapter_name: str, originals: HostCopies
+) -> Iterator[None]:
+    """Put the weights back if an initialisation fails, and add the reference adapter when it is done.
 
-    If the initialisation fails, the weights are put back.
-
-    Yields:
-        The copies of the weights. A weight may be overwritten once its copy is made.
+    ``originals`` are the ``_copies`` of the weights. A weight may be overwritten once its copy is made.
     """
-    order = [name for names in _same_shape_groups(layers, adapter_name) for name in names]
-    originals = HostCopies({name: _local_weight(layers[name]) for name in order})
     factors = [factor for layer in layers.values() for factor in adapter_factors(layer, adapter_name)]
     old_factors = [factor.clone() for factor in factors]
-    try:
-        with all_or_nothing(peft_model):
-            yield originals
-            initial = {name: adapter_factors(layer, adapter_name) for name, layer in layers.items()}
-            setattr(peft_model, _BASE_COPY, originals.finished())
-            add_frozen_adapter(peft_model, REFERENCE_ADAPTER, adapter_name, initial)
-            on_residual_base_(peft_model)
-    except BaseException:
+
+    def restore_weights() -> None:
         for name, original in originals.finished().items():  # without a copy a weight was not overwritten
             _local_weight(layers[name]).copy_(original)
         for factor, old in zip(factors, old_factors, strict=True):
             factor.copy_(old)
+
+    def remove_reference() -> None:
         if REFERENCE_ADAPTER in peft_model.peft_config:  # a sharded model
             remove_adapter(peft_model, REFERENCE_ADAPTER)
         release_base_copy_(peft_model)
-        raise
+
+    with ExitStack() as undo:
+        undo.callback(remove_reference)
+        undo.callback(restore_weights)
+        with all_or_nothing(peft_model):
+            yield
+            initial = {name: adapter_factors(layer, adapter_name) for name, layer in layers.items()}
+            setattr(peft_model, BASE_COPY, originals.finished())
+            add_frozen_adapter(peft_model, REFERENCE_ADAPTER, adapter_name, initial)
+            on_residual_base_(peft_model)
+        undo.pop_all()
 
 
-@contextmanager
-def uninitialised_on_failure(model: nn.Module) -> Iterator[None]:
-    """A context whose failure undoes an initialisation that was made inside: weights, factors, reference.
+def _copies(layers: dict[str, LoraLinear], adapter_name: str) -> HostCopies:
+    order = [name for names in _same_shape_groups(layers, adapter_name) for name in names]
+    return HostCopies({name: _local_weight(layers[name]) for name in order})
+
+
+def undo_of_initialisation(model: nn.Module) -> Callable[[], None]:
+    """Keep the factors of a model, and return a function that undoes an initialisation made after this call.
+
+    The function puts weights and factors back, and removes the reference. It does nothing if there was no
+    initialisation.
 
     Args:
-        model: The model. Nothing is done for one without a LoRA adapter, or initialised before.
+        model: The model. Nothing is kept for one without a LoRA adapter, or initialised before.
     """
     if not isinstance(model, PeftModel) or REFERENCE_ADAPTER in model.peft_config:
-        yield
-        return
+        return lambda: None
     factors = [
         (layer, name, [full_tensor(factor.detach()).clone() for factor in adapter_factors(layer, name)])
         for name in model.active_adapters
         for layer in adapter_layers(model, name).values()
         if name in layer.lora_A
     ]
-    try:
-        yield
-    except BaseException:
-        if REFERENCE_ADAPTER in model.peft_config:
-            reshard_(model)
-            restore_weights_(model)
-            remove_adapter(model, REFERENCE_ADAPTER)
-            with torch.no_grad():
-                for layer, name, old in factors:
-                    for factor, values in zip(adapter_factors(layer, name), old, strict=True):
-                        copy_whole_(factor, values)
-        raise
+
+    def undo() -> None:
+        if REFERENCE_ADAPTER not in model.peft_config:
+            return
+        reshard_(model)
+        restore_weights_(model)
+        remove_adapter(model, REFERENCE_ADAPTER)
+        with torch.no_grad():
+            for layer, name, old in factors:
+                for factor, values in zip(adapter_factors(layer, name), old, strict=True):
+                    copy_whole_(factor, values)
+
+    return undo
+
+
+def hand_over_base_copy_(peft_model: PeftModel, undo: ExitStack[bool | None]) -> None:
+    """``release_base_copy_``, with the copy held by the callbacks of ``all_or_nothing`` until it succeeds."""
+    if hasattr(peft_model, BASE_COPY):
+        undo.callback(setattr, peft_model, BASE_COPY, getattr(peft_model, BASE_COPY))
+        release_base_copy_(peft_model)
 
 
 def release_base_copy_(peft_model: PeftModel) -> None:
     """Free the CPU copy of the original weights. ``restore_base_`` then adds the initial factors back."""
-    if hasattr(peft_model, _BASE_COPY):
-        delattr(peft_model, _BASE_COPY)
+    if hasattr(peft_model, BASE_COPY):
+        delattr(peft_model, BASE_COPY)
 
 
 @torch.no_grad()
 def restore_weights_(peft_model: PeftModel) -> None:
     """Put the original weights back as ``restore_base_`` does, and leave the LoRA layers where they are."""
-    originals = getattr(peft_model, _BASE_COPY, None)
+    originals = getattr(peft_model, BASE_COPY, None)
     for name, layer in reference_layers(peft_model).items():
         if originals is not None:
             _local_weight(layer).copy_(originals[name])
@@ -352,6 +371,7 @@ def _sampled(batches: Iterable[Mapping[str, Tensor]], config: FilaConfig) -> Ite
     return first
 
 
+@random_states_kept()
 def get_fila_state_dict(
     peft_model: PeftModel,
     forget_dataloader: Iterable[Mapping[str, Tensor]],

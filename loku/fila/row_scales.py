@@ -10,7 +10,6 @@ and its Fisher is the only matrix that is held. The forget pass adds to one numb
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +28,7 @@ from loku.distributed import (
 )
 from loku.fila.sample_layout import by_row, check_rows_are_apart
 from loku.head import model_tokens, negative_log_likelihood
+from loku.interrupts import uninterrupted_context
 from loku.models import evaluating, model_device, unwrapped
 from loku_kernels import accumulate_squared_grad_
 
@@ -299,7 +299,7 @@ def _normalised(squares: Tensor, name: str) -> Tensor:
     return (squares / mean).sqrt()
 
 
-@contextmanager
+@uninterrupted_context
 def gradients_for_activations_alone(model: nn.Module) -> Iterator[None]:
     """A context in evaluation mode, in which no weight needs a gradient and the embedded tokens do.
 

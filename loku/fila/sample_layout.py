@@ -10,13 +10,13 @@ forward does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loku.head import hidden_states
+from loku.interrupts import uninterrupted_context
 from loku.models import evaluating, model_device
 
 _ROWS = ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])  # tokens that every vocabulary has; no position has one twice
@@ -32,7 +32,7 @@ def by_row(values: Tensor, rows: int) -> Tensor:
     return values.reshape(rows, -1, values.shape[-1])
 
 
-@contextmanager
+@uninterrupted_context
 def _inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     """A context in which every call of a module adds its input to a list."""
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}

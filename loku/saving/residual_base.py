@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from peft import PeftModel
 from torch import nn
 
 from loku.adapters import REFERENCE_ADAPTER, active_adapters, has_residual_base, stands_for_another_base
+from loku.interrupts import uninterrupted_context
 from loku.saving.adapter import (
+    loaded_from,
     merged_adapter_facts,
     portable_adapter,
     remember_merged_adapter_,
@@ -95,11 +96,12 @@ class ResidualBase(PeftModel):
             return
         for name, (config, state) in adapters.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            with destination(folder, "portable", refuse_others=False) as directory:
+            sources = loaded_from(self)
+            with destination(folder, "portable", refuse_others=False, sources=sources) as directory:
                 write_adapter(self, config, state, directory, safe_serialization=safe_serialization)
         self.create_or_update_model_card(os.fspath(save_directory))
 
-    @contextmanager
+    @uninterrupted_context
     def disable_adapter(self) -> Iterator[None]:
         """A context in which the model computes as the original model, by its adapter "reference"."""
         if not has_residual_base(self):

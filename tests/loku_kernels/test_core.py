@@ -23,7 +23,7 @@ def test_arguments_that_fit():
     assert core.number_counted(ADDRESS, 3, 2) == 2
     assert core.number_counted(ADDRESS, 0, 0) == 0
     assert core.scale_rows_(ROWS, 1.0, 0, 1) is None
-    core.triplet_columns_(ROWS, 0, 0, 30, True, 0, 0, 0, 0, 0, 1)  # an int for a float
+    core.triplet_columns_(ROWS, 0, 0, 0, 30, True, 0, 0, 0, 0, 0, 1)  # an int for a float
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_arguments_that_fit():
         ("scale_rows_", ((*ROWS, 0), 1.0, 0, 1), "too many arguments"),
         ("scale_rows_", (ROWS, 1.0, 0, 2**31), "out of range"),
         ("scale_rows_", ((*ROWS[:-1], 2**31), 1.0, 0, 1), "out of range"),
-        ("triplet_columns_", (ROWS, 0, 0, 30.0, 1, 0, 0, 0, 0, 0, 1), "bool"),
-        ("triplet_columns_", (ROWS, 0, 0, "30", True, 0, 0, 0, 0, 0, 1), "real number"),
-        ("triplet_columns_", (ROWS, 0, 0, 10**400, True, 0, 0, 0, 0, 0, 1), "out of range"),
+        ("triplet_columns_", (ROWS, 0, 0, 0, 30.0, 1, 0, 0, 0, 0, 0, 1), "bool"),
+        ("triplet_columns_", (ROWS, 0, 0, 0, "30", True, 0, 0, 0, 0, 0, 1), "real number"),
+        ("triplet_columns_", (ROWS, 0, 0, 0, 10**400, True, 0, 0, 0, 0, 0, 1), "out of range"),
     ],
 )
 def test_arguments_that_do_not_fit(name, arguments, message):
@@ -80,7 +80,7 @@ def test_other_python_threads_run_meanwhile():
     def work():
         ends.append(time.monotonic())
         core.triplet_forward(
-            rows, labels.data_ptr(), -100, 0.0, triplet.data_ptr(), runner_up_id.data_ptr(), 1
+            rows, labels.data_ptr(), count, -100, 0.0, triplet.data_ptr(), runner_up_id.data_ptr(), 1
         )
         ends.append(time.monotonic())
 
@@ -111,7 +111,7 @@ def test_a_daemon_thread_may_outlive_the_interpreter():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
         rows = (row.data_ptr(), zeros.data_ptr(), 0, count, len(row), 0)
         out_id = out.data_ptr() + count * 3 * 8
-        arguments = rows, zeros.data_ptr(), -100, 0.0, out.data_ptr(), out_id, 1
+        arguments = rows, zeros.data_ptr(), count, -100, 0.0, out.data_ptr(), out_id, 1
         threading.Thread(target=_core.triplet_forward, args=arguments, daemon=True).start()
     """
     result = run_python(code)

@@ -337,7 +337,8 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "locuslab").mkdir()
     hub = ModuleType("datasets")
-    hub.load_dataset = lambda name, config, split: (name, config, split)
+    no_code = {"trust_remote_code": False}  # datasets 3 would ask
+    hub.load_dataset = lambda name, config, split, **more: more == no_code and (name, config, split)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     assert read_rows("locuslab/TOFU:forget10_perturbed") == ("locuslab/TOFU", "forget10_perturbed", "train")
     assert read_rows("wikitext:wikitext-2-v1:test") == ("wikitext", "wikitext-2-v1", "test")
