@@ -377,7 +377,9 @@ class ResumableTrainer(Trainer):
             raise
         except Exception as error:  # libraries in Rust raise it for a full disk, torch a RuntimeError
             failed = error
-        reason = first_error(None if failed is None else str(failed))
+        reason = first_error(None if failed is None else str(failed) or type(failed).__name__)
+        if isinstance(failed, MemoryError):
+            raise failed
         if reason is not None:
             raise system_error(  # the command line tells a failed run from wrong arguments by the number
                 f"{checkpoint.name} could not be written to {checkpoint.parent} ({reason}). The checkpoints "
