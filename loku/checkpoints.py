@@ -373,8 +373,6 @@ class ResumableTrainer(Trainer):
         failed: Exception | None = None
         try:
             write()
-        except MemoryError:  # it says nothing about the disk
-            raise
         except Exception as error:  # libraries in Rust raise it for a full disk, torch a RuntimeError
             failed = error
         reason = first_error(None if failed is None else str(failed) or type(failed).__name__)

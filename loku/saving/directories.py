@@ -283,19 +283,6 @@ def _finish(place: Path, path: Path) -> None:
         lock.release()
 
 
-def replace_directory(new: Path, path: Path) -> None:
-    """Move a whole directory to ``path``. An exception leaves ``path`` as it was.
-
-    Args:
-        new: The directory, on the file system of ``path``.
-        path: The new name. A directory of that name moves to "previous" beside ``new``, for the caller to
-            delete.
-    """
-    moves = [(path, new.parent / "previous")] if path.exists() else []
-    _rename_all([*moves, (new, path)])
-    flush(path.parent)
-
-
 def _replace_entries(
     place: Path, path: Path, key: str, replaceable: Callable[[Path, Collection[str]], Collection[str]]
 ) -> None:
