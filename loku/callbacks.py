@@ -14,7 +14,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loku.counts import check_counts
-from loku.data import split_documents, token_limits, tokenize_dataset
 from loku.data.rows import DataSet
 from loku.evaluation.extraction import spread_extraction_likelihood
 from loku.evaluation.scores import (
@@ -23,6 +22,7 @@ from loku.evaluation.scores import (
     spread_token_scores,
     token_measures,
 )
+from loku.trainer_evaluation import EvalSets, tokenized_eval_sets
 
 
 class _Gauge(TrainerCallback):
@@ -45,7 +45,7 @@ class _Gauge(TrainerCallback):
             check_counts(every=every)
         check_counts(batch_size=batch_size)
         self.sets, self.every, self.batch_size = sets, every, batch_size
-        self.rows: dict[str, Sequence[Mapping[str, Any]]] = {}
+        self.rows: EvalSets = {}
         self.history: list[dict[str, float]] = []
 
     def begin(self, model: Any, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -75,13 +75,8 @@ class _Gauge(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Tokenise the data sets and measure the model."""
-        max_length, limits = getattr(args, "max_length", None), token_limits(model)
-        self.rows = {
-            name: split_documents(
-                tokenize_dataset(rows, processing_class, max_length=max_length, name=name, limits=limits)
-            )
-            for name, rows in self.sets.items()
-        }
+        max_length = getattr(args, "max_length", None)  # relearning runs under transformers' own arguments
+        self.rows = tokenized_eval_sets(model, self.sets, processing_class, max_length)
         self.history = []
         self._record(state, self.begin(model, state.log_history))
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from loku.counts import check_counts, check_max_length
 from loku.fila.row_scales import FilaConfig
 from loku.objectives import OBJECTIVES
 from loku.target_modules import check_patterns
@@ -93,7 +94,6 @@ _COUNTS = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "lora_rank",
-    "max_length",
     "fisher_samples",
 )
 _POSITIVE = ("learning_rate", "beta", "lora_alpha")
@@ -119,9 +119,11 @@ def _check_ranges(config: Any) -> None:
             if value is not None and not (isinstance(value, numbers.Real) and holds(value)):
                 raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
-    check(_COUNTS, "an integer >= 1", lambda v: isinstance(v, numbers.Integral) and int(v) >= 1)
-    check(_POSITIVE, "> 0 and finite", lambda v: v > 0 and math.isfinite(v))
-    check(_NOT_NEGATIVE, ">= 0 and finite", lambda v: v >= 0 and math.isfinite(v))
+    check_counts(**{name: value for name in _COUNTS if (value := getattr(config, name)) is not None})
+    check_max_length(config.max_length)
+    check((*_POSITIVE, *_NOT_NEGATIVE), "a finite number", math.isfinite)
+    check(_POSITIVE, "> 0", lambda v: v > 0)
+    check(_NOT_NEGATIVE, ">= 0", lambda v: v >= 0)
     check(_SHARES, ">= 0 and < 1", lambda v: 0 <= v < 1)
     integers = "an integer from 0 to 2^32 - 1"
     check(("seed",), integers, lambda v: isinstance(v, numbers.Integral) and 0 <= int(v) < 2**32)

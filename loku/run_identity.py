@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -122,7 +122,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 def run_identity(
     args: UnlearnConfig,
     model: Mapping[str, Any],
-    forget: Iterable[Mapping[str, Any]],
+    forget: Sequence[Mapping[str, Any]],
     retain: Iterable[Mapping[str, Any]] | DrawnRows,
     refusals: RefusalRows | None = None,
 ) -> dict[str, Any]:
@@ -148,14 +148,14 @@ def run_identity(
         **model,
         "forget set": ordered_rows_fingerprint(forget),
         "retain set": ordered_rows_fingerprint(retain.first() if isinstance(retain, DrawnRows) else retain),
-        "refusals": None if refusals is None else _refusals_fingerprint(refusals),
+        "refusals": None if refusals is None else _refusals_fingerprint(refusals, len(forget)),
         **settings_facts(args),
     }
 
 
-def _refusals_fingerprint(refusals: RefusalRows) -> str:
+def _refusals_fingerprint(refusals: RefusalRows, count: int) -> str:
     """The digest of the texts of refusals, and of the rows with the first refusal as they are trained on."""
-    rows = ordered_rows_fingerprint(refusals[index, 0] for index in range(len(refusals.rows)))
+    rows = ordered_rows_fingerprint(refusals[index, 0] for index in range(count))
     return texts_fingerprint([*refusals.refusals, rows])
 
 

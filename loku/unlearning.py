@@ -213,7 +213,8 @@ def _unlearn(
     )
     if config.tuning == "full":
         trainer = make_trainer(model)
-        trainer.train()
+        with trainer.checkpoints_reserved():  # KL, DPO and NPO run the original model before they train
+            trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
     lora = LoraConfig(
@@ -230,18 +231,19 @@ def _unlearn(
     undo.callback(undo_of_initialisation(peft_model))
     check_save(peft_model, save_kind)
     trainer = make_trainer(peft_model)
-    initialize: Callable[[], None] | None = None
-    resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors
-    if config.init == "fila" and not resumed:
-        initialize = partial(_initialize_by_fila, peft_model, rows, config)
-    elif config.init == "pissa" and not resumed:
-        initialize = partial(_initialize_by_pissa, peft_model)
-    if initialize is not None:
-        if trainer.is_fsdp_enabled:
-            trainer.add_callback(_OnceSharded(initialize))
-        else:
-            initialize()
-    trainer.train()
+    with trainer.checkpoints_reserved() as checkpoint:
+        resumed = checkpoint is not None  # the trainer then takes the checkpoint's initial factors
+        initialize: Callable[[], None] | None = None
+        if config.init == "fila" and not resumed:
+            initialize = partial(_initialize_by_fila, peft_model, rows, config)
+        elif config.init == "pissa" and not resumed:
+            initialize = partial(_initialize_by_pissa, peft_model)
+        if initialize is not None:
+            if trainer.is_fsdp_enabled:
+                trainer.add_callback(_OnceSharded(initialize))
+            else:
+                initialize()
+        trainer.train()
     hand_over_base_copy_(peft_model, undo)
     return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loku.commands import CommandParser, Commands, accept_underscores
+from loku.commands.report_files import check_report_files, write_report_files
 from loku.counts import check_counts, check_max_length
 
 
@@ -78,9 +79,9 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
-    out = Path(options.out)
-    if out.suffix.lower() == ".png" or out.is_dir():
-        raise ValueError(f"--out {out} must be the file of a JSON report, such as report.json")
+    sources = dict(options.data)
+    read = [*sources.values(), options.reference_log or ""]
+    check_report_files(options.out, read)
     counts = {
         f"--{name}": getattr(options, name.replace("-", "_")) for name in ("ngram", "stride", "batch-size")
     }
@@ -93,12 +94,11 @@ def run(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from loku.data import read_rows, row_places
-    from loku.evaluation import evaluate, plot_measures, reasoning_accuracies, write_report
+    from loku.evaluation import evaluate, reasoning_accuracies
     from loku.trust import load_tokenizer, trusts_code
 
     # One process may generate for much longer than another, so the timeout is long.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
-    sources = dict(options.data)
     if len(sources) < len(options.data):
         raise ValueError(f"two data sets have one name: {[name for name, _ in options.data]}")
     data = {name: read_rows(source) for name, source in sources.items()}
@@ -143,13 +143,8 @@ def run(options: argparse.Namespace) -> None:
             "reasoning": reasoning,
         }
         print(_evaluation_table(report))
-        write_report(out, report)
-        written = [out]
-        if result.log:
-            written.append(out.with_name(f"{out.stem}_log.json"))
-            write_report(written[-1], result.log)
-        written.append(out.with_suffix(".png"))
-        plot_measures(written[-1], result.sets)
+        check_report_files(options.out, read)  # what has come while the model was measured stays, too
+        written = write_report_files(options.out, report, result.log)
         print(f"\nwritten: {', '.join(map(str, written))}")
     state.destroy_process_group()
 

@@ -31,7 +31,7 @@ from loku.evaluation.scores import (
     spread_token_scores,
     token_measures,
 )
-from loku.evaluation.tofu import ANSWER_SLACK, measured_section, rouge_recalls, tokenized_answers
+from loku.evaluation.tofu import ANSWER_SLACK, Answer, measured_section, rouge_recalls, tokenized_answers
 from loku.evaluation.tofu_logs import (
     CHOICE_SETS,
     SECTIONS,
@@ -128,10 +128,17 @@ def evaluate(
         name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))
         for name, rows in data.items()
     }
-    with row_places(sources):
-        tokens_of = {
-            name: _tokenized(model, tokenizer, rows, max_length, name) for name, rows in data_sets.items()
-        }
+    limits = token_limits(model)
+    answers_of: dict[str, list[list[Answer]]] = {}
+    tokens_of: dict[str, Sequence[Mapping[str, Any]]] = {}
+    with row_places(sources):  # all that is measured is checked before the first measure
+        for name, rows in data_sets.items():
+            if rows and all(map(_is_question, rows)):
+                answers_of[name] = tokenized_answers(rows, tokenizer, name, max_length, limits)
+                tokens_of[name] = [true.tokens for true, *_ in answers_of[name]]
+            else:
+                ids = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+                tokens_of[name] = split_documents(ids)
     if reference_log is not None:
         forget = data_sets.get("forget", [])
         if not all(map(_is_question, forget)) or not any(map(wrong_answers, forget)):
@@ -144,7 +151,6 @@ def evaluate(
     log: dict[str, Section] = {}
     min_k_of: dict[str, list[float]] = {}
     for name, rows in data_sets.items():
-        questions = all(_is_question(row) for row in rows)
         tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
         sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share)}
@@ -154,21 +160,21 @@ def evaluate(
                 model, tokens, scores, n, stride, batch_size, progress
             )
         room = max(len(score.losses) for score in scores) + ANSWER_SLACK
-        if questions:
+        if name in answers_of:
 
             def tofu_rows(
                 rows: list[Any],
+                answers: list[list[Answer]],
                 scores: list[TokenScores],
-                numbers: Sequence[int],
                 room: int = room,
                 name: str = name,
             ) -> list[dict[str, Any]]:
                 section = measured_section(
-                    model, tokenizer, rows, numbers, batch_size, show, name, scores, room
+                    model, tokenizer, rows, answers, batch_size, show, name, scores, room
                 )
                 return _by_row(section, len(rows))
 
-            section = _by_quantity(spread(tofu_rows, rows, scores, range(len(rows))))
+            section = _by_quantity(spread(tofu_rows, rows, answers_of[name], scores))
             generated = [text.removeprefix("Answer:") for _, text, _ in section["generated_text"].values()]
             choice = name in CHOICE_SETS and all(map(wrong_answers, rows))
             sets[name] |= section_metrics(section, choice, name == "forget")
@@ -210,17 +216,6 @@ def evaluate(
     else:
         not_available["membership_auc"] = f"no {' and no '.join(missing)} set"
     return Evaluation(sets, whole, not_available, log)
-
-
-def _tokenized(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Any], max_length: int | None, name: str
-) -> list[Mapping[str, Any]]:
-    """Tokenise a data set, and check that the model can take all that is measured of it."""
-    limits = token_limits(model)
-    if rows and all(_is_question(row) for row in rows):
-        answers = tokenized_answers(rows, tokenizer, name, max_length, limits)
-        return [answer.tokens for answer in answers[: len(rows)]]
-    return split_documents(tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits))
 
 
 def _completions(

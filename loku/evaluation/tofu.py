@@ -63,7 +63,7 @@ class Answer(NamedTuple):
     """An answer that is scored.
 
     Attributes:
-        row: The index of its row, from 0.
+        row: The index of its row in the data set, from 0.
         kind: "gt", "paraphrased" or "perturb", as in the quantities of a log.
         tokens: Its tokenised row, with ``input_ids`` and ``labels``.
     """
@@ -79,7 +79,7 @@ def tokenized_answers(
     name: str,
     max_length: int | None = None,
     limits: TokenLimits | None = None,
-) -> list[Answer]:
+) -> list[list[Answer]]:
     """Tokenise all answers of rows of questions and answers.
 
     Args:
@@ -91,8 +91,7 @@ def tokenized_answers(
         limits: The limits of a model, from ``loku.data.token_limits``; None (default) sets none.
 
     Returns:
-        The true answers, in the order of the rows; then the paraphrased and wrong ones of the rows that have
-        wrong ones.
+        The answers of each row: the true one; then, if it has wrong ones, its paraphrased and its wrong ones.
 
     Raises:
         ValueError: There are no rows.
@@ -100,26 +99,28 @@ def tokenized_answers(
     """
     if len(rows) == 0:
         raise ValueError(f"the {name} set is empty; it needs at least one row")
-    texts: list[tuple[int, str, str]] = []
-    others: list[tuple[int, str, str]] = []
+    texts: list[list[tuple[str, str]]] = []
     for index, row in enumerate(rows):
         if labelled_column(row) != "answer":
             has = list(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
             raise RowError(name, index, f"TOFU's measures need 'question' and 'answer', and it has {has}")
+        texts.append([("gt", row["answer"])])
         try:
             wrong = wrong_answers(row)
             if wrong:
-                others.append((index, "paraphrased", paraphrased_answer(row)))
+                texts[-1].append(("paraphrased", paraphrased_answer(row)))
         except BadRow as error:
             raise RowError(name, index, error) from error
-        texts.append((index, "gt", row["answer"]))
-        others += [(index, "perturb", answer) for answer in wrong]
+        texts[-1] += [("perturb", answer) for answer in wrong]
     tokenize = RowTokenizer(tokenizer, max_length, name, limits, cut=False)
 
     def tokens(index: int, answer: str) -> TokenizedRow:
         return tokenize(index, {"question": rows[index]["question"], "answer": answer})
 
-    return [Answer(index, kind, tokens(index, answer)) for index, kind, answer in [*texts, *others]]
+    return [
+        [Answer(index, kind, tokens(index, answer)) for kind, answer in of_row]
+        for index, of_row in enumerate(texts)
+    ]
 
 
 def answer_losses(
@@ -210,8 +211,12 @@ def evaluate_tofu_rows(
         RowError: A row lacks ``question`` or ``answer``, or has an answer that is no text.
         FloatingPointError: A loss is NaN.
     """
+    check_counts(batch_size=batch_size)
+    if max_new_tokens is not None:
+        check_counts(max_new_tokens=max_new_tokens)
+    answers = tokenized_answers(rows, tokenizer, description)
     return measured_section(
-        model, tokenizer, rows, range(len(rows)), batch_size, progress, description, scores, max_new_tokens
+        model, tokenizer, rows, answers, batch_size, progress, description, scores, max_new_tokens
     )
 
 
@@ -219,28 +224,28 @@ def measured_section(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: DataSet,
-    numbers: Sequence[int],
+    answers: Sequence[Sequence[Answer]],
     batch_size: int,
     progress: bool,
     description: str,
     scores: Sequence[TokenScores] | None,
     max_new_tokens: int | None,
 ) -> Section:
-    """Do the work of ``evaluate_tofu_rows``, with the indices that messages give to the rows."""
-    check_counts(batch_size=batch_size)
-    if max_new_tokens is not None:
-        check_counts(max_new_tokens=max_new_tokens)
-    answers = tokenized_answers(rows, tokenizer, description)
-    tokens = [answer.tokens for answer in answers]
+    """Do the work of ``evaluate_tofu_rows`` on some rows of a set, with their ``tokenized_answers``."""
+    numbered = [
+        *((i, true) for i, (true, *_) in enumerate(answers)),
+        *((i, other) for i, (_, *others) in enumerate(answers) for other in others),
+    ]
+    tokens = [answer.tokens for _, answer in numbered]
     # All answers are scored in one list, so that a batch may mix kinds.
     known = scores or []
     to_score = tokens[len(known) :]
     new = unchecked_token_scores(model, to_score, batch_size, progress, f"{description}: scoring")
     scores = [*known, *new]
-    check_scores(scores, description, lambda i: f"row {numbers[answers[i].row]}, a {answers[i].kind} answer")
+    check_scores(scores, description, lambda i: f"row {numbered[i][1].row}, a {numbered[i][1].kind} answer")
     scored: dict[str, dict[str, list[tuple[float, int]]]] = {"gt": {}, "paraphrased": {}, "perturb": {}}
-    for (i, kind, _), score in zip(answers, scores, strict=True):
-        scored[kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
+    for (i, answer), score in zip(numbered, scores, strict=True):
+        scored[answer.kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
 
     if max_new_tokens is None:
         max_new_tokens = max(len(score.losses) for score in scores[: len(rows)]) + ANSWER_SLACK

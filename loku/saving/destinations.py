@@ -74,17 +74,25 @@ WRITTEN: dict[str, tuple[str, ...]] = {
         "model.safetensors.index.json",
         *_TOKENIZER,
     ),
+    "demo": ("loku_demo.json", "adapter", "probabilities.png", "report.json", "forget.jsonl", "retain.jsonl"),
 }
-_KEYS = {"portable": "adapter_config.json", "residual": "adapter", "merged": "config.json"}
+_KEYS = {
+    "portable": "adapter_config.json",
+    "residual": "adapter",
+    "merged": "config.json",
+    "demo": "report.json",
+}
+# The lists by kinds: a save and the files of ``loku demo`` may lie in one directory.
+_LISTS = {kind: LIST for kind in ("portable", "residual", "merged")} | {"demo": "loku_demo.json"}
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _last_save(directory: Path) -> dict[str, Any]:
+def _last_save(directory: Path, name: str = LIST) -> dict[str, Any]:
     """The contents of a directory's list, or an empty dict if it has none that a save has written."""
-    file = directory / LIST
+    file = directory / name
     try:
         status = file.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_LIST_BYTES:
@@ -132,16 +140,16 @@ def _others_in(entry: Path, name: str, listed: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _entries(directory: Path) -> tuple[set[str], dict[str, list[str]]]:
+def _entries(directory: Path, name_of_list: str = LIST) -> tuple[set[str], dict[str, list[str]]]:
     """The entries of a directory that its last save wrote and nobody has altered, and the others.
 
     The others are given with the paths in them that are not vouched for.
     """
-    listed: dict[str, str] = _last_save(directory).get("files", {})
+    listed: dict[str, str] = _last_save(directory, name_of_list).get("files", {})
     ours, others = set(), {}
     for name in os.listdir(directory):
         unknown = _others_in(directory / name, name, listed)
-        if not unknown or (name == LIST and listed):
+        if not unknown or (name == name_of_list and listed):
             ours.add(name)
         else:
             others[name] = unknown
@@ -212,7 +220,7 @@ def check_destination(path: str | os.PathLike, kind: str, **sources: str | os.Pa
 
     Args:
         path: The directory. It need not exist.
-        kind: The kind of save, one of ``loku.saving.kinds.KINDS``.
+        kind: The kind of save, one of ``loku.saving.kinds.KINDS``, or "demo".
         sources: The directories that the model comes from, as for ``refuse_overlap``.
 
     Raises:
@@ -224,17 +232,19 @@ def check_destination(path: str | os.PathLike, kind: str, **sources: str | os.Pa
     finish_interrupted(path)
     path = Path(path)
     if path.is_dir():
-        _, others = _entries(path)
+        _, others = _entries(path, _LISTS[kind])
         _refuse_others(path, kind, others)
-    _check_writable(path)
+    check_writable(path)
 
 
 def _refuse_others(path: Path, kind: str, others: Mapping[str, list[str]]) -> None:
-    last_folders = {file.partition("/")[0] for file in _last_save(path).get("files", {}) if "/" in file}
+    last_files = _last_save(path, _LISTS[kind]).get("files", {})
+    last_folders = {file.partition("/")[0] for file in last_files if "/" in file}
+    patterns = WRITTEN[kind] if kind == "demo" else (*WRITTEN[kind], *_LOADED)
     in_the_way = [
         other
         for name, unknown in sorted(others.items())
-        if _matches(name, (*WRITTEN[kind], *_LOADED)) or name in last_folders
+        if _matches(name, patterns) or name in last_folders
         for other in unknown
     ]
     if in_the_way:
@@ -252,7 +262,16 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: str | os.PathLike) -> None:
+    """Check that a directory can be written to, or made, by a file without a name.
+
+    Args:
+        path: The directory. It need not exist.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    path = Path(path)
     try:
         with tempfile.TemporaryFile(dir=_existing(path)):
             pass
@@ -262,7 +281,7 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
-def check_room(path: str | os.PathLike, needed_bytes: int) -> None:
+def check_room(path: str | os.PathLike, needed_bytes: int, what: str = "the save") -> None:
     """Check that a disk has room for a save, before anything is trained.
 
     A save that is there makes way only when the new one is whole. So its room does not count.
@@ -270,6 +289,7 @@ def check_room(path: str | os.PathLike, needed_bytes: int) -> None:
     Args:
         path: The directory of the save. It need not exist.
         needed_bytes: The size of the save, in bytes.
+        what: What is written, for the message.
 
     Raises:
         OSError: There is less room. The message says how much there is and how much is needed.
@@ -277,7 +297,7 @@ def check_room(path: str | os.PathLike, needed_bytes: int) -> None:
     free = shutil.disk_usage(_existing(Path(path))).free
     if free < needed_bytes:
         raise system_error(
-            f"{os.fspath(path)} has room for {free / 2**20:.1f} MiB, and the save needs about "
+            f"{os.fspath(path)} has room for {free / 2**20:.1f} MiB, and {what} needs about "
             f"{needed_bytes / 2**20:.1f} MiB. Nothing was started; make room, or pass another directory",
             errno.ENOSPC,
         )
@@ -298,7 +318,7 @@ def destination(
 
     Args:
         path: The directory. What the last save into it wrote makes way. Its other entries stay.
-        kind: The kind of save, one of ``loku.saving.kinds.KINDS``.
+        kind: The kind of save, one of ``loku.saving.kinds.KINDS``, or "demo".
         refuse_others: Whether to refuse a directory with a model or an adapter that is not ours
             (``check_destination``), as by default. Otherwise they stay, but for files of the same name.
         sources: The directories that the model comes from, as for ``refuse_overlap``; None (default) for
@@ -318,7 +338,7 @@ def destination(
         refuse_overlap(path, **(sources or {}))
 
     def replaceable(directory: Path, new: Collection[str]) -> set[str]:
-        ours, others = _entries(directory)
+        ours, others = _entries(directory, _LISTS[kind])
         if refuse_others:
             _refuse_others(directory, kind, others)
             return ours
@@ -327,7 +347,7 @@ def destination(
     with whole_directory(path, key=_KEYS[kind], replaceable=replaceable) as directory:
         yield directory
         save = {"kind": kind, **facts, "files": file_digests(directory)}
-        (directory / LIST).write_text(json.dumps(save, indent=2), encoding="utf-8")
+        (directory / _LISTS[kind]).write_text(json.dumps(save, indent=2), encoding="utf-8")
 
 
 def residual_save(base: str | None) -> dict[str, Any] | None:

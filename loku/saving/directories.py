@@ -107,6 +107,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk (``fsync``).
 
+    Some file systems, such as those of object stores, cannot flush a directory. There is nothing to wait for.
+
     Args:
         path: The file or the directory.
 
@@ -116,6 +118,9 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

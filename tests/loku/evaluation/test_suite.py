@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import loku.evaluation as evaluation
 from loku import cli, demo
 from loku.data import RowError, tokenize_dataset
 from loku.data.files import read_rows
+from loku.data.tokens import TextTokenizer
 from loku.evaluation.tofu import SECTIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,6 +182,9 @@ def test_two_processes_give_the_report_of_one(report, folder):
     assert "forget: scoring" in run.stderr and "100%" in run.stderr  # a progress bar
     for expected, name in zip(report, ("two.json", "two_log.json"), strict=True):
         expected, found = flat(expected), flat(json.loads((folder / name).read_text()))
+        assert found.keys() == expected.keys()
+        for digests in (found, expected):  # of the log and the picture, with all digits of the numbers
+            digests.pop("/sha256/log", None), digests.pop("/sha256/picture", None)
         numbers = {key for key, value in expected.items() if isinstance(value, float)}
         assert {k: v for k, v in found.items() if k not in numbers} == {
             k: v for k, v in expected.items() if k not in numbers
@@ -379,6 +384,19 @@ def test_a_nan_model_is_no_model_that_has_forgotten(parts, broken):
     ):
         with pytest.raises(FloatingPointError, match="row 1: the model's loss is NaN"):
             measure(broken(word), tokens, progress=False)
+
+
+def test_answers_are_tokenised_once(parts, monkeypatch):
+    model, tokenizer, rows = parts
+    texts = Counter()
+    whole = TextTokenizer.__call__
+    monkeypatch.setattr(
+        TextTokenizer,
+        "__call__",
+        lambda self, text, *most: texts.update([text.text]) or whole(self, text, *most),
+    )
+    evaluation.evaluate(model, tokenizer, {"retain": rows["retain"][:2]}, progress=False)
+    assert list(texts.values()) == [1, 1]
 
 
 def test_a_reference_log_of_other_questions_is_refused(parts, reference):

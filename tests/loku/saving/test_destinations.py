@@ -1,10 +1,12 @@
 """A directory holds the last save, whatever was saved to it before, and files of others are safe."""
 
+import errno
 import json
 import os
 import shutil
 from contextlib import suppress
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +223,23 @@ def test_what_comes_while_a_save_is_written_stays(models, tmp_path):
             file: data for file, data in before.items() if ".unfinished" not in file
         }
         (tmp_path / "saved" / name).unlink()
+
+
+def test_a_demo_and_a_save_in_one_directory_leave_each_other_alone(models, tmp_path):
+    (tmp_path / "notes.txt").write_text("a user's")
+    for text in ("1", "2"):
+        with destination(tmp_path, "demo") as directory:
+            for name in ("forget.jsonl", "report.json"):
+                (directory / name).write_text(text)
+            (directory / "adapter").mkdir()
+            (directory / "adapter" / "adapter_config.json").write_text(text)
+        save(models[2], tmp_path, "portable")
+        assert (tmp_path / "forget.jsonl").read_text() == text
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
+            [*OTHERS["portable"], "adapter", "forget.jsonl", "loku_demo.json", "notes.txt", "report.json"]
+        )
+    with pytest.raises(ValueError, match=r"holds adapter/adapter_config\.json|holds adapter, which is not"):
+        check_destination(tmp_path, "residual")
 
 
 HOSTILE = [
@@ -456,6 +475,24 @@ def test_save_pretrained_takes_our_saves_away_and_overwrites_adapters_as_peft(mo
     for name in ("ours", "foreign", "model"):
         assert_close(logits(loaded(tmp_path / name, "portable", folder)), logits(model))
         assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), logits(model))
+
+
+def test_the_model_card_of_a_user_is_added_to_and_never_half_written(models, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# A user's card\n")
+    models[2].save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "# A user's card" in card and "license: mit" in card and "library_name: peft" in card
+
+    def full(self, directory):
+        (Path(directory) / "README.md").write_text("hal")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", full)
+    with pytest.raises(OSError, match=r"README\.md was not written, and is as it was: there is no room"):
+        models[2].save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == card
+    save(models[2], tmp_path, "merged")
+    assert (tmp_path / "README.md").read_text() == card
 
 
 def test_names_of_the_bases(models, tmp_path, monkeypatch):
