@@ -31,6 +31,7 @@ from loku.evaluation.scores import TokenScores, spread_token_scores, token_measu
 from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
 from loku.models import CausalLM
 from loku.prepared_rows import PreparedRows
+from loku.process_state import torch_modes_kept
 
 EVAL_MEASURES = ("loss", "probability", "memorization_accuracy", "extraction_strength")
 
@@ -220,6 +221,7 @@ class EvaluatingTrainer(ResumableTrainer):
             **{name: getattr(args, name) for name in (*names, "eval_strategy", "eval_steps", "eval_delay")},
         }
 
+    @torch_modes_kept()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
