@@ -49,7 +49,7 @@ def llama(device: str, layers: int, width: int, mlp: int, vocab: int) -> PreTrai
         num_attention_heads=max(1, width // HEAD_WIDTH),
     )
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
 
 
 def all_linears(model: PreTrainedModel) -> list[str]:

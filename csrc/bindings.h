@@ -3,7 +3,8 @@
 //
 // The parameters of a function of C++ say how its arguments are read. An address is an int. Rows, DeviceRows,
 // Features, MatrixRows, a Matrix and a Stream are tuples of their members. The members of Triplets, Factors
-// and OnlineStates are arguments of their own. What does not fit raises TypeError.
+// and OnlineStates are arguments of their own. Ids are two: an address and a number. They are copied here, so
+// no kernel sees the memory of labels. What does not fit raises TypeError.
 #pragma once
 
 #include <Python.h>
@@ -124,6 +125,12 @@ inline Matrix Arguments::read() {
 template <>
 inline Triplets Arguments::read() {
   return {read<double*>(), read<int64_t*>()};
+}
+
+template <>
+inline Ids Arguments::read() {
+  const int64_t* ids = read<const int64_t*>();
+  return copy_of(ids, read<int64_t>());
 }
 
 template <>

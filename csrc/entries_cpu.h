@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "online_triplet.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace loku {
@@ -18,7 +19,6 @@ constexpr int64_t kBlock = 1024;
 #else
 constexpr int64_t kBlock = 128;
 #endif
-constexpr int64_t kCacheLine = 64;
 
 // The meaning of a stored entry x. Without a softcap it is the logit y. With one it is u = tanh(z / softcap),
 // so y = softcap * u and dy/dz = 1 - u^2. Then neither y nor the slope is rounded to the entries' type.

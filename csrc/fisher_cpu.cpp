@@ -7,6 +7,9 @@
 #include "fisher_cpu.h"
 
 #include <algorithm>
+#include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "parallel.h"
@@ -20,8 +23,8 @@ constexpr int64_t kBlockRows = 128, kBlockColumns = 256;  // a block of the Fish
 constexpr int64_t kPanel = 1 << 18;                       // most floats of a sample's packed inputs
 
 struct Scratch {
-  std::vector<float> inputs;        // (tokens, columns of the block, padded)
-  std::vector<float> grad_outputs;  // (tokens, kTileRows)
+  std::unique_ptr<float[]> inputs;        // (tokens, columns of the block, padded)
+  std::unique_ptr<float[]> grad_outputs;  // (tokens, kTileRows)
 };
 
 struct Block {
@@ -54,15 +57,15 @@ LOKU_INLINE void accumulate_block(int64_t samples, int64_t tokens, const Feature
   const int64_t width = padded(block.columns);
   for (int64_t n = 0; n < samples; ++n) {
     pack(first_token<T>(inputs, n, block.left), inputs.token_stride, tokens, block.columns,
-         scratch.inputs.data(), width);
+         scratch.inputs.get(), width);
     for (int64_t i0 = 0; i0 < block.rows; i0 += kTileRows) {
       const int64_t rows = std::min(kTileRows, block.rows - i0);
       pack(first_token<T>(grad_outputs, n, block.top + i0), grad_outputs.token_stride, tokens, rows,
-           scratch.grad_outputs.data(), kTileRows);
+           scratch.grad_outputs.get(), kTileRows);
       for (int64_t j0 = 0; j0 < block.columns; j0 += kTileColumns) {
         float g[kTileRows][kTileColumns] = {};
-        const float* delta = scratch.grad_outputs.data();
-        const float* x = scratch.inputs.data() + j0;
+        const float* delta = scratch.grad_outputs.get();
+        const float* x = scratch.inputs.get() + j0;
         for (int64_t t = 0; t < tokens; ++t, delta += kTileRows, x += width) {
 #pragma GCC unroll 8
           for (int64_t i = 0; i < kTileRows; ++i) {
@@ -109,8 +112,7 @@ LOKU_TARGET_CLONES void add_squares_kernel(const BFloat16* g, int64_t columns, f
 
 // Add the squares of a contiguous bfloat16 product (rows, columns) to `fisher`.
 void add_squares_(const void* product, int64_t rows, int64_t columns, const Matrix& fisher, int threads) {
-  struct Nothing {};
-  parallel_for<Nothing>(rows, threads, [&](int64_t i, Nothing&) {
+  parallel_for(rows, threads, [&](int64_t i) {
     const BFloat16* g = static_cast<const BFloat16*>(product) + i * columns;
     add_squares_kernel(g, columns, fisher.data + i * fisher.row_stride);
   });
@@ -130,18 +132,22 @@ void accumulate_squared_grad_(int64_t samples, int64_t tokens, DType dtype, cons
   // threads.
   std::vector<double> row_sums(divisor.data ? across * d : 0);
 
+  const auto make_scratch = [&] {
+    const int64_t width = padded(block_columns);
+    if (tokens > std::numeric_limits<int64_t>::max() / width) throw std::bad_alloc();
+    return Scratch{std::unique_ptr<float[]>(new float[tokens * width]),
+                   std::unique_ptr<float[]>(new float[tokens * kTileRows])};
+  };
   const auto run = [&](int64_t index, Scratch& scratch) {
     const int64_t column = index / down;
     const int64_t top = index % down * kBlockRows, left = column * block_columns;
     const Block block = {top, std::min(kBlockRows, d - top), left, std::min(block_columns, k - left)};
-    scratch.inputs.resize(tokens * padded(block_columns));
-    scratch.grad_outputs.resize(tokens * kTileRows);
     double* sums = divisor.data ? row_sums.data() + column * d + top : nullptr;
     for_dtype(dtype, [&](auto type) {
       fisher_kernel(type, samples, tokens, inputs, grad_outputs, block, fisher, divisor, sums, scratch);
     });
   };
-  parallel_for<Scratch>(down * across, threads, run);
+  parallel_for(down * across, threads, make_scratch, run);
   for (int64_t i = 0; divisor.data && i < d; ++i) {
     double sum = 0.0;
     for (int64_t column = 0; column < across; ++column) sum += row_sums[column * d + i];

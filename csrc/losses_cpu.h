@@ -27,9 +27,8 @@ struct MatrixRows {
 
 LossAndGradient loss_of(Loss loss, const double* triplet);
 
-void token_losses(Loss loss, const double* triplet, const int64_t* labels, int64_t count,
-                  int64_t ignore_index, Reduction reduction, bool wide, void* out, double* grad_triplet,
-                  int threads);
+void token_losses(Loss loss, const double* triplet, const Ids& labels, int64_t ignore_index,
+                  Reduction reduction, bool wide, void* out, double* grad_triplet, int threads);
 
 int64_t number_counted(const int64_t* labels, int64_t count, int64_t ignore_index);
 
@@ -44,26 +43,25 @@ struct Saved {
 };
 
 // Returns a bad label's index, as triplet_forward does.
-int64_t logits_loss(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+int64_t logits_loss(const Rows& logits, const Ids& labels, int64_t ignore_index, float softcap,
                     bool overwrite, Loss loss, Reduction reduction, bool wide, void* out, double* saved,
                     int threads);
 
-int64_t inverted_hinge_loss_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
+int64_t inverted_hinge_loss_(const Rows& logits, const Ids& labels, int64_t ignore_index, double scale,
                              Reduction reduction, bool wide, void* out, int threads);
 
-void logits_loss_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, double* saved,
+void logits_loss_backward(const Rows& logits, const Ids& labels, int64_t ignore_index, double* saved,
                           const Factors& factors, const Rows& grad_logits, int threads);
 
 // Returns the first counted row whose label or runner-up is not in [0, vocab), and then has written nothing.
 // It returns -1 if there is none.
 int64_t hidden_gradient(const double* grad_triplet, const Factors& factors, const MatrixRows& weight,
-                        int64_t vocab, const int64_t* labels, const Triplets& saved,
-                        const MatrixRows& direction, float softcap, double logit_scale, int64_t count,
-                        int64_t width, DType dtype, void* out, int threads);
+                        int64_t vocab, const Ids& labels, const Triplets& saved, const MatrixRows& direction,
+                        float softcap, double logit_scale, int64_t width, DType dtype, void* out,
+                        int threads);
 
 int64_t hidden_loss_backward(double* saved, const Factors& factors, const MatrixRows& weight, int64_t vocab,
-                             const int64_t* labels, const MatrixRows& direction, float softcap,
-                             double logit_scale, int64_t count, int64_t width, DType dtype, void* out,
-                             int threads);
+                             const Ids& labels, const MatrixRows& direction, float softcap,
+                             double logit_scale, int64_t width, DType dtype, void* out, int threads);
 
 }  // namespace loku

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -41,15 +43,35 @@ struct RowScratch {
     int64_t id;
     float logit, slope;
   };
-  std::vector<float> block_max;  // the reference of each block's terms
-  std::vector<Demoted> demoted;  // runner-ups that joined the rest after their block and have no term
-  std::vector<float> terms;      // the terms, for rows of a 16-bit type
+  std::vector<float> block_max;    // the reference of each block's terms
+  std::vector<Demoted> demoted;    // runner-ups that joined the rest after their block and have no term
+  std::unique_ptr<float[]> terms;  // the terms, for rows of a 16-bit type
+
+  RowScratch() = default;  // for kernels that store nothing
+
+  // Take all the memory that rows of T need. With a cache line behind each piece no two threads write to one.
+  template <typename T>
+  static RowScratch of(const Rows& rows) {
+    RowScratch scratch;
+    constexpr int64_t kApart = kCacheLine / sizeof(float);
+    const int64_t blocks = (rows.columns + kBlock - 1) / kBlock;
+    scratch.block_max.reserve(blocks + kApart);
+    scratch.demoted.reserve(blocks + kApart);
+    if (!std::is_same<T, float>::value) scratch.terms.reset(new float[rows.columns + kApart]);
+    return scratch;
+  }
 };
 
 LOKU_INLINE RowState first_state(int64_t target) {
   RowState state = {{}, kMinusInfinity, kMinusInfinity, 1.0f};
   state.online.runner_up_id = target == 0 ? 1 : 0;  // if all others are -inf
   return state;
+}
+
+// Return the position of a column among those that begin at `first`. The position of an earlier column, and
+// of an id that is none, is larger than any number of columns.
+LOKU_INLINE uint64_t position_of(int64_t column, int64_t first) {
+  return static_cast<uint64_t>(column) - static_cast<uint64_t>(first);
 }
 
 // Read the columns [first_column, first_column + columns) of a row once. Their entries begin at `row`. The
@@ -74,8 +96,8 @@ LOKU_INLINE void reduce_columns(const T* row, int64_t columns, int64_t first_col
     }
     // One unsigned comparison replaces two. GCC splits this loop at two and vectorises only one of the
     // halves.
-    const int64_t target_index = target - first_column - begin;
-    if (static_cast<uint64_t>(target_index) < static_cast<uint64_t>(n)) {
+    const uint64_t target_index = position_of(target, first_column + begin);
+    if (target_index < static_cast<uint64_t>(n)) {
       state.target = entry.exact_logit(block.x[target_index]);
       leave_out(target_index, block, n, entry, buffer);
     }
@@ -136,18 +158,17 @@ LOKU_INLINE void finish_columns(T* row, int64_t columns, int64_t first_column, c
     }
   }
   for (const RowScratch::Demoted& d : scratch.demoted) {
-    if (d.id < first_column) continue;
-    row[d.id - first_column] =
-        from_float<T>(static_cast<float>(scale * share_of(d.logit, reference) * d.slope));
+    const uint64_t position = position_of(d.id, first_column);
+    if (position >= static_cast<uint64_t>(columns)) continue;
+    row[position] = from_float<T>(static_cast<float>(scale * share_of(d.logit, reference) * d.slope));
   }
 }
 
-float* terms_of(float* row, int64_t, RowScratch&) { return row; }
+float* terms_of(float* row, RowScratch&) { return row; }
 
 template <typename T>
-float* terms_of(T*, int64_t columns, RowScratch& scratch) {
-  scratch.terms.resize(columns);
-  return scratch.terms.data();
+float* terms_of(T*, RowScratch& scratch) {
+  return scratch.terms.get();
 }
 
 LOKU_INLINE void write_triplet(const Triplets& out, int64_t n, const RowState& state) {
@@ -185,7 +206,7 @@ LOKU_INLINE void columns_of_row(T* row, int64_t columns, int64_t first_column, i
   const float rest_max_before = state.online.rest_max;
   scratch.block_max.clear();
   scratch.demoted.clear();
-  float* terms = kStore ? terms_of(row, columns, scratch) : nullptr;
+  float* terms = kStore ? terms_of(row, scratch) : nullptr;
   reduce_columns<kStore>(row, columns, first_column, target, Entry<kSoftcap>{softcap}, terms, scratch, state);
   const OnlineTriplet& online = state.online;
   saved[0] = state.target;
@@ -196,8 +217,9 @@ LOKU_INLINE void columns_of_row(T* row, int64_t columns, int64_t first_column, i
   if (!kStore) return;
 
   finish_columns(row, columns, first_column, terms, online.rest_max, 1.0, scratch);
-  for (const int64_t v : {target - first_column, online.runner_up_id - first_column}) {
-    if (v >= 0 && v < columns) row[v] = from_float<T>(0.0f);
+  for (const int64_t id : {target, online.runner_up_id}) {
+    const uint64_t position = position_of(id, first_column);
+    if (position < static_cast<uint64_t>(columns)) row[position] = from_float<T>(0.0f);
   }
   states.rescale[n] = static_cast<float>(share_of(rest_max_before, online.rest_max));
   states.demoted_id[n] = -1;
@@ -217,7 +239,7 @@ LOKU_INLINE int64_t overwrite_row(T* row, int64_t vocab, int64_t target, float s
   RowState state = first_state(target);
   scratch.block_max.clear();
   scratch.demoted.clear();
-  float* terms = terms_of(row, vocab, scratch);
+  float* terms = terms_of(row, scratch);
   reduce_columns<true>(row, vocab, 0, target, Entry<kSoftcap>{softcap}, terms, scratch, state);
   write_triplet(out, n, state);
   finish_columns(row, vocab, 0, terms, state.online.rest(), scale(out.triplet + 3 * n), scratch);
@@ -251,11 +273,11 @@ LOKU_INLINE void backward_row(const T* row, int64_t columns, int64_t first_colum
                               const std::array<double, 3>& g, T* out) {
   const Entry<kSoftcap> entry{softcap};
   // Target and runner-up have gradients of their own. Their entries are read before they may be overwritten.
-  const int64_t position[2] = {target - first_column, runner_up_id - first_column};
+  const uint64_t position[2] = {position_of(target, first_column), position_of(runner_up_id, first_column)};
   bool here[2];
   float own[2];
   for (int i = 0; i < 2; ++i) {
-    here[i] = position[i] >= 0 && position[i] < columns;
+    here[i] = position[i] < static_cast<uint64_t>(columns);
     own[i] = here[i] ? static_cast<float>(g[i] * entry.slope(to_float(row[position[i]]))) : 0.0f;
   }
   const float g_rest = static_cast<float>(g[2]);
@@ -348,20 +370,22 @@ T* row_of(const Rows& rows, int64_t n) {
   return static_cast<T*>(rows.data) + (rows.offsets ? rows.offsets[n] : n * rows.stride);
 }
 
-int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index) {
-  for (int64_t n = 0; n < count; ++n) {
-    if (labels[n] != ignore_index && (labels[n] < 0 || labels[n] >= vocab)) return n;
+int64_t first_bad_label(const Ids& labels, const Rows& logits, int64_t ignore_index) {
+  require_labels(labels, logits.count);
+  for (int64_t n = 0; n < logits.count; ++n) {
+    if (labels[n] != ignore_index && (labels[n] < 0 || labels[n] >= logits.columns)) return n;
   }
   return -1;
 }
 
 // Overwrite the rows by kernel(row, label, n, scratch). An ignored row becomes zeros.
 template <typename T, typename Kernel>
-int64_t overwrite_rows(const Rows& logits, const int64_t* labels, int64_t ignore_index, const Triplets& out,
+int64_t overwrite_rows(const Rows& logits, const Ids& labels, int64_t ignore_index, const Triplets& out,
                        int threads, const Kernel& kernel) {
-  const int64_t bad = first_bad_label(labels, logits.count, logits.columns, ignore_index);
+  const int64_t bad = first_bad_label(labels, logits, ignore_index);
   if (bad >= 0) return bad;
-  parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
+  const auto make_scratch = [&] { return RowScratch::of<T>(logits); };
+  parallel_for(logits.count, threads, make_scratch, [&](int64_t n, RowScratch& scratch) {
     T* row = row_of<T>(logits, n);
     if (labels[n] == ignore_index) {
       write_ignored(out, n);
@@ -376,13 +400,13 @@ int64_t overwrite_rows(const Rows& logits, const int64_t* labels, int64_t ignore
 }  // namespace
 
 // Compute triplet and runner_up_id of logits and labels. Each logit is read once.
-int64_t triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+int64_t triplet_forward(const Rows& logits, const Ids& labels, int64_t ignore_index, float softcap,
                         const Triplets& out, int threads) {
-  const int64_t bad = first_bad_label(labels, logits.count, logits.columns, ignore_index);
+  const int64_t bad = first_bad_label(labels, logits, ignore_index);
   if (bad >= 0) return bad;
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch&) {
+    parallel_for(logits.count, threads, [&](int64_t n) {
       if (labels[n] == ignore_index) {
         write_ignored(out, n);
       } else {
@@ -396,12 +420,13 @@ int64_t triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignor
 // Compute the gradient of the logits from that of the triplet, which is a factor times `grad_triplet`. It is
 // g_target at the label, g_runner_up at the runner-up and g_rest * exp(y - rest) elsewhere, each times the
 // softcap's slope. `grad_logits` may be `logits`.
-void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* labels, int64_t ignore_index,
+void triplet_backward(const Rows& logits, int64_t first_column, const Ids& labels, int64_t ignore_index,
                       const Triplets& saved, const double* grad_triplet, const Factors& factors,
                       float softcap, const Rows& grad_logits, int threads) {
+  require_labels(labels, logits.count);
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch&) {
+    parallel_for(logits.count, threads, [&](int64_t n) {
       T* row = row_of<T>(grad_logits, n);
       if (labels[n] == ignore_index) {
         std::fill_n(row, logits.columns, T{});
@@ -410,14 +435,14 @@ void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* l
       const double factor = factors.of(n);
       const double* g = grad_triplet + 3 * n;
       backward_kernel(row_of<T>(logits, n), logits.columns, first_column, labels[n], softcap,
-                      saved.triplet + 3 * n, saved.runner_up_id[n],
+                      saved.triplet + 3 * n, read_once(saved.runner_up_id + n),
                       {factor * g[0], factor * g[1], factor * g[2]}, row);
     });
   });
 }
 
 // Compute forward and backward of IHL in one. The logits become `scale` times the gradient of the row's IHL.
-int64_t inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
+int64_t inverted_hinge_(const Rows& logits, const Ids& labels, int64_t ignore_index, double scale,
                         const Triplets& out, int threads) {
   int64_t bad = -1;
   for_dtype(logits.dtype, [&](auto type) {
@@ -432,7 +457,7 @@ int64_t inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignor
 
 // Compute the triplets. The logits become exp(y - rest) times the softcap's slope, and 0 at target and
 // runner-up.
-int64_t rest_probabilities_(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+int64_t rest_probabilities_(const Rows& logits, const Ids& labels, int64_t ignore_index, float softcap,
                             const Triplets& out, int threads) {
   int64_t bad = -1;
   for_dtype(logits.dtype, [&](auto type) {
@@ -447,11 +472,13 @@ int64_t rest_probabilities_(const Rows& logits, const int64_t* labels, int64_t i
 
 // Take the next columns of rows into `states`, which hold the earlier ones. With `store` the logits become
 // exp(y - rest_max) times the softcap's slope, and 0 at target and runner-up.
-void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* labels, float softcap,
-                      bool store, const OnlineStates& states, int threads) {
+void triplet_columns_(const Rows& logits, int64_t first_column, const Ids& labels, float softcap, bool store,
+                      const OnlineStates& states, int threads) {
+  require_labels(labels, logits.count);
   for_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_for<RowScratch>(logits.count, threads, [&](int64_t n, RowScratch& scratch) {
+    const auto make_scratch = [&] { return store ? RowScratch::of<T>(logits) : RowScratch(); };
+    parallel_for(logits.count, threads, make_scratch, [&](int64_t n, RowScratch& scratch) {
       columns_kernel(row_of<T>(logits, n), logits.columns, first_column, labels[n], softcap, store, states, n,
                      scratch);
     });
@@ -462,7 +489,7 @@ void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* l
 void scale_rows_(const Rows& rows, const Factors& factors, int threads) {
   for_dtype(rows.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_for<RowScratch>(rows.count, threads, [&](int64_t n, RowScratch&) {
+    parallel_for(rows.count, threads, [&](int64_t n) {
       const float factor = static_cast<float>(factors.of(n));
       if (factor != 1.0f) scale_kernel(row_of<T>(rows, n), rows.columns, factor);
     });

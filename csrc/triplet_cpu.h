@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "dtype.h"
 
@@ -19,6 +22,27 @@ struct Rows {
   int64_t columns;
   DType dtype;
 };
+
+// Read the caller's memory once: another thread may write to it meanwhile, and the compiler may not read it a
+// second time.
+inline int64_t read_once(const int64_t* id) { return __atomic_load_n(id, __ATOMIC_RELAXED); }
+
+// The labels of a call, or runner-ups that an earlier call has saved. They are a copy. So the ids that were
+// checked are the ids that are used, whatever another thread does to the caller's.
+using Ids = std::vector<int64_t>;
+
+inline Ids copy_of(const int64_t* ids, int64_t count) {
+  Ids copy(static_cast<size_t>(count));
+  for (int64_t n = 0; n < count; ++n) copy[n] = read_once(ids + n);
+  return copy;
+}
+
+inline void require_labels(const Ids& labels, int64_t rows) {
+  if (static_cast<int64_t>(labels.size()) != rows) {
+    throw std::invalid_argument("there must be a label for each row, got " + std::to_string(labels.size()) +
+                                " labels of " + std::to_string(rows) + " rows");
+  }
+}
 
 // A row of `triplet` is (target, runner_up, rest). An entry of `runner_up_id` is the runner-up's index. A row
 // whose label is ignored gets zeros and -1.
@@ -49,21 +73,21 @@ struct OnlineStates {
 
 // Each of the three returns the index of the first label that is neither in [0, V) nor ignored, and then has
 // written nothing. It returns -1 if there is none.
-int64_t triplet_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+int64_t triplet_forward(const Rows& logits, const Ids& labels, int64_t ignore_index, float softcap,
                         const Triplets& out, int threads);
 
-int64_t inverted_hinge_(const Rows& logits, const int64_t* labels, int64_t ignore_index, double scale,
+int64_t inverted_hinge_(const Rows& logits, const Ids& labels, int64_t ignore_index, double scale,
                         const Triplets& out, int threads);
 
-int64_t rest_probabilities_(const Rows& logits, const int64_t* labels, int64_t ignore_index, float softcap,
+int64_t rest_probabilities_(const Rows& logits, const Ids& labels, int64_t ignore_index, float softcap,
                             const Triplets& out, int threads);
 
-void triplet_backward(const Rows& logits, int64_t first_column, const int64_t* labels, int64_t ignore_index,
+void triplet_backward(const Rows& logits, int64_t first_column, const Ids& labels, int64_t ignore_index,
                       const Triplets& saved, const double* grad_triplet, const Factors& factors,
                       float softcap, const Rows& grad_logits, int threads);
 
-void triplet_columns_(const Rows& logits, int64_t first_column, const int64_t* labels, float softcap,
-                      bool store, const OnlineStates& states, int threads);
+void triplet_columns_(const Rows& logits, int64_t first_column, const Ids& labels, float softcap, bool store,
+                      const OnlineStates& states, int threads);
 
 void scale_rows_(const Rows& rows, const Factors& factors, int threads);
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from grid import RESULTS
-from peft import PeftModel
 from shared import result_files
 
+from loku.adapter_folders import put_adapter, read_adapter_config
 from loku.data import tokenize_dataset
 from loku.data.files import read_rows
 from loku.demo import EMBEDDED, load_model, load_rows, unlearn_rows
@@ -100,7 +100,8 @@ def models_and_rows(options: argparse.Namespace) -> tuple[Any, Any, Any, list[An
         with tempfile.TemporaryDirectory() as directory:
             result, _ = unlearn_rows(unlearned, tokenizer, forget, retain, directory, options.seed)
         return original, result.model.merge_and_unload(), tokenizer, forget, retain
-    unlearned = PeftModel.from_pretrained(unlearned, options.adapter).merge_and_unload()
+    config = read_adapter_config(options.adapter)
+    unlearned = put_adapter(unlearned, options.adapter, options.model, config).merge_and_unload()
     return original, unlearned, tokenizer, read_rows(options.forget), read_rows(options.retain)
 
 

@@ -37,7 +37,8 @@ import torch
 from loku.data.files import read_rows
 from loku.demo import EMBEDDED, load_model
 from loku.objectives import OBJECTIVES
-from loku.saving.directories import whole_directory
+from loku.saving.destinations import destination
+from loku.trust import load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "wikitext.jsonl"
 SEQUENCES, TOKENS = 32, 200  # sequences of a forget set, tokens of a sequence
@@ -162,16 +163,14 @@ def memorise(
             dataloader_pin_memory=False,
         )
         Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
-    with whole_directory(output, key="config.json", replaced=("*",)) as directory:
+    with destination(output, "merged") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
 
 def trained_base(work_dir: Path) -> Base:
     """Return the sets and the model that has memorised them. It is trained here if ``work_dir`` has none."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = load_tokenizer(EMBEDDED)
     texts = [f"{row['question']} {row['answer']}" for row in read_rows(EMBEDDED / "tofu.jsonl")]
     sequences = cut(texts, tokenizer, SEQUENCES * (TASKS + 1))
     passages = first_tokens([row["text"] for row in read_rows(DATA)], tokenizer, RETAIN_ROWS + UNSEEN_ROWS)
@@ -185,13 +184,11 @@ def trained_base(work_dir: Path) -> Base:
 
 def given_base(options: Any) -> Base:
     """Return the model and the sets that the options name."""
-    from transformers import AutoTokenizer
-
     names = ("forget_text", "holdout_text", "retain_text", "unseen_text")
     missing = [name for name in names if not getattr(options, name)]
     if missing:
         raise SystemExit(f"--model needs its texts too; missing: {', '.join(missing)}")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     forget, holdout, retain, unseen = (given_rows(getattr(options, name), tokenizer) for name in names)
     if len(forget) % SEQUENCES or min(len(row["input_ids"]) for row in (*forget, *holdout)) < TOKENS:
         raise SystemExit(f"what is forgotten is sets of {SEQUENCES} texts of {TOKENS} tokens or more")

@@ -24,17 +24,23 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedModel,
 )
-from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
 from loku.saving.adapter import remember_merged_adapter_
 from loku.saving.destinations import residual_save
+from loku.trust import (
+    HUB_ARGUMENTS,
+    TRUSTED,
+    check_adapter,
+    check_base,
+    find_file,
+    loading,
+    trusts_code,
+)
 
 _log = logging.getLogger(__name__)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
-# Arguments of from_pretrained that say where a repository is, not how a model is made.
-_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def find_adapter(model: str | os.PathLike, arguments: Mapping[str, Any]) -> str | None:
@@ -54,7 +60,7 @@ def find_adapter(model: str | os.PathLike, arguments: Mapping[str, Any]) -> str 
     name = os.fspath(model)
     folder = Path(name)
     if not folder.is_dir():
-        hub = {key: value for key, value in arguments.items() if key in _HUB}
+        hub = {key: value for key, value in arguments.items() if key in HUB_ARGUMENTS}
         return name if find_adapter_config_file(name, **hub) else None
     folder /= arguments.get("subfolder", "")
     if not (folder / CONFIG_NAME).is_file():
@@ -87,10 +93,7 @@ def _base_of(adapter: str, config: Any) -> str:
 
 def _tokenizer_place(adapter: str, base: str, hub: Mapping[str, Any]) -> str:
     """Where the tokenizer of a merged model lies: beside the adapter, as trainers save it, or the base."""
-    quietly = dict.fromkeys(("missing_entries", "connection_errors"), False)
-    quietly = {f"_raise_exceptions_for_{name}": flag for name, flag in quietly.items()}
-    found = cached_file(adapter, "tokenizer_config.json", **hub, **quietly)
-    return adapter if found else base
+    return adapter if find_file(adapter, "tokenizer_config.json", hub) else base
 
 
 def _check_tensors(adapter: str, loaded: Any, base: str) -> None:
@@ -132,6 +135,7 @@ def _without_initial_factors(
     """The factors less the initial ones in ``reference``: what takes the untouched base to the model."""
     if factors is None:
         return None
+    read_adapter_config(str(reference))  # peft reads it again
     peft_model.load_adapter(str(reference), REFERENCE_ADAPTER)
     joined = dict(factors)
     for name, layer in adapter_layers(peft_model, REFERENCE_ADAPTER).items():
@@ -164,8 +168,36 @@ def _check_quantised(adapter: str, peft_model: PeftModel) -> None:
             )
 
 
+def read_adapter_config(
+    adapter: str, hub: Mapping[str, Any] | None = None, *, use_safetensors: bool = True
+) -> PeftConfig:
+    """Read an adapter's config, and refuse an adapter that is not to be loaded (``loku.trust``).
+
+    Args:
+        adapter: The folder or hub name of the adapter.
+        hub: The arguments of ``from_pretrained`` that say where the adapter is; None (default) for none.
+        use_safetensors: Whether the weights must be safetensors, True by default.
+
+    Raises:
+        ValueError: The config is none, or the adapter is refused.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter, **(hub or {}))
+        named = config.base_model_name_or_path
+        if named is not None and not isinstance(named, str):
+            raise TypeError(f"base_model_name_or_path is {named!r}")
+    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{adapter}/{CONFIG_NAME} is not the config of an adapter: {error}") from error
+    check_adapter(adapter, config, hub or {}, use_safetensors=use_safetensors)
+    return config
+
+
 def put_adapter(
-    base: PreTrainedModel, adapter: str, base_name: str, hub: Mapping[str, Any] | None = None
+    base: PreTrainedModel,
+    adapter: str,
+    base_name: str,
+    config: PeftConfig,
+    hub: Mapping[str, Any] | None = None,
 ) -> PeftModel:
     """Put an adapter on its base, unmerged.
 
@@ -173,16 +205,18 @@ def put_adapter(
         base: The base.
         adapter: The folder or hub name of the adapter.
         base_name: The name of the base in messages.
+        config: The adapter's config, by ``read_adapter_config``.
         hub: The arguments of ``from_pretrained`` that say where the adapter is; None (default) for none.
 
     Raises:
-        ValueError: The adapter does not fit the base.
+        ValueError: The adapter does not fit the base, or its file is damaged.
     """
     hub = hub or {}
-    peft_model: Any = PeftModel.from_pretrained(base, adapter, **hub)
-    if hasattr(peft_model.base_model, "merge_and_unload"):  # not a learnt prompt
-        # A second time, because only load_adapter says which tensors found no place.
-        _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
+    with loading(adapter):
+        peft_model: Any = PeftModel.from_pretrained(base, adapter, config=config, **hub)
+        if hasattr(peft_model.base_model, "merge_and_unload"):  # not a learnt prompt
+            # A second time, because only load_adapter says which tensors found no place.
+            _check_tensors(adapter, peft_model.load_adapter(adapter, "default", **hub), base_name)
     return peft_model
 
 
@@ -200,10 +234,12 @@ def load_on_base(adapter: str, arguments: Mapping[str, Any]) -> tuple[PeftModel,
         The model with the adapter, and the path or hub name of the base.
 
     Raises:
-        ValueError: The base is not named or cannot be loaded, or the adapter does not fit it.
+        ValueError: The base is not named or cannot be loaded, or the adapter is refused or does not fit it.
     """
-    hub = {key: value for key, value in arguments.items() if key in _HUB}
-    config = PeftConfig.from_pretrained(adapter, **hub)
+    hub = {key: value for key, value in arguments.items() if key in HUB_ARGUMENTS}
+    # False is the user's own choice of pickles.
+    safetensors = arguments.get("use_safetensors") is not False
+    config = read_adapter_config(adapter, hub, use_safetensors=safetensors)
     base_name = _base_of(adapter, config)
     elsewhere = ("revision", "subfolder")
     base_arguments = {key: value for key, value in arguments.items() if key not in elsewhere}
@@ -211,12 +247,12 @@ def load_on_base(adapter: str, arguments: Mapping[str, Any]) -> tuple[PeftModel,
         base_arguments["revision"] = config.revision
     try:
         base = load_causal_lm(base_name, base_arguments)
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise ValueError(
             f"{adapter} is an adapter for {base_name!r}, which cannot be loaded ({error}): correct "
             f"base_model_name_or_path in its {CONFIG_NAME}, or merge it by peft and pass the merged model"
         ) from error
-    return put_adapter(base, adapter, base_name, hub), base_name
+    return put_adapter(base, adapter, base_name, config, hub), base_name
 
 
 def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -231,17 +267,18 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
             of the adapter.
 
     Returns:
-        The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``base_model_name_or_path`` is the
-        untouched base, or None for the residual save of a model without a name. ``factors`` are B (d, rank)
-        with the scaling multiplied in and A (rank, k), both float32, by module name; None if the adapter has
-        more than LoRA factors. ``tokenizer`` is the folder or hub name of the tokenizer. ``weights`` is the
-        fingerprint of the merged weights, for which the factors are right.
+        The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``adapter`` is the folder or hub
+        name of the adapter. ``base_model_name_or_path`` is the untouched base, or None for the residual save
+        of a model without a name. ``factors`` are B (d, rank) with the scaling multiplied in and A (rank, k),
+        both float32, by module name; None if the adapter has more than LoRA factors. ``tokenizer`` is the
+        folder or hub name of the tokenizer. ``weights`` is the fingerprint of the merged weights, for which
+        the factors are right.
 
     Raises:
         ValueError: The base is not named or cannot be loaded, or the adapter does not fit it or cannot be
             merged into it.
     """
-    hub = {key: value for key, value in arguments.items() if key in _HUB}
+    hub = {key: value for key, value in arguments.items() if key in HUB_ARGUMENTS}
     peft_model: Any
     peft_model, base_name = load_on_base(adapter, arguments)
     base: Any = peft_model.get_base_model()
@@ -262,6 +299,7 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     for parameter in merged.parameters():  # peft froze them
         parameter.requires_grad_(parameter.is_floating_point())
     facts = {
+        "adapter": adapter,
         "base_model_name_or_path": untouched,
         "factors": factors,
         "tokenizer": _tokenizer_place(adapter, base_name if earlier is None else earlier["tokenizer"], hub),
@@ -274,31 +312,46 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
 def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> PreTrainedModel:
     """Load a causal LM, or the base of an adapter with the adapter merged into it.
 
+    Weights are read from safetensors, and no code of the repository runs, unless the arguments say otherwise.
+
     Args:
         model: The folder or hub name of a model or of an adapter.
         arguments: The arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: The model is an encoder-decoder. Or the errors of ``find_adapter`` and ``load_merged``.
+        ValueError: The model is an encoder-decoder, is refused (``loku.trust``), or its files are damaged. Or
+            the errors of ``find_adapter`` and ``load_merged``.
     """
+    arguments = {"use_safetensors": True, **arguments, "trust_remote_code": trusts_code(arguments)}
     adapter = find_adapter(model, arguments)
     if adapter is not None:
         if Path(adapter).is_dir():  # it includes the subfolder
             arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
         return load_merged(adapter, arguments)
-    return _auto_class(model, arguments).from_pretrained(model, **arguments)
+    if "subfolder" in arguments:  # transformers would look for an adapter in the folder above
+        arguments.setdefault("adapter_kwargs", {"subfolder": arguments["subfolder"]})
+    trusted = arguments.pop("trust_remote_code")
+    with loading(model):
+        loaded = _auto_class(model, arguments, trusted).from_pretrained(
+            model, trust_remote_code=trusted, **arguments
+        )
+    if trusted:
+        setattr(loaded, TRUSTED, True)
+    return loaded
 
 
-def _auto_class(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Any:
+def _auto_class(model: str | os.PathLike, arguments: Mapping[str, Any], trusted: bool) -> Any:
     """AutoModelForCausalLM, or AutoModelForImageTextToText for a class such as Llava that it does not have.
 
     Raises:
-        ValueError: The model is an encoder-decoder, which neither of them has as a causal LM.
+        ValueError: The model is an encoder-decoder, which neither of them has as a causal LM. Or it is
+            refused (``check_base``).
     """
     if "config" in arguments:
         return AutoModelForCausalLM
-    places = {key: value for key, value in arguments.items() if key in (*_HUB, "trust_remote_code")}
-    config = AutoConfig.from_pretrained(model, **places)
+    places = {key: value for key, value in arguments.items() if key in HUB_ARGUMENTS}
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trusted, **places)
+    check_base(model, config, arguments)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
         return AutoModelForCausalLM
     if getattr(config, "is_encoder_decoder", False):

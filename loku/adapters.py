@@ -28,6 +28,8 @@ REFERENCE_ADAPTER = "reference"  # the frozen initial factors
 # The attribute of a causal LM that keeps the adapter which was merged into it (loku.adapter_folders,
 # loku.saving.residual_base).
 MERGED_ADAPTER = "_loku_merged_adapter"
+# The attribute of a peft model that keeps the weights which FILA overwrote, in CPU memory.
+BASE_COPY = "_loku_base_weights"
 SNAPSHOT_ADAPTER = "loku_snapshot"  # a frozen copy of a trained adapter, for the time of training
 
 

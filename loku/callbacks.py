@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loku.data import split_documents, token_limits, tokenize_dataset
+from loku.counts import check_counts
 from loku.data.rows import DataSet
 from loku.evaluation.extraction import spread_extraction_likelihood
 from loku.evaluation.scores import (
@@ -22,6 +22,7 @@ from loku.evaluation.scores import (
     spread_token_scores,
     token_measures,
 )
+from loku.trainer_evaluation import EvalSets, tokenized_eval_sets
 
 
 class _Gauge(TrainerCallback):
@@ -36,14 +37,15 @@ class _Gauge(TrainerCallback):
         batch_size: The number of rows in a batch.
 
     Raises:
-        ValueError: ``every`` is less than 1.
+        ValueError: ``every`` or ``batch_size`` is less than 1.
     """
 
     def __init__(self, sets: Mapping[str, DataSet], every: int | None, batch_size: int):
-        if every is not None and every < 1:
-            raise ValueError(f"every must be at least 1, or None for each epoch's end, got {every}")
+        if every is not None:  # each epoch's end
+            check_counts(every=every)
+        check_counts(batch_size=batch_size)
         self.sets, self.every, self.batch_size = sets, every, batch_size
-        self.rows: dict[str, Sequence[Mapping[str, Any]]] = {}
+        self.rows: EvalSets = {}
         self.history: list[dict[str, float]] = []
 
     def begin(self, model: Any, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -73,13 +75,8 @@ class _Gauge(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Tokenise the data sets and measure the model."""
-        max_length, limits = getattr(args, "max_length", None), token_limits(model)
-        self.rows = {
-            name: split_documents(
-                tokenize_dataset(rows, processing_class, max_length=max_length, name=name, limits=limits)
-            )
-            for name, rows in self.sets.items()
-        }
+        max_length = getattr(args, "max_length", None)  # relearning runs under transformers' own arguments
+        self.rows = tokenized_eval_sets(model, self.sets, processing_class, max_length)
         self.history = []
         self._record(state, self.begin(model, state.log_history))
 
@@ -137,6 +134,9 @@ class ProbabilityGauge(_Gauge):
         stop_when: A function of the entry of a measurement, a dict with ``step``, ``epoch`` and the
             probabilities. Training stops when it returns True. None (default) never stops.
         batch_size: The number of rows in a batch, 16 by default.
+
+    Raises:
+        ValueError: ``every`` or ``batch_size`` is less than 1.
     """
 
     def __init__(
@@ -188,8 +188,8 @@ class ExtractionStopping(_Gauge):
             the ``thresholds`` of the callback of that run. None (default) measures them.
 
     Raises:
-        ValueError: As for ``ProbabilityGauge``; or, at the start of training, no row of a set has more than
-            ``n`` answer tokens.
+        ValueError: As for ``ProbabilityGauge``; ``n`` or ``stride`` is less than 1; or, at the start of
+            training, no row of a set has more than ``n`` answer tokens.
     """
 
     def __init__(
@@ -203,6 +203,7 @@ class ExtractionStopping(_Gauge):
         thresholds: Mapping[str, float] | None = None,
     ):
         super().__init__({"forget": forget, "holdout": holdout}, every, batch_size)
+        check_counts(n=n, stride=stride)
         self.n, self.stride = n, stride
         self.known_thresholds = thresholds
         self.thresholds: dict[str, float] = {}

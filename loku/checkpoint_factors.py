@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loku.adapters import reference_factors
+from loku.checkpoint_files import HAS_REFERENCE, REFERENCE, TRAINED
 from loku.distributed import copy_whole_, full_tensor, is_main_process
 from loku.fila.initialize import initialize_from_factors
-
-TRAINED = "loku_trained.safetensors"
-REFERENCE = "loku_reference.safetensors"
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,7 +52,15 @@ def save_factors(peft_model: PeftModel, directory: str | os.PathLike) -> None:
             if is_main_process():
                 whole[name] = gathered.cpu().contiguous()
         if whole:
-            save_file(whole, Path(directory) / file)
+            metadata = {HAS_REFERENCE: "yes" if reference else "no"}
+            save_file(whole, Path(directory) / file, metadata)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file.parent} is not a whole checkpoint of loku ({file.name}: {error})") from error
 
 
 def stored_factors(checkpoint: str | os.PathLike) -> dict[str, tuple[Tensor, Tensor]]:
@@ -69,7 +76,7 @@ def stored_factors(checkpoint: str | os.PathLike) -> dict[str, tuple[Tensor, Ten
     file = Path(checkpoint) / REFERENCE
     if not file.is_file():
         return {}
-    tensors = load_file(file)
+    tensors = _load(file)
     names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     return {name: (tensors[f"{name}.lora_B"], tensors[f"{name}.lora_A"]) for name in names}
 
@@ -133,7 +140,7 @@ def load_trained_(peft_model: PeftModel, checkpoint: str | os.PathLike) -> None:
         ValueError: The checkpoint holds other parameters than those that the model trains. Nothing is
             overwritten then.
     """
-    stored, held = load_file(Path(checkpoint) / TRAINED), _trained(peft_model)
+    stored, held = _load(Path(checkpoint) / TRAINED), _trained(peft_model)
     for name in sorted(held.keys() | stored.keys()):
         ours, theirs = (values[name].shape if name in values else None for values in (held, stored))
         if ours != theirs:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -27,21 +28,25 @@ from loku.checkpoint_factors import (
 )
 from loku.checkpoint_files import (
     MANIFEST,
-    UNFINISHED,
+    STATE,
+    Contents,
+    check_best,
     check_writable,
     find_checkpoint,
-    run_identity,
+    read_state,
     whole_checkpoints,
-    write_manifest,
 )
+from loku.checkpoint_folder import CheckpointFolder
 from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
-from loku.distributed import first_error, from_main_process, is_main_process
-from loku.fingerprints import sampled_weights_fingerprint
+from loku.distributed import check_in_main_process, first_error
+from loku.interrupts import uninterrupted
 from loku.nan_guard import check_parameters
-from loku.saving.adapter import check_portable, save_portable_adapter
-from loku.saving.directories import flush_tree, replace_directory
+from loku.run_identity import model_facts, run_identity, settings_facts
+from loku.saving.adapter import check_portable, loaded_from, save_portable_adapter
+from loku.saving.destinations import check_room, refuse_overlap
+from loku.saving.directories import system_error
 
 __all__ = [  # with the names that have moved to modules of their own
     "MANIFEST",
@@ -54,7 +59,7 @@ __all__ = [  # with the names that have moved to modules of their own
     "whole_checkpoints",
 ]
 
-_STATE = "trainer_state.json"
+_ADAM = ("adamw_torch", "adamw_torch_fused")
 
 
 def _portable(peft_model: PeftModel) -> bool:
@@ -105,7 +110,7 @@ class ResumableTrainer(Trainer):
         self,
         model: nn.Module,
         args: UnlearnConfig,
-        forget: Iterable[Mapping[str, Any]],
+        forget: Sequence[Mapping[str, Any]],
         retain: Iterable[Mapping[str, Any]] | DrawnRows,
         refusals: RefusalRows | None = None,
         **kwargs: Any,
@@ -114,16 +119,29 @@ class ResumableTrainer(Trainer):
             check_writable(str(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self._run = forget, retain, refusals
-        # The fingerprint is taken before training changes the weights.
-        self._base_model = sampled_weights_fingerprint(model) if args.should_save else None
-        self._writing = self._ended = False
+        if self._may_write_checkpoints():
+            settings_facts(args)  # it refuses what no checkpoint can keep
+        self._ended = self._reserved = False
+        self._folder = CheckpointFolder(str(self.args.output_dir))
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ValueError("FSDP 1 flattens the weights, and FILA needs matrices: set fsdp_version: 2")
         self.add_callback(_BestCheckpoint())
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return run_identity(self.args, self._base_model, *self._run) | self._further_facts()
+        return run_identity(self.args, self._model_facts, *self._run) | self._further_facts()
+
+    @cached_property
+    def _model_facts(self) -> dict[str, Any]:
+        return model_facts(self.model)
+
+    def _may_write_checkpoints(self) -> bool:
+        """Whether a checkpoint may be written. Reading all weights would cost other runs time for nothing."""
+        if self.args.save_strategy != "no" or self.args.enable_jit_checkpoint:
+            return True
+        # A callback can ask for a checkpoint at any step. Those of transformers and loku do not.
+        modules = {type(callback).__module__ for callback in self.callback_handler.callbacks}
+        return not {module.partition(".")[0] for module in modules} <= {"transformers", "loku"}
 
     def _further_facts(self) -> dict[str, Any]:
         """Facts of a subclass that two runs must share, which JSON can hold, by their names in messages."""
@@ -141,16 +159,87 @@ class ResumableTrainer(Trainer):
     def _find_checkpoint(self, resume: str | os.PathLike | bool | None) -> Path | None:
         if not resume:
             return None
-        answer: Path | ValueError | None = None
-        if is_main_process():  # it answers for all
-            try:
-                answer = find_checkpoint(resume, str(self.args.output_dir), self._identity)
-            except ValueError as error:
-                answer = error
-        answer = from_main_process(answer)
-        if isinstance(answer, ValueError):
-            raise answer
-        return answer
+        _ = self._model_facts  # all processes must take them
+        output_dir, contents = str(self.args.output_dir), self._contents
+        return check_in_main_process(lambda: find_checkpoint(resume, output_dir, self._identity, contents))
+
+    @property
+    def _contents(self) -> Contents:
+        return Contents(
+            adapters=isinstance(self.model, PeftModel),
+            sharded=self.is_fsdp_enabled,
+            processes=self.args.world_size,
+            scaler=getattr(self.accelerator, "scaler", None) is not None,
+        )
+
+    @contextmanager
+    def checkpoints_reserved(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None
+    ) -> Iterator[Path | None]:
+        """A context in which no other run writes to ``args.output_dir``, if this run writes checkpoints.
+
+        ``train`` enters it. Work before training that takes long belongs into it, too. All processes must
+        enter it.
+
+        Args:
+            resume_from_checkpoint: The checkpoint, as for ``train``.
+
+        Yields:
+            The checkpoint to go on from, or None to begin anew.
+
+        Raises:
+            ValueError: The errors of ``find_checkpoint``. Another run writes to the directory. It holds
+                something that this run would replace and that is not its own. Or the model was loaded from
+                there.
+            OSError: There is no room for a checkpoint.
+        """
+        begun = not self._reserved
+        try:
+            writes = self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
+            if begun and writes:
+                self._reserve()
+            if resume_from_checkpoint is None:
+                checkpoint = self.checkpoint
+            else:
+                checkpoint = self._find_checkpoint(resume_from_checkpoint)
+            if begun and self._may_write_checkpoints():
+                _ = self._identity  # before training changes the weights
+            if begun and writes:
+                check_in_main_process(partial(self._check_folder, checkpoint))
+            yield checkpoint
+        finally:
+            if begun:
+                self._reserved = False
+                if self.args.should_save:  # on each node that keeps checkpoints of its own
+                    uninterrupted(self._folder.release)
+
+    def _reserve(self) -> None:
+        self._reserved = True
+        check_in_main_process(self._folder.reserve)
+
+    def _check_folder(self, checkpoint: Path | None) -> None:
+        """Refuse a directory that the model was loaded from, what is in the way, and a disk without room."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # A lower bound: Adam has two states of a parameter's size, and other optimizers may have none.
+        states = 2 if self.args.optim in _ADAM and not self.args.save_only_model else 0
+        needed = sum(p.numel() * p.element_size() for p in parameters) * (1 + states)
+        check_room(self._folder.directory, needed, "a checkpoint of this run")
+        refuse_overlap(self._folder.directory, **loaded_from(self.model))
+        first = 0 if checkpoint is None else read_state(checkpoint)[0]
+        self._folder.refuse_collisions(partial(self._writes, first), self._identity)
+
+    def _writes(self, first: int, step: int) -> bool:
+        """Whether this run, which begins after step ``first``, may write a checkpoint at ``step``."""
+        args = self.args
+        epoch = max(1, math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps))
+        last = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+        if not first < step <= last:
+            return False
+        # The best evaluation and SIGTERM may come at any step.
+        if args.load_best_model_at_end or args.enable_jit_checkpoint or args.save_strategy == "best":
+            return True
+        every = epoch if args.save_strategy == "epoch" else args.save_steps
+        return step == last or step % (every if every >= 1 else math.ceil(last * every)) == 0
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
@@ -167,19 +256,17 @@ class ResumableTrainer(Trainer):
             The ``TrainOutput`` of ``transformers.Trainer.train``.
 
         Raises:
-            ValueError: The errors of ``find_checkpoint``.
+            ValueError: The errors of ``checkpoints_reserved``.
+            OSError: A checkpoint cannot be written. Or there was no room for one from the beginning.
             FloatingPointError: A loss or a trained parameter is NaN or Inf.
         """
-        if resume_from_checkpoint is None:
-            checkpoint = self.checkpoint
-        else:
-            checkpoint = self._find_checkpoint(resume_from_checkpoint)
-        self._ended = False
-        if checkpoint is not None:
-            state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-            control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
-            self._ended = control.get("should_training_stop", False)
-        output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        with self.checkpoints_reserved(resume_from_checkpoint) as checkpoint:
+            self._ended = False
+            if checkpoint is not None:
+                _, self._ended = read_state(checkpoint)
+            output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
+                self._delete_oldest({Path(self.state.best_model_checkpoint).name})
         check_parameters(self.model, self.state.global_step)
         return output
 
@@ -204,8 +291,7 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
-        if not os.path.isfile(os.path.join(best, MANIFEST)):
-            raise OSError(f"load_best_model_at_end: the best checkpoint, {best}, is gone")
+        check_in_main_process(lambda: check_best(Path(best), self._identity))
         if not isinstance(self.model, PeftModel):
             super()._load_best_model()
         else:
@@ -240,49 +326,46 @@ class ResumableTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    # Trainer._save_checkpoint asks for the directory, writes, pushes, and deletes checkpoints beyond
-    # save_total_limit. During the call the directory is ``.unfinished``. Pushing and deleting come after the
-    # rename.
+    # Trainer._save_checkpoint asks for the directory, writes, pushes, and deletes checkpoints by their
+    # modification times. At the end of training Trainer deletes all but the best, whoever wrote them. So it
+    # is told of the private directory, and pushing and deleting come after the rename.
 
     def _get_output_dir(self, trial: Any) -> str:
-        directory = super()._get_output_dir(trial)
-        return os.path.join(directory, UNFINISHED) if self._writing else directory
+        return str(self._folder.private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._writing:
+        if not Path(checkpoint_folder).is_relative_to(self._folder.private):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_parameters(self.model, self.state.global_step)
-        directory = Path(self._get_output_dir(trial))
-        unfinished, name = directory / UNFINISHED, f"checkpoint-{self.state.global_step}"
+        step, name = self.state.global_step, f"checkpoint-{self.state.global_step}"
+        if not self._reserved:  # a callback asks for a checkpoint in a run without a save_strategy
+            self._reserve()
         if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+            self._folder.clear(step)
         self.accelerator.wait_for_everyone()
-        self._writing = True
+        final = self._folder.directory / name
 
         def write_rest() -> None:
-            if self.state.best_model_checkpoint == str(unfinished / name):
-                self.state.best_model_checkpoint = str(directory / name)
+            if self.state.best_model_checkpoint == str(self._folder.private / name):
+                self.state.best_model_checkpoint = str(final)
             if isinstance(self.model, PeftModel):
-                save_factors(self.model, unfinished / name)
+                save_factors(self.model, self._folder.private / name)
             if self.args.should_save:
-                self.state.save_to_json(str(unfinished / name / _STATE))
-                write_manifest(unfinished / name, self._identity)
-                flush_tree(unfinished / name)
-                replace_directory(unfinished / name, directory / name)
+                self.state.save_to_json(str(self._folder.private / name / STATE))
+                contents = replace(self._contents, model_only=self.args.save_only_model)
+                self._folder.publish(step, self._identity, contents)
 
         try:
-            self._written(partial(super()._save_checkpoint, model, trial), directory / name)
-            self._written(write_rest, directory / name)
+            self._written(partial(super()._save_checkpoint, model, trial), final)
+            self._written(write_rest, final)
         finally:
-            self._writing = False
             if self.args.should_save:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                self._folder.clear(step)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(directory / name))
-        if self.args.should_save:
-            self._delete_oldest(directory)
+            self._push_from_checkpoint(str(final))
+        self._delete_oldest({name, Path(str(self.state.best_model_checkpoint)).name})
 
     @staticmethod
     def _written(write: Callable[[], None], checkpoint: Path) -> None:
@@ -290,24 +373,20 @@ class ResumableTrainer(Trainer):
         failed: Exception | None = None
         try:
             write()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the last two
+        except Exception as error:  # libraries in Rust raise it for a full disk, torch a RuntimeError
             failed = error
-        reason = first_error(None if failed is None else str(failed))
+        reason = first_error(None if failed is None else str(failed) or type(failed).__name__)
+        if isinstance(failed, MemoryError):
+            raise failed
         if reason is not None:
-            raise OSError(
+            raise system_error(  # the command line tells a failed run from wrong arguments by the number
                 f"{checkpoint.name} could not be written to {checkpoint.parent} ({reason}). The checkpoints "
-                "before it are whole: make room and go on with resume_from_checkpoint=True"
+                "before it are whole: make room, or mend what the reason names, and go on with "
+                "resume_from_checkpoint=True",
+                getattr(failed, "errno", None) or errno.EIO,
             ) from failed
 
-    def _delete_oldest(self, directory: Path) -> None:
-        """Delete the oldest checkpoints beyond ``save_total_limit``, but not the newest and the best."""
+    def _delete_oldest(self, kept: set[str]) -> None:
         limit = self.args.save_total_limit
-        if not limit or limit < 0:
-            return
-        checkpoints = [entry for entry in directory.glob("checkpoint-*") if (entry / MANIFEST).is_file()]
-        checkpoints.sort(key=lambda entry: (entry / MANIFEST).stat().st_mtime_ns)
-        kept = {str(checkpoints[-1]), self.state.best_model_checkpoint}
-        deletable = [entry for entry in checkpoints if str(entry) not in kept]
-        for entry in deletable[: max(0, len(checkpoints) - limit)]:
-            (entry / MANIFEST).unlink()  # first, so that no half-deleted checkpoint looks whole
-            shutil.rmtree(entry, ignore_errors=True)
+        if self.args.should_save and limit and limit > 0:
+            self._folder.delete_oldest(limit, kept, self._identity)

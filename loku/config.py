@@ -1,37 +1,132 @@
 """The settings of an unlearning run."""
 
 import dataclasses
+import math
+import numbers
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
+from loku.counts import check_counts, check_max_length
 from loku.fila.row_scales import FilaConfig
 from loku.objectives import OBJECTIVES
 from loku.target_modules import check_patterns
 
-# The fields of TrainingArguments that decide the result of a run. UnlearnConfig's own fields also decide it,
-# except its FREE_FIELDS.
-_DECIDING_TRAINING_ARGUMENTS = (
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "bf16",
-    "data_seed",
-    "dataloader_drop_last",
-    "fp16",
-    "lr_scheduler_kwargs",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "max_steps",
-    "neftune_noise_alpha",
-    "optim",
-    "optim_args",
-    "seed",
-    "warmup_steps",
-    "weight_decay",
+# The fields that may differ between a run and the run that goes on from its checkpoint, with the reason.
+# Every other field decides the result, also one that a later transformers adds.
+_PLACE, _LOG = "a place or a time of files", "what is shown and logged"
+_HUB, _MEASURES = "what is uploaded", "measures, which change no weight"
+_NO_EFFECT, _SPEED = "without effect on UnlearnTrainer", "speed and memory, with the same bits"
+_REASONS = {
+    "activation_checkpointing": _SPEED,
+    "activation_checkpointing_kwargs": _SPEED,
+    "average_tokens_across_devices": "the loss always counts the tokens of all processes",
+    "dataloader_multiprocessing_context": _SPEED,
+    "dataloader_num_workers": _SPEED,
+    "dataloader_pin_memory": _SPEED,
+    "dataloader_prefetch_factor": _SPEED,
+    "ddp_timeout": "how long processes wait",
+    "debug": _LOG,
+    "disable_tqdm": _LOG,
+    "do_eval": _NO_EFFECT,
+    "do_predict": _NO_EFFECT,
+    "do_train": _NO_EFFECT,
+    "enable_jit_checkpoint": _PLACE,
+    "eval_accumulation_steps": _NO_EFFECT,
+    "eval_do_concat_batches": _NO_EFFECT,
+    "eval_use_gather_object": _NO_EFFECT,
+    "fisher_cache_dir": _PLACE,
+    "fisher_memory_budget": _SPEED,
+    "gradient_checkpointing": _SPEED,
+    "gradient_checkpointing_kwargs": _SPEED,
+    "hub_always_push": _HUB,
+    "hub_model_id": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_revision": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
+    "include_num_input_tokens_seen": _LOG,
+    "local_rank": "the number of a process",
+    "log_level": _LOG,
+    "log_level_replica": _LOG,
+    "log_on_each_node": _LOG,
+    "logging_first_step": _LOG,
+    "logging_nan_inf_filter": _NO_EFFECT,
+    "logging_steps": _LOG,
+    "logging_strategy": _LOG,
+    "model_init_kwargs": "the loaded model counts in their place",
+    "output_dir": _PLACE,
+    "project": _LOG,
+    "push_to_hub": _HUB,
+    "refusals": "their texts count in their place",
+    "report_to": _LOG,
+    "resume_from_checkpoint": _PLACE,
+    "run_name": _LOG,
+    "save_on_each_node": _PLACE,
+    "save_only_model": _PLACE,
+    "save_steps": _PLACE,
+    "save_strategy": _PLACE,
+    "save_total_limit": _PLACE,
+    "skip_memory_metrics": _LOG,
+    "torch_empty_cache_steps": _SPEED,
+    "trackio_bucket_id": _LOG,
+    "trackio_space_id": _LOG,
+    "trackio_static_space_id": _LOG,
+}
+# These are free, too, while no evaluation decides: without a metric for the best model or the learning rate.
+_EVALUATION = {
+    "batch_eval_metrics",
+    "eval_delay",
+    "eval_on_start",
+    "eval_steps",
+    "eval_strategy",
+    "include_for_metrics",
+    "per_device_eval_batch_size",
+    "prediction_loss_only",
+}
+
+# The values that a run can have. None stands for the field's own meaning of it.
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lora_rank",
+    "fisher_samples",
 )
+_POSITIVE = ("learning_rate", "beta", "lora_alpha")
+_NOT_NEGATIVE = (
+    "num_train_epochs",
+    "retain_weight",
+    "fisher_damping",
+    "weight_decay",
+    "adam_epsilon",
+    "warmup_steps",
+    "max_grad_norm",
+    "dataloader_num_workers",
+)
+_SHARES = ("adam_beta1", "adam_beta2")
+
+
+def _check_ranges(config: Any) -> None:
+    """Raise ValueError if a number is one with which no run can be right; the message names the field."""
+
+    def check(names: tuple[str, ...], wanted: str, holds: Callable[[Any], bool]) -> None:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and not (isinstance(value, numbers.Real) and holds(value)):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+    check_counts(**{name: value for name in _COUNTS if (value := getattr(config, name)) is not None})
+    check_max_length(config.max_length)
+    check((*_POSITIVE, *_NOT_NEGATIVE), "a finite number", math.isfinite)
+    check(_POSITIVE, "> 0", lambda v: v > 0)
+    check(_NOT_NEGATIVE, ">= 0", lambda v: v >= 0)
+    check(_SHARES, ">= 0 and < 1", lambda v: 0 <= v < 1)
+    integers = "an integer from 0 to 2^32 - 1"
+    check(("seed",), integers, lambda v: isinstance(v, numbers.Integral) and 0 <= int(v) < 2**32)
 
 
 @dataclass
@@ -108,24 +203,8 @@ class UnlearnConfig(TrainingArguments):
         "model_init_kwargs",
     ]
 
-    # The fields of this class that may differ between a run and the run that goes on from its checkpoint. The
-    # texts of the refusals count in place of ``refusals``. The number of rows in a step counts in place of
-    # the batch size.
-    FREE_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {
-            "fisher_cache_dir",
-            "fisher_memory_budget",
-            "logging_nan_inf_filter",
-            "logging_steps",
-            "model_init_kwargs",
-            "output_dir",
-            "per_device_train_batch_size",
-            "refusals",
-            "report_to",
-            "resume_from_checkpoint",
-            "save_strategy",
-        }
-    )
+    # A subclass that adds fields adds the names of those that decide nothing.
+    FREE_FIELDS: ClassVar[frozenset[str]] = frozenset(_REASONS)
 
     output_dir: str | None = field(default="loku-output", metadata={"help": "The directory of checkpoints."})
     per_device_train_batch_size: int = field(
@@ -251,18 +330,12 @@ class UnlearnConfig(TrainingArguments):
                 'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '
                 f"{self.train_sampling_strategy!r}"
             )
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
         if self.max_steps == 0:  # transformers would train num_train_epochs
             raise ValueError("max_steps must be > 0, or -1 for num_train_epochs, got 0")
-        if self.num_train_epochs < 0:
-            raise ValueError(f"num_train_epochs must be >= 0, got {self.num_train_epochs}")
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device for which to pin
-        if self.retain_weight < 0:
-            raise ValueError(f"retain_weight must be >= 0, got {self.retain_weight}")
-        if not self.beta > 0:
-            raise ValueError(f"beta must be > 0, got {self.beta}")
+        _check_ranges(self)
+        self.fila_config()  # it checks its own
 
     def fila_config(self) -> FilaConfig:
         """The settings of the row scales, as ``loku.get_fila_state_dict`` takes them."""
@@ -283,21 +356,14 @@ class UnlearnConfig(TrainingArguments):
     def deciding_settings(self) -> dict[str, Any]:
         """The settings that two runs must share for one to go on from a checkpoint of the other.
 
-        They are all fields of this class and its subclasses except the ``FREE_FIELDS``, the fields of
-        ``TrainingArguments`` that decide the result, and the number of forget rows in a step.
+        They are all fields of this class, its subclasses and ``TrainingArguments`` that are not in
+        ``FREE_FIELDS``, the number of processes and the number of devices of a process. The fields of
+        evaluation count if ``metric_for_best_model`` is set, because an evaluation then decides.
 
         Returns:
             The values by their names in messages.
         """
-        inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
-        redeclared = set(UnlearnConfig.__annotations__)
-        settings = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.init and (f.name not in inherited or f.name in redeclared) and f.name not in self.FREE_FIELDS
-        }
-        settings |= {n: getattr(self, n) for n in _DECIDING_TRAINING_ARGUMENTS if hasattr(self, n)}
-        settings["rows a step"] = (
-            self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-        )
-        return settings
+        free = self.FREE_FIELDS if self.metric_for_best_model is not None else self.FREE_FIELDS | _EVALUATION
+        names = [f.name for f in dataclasses.fields(self) if f.init and f.name not in free]
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "world_size": self.world_size, "n_gpu": self.n_gpu}

@@ -80,10 +80,14 @@ def load_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def load_model(path: str | os.PathLike = EMBEDDED) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in float32 and its tokenizer, by default the embedded ones."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(path)
+    from loku.trust import load_tokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    return model, load_tokenizer(path)
 
 
 def measure(
@@ -221,6 +225,8 @@ def _samples(
 def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: bool = True) -> dict[str, Any]:
     """Run the demo and write ``adapter/``, ``probabilities.png``, ``report.json`` and the two data sets.
 
+    ``loku_demo.json`` lists them, as ``loku_save.json`` lists a save. The next demo overwrites them alone.
+
     Args:
         output: The directory to write to, "loku-demo" by default.
         seed: The seed of the run, 0 by default.
@@ -228,16 +234,23 @@ def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: b
 
     Returns:
         The report, as in ``report.json``.
+
+    Raises:
+        ValueError: ``output`` holds files of these names that no demo has written, or lies in the embedded
+            model.
+        OSError: ``output`` cannot be written to.
     """
     import transformers
 
     import loku.unlearning  # noqa: F401  # before the stages, whose seconds would count the import
     from loku.evaluation import forget_quality, plot_probabilities, write_report
+    from loku.saving.destinations import check_destination, destination, refuse_replaced
 
+    refuse_replaced(output, embedded=EMBEDDED)
+    check_destination(output, "demo")
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.disable_progress_bar()
-    output = Path(output)
     stages = _Stages(progress)
     forget, retain = load_rows()
     with open(EMBEDDED / "retain_only.json", encoding="utf-8") as file:
@@ -251,27 +264,27 @@ def run_demo(output: str | os.PathLike = "loku-demo", seed: int = 0, progress: b
         result, history = unlearn_rows(model, tokenizer, forget, retain, checkpoints, seed, progress)
     with stages("evaluate after"):
         after, log_after = measure(result.model, tokenizer, forget, retain, progress)
-    with stages("save"):
-        result.save(output / "adapter")
-
     before["forget_quality"] = forget_quality(log_before, twin["log"])
     after["forget_quality"] = forget_quality(log_after, twin["log"])
-    report = {
-        "before": before,
-        "after": after,
-        "retain_only": twin["metrics"],
-        "samples": _samples(log_before, log_after, forget),
-        "history": history,
-        "steps": {"run": result.history[-1]["step"], "planned": _planned_steps(forget)},
-        "settings": {**SETTINGS, "seed": seed, "stop_at": {"forget": FORGOTTEN, "retain": RETAINED}},
-        "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
-        "peak_memory_bytes": stages.peak_memory_bytes,
-    }
-    plot_probabilities(output / "probabilities.png", history)
-    write_report(output / "report.json", report)
-    for name, rows in (("forget", forget), ("retain", retain)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (output / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    with destination(output, "demo") as directory:
+        with stages("save"):
+            result.save(directory / "adapter")
+        report = {
+            "before": before,
+            "after": after,
+            "retain_only": twin["metrics"],
+            "samples": _samples(log_before, log_after, forget),
+            "history": history,
+            "steps": {"run": result.history[-1]["step"], "planned": _planned_steps(forget)},
+            "settings": {**SETTINGS, "seed": seed, "stop_at": {"forget": FORGOTTEN, "retain": RETAINED}},
+            "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
+            "peak_memory_bytes": stages.peak_memory_bytes,
+        }
+        plot_probabilities(directory / "probabilities.png", history)
+        write_report(directory / "report.json", report)
+        for name, rows in (("forget", forget), ("retain", retain)):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return report
 
 

@@ -35,6 +35,32 @@ def from_main_process(value: T) -> T:
     return values[0]
 
 
+def check_in_main_process(check: Callable[[], T]) -> T:
+    """Call a check in the main process, and raise its error in every process; all processes must call this.
+
+    Args:
+        check: A function that raises ``ValueError`` or ``OSError`` if something is wrong.
+
+    Returns:
+        The result of the check, which must be picklable, in every process.
+
+    Raises:
+        ValueError: ``check`` has raised it.
+        OSError: ``check`` has raised it.
+    """
+    answer: Any = None
+    error: Exception | None = None
+    if is_main_process():
+        try:
+            answer = check()
+        except (ValueError, OSError) as raised:
+            error = raised
+    answer, error = from_main_process((answer, error))
+    if error is not None:
+        raise error
+    return answer
+
+
 def same_in_all_processes_(tensor: Tensor) -> Tensor:
     """Overwrite a tensor with the main process's, in place, and return it."""
     if rank_and_size()[1] > 1:

@@ -42,9 +42,8 @@ def default_learning_rate(model: CausalLM) -> float:
 
 def _parameters(model: CausalLM) -> int:
     base: Any = unwrapped(model)
-    sharded = sum(getattr(parameter, "ds_numel", 0) for parameter in base.parameters())  # of DeepSpeed
     adapters = sum(parameter.numel() for name, parameter in base.named_parameters() if ".lora_" in name)
-    return sharded or int(base.num_parameters()) - adapters  # the method knows packed weights
+    return int(base.num_parameters()) - adapters  # the method knows packed weights
 
 
 def with_learning_rate(config: UnlearnConfig, model: CausalLM) -> UnlearnConfig:

@@ -26,8 +26,9 @@ def load_model(
 ) -> CausalLM:
     """Return a model, loaded from safetensors if it is given by its path or hub name.
 
-    An adapter that is given by its path or hub name is merged into its base, which the log says. The folder
-    of a residual save counts as its adapter on its base.
+    No code of its repository runs, unless ``model_init_kwargs`` has ``trust_remote_code=True``. An adapter
+    that is given by its path or hub name is merged into its base, which the log says. The folder of a
+    residual save counts as its adapter on its base.
 
     Args:
         model: The model itself, which is returned as it is; or the path or hub name of a causal LM or of an
@@ -36,11 +37,11 @@ def load_model(
 
     Raises:
         ValueError: There are ``model_init_kwargs`` for a model that is loaded already. Or the path is that of
-            an adapter that cannot be merged into its base (``loku.adapter_folders.load_merged``).
+            an adapter that cannot be merged into its base (``loku.adapter_folders.load_merged``). Or the
+            repository needs code of its own, or has no safetensors (``loku.trust``).
     """
     if isinstance(model, (str, os.PathLike)):
-        arguments = {"use_safetensors": True, **(model_init_kwargs or {})}  # never a pickle unasked
-        return load_causal_lm(model, arguments)
+        return load_causal_lm(model, model_init_kwargs or {})
     if model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by its path or name")
     return model

@@ -24,6 +24,7 @@ from loku.data import (
 )
 from loku.data.large_sets import DrawnRows
 from loku.models import CausalLM
+from loku.nan_guard import check_weights
 from loku.objectives import OBJECTIVES
 
 
@@ -64,7 +65,7 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase | None = None,
     refusals: RefusalRows | None = None,
 ) -> PreparedRows:
-    """Tokenise the rows of a run, once, and check that the model can take them.
+    """Tokenise the rows of a run, once, and check that the model can take them: its weights, too.
 
     Args:
         model: The causal LM, which sets the limits of the rows (``loku.data.token_limits``). A tokenizer is
@@ -84,10 +85,12 @@ def prepare_rows(
         RowError: A row is unusable, is longer than the model's context, or has a token that the model lacks.
             The message names the set, the row and, for a file, the line. A retain row that is not held in
             memory is checked when it is drawn.
+        FloatingPointError: A weight of the model is NaN or Inf.
         OSError: A file cannot be read.
     """
     if isinstance(forget, PreparedRows):
         return forget
+    check_weights(model)
     tokenizer = _text_tokenizer(tokenizer)
     given = {"forget": forget, "retain": retain}
     sources = {name: rows for name, rows in given.items() if isinstance(rows, (str, os.PathLike))}

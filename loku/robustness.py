@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers.pytorch_utils import Conv1D
 
 from loku.callbacks import ProbabilityGauge
+from loku.counts import check_counts
 from loku.data import collate, padding_id, token_limits, tokenize_dataset
 from loku.data.rows import DataSet
 
@@ -103,10 +104,11 @@ def relearning_curve(
         probability of each measured set, ``<name>_probability``, in [0, 1].
 
     Raises:
-        ValueError: The model has an adapter.
+        ValueError: The model has an adapter, or ``steps``, ``every`` or ``batch_size`` is less than 1.
     """
     from transformers import Trainer, TrainingArguments
 
+    check_counts(steps=steps, every=every, batch_size=batch_size)
     if isinstance(model, PeftModel):
         raise ValueError("only the adapter would train; pass model.merge_and_unload()")
     rows = tokenize_dataset(taught, tokenizer, name="taught", limits=token_limits(model))

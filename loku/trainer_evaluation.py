@@ -210,16 +210,12 @@ class EvaluatingTrainer(ResumableTrainer):
         super().__init__(model, args, forget, retain, refusals, eval_dataset=eval_sets, **kwargs)
 
     def _further_facts(self) -> dict[str, Any]:
-        """The facts of evaluation that decide the result: with a best model, or a learning rate by it."""
+        """The evaluation sets, if they decide the result: by the best model, or a learning rate by it."""
         args = self.args
         if args.metric_for_best_model is None or args.eval_strategy == "no" or self.eval_dataset is None:
             return {}
-        names = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")
         sets = [f"{name} {ordered_rows_fingerprint(rows)}" for name, rows in self.eval_dataset.items()]
-        return {
-            "evaluation sets": texts_fingerprint(sets),
-            **{name: getattr(args, name) for name in (*names, "eval_strategy", "eval_steps", "eval_delay")},
-        }
+        return {"evaluation sets": texts_fingerprint(sets)}
 
     @torch_modes_kept()
     def evaluate(

@@ -81,8 +81,9 @@ class UnlearnResult:
                 (``loku.save_merged_model``).
 
         Raises:
-            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, or
-                it holds a model or an adapter that is not an earlier save.
+            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, is,
+                holds or lies in a directory that the model was loaded from, or holds something that is in the
+                way and no unaltered earlier save.
             OSError: ``path`` cannot be written.
         """
         save(self.model, path, kind, tokenizer=self.tokenizer)
@@ -137,7 +138,8 @@ def unlearn(
         ValueError: A data set is empty or a row unusable. The output embedding, the targets or the model
             cannot be handled. The model carries an adapter already. No tokenizer is found. The checkpoint is
             not whole or is of another run. The message says how to mend it.
-        FloatingPointError: A loss or a Fisher is NaN or Inf. The message names the step and the module.
+        FloatingPointError: A weight of the given model, a loss or a Fisher is NaN or Inf. The message names
+            the parameter, or the step and the module.
         OSError: ``output_dir`` or a checkpoint cannot be written.
     """
     config = copy.deepcopy(config) if config is not None else UnlearnConfig()
@@ -211,7 +213,8 @@ def _unlearn(
     )
     if config.tuning == "full":
         trainer = make_trainer(model)
-        trainer.train()
+        with trainer.checkpoints_reserved():  # KL, DPO and NPO run the original model before they train
+            trainer.train()
         return UnlearnResult(model, trainer.state.log_history, tokenizer)
 
     lora = LoraConfig(
@@ -228,18 +231,19 @@ def _unlearn(
     undo.callback(undo_of_initialisation(peft_model))
     check_save(peft_model, save_kind)
     trainer = make_trainer(peft_model)
-    initialize: Callable[[], None] | None = None
-    resumed = trainer.checkpoint is not None  # the trainer then takes the checkpoint's initial factors
-    if config.init == "fila" and not resumed:
-        initialize = partial(_initialize_by_fila, peft_model, rows, config)
-    elif config.init == "pissa" and not resumed:
-        initialize = partial(_initialize_by_pissa, peft_model)
-    if initialize is not None:
-        if trainer.is_fsdp_enabled:
-            trainer.add_callback(_OnceSharded(initialize))
-        else:
-            initialize()
-    trainer.train()
+    with trainer.checkpoints_reserved() as checkpoint:
+        resumed = checkpoint is not None  # the trainer then takes the checkpoint's initial factors
+        initialize: Callable[[], None] | None = None
+        if config.init == "fila" and not resumed:
+            initialize = partial(_initialize_by_fila, peft_model, rows, config)
+        elif config.init == "pissa" and not resumed:
+            initialize = partial(_initialize_by_pissa, peft_model)
+        if initialize is not None:
+            if trainer.is_fsdp_enabled:
+                trainer.add_callback(_OnceSharded(initialize))
+            else:
+                initialize()
+        trainer.train()
     hand_over_base_copy_(peft_model, undo)
     return UnlearnResult(peft_model, trainer.state.log_history, tokenizer)
 

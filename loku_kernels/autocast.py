@@ -1,10 +1,32 @@
-"""Autocast of the linear operators: they cast their operands as ``torch.nn.functional.linear`` does."""
+"""Autocast of the linear operators: they cast their operands as ``torch.nn.functional.linear`` does.
+
+Autocast casts floating-point tensors to its dtype, but never float64 ones.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that ``torch.nn.functional.linear`` gives to an operand.
+
+    Args:
+        tensor: The operand.
+
+    Returns:
+        The dtype of autocast if that is on and applies to the tensor, else the tensor's own.
+    """
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type
+    if not torch.is_autocast_enabled(device_type) or not _is_cast(tensor):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype is not torch.float64
 
 
 def apply_without_autocast(
@@ -25,7 +47,8 @@ def apply_without_autocast(
         return function(*operands, *settings)
     dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
-        return function(*(None if x is None else x.to(dtype) for x in operands), *settings)
+        cast = (x if x is None or not _is_cast(x) else x.to(dtype) for x in operands)
+        return function(*cast, *settings)
 
 
 # torch does not annotate the library.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from loku_kernels.autocast import dtype_under_autocast
 
 TokenLoss = Literal["inverted_hinge", "cross_entropy"]
 Reduction = Literal["mean", "sum", "none"]
@@ -120,7 +123,7 @@ def check_linear_operands(
         softcap: The softcap of the logits, or None.
 
     Raises:
-        ValueError: A shape, dtype or device is wrong, V < 2, or the softcap is not positive.
+        ValueError: A shape, dtype or device is wrong, V < 2, or the softcap is not positive and finite.
     """
     if weight.dim() != 2 or weight.shape[0] < 2:
         raise ValueError(f"weight must have shape (V, D) with V >= 2, got {tuple(weight.shape)}")
@@ -137,17 +140,18 @@ def check_linear_operands(
         _check_like_hidden("bias", bias, hidden)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None for none, got {softcap}")
 
 
 def _check_like_hidden(name: str, tensor: Tensor, hidden: Tensor) -> None:
     """Raise ``ValueError`` unless an operand has dtype and device of the hidden states."""
-    if tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        # Autocast makes the dtypes equal, as for ``linear``.
+    # Autocast makes the dtypes equal, as for ``linear``, unless one of them is float64.
+    if tensor.dtype is not hidden.dtype and dtype_under_autocast(tensor) is not dtype_under_autocast(hidden):
+        advice = "" if torch.float64 in (tensor.dtype, hidden.dtype) else ", or multiply under autocast"
         raise ValueError(
             f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}; convert one of them, "
-            f"such as hidden.to({tensor.dtype}), or multiply under autocast"
+            f"such as hidden.to({tensor.dtype}){advice}"
         )
     if tensor.device != hidden.device:
         raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")

@@ -293,7 +293,8 @@ def linear_kl_divergence_loss(
         ignored rows for ``"none"``. The mean and its gradients are 0 if no row counts.
 
     Raises:
-        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive.
+        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive and
+            finite.
     """
     if reference_weight is None:
         reference_weight, reference_bias = weight, bias
@@ -309,6 +310,11 @@ def linear_kl_divergence_loss(
         check_linear_operands(reference_hidden, reference_weight, labels, reference_bias, softcap)
     except ValueError as error:
         raise ValueError(f"of the reference model: {error}") from None
+    if (reference_hidden.dtype is torch.float64) is not (hidden.dtype is torch.float64):
+        raise ValueError(
+            "hidden and reference_hidden must both be float64 or both be narrower, got "
+            f"{hidden.dtype} and {reference_hidden.dtype}; convert one model's operands"
+        )
     if len(reference_weight) != len(weight):
         raise ValueError(
             f"reference_weight must have as many rows as weight, {len(weight)}, got {len(reference_weight)}"

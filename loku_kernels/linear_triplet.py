@@ -18,6 +18,7 @@ from loku_kernels.backends import choose
 from loku_kernels.backends.fused_losses import Saved, all_rows_stay, gradient_of_hidden, tensors_of
 from loku_kernels.backends.online_state import OnlineState
 from loku_kernels.checks import IGNORE_INDEX, check_label_values, check_linear_operands
+from loku_kernels.log_probabilities import wide_dtype
 from loku_kernels.logits_blocks import LogitsBlocks, add_product, block_slices, part_of, weight_gradient
 from loku_kernels.plain import gradients_with_graph, plain_linear_triplet
 from loku_kernels.tracing import traced, traced_gradient, transformed, wants_graph
@@ -120,10 +121,10 @@ def _blocks_of_columns(
     direction = torch.empty_like(hidden) if want_direction else hidden.new_empty(0, hidden.shape[1])
     triplet = torch.empty(len(labels), 3, dtype=torch.float64, device=hidden.device)
     runner_up_id = torch.empty_like(labels)
+    dtype = wide_dtype(hidden.dtype)
     for rows in logits.rows:
         targets = labels[rows]
-        state = OnlineState.start(targets)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        state = OnlineState.start(targets, dtype)
         width = hidden.shape[1] if want_direction else 0
         total = torch.zeros(len(targets), width, dtype=dtype, device=hidden.device)
         for columns in logits.columns:
@@ -244,6 +245,17 @@ def _gradient_of_weight(
     return weight_gradient(logits, gradient)
 
 
+def _gradients_with_graph(
+    needs: tuple[bool, bool, bool], operands: Operands, grad_triplet: Tensor, *settings: Any
+) -> tuple[Tensor | None, ...]:
+    """Compute the three gradients of a backward that is to be differentiated again."""
+
+    def triplet_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return plain_linear_triplet(hidden, weight, bias, operands[3], *settings)[0]
+
+    return gradients_with_graph(triplet_of, operands[:3], needs, grad_triplet)
+
+
 class _LinearSoftmaxTriplet(torch.autograd.Function):
     """The triplet of hidden states that nothing traces."""
 
@@ -273,14 +285,10 @@ class _LinearSoftmaxTriplet(torch.autograd.Function):
         if grad_triplet is None:
             return (None,) * 8
         triplet, runner_up_id, *operands = ctx.saved_tensors
-        saved, needs = (grad_triplet, triplet, runner_up_id), ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[:3]
         if wants_graph():
-            labels = operands[3]
-
-            def triplet_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                return plain_linear_triplet(hidden, weight, bias, labels, *ctx.settings)[0]
-
-            return *gradients_with_graph(triplet_of, operands[:3], needs, grad_triplet), *[None] * 5
+            return *_gradients_with_graph(needs, operands, grad_triplet, *ctx.settings), *[None] * 5
+        saved = (grad_triplet, triplet, runner_up_id)
         return *linear_backward(needs, operands, saved, None, *ctx.settings), *[None] * 5
 
 
@@ -376,14 +384,11 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _linear_backward(ctx: Any, grad_triplet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *operands, triplet, runner_up_id, direction = ctx.saved_tensors
-    gradients = _backward_by_operators(
-        ctx.needs_input_grad[:3],
-        (*operands, direction),
-        (grad_triplet, triplet, runner_up_id),
-        ctx.ignore_index,
-        ctx.softcap,
-        ctx.logit_scale,
-    )
+    needs, settings = ctx.needs_input_grad[:3], (ctx.ignore_index, ctx.softcap, ctx.logit_scale)
+    if wants_graph():
+        return *_gradients_with_graph(needs, (*operands, direction), grad_triplet, *settings), *[None] * 5
+    numbers = (grad_triplet, triplet, runner_up_id)
+    gradients = _backward_by_operators(needs, (*operands, direction), numbers, *settings)
     return *gradients, *[None] * 5
 
 
@@ -457,7 +462,8 @@ def linear_softmax_triplet(
         The triplet (..., 3) and the runner-up's index (...), as ``softmax_triplet`` returns them.
 
     Raises:
-        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive.
+        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive and
+            finite.
         IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
     check_linear_operands(hidden, weight, labels, bias, softcap)

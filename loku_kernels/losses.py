@@ -36,7 +36,14 @@ from loku_kernels.linear_triplet import (
 from loku_kernels.log_probabilities import wide_dtype
 from loku_kernels.logits_blocks import fits_one_block, logits_of
 from loku_kernels.plain import gradients_with_graph, plain_linear_triplet, plain_triplet
-from loku_kernels.tracing import refused_results, traced, traced_gradient, transformed, wants_graph
+from loku_kernels.tracing import (
+    is_batched,
+    refused_results,
+    traced,
+    traced_gradient,
+    transformed,
+    wants_graph,
+)
 from loku_kernels.triplet import (
     ihl_forward_backward_,
     scale_rows_,
@@ -228,6 +235,8 @@ class _InplaceIHL(torch.autograd.Function):
                 "ihl_loss(inplace=True) keeps its gradient where the logits were, and it is used up: "
                 "a second backward needs inplace=False"
             )
+        if not torch.compiler.is_compiling() and is_batched(grad_loss):
+            raise RuntimeError("ihl_loss(inplace=True) has room for one gradient: use inplace=False")
         grad, ctx.grad = ctx.grad, None
         logits, ctx.logits = ctx.logits, None
         with torch.no_grad():
@@ -240,7 +249,7 @@ class _InplaceIHL(torch.autograd.Function):
             message = "ihl_loss(inplace=True) has no second derivative: use inplace=False"
             if transformed():
                 raise RuntimeError(message)
-            (grad,) = refused_results(message, [grad], [logits])
+            (grad,) = refused_results(message, [grad], [logits, grad_loss])
         return grad, None, None, None
 
 

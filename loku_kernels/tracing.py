@@ -22,7 +22,11 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # its modes are on no stack of
 _number_of_modes = torch._C._len_torch_dispatch_stack
 _is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Say whether a gradient is a batch of ``is_grads_batched``."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
 def transformed() -> bool:
@@ -95,7 +99,7 @@ def traced_gradient(grad: Tensor) -> bool:
         or _number_of_modes() > 0
         or _is_transformed()
         or type(grad) is not Tensor
-        or _is_batched(grad)
+        or is_batched(grad)
     )
 
 
@@ -108,7 +112,7 @@ def refused_results(message: str, results: Sequence[Tensor | None], inputs: Sequ
     Args:
         message: The message of the ``RuntimeError``.
         results: The gradients, or None. They have no graph.
-        inputs: The tensors of the forward that require a gradient.
+        inputs: The tensors of the forward that require a gradient, and the gradient that the backward got.
 
     Returns:
         The results, with a graph whose backward raises.

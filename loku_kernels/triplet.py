@@ -66,8 +66,21 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.mark_non_differentiable(output[1])
 
 
-def _logits_backward(ctx: Any, grad_triplet: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+def _gradient_with_graph(
+    grad_triplet: Tensor, logits: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor | None, ...]:
+    """Compute the result of a backward that is to be differentiated again."""
+
+    def triplet_of(logits: Tensor) -> Tensor:
+        return plain_triplet(logits, labels, ignore_index)[0]
+
+    return *gradients_with_graph(triplet_of, [logits], [True], grad_triplet), None, None
+
+
+def _logits_backward(ctx: Any, grad_triplet: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     logits, labels, triplet, runner_up_id = ctx.saved_tensors
+    if wants_graph():
+        return _gradient_with_graph(grad_triplet, logits, labels, ctx.ignore_index)
     grad = softmax_triplet_backward(grad_triplet, logits, labels, ctx.ignore_index, triplet, runner_up_id)
     return grad, None, None
 
@@ -95,11 +108,7 @@ class _SoftmaxTriplet(torch.autograd.Function):
             return None, None, None
         logits, labels, *saved = ctx.saved_tensors
         if wants_graph():
-
-            def triplet_of(logits: Tensor) -> Tensor:
-                return plain_triplet(logits, labels, ctx.ignore_index)[0]
-
-            return *gradients_with_graph(triplet_of, [logits], [True], grad_triplet), None, None
+            return _gradient_with_graph(grad_triplet, logits, labels, ctx.ignore_index)
         arguments = (grad_triplet, logits, labels, ctx.ignore_index, *saved)
         if traced_gradient(grad_triplet):
             return softmax_triplet_backward(*arguments), None, None

@@ -75,12 +75,14 @@ def train(rows: Sequence[Row], tokenizer_dir: Path, output_dir: Path, epochs: in
         seed: The seed of the weights and of the order of the rows.
     """
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from loku.trust import load_tokenizer
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=4096,

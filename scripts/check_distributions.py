@@ -4,7 +4,7 @@
 
 The sdist must have every tracked file that building, testing and measuring need. The wheel must have the
 packages with the compiled core and the embedded model, and nothing else. The core must serve every Python and
-must not need libtorch.
+must not need libtorch. The package's licence is MIT, and each data file of others is known by its notice.
 """
 
 import subprocess
@@ -16,7 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOT_IN_SDIST = (".ci/", ".gitignore", ".clang-format")
+# The passages of WikiText are under CC BY-SA, which is not the package's licence.
+WIKITEXT = "experiments/data/wikitext.jsonl"
+NOT_IN_SDIST = (".ci/", ".gitignore", ".clang-format", WIKITEXT)
+DATA = (".csv", ".gz", ".json", ".jsonl", ".npz", ".parquet", ".png", ".safetensors", ".svg", ".txt")
+# What was made here, and what derives from TOFU; loku/embedded/LICENSE is the notice of the latter.
+OWN_DATA = ("benchmarks/results/", "docs/", "experiments/results/", "scripts/", "tests/lower_bounds.txt")
+OWN_DATA += ("tests/data/public_names.json",)
+OF_TOFU = ("loku/embedded/", "tests/data/phi_")
+NOTICE = "loku/embedded/LICENSE"
 PACKAGES = ("loku/", "loku_kernels/")
 
 
@@ -35,11 +43,34 @@ def needed_libraries(core: bytes) -> set[str]:
     return {line.split("[")[1].rstrip("]") for line in listed.stdout.splitlines() if "(NEEDED)" in line}
 
 
+def problems_of_licence(names: set[str], metadata: str) -> list[str]:
+    """Return a line for each problem of a distribution's licence.
+
+    Args:
+        names: The files, by their paths in the repository.
+        metadata: The text of PKG-INFO or METADATA.
+    """
+    fields = metadata.partition("\n\n")[0].splitlines()
+    wanted = ["License-Expression: MIT", "License-File: LICENSE", f"License-File: {NOTICE}"]
+    problems = [f"the metadata lack {line}" for line in wanted if line not in fields]
+    data = sorted(name for name in names if name.endswith(DATA))
+    problems += [
+        f"{name} has no known licence" for name in data if not name.startswith((*OWN_DATA, *OF_TOFU))
+    ]
+    return problems
+
+
 def problems_of_sdist(path: Path) -> list[str]:
     """Return a line for each problem of an sdist."""
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    return [f"the sdist lacks {name}" for name in sorted(tracked_files() - names)]
+        top = archive.getnames()[0].partition("/")[0]
+        metadata = archive.extractfile(f"{top}/PKG-INFO")
+        assert metadata is not None
+        problems = problems_of_licence(
+            {name for name in names if ".egg-info/" not in name}, metadata.read().decode()
+        )
+    return [*problems, *(f"the sdist lacks {name}" for name in sorted(tracked_files() - names))]
 
 
 def problems_of_wheel(path: Path) -> list[str]:
@@ -48,9 +79,11 @@ def problems_of_wheel(path: Path) -> list[str]:
         names = set(archive.namelist())
         cores = [name for name in names if name.startswith("loku_kernels/_core.")]
         libraries = set().union(*(needed_libraries(archive.read(name)) for name in cores))
+        metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
     installed = {name for name in names if ".dist-info/" not in name}
     expected = {name for name in tracked_files() if name.startswith(PACKAGES)}
-    problems = [f"the wheel lacks {name}" for name in sorted(expected - names)]
+    problems = problems_of_licence(installed, metadata)
+    problems += [f"the wheel lacks {name}" for name in sorted(expected - names)]
     problems += [f"the wheel should not have {name}" for name in sorted(installed - expected - set(cores))]
     for wanted in ("entry_points.txt", "licenses/LICENSE", "licenses/loku/embedded/LICENSE"):
         if not any(name.endswith(f".dist-info/{wanted}") for name in names):

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from loku.data import collate, padding_id, tokenize_dataset
 from loku.data.files import read_rows
 from loku.evaluation import evaluate_tofu_rows, write_report
 from loku.evaluation.tofu import SECTIONS
-from loku.saving.directories import whole_directory
+from loku.models import load_model
+from loku.saving.destinations import destination
+from loku.trust import load_tokenizer
 
 
 def finetune(base: str, rows: list[Any], output: Path, options: argparse.Namespace) -> None:
@@ -35,9 +37,9 @@ def finetune(base: str, rows: list[Any], output: Path, options: argparse.Namespa
         output: The folder of the trained model.
         options: The parsed options.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     # Weights of 16 bits are too coarse for this learning rate: half of the steps round to zero.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_model(base, {"dtype": torch.float32})
     arguments = TrainingArguments(
         output_dir=str(output.with_name(f"{output.name}_trainer")),
         num_train_epochs=options.epochs,
@@ -56,7 +58,7 @@ def finetune(base: str, rows: list[Any], output: Path, options: argparse.Namespa
     tokens = tokenize_dataset(rows, tokenizer, max_length=options.max_length, name="TOFU")
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
     Trainer(model, arguments, train_dataset=tokens, data_collator=collator).train()
-    with whole_directory(output, key="config.json", replaced=("*",)) as directory:
+    with destination(output, "merged") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
@@ -91,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "".join(json.dumps(row) + "\n" for row in retain), encoding="utf-8"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(options.out / "retain")
+    model: Any = load_model(options.out / "retain")
     model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(options.out / "retain")
+    tokenizer = load_tokenizer(options.out / "retain")
     section = evaluate_tofu_rows(model, tokenizer, forget, description="the retain-only model")
     write_report(options.out / "retain_log.json", {SECTIONS["forget"]: section})
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loku.commands import CommandParser, Commands, accept_underscores
+from loku.commands.report_files import check_report_files, write_report_files
+from loku.counts import check_counts, check_max_length
 
 
 def add(commands: Commands[CommandParser]) -> CommandParser:
@@ -41,6 +43,13 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
     parser.add_argument("--adapter", metavar="PATH", help="folder of a peft adapter for the model")
     parser.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
     parser.add_argument(
+        "--model-init-kwargs",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="arguments of from_pretrained, a JSON object",
+    )
+    parser.add_argument(
         "--reference-log", metavar="FILE", help="TOFU log of a model that never saw the forget set"
     )
     parser.add_argument("--ngram", type=int, default=10, help="n of Extraction Likelihood (default: 10)")
@@ -70,32 +79,39 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
-    out = Path(options.out)
-    if out.suffix.lower() == ".png" or out.is_dir():
-        raise ValueError(f"--out {out} must be the file of a JSON report, such as report.json")
+    sources = dict(options.data)
+    read = [*sources.values(), options.reference_log or ""]
+    check_report_files(options.out, read)
+    counts = {
+        f"--{name}": getattr(options, name.replace("-", "_")) for name in ("ngram", "stride", "batch-size")
+    }
+    check_counts(**counts)
+    check_max_length(options.max_length, "--max-length")
 
     from datetime import timedelta
 
     import torch
     from accelerate import PartialState
-    from transformers import AutoTokenizer
 
     from loku.data import read_rows, row_places
-    from loku.evaluation import evaluate, plot_measures, reasoning_accuracies, write_report
+    from loku.evaluation import evaluate, reasoning_accuracies
+    from loku.trust import load_tokenizer, trusts_code
 
     # One process may generate for much longer than another, so the timeout is long.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
-    sources = dict(options.data)
     if len(sources) < len(options.data):
         raise ValueError(f"two data sets have one name: {[name for name, _ in options.data]}")
     data = {name: read_rows(source) for name, source in sources.items()}
     reference = None
     if options.reference_log is not None:
-        reference = json.loads(Path(options.reference_log).read_text(encoding="utf-8-sig"))
-    model, base, adapter = _load(options.model, options.adapter)
+        reference = _read_log(options.reference_log)
+    model, base, adapter = _load(options.model, options.adapter, options.model_init_kwargs)
     if options.adapter is None and adapter is not None and state.is_main_process:
         print(f"{adapter} is an adapter; its base is {base}", file=sys.stderr)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or _tokenizer_place(model, base, adapter))
+    tokenizer = load_tokenizer(
+        options.tokenizer or _tokenizer_place(model, base, adapter),
+        trust_remote_code=trusts_code(options.model_init_kwargs),
+    )
     model.to(state.device).eval()
     reasoning = None
     if options.reasoning and state.is_main_process:
@@ -127,18 +143,15 @@ def run(options: argparse.Namespace) -> None:
             "reasoning": reasoning,
         }
         print(_evaluation_table(report))
-        write_report(out, report)
-        written = [out]
-        if result.log:
-            written.append(out.with_name(f"{out.stem}_log.json"))
-            write_report(written[-1], result.log)
-        written.append(out.with_suffix(".png"))
-        plot_measures(written[-1], result.sets)
+        check_report_files(options.out, read)  # what has come while the model was measured stays, too
+        written = write_report_files(options.out, report, result.log)
         print(f"\nwritten: {', '.join(map(str, written))}")
     state.destroy_process_group()
 
 
-def _load(place: str, adapter: str | None) -> tuple[Any, str, str | None]:
+def _load(
+    place: str, adapter: str | None, model_init_kwargs: Mapping[str, Any]
+) -> tuple[Any, str, str | None]:
     """Load a model, with its adapter if there is one.
 
     An adapter is not merged, because the sum would be rounded to the dtype of the base.
@@ -149,11 +162,11 @@ def _load(place: str, adapter: str | None) -> tuple[Any, str, str | None]:
     Raises:
         ValueError: MODEL is an adapter whose base cannot be loaded, or there is an ``--adapter`` too.
     """
-    from loku.adapter_folders import find_adapter, load_on_base, put_adapter
+    from loku.adapter_folders import find_adapter, load_on_base, put_adapter, read_adapter_config
     from loku.models import load_model
 
-    arguments = {"dtype": "auto", "use_safetensors": True}  # never a pickle unasked
-    own = find_adapter(place, {})
+    arguments = {"dtype": "auto", **model_init_kwargs}
+    own = find_adapter(place, arguments)
     if adapter is None:
         if own is None:
             return load_model(place, arguments), place, None
@@ -167,8 +180,10 @@ def _load(place: str, adapter: str | None) -> tuple[Any, str, str | None]:
             f"{place} is an adapter, and there is an --adapter too; MODEL must be the base of {adapter}: "
             f"loku evaluate BASE --adapter {adapter}"
         )
+    safetensors = arguments.get("use_safetensors") is not False
+    config = read_adapter_config(adapter, use_safetensors=safetensors)
     base_model: Any = load_model(place, arguments)
-    return put_adapter(base_model, adapter, place), place, adapter
+    return put_adapter(base_model, adapter, place, config), place, adapter
 
 
 def _tokenizer_place(model: Any, base: str, adapter: str | None) -> str:
@@ -190,6 +205,28 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
         tables.append(format_table({"accuracy": report["reasoning"]}))
     lines = [f"{name} is not available: {reason}" for name, reason in report["not_available"].items()]
     return "\n\n".join([*tables, "\n".join(lines)]).rstrip()
+
+
+def _read_log(path: str) -> Mapping[str, Any]:
+    """Read a TOFU log; ``ValueError`` if it is none."""
+    from loku.evaluation.tofu_logs import check_forget_section
+
+    try:
+        log = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    check_forget_section(log, path)
+    return log
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def _named_source(text: str) -> tuple[str, str]:

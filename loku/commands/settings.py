@@ -30,6 +30,8 @@ from loku.commands.foreign_options import own_names
 
 # transformers' hint is a path alone. True is the newest checkpoint, as for its trainer's ``train``.
 ALSO = {"resume_from_checkpoint": bool}
+_MOST_BYTES = 2**18  # of a file of settings
+_MOST_LEVELS = 20
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -72,11 +74,11 @@ class Field:
         if dict in self.types:
             try:
                 value = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 value = None
             if isinstance(value, dict):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {self.expected()}")
+        raise argparse.ArgumentTypeError(f"{_short(repr(text))} is not {self.expected()}")
 
     def from_yaml(self, value: Any) -> Any:
         """Convert a YAML value; ``ArgumentTypeError`` if the field takes no such value."""
@@ -87,7 +89,8 @@ class Field:
         if type(value) in self.types or (value is None and types.NoneType in self.types):
             return value
         if value is None or isinstance(value, (list, dict)):
-            raise argparse.ArgumentTypeError(f"{json.dumps(value)} is not {self.expected()}")
+            shown = json.dumps(value, default=str)
+            raise argparse.ArgumentTypeError(f"{_short(shown)} is not {self.expected()}")
         return self.read(str(value))
 
     def expected(self) -> str:
@@ -101,6 +104,11 @@ class Field:
             dict: "a JSON object",
         }
         return " or ".join(names[kind] for kind in names if kind in self.types) or "a text"
+
+
+def _short(text: str, most: int = 100) -> str:
+    """Cut a text for a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _members(hint: Any) -> list[Any]:
@@ -221,6 +229,23 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+class _SettingsLoader(yaml.SafeLoader):
+    """The safe loader without aliases, which multiply values, and without deep nesting, which is slow."""
+
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias: write the value itself", problem_mark=mark)
+        if self.levels > _MOST_LEVELS:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=mark)
+        self.levels += 1
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+
 def read_yaml(
     path: str | os.PathLike, fields: Mapping[str, Field], others: Collection[str]
 ) -> dict[str, Any]:
@@ -235,15 +260,19 @@ def read_yaml(
         The settings, ``{name: value}``.
 
     Raises:
-        ValueError: The file is not YAML, or a setting is unknown, wrong or there twice. The message names the
-            file and the line.
+        ValueError: The file is not YAML, has an alias, or has more than 256 KiB. Or a setting is unknown,
+            wrong or there twice. The message names the file and the line.
     """
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    with open(path, "rb") as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"{path} has more than {_MOST_BYTES} bytes, so it is no file of settings")
     try:
-        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        loader = _SettingsLoader(text)
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not YAML of settings: {_short(str(error), 500)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -253,10 +282,10 @@ def read_yaml(
         place, key = f"{path}, line {key_node.start_mark.line + 1}", key_node.value
         name, value = key.replace("-", "_"), values.get(key)
         if name in settings:
-            raise ValueError(f"{place}: {key} is there twice")
+            raise ValueError(f"{place}: {_short(key)} is there twice")
         if name in others:
             if not isinstance(value, str):
-                raise ValueError(f"{place}: {key} must be a text, got {value!r}")
+                raise ValueError(f"{place}: {key} must be a text, got {_short(repr(value))}")
             settings[name] = value
         elif name in fields:
             try:
@@ -264,5 +293,7 @@ def read_yaml(
             except argparse.ArgumentTypeError as error:
                 raise ValueError(f"{place}: {key}: {error}") from None
         else:
-            raise ValueError(f"{place}: there is no setting {key!r}{suggestion(name, [*fields, *others])}")
+            raise ValueError(
+                f"{place}: there is no setting {_short(key)!r}{suggestion(name, [*fields, *others])}"
+            )
     return settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import time
 import warnings
@@ -128,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
 
     from loku import UnlearnConfig
     from loku.data.files import read_rows
-    from loku.saving.destinations import check_destination
+    from loku.distributed import check_in_main_process
 
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -140,7 +141,8 @@ def run(options: argparse.Namespace) -> None:
             "num_train_epochs 0 trains nothing, so nothing would be unlearned; with --save residual it saves "
             "the initialised adapter"
         )
-    check_destination(output, "merged" if config.tuning == "full" else options.save)
+    kind = "merged" if config.tuning == "full" else options.save
+    check_in_main_process(lambda: _check_places(places, str(config.output_dir), kind))
     forget, retain = (read_rows(places[name]) for name in ("forget", "retain"))
     summary = _unlearn(places, config, forget, retain, settings, options.save)
     if config.process_index == 0:
@@ -155,6 +157,17 @@ def _check_local(option: str, name: str) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or in_a_folder
     if looks_local and not path.is_dir():
         raise ValueError(f"{name}, the --{option}, is not a directory")
+
+
+def _check_places(places: Mapping[str, str], output_dir: str, kind: str) -> None:
+    """Refuse directories to write to that cannot be, or where something would be written over."""
+    from loku.saving.destinations import check_destination, refuse_overlap, refuse_replaced
+
+    read = {name: places[name] for name in ("model", "tokenizer")}
+    for directory in dict.fromkeys((places["output"], output_dir)):
+        refuse_overlap(directory, **read)
+    refuse_replaced(places["output"], forget=places["forget"], retain=places["retain"])
+    check_destination(places["output"], kind)
 
 
 def _unlearn(
@@ -172,21 +185,34 @@ def _unlearn(
     from loku.data.files import place_of_row
     from loku.learning_rates import default_learning_rate
     from loku.memory import forget_peak_memory, peak_device_memory, peak_memory
+    from loku.saving.kinds import PlaceOfSave
 
     tokenizer = None
     if places["tokenizer"]:
-        from transformers import AutoTokenizer
+        from loku.trust import load_tokenizer, trusts_code
 
-        tokenizer = AutoTokenizer.from_pretrained(places["tokenizer"])
+        trusted = trusts_code(config.init_arguments())
+        tokenizer = load_tokenizer(places["tokenizer"], trust_remote_code=trusted)
     begin = time.perf_counter()
     forget_peak_memory()
     try:
-        result = unlearn(places["model"], forget, retain, config=config, tokenizer=tokenizer, save_kind=kind)
+        result = unlearn(
+            places["model"],
+            forget,
+            retain,
+            config=config,
+            tokenizer=tokenizer,
+            callbacks=[PlaceOfSave(places["output"], kind)],
+            save_kind=kind,
+        )
     except RowError as error:
         if error.name not in places:
             raise
         raise ValueError(f"{place_of_row(places[error.name], error.index)}: {error}") from error
-    result.save(places["output"], kind)
+    try:
+        result.save(places["output"], kind)
+    except OSError as error:
+        raise _not_saved(error, config) from error
     config.learning_rate = config.learning_rate or default_learning_rate(result.model)
     seconds = time.perf_counter() - begin
     peaks = {"resident": peak_memory(), "device": peak_device_memory()}
@@ -195,6 +221,19 @@ def _unlearn(
     given = getattr(unwrapped(result.model), MERGED_ADAPTER, None)
     base = places["model"] if given is None else given["base_model_name_or_path"] or "BASE"
     return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind, base)
+
+
+def _not_saved(error: OSError, config: UnlearnConfig) -> OSError:
+    """The error of a save that failed, and how the command is repeated."""
+    from loku.saving.directories import system_error
+
+    again = "repeat the command"
+    if getattr(config.save_strategy, "value", config.save_strategy) != "no":
+        again += (
+            " with --resume_from_checkpoint true, which goes on from the last checkpoint in "
+            f"{config.output_dir}"
+        )
+    return system_error(f"{error}. The trained model is lost: {again}", error.errno or errno.EIO)
 
 
 def _summary(

@@ -164,7 +164,7 @@ def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRow(f"'tools' is not JSON: {error}") from error
     if tools is not None:
         schemas = as_list(tools)

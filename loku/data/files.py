@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv")
 FILE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+LINE_END = re.compile(r"\r\n|\n|\r")
+# Text that is compressed is seldom smaller than a tenth. A file of a few MB of zeros could fill any memory.
+MOST_EXPANSION = 200
+LARGE = 2**30  # bytes; up to here a file may expand as it likes
 FORMATS = f"{', '.join(TEXT_SUFFIXES)} (each also with .gz) and .parquet"
 
 
@@ -107,7 +111,7 @@ def _records(path: Path) -> _Records:
         raise ValueError(f"{path} has no known format; the suffixes of the formats are {FORMATS}")
     if suffix == ".parquet":
         return _parquet(path)
-    text = _text(path)
+    text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty")
     if suffix in (".csv", ".tsv"):
@@ -118,20 +122,43 @@ def _records(path: Path) -> _Records:
     return _json(path, text)
 
 
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8, which may be compressed by gzip.
+
+    Raises:
+        ValueError: It is none, or it is too large when it is decompressed. The message names file and line.
+        OSError: The file cannot be read.
+    """
+    data = _decompressed(path) if path.name.lower().endswith(".gz") else path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
-    if "\0" in text:  # UTF-16 without a mark decodes so
-        raise ValueError(f"{path} is not text in UTF-8: it has NUL characters")
+        before = data[: error.start].decode("utf-8")
+        raise ValueError(f"{path}, line {_line_number(before)} is not text in UTF-8: {error}") from error
+    before, nul, _ = text.partition("\0")
+    if nul:  # UTF-16 without a mark decodes so
+        raise ValueError(f"{path}, line {_line_number(before)} is not text in UTF-8: it has NUL characters")
     return text
+
+
+def _decompressed(path: Path) -> bytes:
+    """Decompress a file piece by piece, so that one that would fill the memory is noticed before."""
+    most = max(LARGE, MOST_EXPANSION * path.stat().st_size)
+    pieces: list[bytes] = []
+    length = 0
+    try:
+        with gzip.open(path) as file:
+            while piece := file.read(2**20):
+                pieces.append(piece)
+                length += len(piece)
+                if length > most:
+                    raise ValueError(
+                        f"{path} has more than {most} bytes when it is decompressed, more than "
+                        f"{MOST_EXPANSION} times its own; decompress it yourself if you trust it"
+                    )
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    return b"".join(pieces)
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
@@ -139,8 +166,13 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
     ``str.splitlines`` would also split at U+2028 and others, which stand inside of texts.
     """
-    lines = re.split(r"\r\n|\n|\r", text)
+    lines = LINE_END.split(text)
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _line_number(before: str) -> int:
+    """Return the number, from 1, of the line that follows a part of a file."""
+    return len(LINE_END.findall(before)) + 1
 
 
 def _json(path: Path, text: str) -> _Records:
@@ -171,7 +203,14 @@ _WANTED_JSON = (
 
 def _parsed(text: str) -> Any:
     """Parse strict JSON: no key twice, no NaN. A ``JSONDecodeError`` is a ``ValueError`` too."""
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+    except ValueError as error:
+        if "set_int_max_str_digits" not in str(error):
+            raise
+        raise ValueError(f"an integer has more than {sys.get_int_max_str_digits()} digits") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -255,7 +294,7 @@ def _parquet(path: Path) -> _Records:
         raise ImportError(f"to read {path}, install pyarrow: pip install pyarrow") from error
     try:
         rows = read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
     if not rows:
         raise ValueError(f"{path} is empty")
@@ -331,4 +370,5 @@ def _from_hub(source: str) -> Dataset:
     name, config, split, *more = [*source.split(":"), "", ""]
     if any(more):
         raise ValueError(f"{source!r} is not NAME[:CONFIG[:SPLIT]]")
-    return load_dataset(name, config or None, split=split or "train")
+    # datasets 3 asks whether a set's code may run, and later ones run none.
+    return load_dataset(name, config or None, split=split or "train", trust_remote_code=False)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loku.data.chats import chat_of
+from loku.data.files import read_text
 from loku.data.row_errors import BadRow, RowError
 from loku.data.row_forms import columns_of, labelled_column
 from loku.data.rows import DataSet, RowTokenizer, as_rows
 from loku.data.token_limits import TokenLimits
 from loku.data.tokens import TokenizedRow
+from loku.data.values import check_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,13 +30,13 @@ def load_refusals(refusals: Iterable[str] | str | os.PathLike | None = None) -> 
             over; or None (default) for TOFU's 100.
 
     Raises:
-        ValueError: There is no refusal, or one is not a text.
+        ValueError: There is no refusal, one is not a text, or the file is not UTF-8.
         OSError: The file cannot be read.
     """
     if refusals is None:
         refusals = TOFU_REFUSALS
     if isinstance(refusals, (str, os.PathLike)):
-        lines = Path(refusals).read_text(encoding="utf-8-sig").split("\n")  # other separators are text
+        lines = read_text(Path(refusals)).split("\n")  # other separators are text
         refusals = [line.strip() for line in lines if line.strip()]
     return check_refusals(refusals)
 
@@ -53,6 +55,10 @@ def check_refusals(refusals: Any) -> list[str]:
     for refusal in refusals:
         if not (isinstance(refusal, str) and refusal.strip()):
             raise ValueError(f"a refusal must be a non-empty string, got {refusal!r}")
+        try:
+            check_unicode(refusal)
+        except BadRow as error:
+            raise ValueError(f"the refusal {refusal!a} cannot be used: {error}") from None
     return refusals
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loku.adapters import MERGED_ADAPTER
+from loku.counts import check_max_length
 from loku.data.files import place_of_row
 from loku.data.row_errors import BadRow, RowError
 from loku.data.row_forms import columns_of, labelled_column, labelled_text
 from loku.data.token_limits import TokenLimits
 from loku.data.tokens import IGNORE_INDEX, TextTokenizer, TokenizedRow, given_tokens
 from loku.data.values import as_list, is_missing
+from loku.trust import TRUSTED, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,6 +165,7 @@ def tokenize_dataset(
             it is beyond the limits; the first such row is named. The first token of a row is never
             predicted, so its label does not count.
     """
+    check_max_length(max_length)
     rows = as_rows(rows, name)
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise ValueError(f"the {name} set is a {type(rows).__name__}, which has no length; pass list(rows)")
@@ -192,6 +195,8 @@ class RowTokenizer:
         limits: The limits of a model; None (default) sets none.
         source: The file of the rows, as for ``loku.data.read_rows``, which messages then name; None (default)
             if it is not known.
+        cut: Whether longer rows are cut, True by default. Otherwise they are refused, and the limits of the
+            model do not advise to cut them.
 
     Raises:
         ValueError: ``max_length`` is less than 2.
@@ -204,47 +209,74 @@ class RowTokenizer:
         name: str,
         limits: TokenLimits | None = None,
         source: str | os.PathLike | None = None,
+        cut: bool = True,
     ):
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
-            raise ValueError(
-                f"max_length must be an integer >= 2, since the first token of a row is never predicted, or "
-                f"None; got {max_length!r}"
-            )
+        check_max_length(max_length)
         self.tokenizer, self.max_length, self.name = tokenizer, max_length, name
-        self.limits, self.source = limits, source
+        self.limits, self.source, self.cut = limits, source, cut
         self.truncated = 0
         self._tokenize = None if tokenizer is None else TextTokenizer(tokenizer)
 
     def __call__(self, index: int, row: Any) -> TokenizedRow:
         """Tokenise a row; ``RowError`` names its index and the data set."""
         try:
-            columns = self._tokens(row)
+            columns, whole = self._tokens(row)
             length = len(columns["input_ids"])
+            told = f"{length}" if whole else f"more than {self._most()}"
+            if not self.cut:
+                self._refuse_longer(length, told)
             columns = cut_row(columns, self.max_length)
             left = len(columns["input_ids"])
-            if all(label == IGNORE_INDEX for label in columns["labels"][1:]):
+            refused = not whole and left == length  # for its length, whatever its labels are
+            if not refused and all(label == IGNORE_INDEX for label in columns["labels"][1:]):
                 raise BadRow(
-                    f"no label token is left of its {length} tokens after cutting it to max_length="
+                    f"no label token is left of its {told} tokens after cutting it to max_length="
                     f"{self.max_length}; raise max_length or drop the row"
                     if length > left
                     else "there is no label token after its first token; give it a longer text, a "
                     "non-empty completion or labels that are not all -100, or drop the row"
                 )
             if self.limits is not None:
-                self.limits.check(columns)
+                self.limits.check(columns, told if refused else None)
+        except RecursionError as error:
+            raise self._error(index, "its values are nested too deeply") from error
         except BadRow as error:
-            place = None if self.source is None else place_of_row(self.source, index)
-            raise RowError(self.name, index, error, place) from error.__cause__
+            raise self._error(index, error) from error.__cause__
         self.truncated += length > left
         return columns
 
-    def _tokens(self, row: Any) -> TokenizedRow:
+    def _error(self, index: int, problem: object) -> RowError:
+        place = None if self.source is None else place_of_row(self.source, index)
+        return RowError(self.name, index, problem, place)
+
+    def _most(self) -> int | None:
+        """Return the greatest number of tokens of a row that are of use; None if there is none."""
+        context = None if self.limits is None else self.limits.context
+        bounds = (
+            (self.max_length,) if self.cut and self.max_length is not None else (self.max_length, context)
+        )
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    def _refuse_longer(self, length: int, told: str) -> None:
+        context = None if self.limits is None else self.limits.context
+        for greatest, what, instead in (
+            (self.max_length, "max_length", "raise max_length (--max-length) or drop the row"),
+            (context, "the model's context", "drop the row"),
+        ):
+            if greatest is not None and length > greatest:
+                raise BadRow(
+                    f"a question with its answer has {told} tokens, and {what} is {greatest}. Answers to "
+                    f"questions are not cut: {instead}"
+                )
+
+    def _tokens(self, row: Any) -> tuple[TokenizedRow, bool]:
+        """Return the tokens of a row, and whether they are all of them (``TextTokenizer``)."""
         columns = columns_of(row)
         if labelled_column(columns) == "input_ids":
-            return given_tokens(columns)
+            return given_tokens(columns), True
         if self._tokenize is None:
             raise BadRow("a tokenizer is needed unless every row has 'input_ids'; pass tokenizer=")
-        return self._tokenize(labelled_text(columns, self._tokenize.tokenizer))
+        return self._tokenize(labelled_text(columns, self._tokenize.tokenizer), self._most())
 
 
 def cut_row(columns: TokenizedRow, max_length: int | None) -> TokenizedRow:
@@ -299,13 +331,12 @@ def infer_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     """Load the tokenizer that was saved beside a model.
 
     Args:
-        model: A causal LM, whose config names the folder or the hub name that it was loaded from.
+        model: A causal LM, whose config names the folder or the hub name that it was loaded from. Code of the
+            tokenizer runs only if ``loku`` loaded the model with ``trust_remote_code=True``.
 
     Raises:
-        ValueError: The config names no such place, or no tokenizer is there.
+        ValueError: The config names no such place, no tokenizer is there, or it needs code of its own.
     """
-    from transformers import AutoTokenizer
-
     merged: Any = getattr(model, MERGED_ADAPTER, None)  # its tokenizer may lie beside the adapter
     name = getattr(model.config, "_name_or_path", "") if merged is None else merged["tokenizer"]
     if not name:
@@ -314,7 +345,8 @@ def infer_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     if not local and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"{name!r}, where this model was loaded from, is not there; pass tokenizer=")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        trusted = getattr(model, TRUSTED, False)
+        tokenizer = load_tokenizer(name, trust_remote_code=trusted, local_files_only=local)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ...
         raise ValueError(f"no tokenizer could be loaded from {name!r}; pass tokenizer= ({error})") from error
     # For some models AutoTokenizer makes an empty one where no tokenizer was saved.

@@ -27,8 +27,12 @@ class TokenLimits(NamedTuple):
     inputs: int | None
     outputs: int | None
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Mapping[str, Any], told: str | None = None) -> None:
         """Check a tokenised row.
+
+        Args:
+            row: The row.
+            told: Its number of tokens in messages. By default they are counted.
 
         Raises:
             BadRow: The row is longer than the context, or an id or a label is beyond its embedding.
@@ -36,8 +40,8 @@ class TokenLimits(NamedTuple):
         length = max(row["position_ids"]) + 1 if "position_ids" in row else len(row["input_ids"])
         if self.context is not None and length > self.context:
             raise BadRow(
-                f"it has {length} tokens, and the model's context has {self.context}; cut the rows by "
-                f"max_length={self.context} (--max-length {self.context}), or split or drop the row"
+                f"it has {told or length} tokens, and the model's context has {self.context}; cut the rows "
+                f"by max_length={self.context} (--max-length {self.context}), or split or drop the row"
             )
         greatest = max(row["input_ids"], default=0)
         if self.inputs is not None and greatest >= self.inputs:

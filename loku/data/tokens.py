@@ -7,12 +7,19 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from loku.data.row_errors import BadRow
+from loku.data.values import check_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 LABEL_MASKS = ("completion_mask", "assistant_masks")  # TRL's: 1 marks a labelled token
+
+# A text is enormous if it has more than so many characters for each token that is of use, and so many more.
+# Others are tokenised whole: that costs little.
+MOST_CHARACTERS = 16
+MARGIN_CHARACTERS = 2**16
+MARGIN_TOKENS = 256  # what follows a token beyond so many tokens does not change it
 
 TokenizedRow: TypeAlias = dict[str, list[int]]
 
@@ -52,44 +59,93 @@ class TextTokenizer:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._taking_spaces = {index for index, token in added.items() if token.rstrip}
 
-    def __call__(self, labelled: LabelledText) -> TokenizedRow:
+    def __call__(self, labelled: LabelledText, most: int | None = None) -> tuple[TokenizedRow, bool]:
         """Tokenise a text.
 
+        Args:
+            labelled: The text.
+            most: The greatest number of tokens that are of use; None (default) sets none. Of an enormous text
+                that has more, only the start is tokenised.
+
+        Returns:
+            The row, and whether it is the whole of it. Otherwise it has more than ``most`` tokens, the first
+            ones of the whole.
+
         Raises:
-            BadRow: The tokenizer is a slow one, which gives no offsets, and the tokens of the text before a
-                labelled part are not the first tokens of the whole text.
+            BadRow: The text has a lone surrogate. Or the tokenizer is a slow one, which gives no offsets, and
+                the tokens of the text before a labelled part are not the first tokens of the whole text.
         """
-        # verbose=False: no warning about model_max_length, since max_length has its own.
-        encoded = self.tokenizer(labelled.text, add_special_tokens=False, verbose=False)
+        check_unicode(labelled.text)
+        text, encoded = labelled.text, None
+        if most is not None and len(text) > MOST_CHARACTERS * most + MARGIN_CHARACTERS:
+            text, encoded = self._start(text, most)
+        whole = len(text) == len(labelled.text)
+        if encoded is None:
+            encoded = _encoded(self.tokenizer, text)
         ids: list[int] = list(encoded["input_ids"])
         if labelled.spans is None:
             labels = list(ids)
         else:
             labels = [IGNORE_INDEX] * len(ids)
-            encodings: Any = getattr(encoded, "encodings", None)
-            offsets = None if encodings is None else encodings[0].offsets
-            for span in labelled.spans:
+            offsets = _offsets(encoded)
+            for begin, end in labelled.spans:
+                if begin >= len(text):
+                    continue
+                span = begin, min(end, len(text))
                 if offsets is None:
-                    first, last = self._tokens_by_prefixes(ids, labelled.text, span)
+                    first, last = self._tokens_by_prefixes(ids, text, span)
                 else:
                     first, last = _tokens_of(offsets, *span)
                     if first < last and offsets[first][0] < span[0] and ids[first] in self._taking_spaces:
                         first += 1
                 labels[first:last] = ids[first:last]
+        if not whole and most is not None:
+            ids, labels = ids[: most + 1], labels[: most + 1]
         row = {"input_ids": ids, "labels": labels}
-        return self._with_special(row, labelled.spans is None) if labelled.special else row
+        return (self._with_special(row, labelled.spans is None, whole) if labelled.special else row), whole
 
-    def _with_special(self, row: TokenizedRow, whole: bool) -> TokenizedRow:
-        """Put the special tokens around a row, unless its text has them already."""
+    def _start(self, text: str, most: int) -> tuple[str, Any]:
+        """Find a start of a text whose first ``most`` + 1 tokens are those of the whole text.
+
+        What follows a token may change it, but only what follows soon. So two starts of different lengths
+        that have many more tokens, and have the first ones in common, show these tokens. Some tokenizers
+        group the digits of a number from its end, or pair what repeats. So the lengths leave different
+        remainders by 2 and by 3. If starts go on to differ, the whole text is tokenised.
+
+        Returns:
+            The start and its encoding; the whole text if no shorter start is enough.
+        """
+        length = (MOST_CHARACTERS * most + MARGIN_CHARACTERS) // 2
+        known: tuple[list[int], Any] | None = None
+        while length < len(text):
+            encoded = _encoded(self.tokenizer, text[:length])
+            ids = list(encoded["input_ids"])
+            if len(ids) >= most + 1 + MARGIN_TOKENS:
+                offsets = _offsets(encoded)
+                found = ids[: most + 1], None if offsets is None else offsets[: most + 1]
+                if found == known:
+                    return text[:length], encoded
+                known = found
+            length += length // 6 * 6 + 1
+        return text, _encoded(self.tokenizer, text)
+
+    def _with_special(self, row: TokenizedRow, labelled: bool, ends: bool) -> TokenizedRow:
+        """Put the special tokens around a row, unless its text has them already.
+
+        Args:
+            row: The row.
+            labelled: Whether the special tokens before the text are labelled.
+            ends: Whether the row has the end of the text.
+        """
         ids, labels = row["input_ids"], row["labels"]
         leading = [] if ids[: len(self._leading)] == self._leading else self._leading
-        trailing = [] if ids[-len(self._trailing) :] == self._trailing else list(self._trailing)
+        trailing = [] if not ends or ids[-len(self._trailing) :] == self._trailing else list(self._trailing)
         eos = self.tokenizer.eos_token_id
-        if eos is not None and [*ids, *trailing][-1:] != [eos]:
+        if ends and eos is not None and [*ids, *trailing][-1:] != [eos]:
             trailing.append(eos)
         return {
             "input_ids": [*leading, *ids, *trailing],
-            "labels": [*(leading if whole else [IGNORE_INDEX] * len(leading)), *labels, *trailing],
+            "labels": [*(leading if labelled else [IGNORE_INDEX] * len(leading)), *labels, *trailing],
         }
 
     def _tokens_by_prefixes(self, ids: list[int], text: str, span: tuple[int, int]) -> tuple[int, int]:
@@ -130,8 +186,19 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return [], []
 
 
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
+    # verbose=False: no warning about model_max_length, since max_length has its own.
+    return tokenizer(text, add_special_tokens=False, verbose=False)
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(_encoded(tokenizer, text)["input_ids"])
+
+
+def _offsets(encoded: Any) -> list[tuple[int, int]] | None:
+    """Return the first character and the one after the last of each token; None from a slow tokenizer."""
+    encodings: Any = getattr(encoded, "encodings", None)
+    return None if encodings is None else encodings[0].offsets
 
 
 def given_tokens(row: Mapping[str, Any]) -> TokenizedRow:
@@ -148,12 +215,16 @@ def given_tokens(row: Mapping[str, Any]) -> TokenizedRow:
     for key in ("labels", "position_ids", "attention_mask", *LABEL_MASKS):
         if key in row:
             columns[key] = _integers(row, key)
-    if "position_ids" not in row and "seq_lengths" in row:
-        columns["position_ids"] = [i for length in _integers(row, "seq_lengths") for i in range(length)]
     for key, values in columns.items():
         if len(values) != len(ids):
-            source = "seq_lengths" if key == "position_ids" and key not in row else key
-            raise BadRow(f"it has {len(ids)} input_ids but '{source}' has {len(values)} entries")
+            raise BadRow(f"it has {len(ids)} input_ids but '{key}' has {len(values)} entries")
+    if "position_ids" not in row and "seq_lengths" in row:
+        lengths = _integers(row, "seq_lengths")
+        if min(lengths, default=0) < 0:
+            raise BadRow(f"'seq_lengths' has {min(lengths)}; the length of a document is 0 or greater")
+        if sum(lengths) != len(ids):  # before they are counted out: one may be greater than any memory
+            raise BadRow(f"it has {len(ids)} input_ids but 'seq_lengths' has {sum(lengths)} entries")
+        columns["position_ids"] = [i for length in lengths for i in range(length)]
     if any(token < 0 for token in ids):
         raise BadRow(f"'input_ids' has {min(ids)}; a token id is 0 or greater")
     for label in columns["labels"]:
@@ -186,16 +257,18 @@ def _integers(row: Mapping[str, Any], key: str) -> list[int]:
     values = row[key].tolist() if hasattr(row[key], "tolist") else row[key]
     if not isinstance(values, (list, tuple)):
         raise BadRow(f"'{key}' must be a flat list of integers, one sequence a row")
-    if all(type(value) is int for value in values):
-        return list(values)
-    for value in values:
-        # A bool is an Integral too, and it is a token id by mistake alone. In a mask it means 0 or 1.
-        if not isinstance(value, Integral) or (isinstance(value, bool) and "mask" not in key):
-            raise BadRow(
-                f"'{key}' must be a flat list of integers, one sequence a row; it has a "
-                f"{type(value).__name__}"
-            )
-    return [int(value) for value in values]
+    if not all(type(value) is int for value in values):
+        for value in values:
+            # A bool is an Integral too, and it is a token id by mistake alone. In a mask it means 0 or 1.
+            if not isinstance(value, Integral) or (isinstance(value, bool) and "mask" not in key):
+                raise BadRow(
+                    f"'{key}' must be a flat list of integers, one sequence a row; it has a "
+                    f"{type(value).__name__}"
+                )
+    integers = [int(value) for value in values]
+    if integers and not -(2**63) <= min(integers) <= max(integers) < 2**63:
+        raise BadRow(f"'{key}' has an integer of more than 64 bits")  # it may be too long to be shown
+    return integers
 
 
 def _end_documents(columns: TokenizedRow) -> None:

@@ -50,3 +50,18 @@ def check_text(value: Any, name: str) -> str:
     if not value.strip():
         raise BadRow(f"'{name}' is {'blank' if value else 'empty'}; give it a text, or drop the row")
     return value
+
+
+def check_unicode(text: str) -> None:
+    """Check that a text has no lone surrogate, such as ``"\\ud800"`` in JSON: no tokenizer takes one.
+
+    Raises:
+        BadRow: It has one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"its text has {text[error.start]!a} after {error.start} characters, one half of a surrogate "
+            "pair, which stands for no character"
+        ) from None

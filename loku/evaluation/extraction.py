@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from loku.counts import check_counts
 from loku.distributed import from_main_process, has_shards, is_main_process, reshard_, spread
 from loku.evaluation.generation import eos_ids, generate_greedy, until_eos
 from loku.evaluation.scores import TokenScores, mean_over_rows, token_scores
@@ -53,7 +54,7 @@ def greedy_answers(
         model: The causal LM, on the device where it runs.
         rows: The tokenised rows, with one labelled span each.
         scores: The ``token_scores`` of the rows.
-        max_new_tokens: The greatest number of tokens of an answer.
+        max_new_tokens: The greatest number of tokens of an answer, >= 1.
         batch_size: The number of prompts in a batch, 16 by default.
         eos_token_id: The ids at which an answer ends; None (default) stands for the model's own.
         progress: Whether to show a progress bar, True by default.
@@ -61,7 +62,11 @@ def greedy_answers(
 
     Returns:
         The ids of each answer.
+
+    Raises:
+        ValueError: ``max_new_tokens`` or ``batch_size`` is less than 1.
     """
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     eos = eos_ids(model) if eos_token_id is None else eos_token_id
     prompts: list[list[int]] = []
     known: list[list[int]] = []
@@ -144,10 +149,9 @@ def extraction_likelihood(
         scores: The ``token_scores`` of the rows; None (default) computes them.
 
     Raises:
-        ValueError: ``n`` or ``stride`` is less than 1, or a row packs several documents.
+        ValueError: ``n``, ``stride`` or ``batch_size`` is less than 1, or a row packs several documents.
     """
-    if n < 1 or stride < 1:
-        raise ValueError(f"n and stride must be at least 1, got n={n} and stride={stride}")
+    check_counts(n=n, stride=stride, batch_size=batch_size)
     if any("position_ids" in row for row in rows):
         raise ValueError("packed rows have several texts; pass each as a row (loku.data.split_documents)")
     if scores is None:
@@ -204,6 +208,7 @@ def spread_extraction_likelihood(
     of ``extraction_likelihood``. Only the main process shows progress. With sharded weights (FSDP2) every
     process generates for all rows, because the number of forwards depends on the tokens.
     """
+    check_counts(n=n, stride=stride, batch_size=batch_size)  # in every process, also in one without rows
     progress = progress and is_main_process()
 
     def per_row(rows: Sequence[Mapping[str, Any]], scores: Sequence[TokenScores]) -> list[float | None]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from loku.counts import check_counts
 from loku.data import token_limits
 from loku.interrupts import uninterrupted_context
 from loku.models import CausalLM, evaluating, model_device, unwrapped
@@ -49,8 +50,10 @@ def generate_greedy(
         or at the end of the model's context.
 
     Raises:
+        ValueError: ``batch_size`` is less than 1.
         FloatingPointError: The logits of a continuation have a NaN.
     """
+    check_counts(batch_size=batch_size)
     if eos_token_id is None:
         eos_token_id = eos_ids(model)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loku.counts import check_counts
 from loku.models import CausalLM, evaluating
 
 if TYPE_CHECKING:
@@ -49,10 +50,15 @@ def reasoning_accuracies(
         The accuracy of each task, the harness's ``acc``, which is not normalised by length, in [0, 1].
 
     Raises:
-        ImportError: The harness is not installed.
-        ValueError: A task reports no accuracy.
+        ImportError: The harness is not installed, or ``datasets`` is older than 4 and would run the scripts
+            of data sets.
+        ValueError: ``batch_size`` or ``limit`` is less than 1, ``num_fewshot`` is less than 0, or a task
+            reports no accuracy.
     """
+    check_counts(batch_size=batch_size, limit=1 if limit is None else limit)
+    check_counts(0, num_fewshot=num_fewshot)
     try:
+        import datasets
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
@@ -60,9 +66,13 @@ def reasoning_accuracies(
             "the reasoning sets are measured by lm-evaluation-harness, which is not installed: "
             "pip install 'loku-kernels[lm-eval]'"
         ) from error
+    if int(datasets.__version__.split(".")[0]) < 4:  # the harness trusts the scripts of some of its sets
+        raise ImportError(
+            f"datasets {datasets.__version__} would run code of the reasoning sets: pip install 'datasets>=4'"
+        )
     with evaluating(model):
         results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False),
             tasks=list(tasks),
             num_fewshot=num_fewshot,
             limit=limit,

@@ -137,7 +137,8 @@ def _write_png(figure: Figure, path: str | os.PathLike) -> None:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    with whole_file(path) as unfinished:
+        FigureCanvasAgg(figure).print_png(unfinished)
 
 
 def _plain(value: Any) -> Any:

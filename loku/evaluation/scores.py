@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from loku.counts import check_counts
 from loku.data import IGNORE_INDEX, collate
 from loku.distributed import has_shards, is_main_process, reshard_, spread
 from loku.models import CausalLM, evaluating, model_device
@@ -63,6 +64,7 @@ def token_scores(
         The scores of each row, on the CPU.
 
     Raises:
+        ValueError: ``batch_size`` is less than 1.
         FloatingPointError: A loss is NaN. NaN matches no token, so the model would seem to have forgotten.
     """
     scores = unchecked_token_scores(model, rows, batch_size, progress, description)
@@ -74,6 +76,7 @@ def unchecked_token_scores(
     model: CausalLM, rows: Sequence[Mapping[str, Any]], batch_size: int, progress: bool, description: str
 ) -> list[TokenScores]:
     """Compute ``token_scores`` without its check for NaN."""
+    check_counts(batch_size=batch_size)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     scores: list[Any] = [None] * len(rows)
     device = model_device(model)
@@ -109,6 +112,7 @@ def spread_token_scores(
 
     It takes the arguments of ``token_scores``. Only the main process shows progress.
     """
+    check_counts(batch_size=batch_size)  # in every process, also in one without rows
     progress = progress and is_main_process()
 
     def score(rows: Sequence[Mapping[str, Any]]) -> list[TokenScores]:
@@ -235,6 +239,16 @@ def extraction_strength(scores: Iterable[TokenScores]) -> list[float]:
     return strengths
 
 
+def check_share(share: float) -> None:
+    """Check the share of a row's tokens that ``min_k`` takes.
+
+    Raises:
+        ValueError: It is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of Min-K% must be in (0, 1], got {share}")
+
+
 def min_k(scores: Sequence[TokenScores], share: float = MIN_K_SHARE) -> list[float]:
     """Compute the Min-K% Prob of each row (Shi et al., ICLR 2024).
 
@@ -251,8 +265,7 @@ def min_k(scores: Sequence[TokenScores], share: float = MIN_K_SHARE) -> list[flo
     Raises:
         ValueError: The share is not in (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}")
+    check_share(share)
     # In floating point 0.29 * 100 is a little less than 29.
     counts = [max(1, int(share * len(score.losses) + 1e-9)) for score in scores]
     return [-s.losses.topk(k).values.mean().item() for s, k in zip(scores, counts, strict=True)]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from loku.counts import check_counts, check_max_length
 from loku.data import (
     IGNORE_INDEX,
     as_rows,
@@ -23,13 +24,14 @@ from loku.evaluation.extraction import generated_texts, spread_extraction_likeli
 from loku.evaluation.scores import (
     MIN_K_SHARE,
     TokenScores,
+    check_share,
     mean_over_rows,
     membership_auc,
     min_k,
     spread_token_scores,
     token_measures,
 )
-from loku.evaluation.tofu import ANSWER_SLACK, measured_section, rouge_recalls, tokenized_answers
+from loku.evaluation.tofu import ANSWER_SLACK, Answer, measured_section, rouge_recalls, tokenized_answers
 from loku.evaluation.tofu_logs import (
     CHOICE_SETS,
     SECTIONS,
@@ -42,6 +44,7 @@ from loku.evaluation.tofu_logs import (
     section_metrics,
 )
 from loku.models import CausalLM
+from loku.nan_guard import check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,32 +103,42 @@ def evaluate(
             ``loku.data.read_rows``. The names "forget", "holdout", "retain", "real_authors" and "world_facts"
             have a meaning; sets with other names get the measures of every set.
         reference_log: The parsed TOFU log of a model that never saw the forget set; None by default.
-        n: The length of Extraction Likelihood's n-grams, in tokens, 10 by default.
-        stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, 1 by
-            default.
+        n: The length of Extraction Likelihood's n-grams, in tokens, >= 1; 10 by default.
+        stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, >= 1;
+            1 by default.
         min_k_share: The share of a row's tokens that Min-K% takes, in (0, 1], 0.2 by default.
-        max_length: The number of tokens at which texts are cut; None (default) does not cut them. A question
-            with its answer is never cut: one that is longer is refused.
-        batch_size: The number of rows in a batch, 16 by default.
+        max_length: The number of tokens at which texts are cut, >= 2; None (default) does not cut them. A
+            question with its answer is never cut: one that is longer is refused.
+        batch_size: The number of rows in a batch, >= 1; 16 by default.
         progress: Whether the main process shows progress bars, True by default.
 
     Raises:
         RowError: A row cannot be used. The message names the set and the row, and the line of a file.
-        ValueError: A set is empty; the batch size is less than 1; or the reference log is about other
-            questions than the forget set, or one of them lacks perturbed answers.
-        FloatingPointError: A loss or a logit is NaN.
+        ValueError: ``n``, ``stride``, ``min_k_share``, ``max_length`` or ``batch_size`` is out of its range;
+            a set is empty; or the reference log is about other questions than the forget set, or one of them
+            lacks perturbed answers.
+        FloatingPointError: A weight is NaN or Inf, or a loss or a logit is NaN.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_counts(n=n, stride=stride, batch_size=batch_size)
+    check_max_length(max_length)
+    check_share(min_k_share)
+    check_weights(model)
     sources = {name: rows for name, rows in data.items() if isinstance(rows, (str, os.PathLike))}
     data_sets = {
         name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))
         for name, rows in data.items()
     }
-    with row_places(sources):
-        tokens_of = {
-            name: _tokenized(model, tokenizer, rows, max_length, name) for name, rows in data_sets.items()
-        }
+    limits = token_limits(model)
+    answers_of: dict[str, list[list[Answer]]] = {}
+    tokens_of: dict[str, Sequence[Mapping[str, Any]]] = {}
+    with row_places(sources):  # all that is measured is checked before the first measure
+        for name, rows in data_sets.items():
+            if rows and all(map(_is_question, rows)):
+                answers_of[name] = tokenized_answers(rows, tokenizer, name, max_length, limits)
+                tokens_of[name] = [true.tokens for true, *_ in answers_of[name]]
+            else:
+                ids = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+                tokens_of[name] = split_documents(ids)
     if reference_log is not None:
         forget = data_sets.get("forget", [])
         if not all(map(_is_question, forget)) or not any(map(wrong_answers, forget)):
@@ -138,7 +151,6 @@ def evaluate(
     log: dict[str, Section] = {}
     min_k_of: dict[str, list[float]] = {}
     for name, rows in data_sets.items():
-        questions = all(_is_question(row) for row in rows)
         tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
         sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share)}
@@ -148,21 +160,21 @@ def evaluate(
                 model, tokens, scores, n, stride, batch_size, progress
             )
         room = max(len(score.losses) for score in scores) + ANSWER_SLACK
-        if questions:
+        if name in answers_of:
 
             def tofu_rows(
                 rows: list[Any],
+                answers: list[list[Answer]],
                 scores: list[TokenScores],
-                numbers: Sequence[int],
                 room: int = room,
                 name: str = name,
             ) -> list[dict[str, Any]]:
                 section = measured_section(
-                    model, tokenizer, rows, numbers, batch_size, show, name, scores, room
+                    model, tokenizer, rows, answers, batch_size, show, name, scores, room
                 )
                 return _by_row(section, len(rows))
 
-            section = _by_quantity(spread(tofu_rows, rows, scores, range(len(rows))))
+            section = _by_quantity(spread(tofu_rows, rows, answers_of[name], scores))
             generated = [text.removeprefix("Answer:") for _, text, _ in section["generated_text"].values()]
             choice = name in CHOICE_SETS and all(map(wrong_answers, rows))
             sets[name] |= section_metrics(section, choice, name == "forget")
@@ -204,17 +216,6 @@ def evaluate(
     else:
         not_available["membership_auc"] = f"no {' and no '.join(missing)} set"
     return Evaluation(sets, whole, not_available, log)
-
-
-def _tokenized(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Any], max_length: int | None, name: str
-) -> list[Mapping[str, Any]]:
-    """Tokenise a data set, and check that the model can take all that is measured of it."""
-    limits = token_limits(model)
-    if rows and all(_is_question(row) for row in rows):
-        answers = tokenized_answers(rows, tokenizer, name, max_length, limits)
-        return [answer.tokens for answer in answers[: len(rows)]]
-    return split_documents(tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits))
 
 
 def _completions(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loku.counts import check_counts
 from loku.data import (
     BadRow,
     RowError,
@@ -18,7 +19,7 @@ from loku.data import (
     tokenize_dataset,
     wrong_answers,
 )
-from loku.data.rows import DataSet
+from loku.data.rows import DataSet, RowTokenizer, TokenizedRow
 from loku.evaluation.extraction import generated_texts
 from loku.evaluation.scores import TokenScores, check_scores, token_scores, unchecked_token_scores
 from loku.evaluation.tofu_logs import (  # the logs' names were here
@@ -62,7 +63,7 @@ class Answer(NamedTuple):
     """An answer that is scored.
 
     Attributes:
-        row: The index of its row, from 0.
+        row: The index of its row in the data set, from 0.
         kind: "gt", "paraphrased" or "perturb", as in the quantities of a log.
         tokens: Its tokenised row, with ``input_ids`` and ``labels``.
     """
@@ -78,7 +79,7 @@ def tokenized_answers(
     name: str,
     max_length: int | None = None,
     limits: TokenLimits | None = None,
-) -> list[Answer]:
+) -> list[list[Answer]]:
     """Tokenise all answers of rows of questions and answers.
 
     Args:
@@ -90,8 +91,7 @@ def tokenized_answers(
         limits: The limits of a model, from ``loku.data.token_limits``; None (default) sets none.
 
     Returns:
-        The true answers, in the order of the rows; then the paraphrased and wrong ones of the rows that have
-        wrong ones.
+        The answers of each row: the true one; then, if it has wrong ones, its paraphrased and its wrong ones.
 
     Raises:
         ValueError: There are no rows.
@@ -99,43 +99,28 @@ def tokenized_answers(
     """
     if len(rows) == 0:
         raise ValueError(f"the {name} set is empty; it needs at least one row")
-    texts: list[tuple[int, str, str]] = []
-    others: list[tuple[int, str, str]] = []
+    texts: list[list[tuple[str, str]]] = []
     for index, row in enumerate(rows):
         if labelled_column(row) != "answer":
             has = list(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
             raise RowError(name, index, f"TOFU's measures need 'question' and 'answer', and it has {has}")
+        texts.append([("gt", row["answer"])])
         try:
             wrong = wrong_answers(row)
             if wrong:
-                others.append((index, "paraphrased", paraphrased_answer(row)))
+                texts[-1].append(("paraphrased", paraphrased_answer(row)))
         except BadRow as error:
             raise RowError(name, index, error) from error
-        texts.append((index, "gt", row["answer"]))
-        others += [(index, "perturb", answer) for answer in wrong]
-    texts += others
-    columns = [{"question": rows[index]["question"], "answer": answer} for index, _, answer in texts]
-    try:
-        tokens = tokenize_dataset(columns, tokenizer, name=name)
-    except RowError as error:
-        raise RowError(name, texts[error.index][0], error.problem) from error
-    answers = [Answer(index, kind, ids) for (index, kind, _), ids in zip(texts, tokens, strict=True)]
-    bounds = [
-        (max_length, "max_length", "raise max_length (--max-length) or drop the row"),
-        (None if limits is None else limits.context, "the model's context", "drop the row"),
+        texts[-1] += [("perturb", answer) for answer in wrong]
+    tokenize = RowTokenizer(tokenizer, max_length, name, limits, cut=False)
+
+    def tokens(index: int, answer: str) -> TokenizedRow:
+        return tokenize(index, {"question": rows[index]["question"], "answer": answer})
+
+    return [
+        [Answer(index, kind, tokens(index, answer)) for kind, answer in of_row]
+        for index, of_row in enumerate(texts)
     ]
-    for index, _, ids in answers:
-        length = len(ids["input_ids"])
-        for greatest, what, instead in bounds:
-            if greatest is not None and length > greatest:
-                problem = f"a question with its answer has {length} tokens, and {what} is {greatest}"
-                raise RowError(name, index, f"{problem}. Answers to questions are not cut: {instead}")
-        try:
-            if limits is not None:
-                limits.check(ids)
-        except BadRow as error:
-            raise RowError(name, index, error) from error
-    return answers
 
 
 def answer_losses(
@@ -162,6 +147,7 @@ def answer_losses(
         The mean loss of a completion's tokens, in nats, float64 (N,), and the number of its tokens, int64
         (N,).
     """
+    check_counts(batch_size=batch_size)
     if not prompts:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
     pairs = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
@@ -221,12 +207,16 @@ def evaluate_tofu_rows(
         The section.
 
     Raises:
-        ValueError: There are no rows.
+        ValueError: There are no rows, or ``batch_size`` or ``max_new_tokens`` is less than 1.
         RowError: A row lacks ``question`` or ``answer``, or has an answer that is no text.
         FloatingPointError: A loss is NaN.
     """
+    check_counts(batch_size=batch_size)
+    if max_new_tokens is not None:
+        check_counts(max_new_tokens=max_new_tokens)
+    answers = tokenized_answers(rows, tokenizer, description)
     return measured_section(
-        model, tokenizer, rows, range(len(rows)), batch_size, progress, description, scores, max_new_tokens
+        model, tokenizer, rows, answers, batch_size, progress, description, scores, max_new_tokens
     )
 
 
@@ -234,25 +224,28 @@ def measured_section(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: DataSet,
-    numbers: Sequence[int],
+    answers: Sequence[Sequence[Answer]],
     batch_size: int,
     progress: bool,
     description: str,
     scores: Sequence[TokenScores] | None,
     max_new_tokens: int | None,
 ) -> Section:
-    """Do the work of ``evaluate_tofu_rows``, with the indices that messages give to the rows."""
-    answers = tokenized_answers(rows, tokenizer, description)
-    tokens = [answer.tokens for answer in answers]
+    """Do the work of ``evaluate_tofu_rows`` on some rows of a set, with their ``tokenized_answers``."""
+    numbered = [
+        *((i, true) for i, (true, *_) in enumerate(answers)),
+        *((i, other) for i, (_, *others) in enumerate(answers) for other in others),
+    ]
+    tokens = [answer.tokens for _, answer in numbered]
     # All answers are scored in one list, so that a batch may mix kinds.
     known = scores or []
     to_score = tokens[len(known) :]
     new = unchecked_token_scores(model, to_score, batch_size, progress, f"{description}: scoring")
     scores = [*known, *new]
-    check_scores(scores, description, lambda i: f"row {numbers[answers[i].row]}, a {answers[i].kind} answer")
+    check_scores(scores, description, lambda i: f"row {numbered[i][1].row}, a {numbered[i][1].kind} answer")
     scored: dict[str, dict[str, list[tuple[float, int]]]] = {"gt": {}, "paraphrased": {}, "perturb": {}}
-    for (i, kind, _), score in zip(answers, scores, strict=True):
-        scored[kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
+    for (i, answer), score in zip(numbered, scores, strict=True):
+        scored[answer.kind].setdefault(str(i), []).append((score.losses.mean().item(), len(score.losses)))
 
     if max_new_tokens is None:
         max_new_tokens = max(len(score.losses) for score in scores[: len(rows)]) + ANSWER_SLACK

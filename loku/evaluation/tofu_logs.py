@@ -70,9 +70,24 @@ def check_forget_section(log: Log, name: str) -> None:
         name: The name of the log in messages.
 
     Raises:
-        ValueError: The log has no forget section with perturbed answers, or a value of it is no number.
+        ValueError: The log has not the form of TOFU's or no forget section with perturbed answers, or a value
+            of it is no number.
     """
+    _check_form(log, name)
     log_truth_ratio(_section(log, "forget"), f"the forget section of {name}")
+
+
+def _check_form(log: Any, name: str) -> None:
+    """Raise ValueError unless the forget section maps quantities to rows, and rows to numbers or texts."""
+    try:
+        section = log.get(SECTIONS["forget"], {})
+        for quantity in ("average_perturb_loss", "avg_paraphrased_loss"):
+            for value in section.get(quantity, {}).values():
+                np.asarray(value, dtype=np.float64)
+        for texts in section.get("generated_text", {}).values():
+            "".join((texts[0], texts[2]))  # the prompt and the true answer
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} has not the form of TOFU's logs: {error}") from error
 
 
 def check_reference(log: Log, rows: Sequence[Mapping[str, Any]], name: str) -> None:

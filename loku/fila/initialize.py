@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from loku.adapters import (
+    BASE_COPY,
     REFERENCE_ADAPTER,
     active_adapters,
     adapter_factors,
@@ -54,8 +55,6 @@ from loku.process_state import process_state_kept
 from loku.rollback import all_or_nothing
 from loku.saving.residual_base import on_residual_base_
 from loku_kernels import row_scaled_svd
-
-_BASE_COPY = "_loku_base_weights"
 
 
 def _checked_row_scales(row_scales: Mapping[str, Tensor], layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
@@ -256,7 +255,7 @@ def _keeping_originals(
         with all_or_nothing(peft_model):
             yield
             initial = {name: adapter_factors(layer, adapter_name) for name, layer in layers.items()}
-            setattr(peft_model, _BASE_COPY, originals.finished())
+            setattr(peft_model, BASE_COPY, originals.finished())
             add_frozen_adapter(peft_model, REFERENCE_ADAPTER, adapter_name, initial)
             on_residual_base_(peft_model)
         raise_waiting()
@@ -302,21 +301,21 @@ def undo_of_initialisation(model: nn.Module) -> Callable[[], None]:
 
 def hand_over_base_copy_(peft_model: PeftModel, undo: ExitStack[bool | None]) -> None:
     """``release_base_copy_``, with the copy held by the callbacks of ``all_or_nothing`` until it succeeds."""
-    if hasattr(peft_model, _BASE_COPY):
-        undo.callback(setattr, peft_model, _BASE_COPY, getattr(peft_model, _BASE_COPY))
+    if hasattr(peft_model, BASE_COPY):
+        undo.callback(setattr, peft_model, BASE_COPY, getattr(peft_model, BASE_COPY))
         release_base_copy_(peft_model)
 
 
 def release_base_copy_(peft_model: PeftModel) -> None:
     """Free the CPU copy of the original weights. ``restore_base_`` then adds the initial factors back."""
-    if hasattr(peft_model, _BASE_COPY):
-        delattr(peft_model, _BASE_COPY)
+    if hasattr(peft_model, BASE_COPY):
+        delattr(peft_model, BASE_COPY)
 
 
 @torch.no_grad()
 def restore_weights_(peft_model: PeftModel) -> None:
     """Put the original weights back as ``restore_base_`` does, and leave the LoRA layers where they are."""
-    originals = getattr(peft_model, _BASE_COPY, None)
+    originals = getattr(peft_model, BASE_COPY, None)
     for name, layer in reference_layers(peft_model).items():
         if originals is not None:
             _local_weight(layer).copy_(originals[name])

@@ -1,8 +1,9 @@
 """Row scales on disk, so that a second run on the same model and data skips the Fisher passes.
 
-The name of a file is the SHA-256 of everything that the row scales depend on: the model's class, config and
-weights, the rows, the modules and the damping. So a file never becomes wrong. Every file may be deleted at
-any time.
+The name of a file is the SHA-256 of everything that the row scales depend on: what the model computes with
+(``loku.fingerprints.base_fingerprint``), the rows, the modules and the damping. So a file never becomes
+wrong. A model with hooks or a forward of its own has no such digest, and its row scales are always measured.
+Every file may be deleted at any time.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from loku.adapters import linear_weight
 from loku.distributed import from_main_process, is_main_process
-from loku.fingerprints import batches_fingerprint, tensors_fingerprint, weights_fingerprint
-from loku.models import unwrapped
+from loku.fingerprints import base_fingerprint, batches_fingerprint, tensors_fingerprint
+from loku.model_description import without_description
 from loku.saving.directories import whole_file
 
-_FORMAT = 2  # raise it when the same model and data give other row scales
+_FORMAT = 3  # raise it when the same model and data give other row scales
 
 
 def cached_row_scales(
@@ -40,8 +40,9 @@ def cached_row_scales(
 
     All processes of torch.distributed must call this. The main process reads and writes.
 
-    A file that cannot be read, is damaged or belongs to something else is measured anew, with a warning. Row
-    scales that cannot be written are not kept, with a warning.
+    A warning says so if a file is not used, and the row scales are measured anew: because it cannot be read,
+    is damaged, belongs to something else or holds impossible values. A warning also names the reason if the
+    row scales cannot be written, or are not kept because a hook of the model has no digest.
 
     Args:
         cache_dir: The directory of the cache. It is made if it does not exist.
@@ -59,11 +60,14 @@ def cached_row_scales(
     Raises:
         OSError: The directory cannot be made.
     """
+    if (reason := without_description(model)) is not None:
+        warnings.warn(
+            f"fisher_cache_dir is not used: {reason}, and no cache can tell what it computes", stacklevel=3
+        )
+        return measure()
     description = {
         "format": _FORMAT,
-        "model": type(unwrapped(model)).__name__,
-        "config": _config(model),
-        "weights": weights_fingerprint(model),
+        "model": base_fingerprint(model),
         "forget": batches_fingerprint(forget_batches),
         "retain": batches_fingerprint(retain_batches),
         "modules": sorted(modules),
@@ -83,37 +87,36 @@ def cached_row_scales(
     return {name: values.to(modules[name].weight.device) for name, values in row_scales.items()}
 
 
-def _config(model: nn.Module) -> str:
-    base: Any = unwrapped(model)
-    config = base.config.to_dict()
-    for key in ("_name_or_path", "transformers_version"):  # the place of the weights does not count
-        config.pop(key, None)
-    return json.dumps(config, sort_keys=True, default=str)
-
-
 def _load(path: Path, key: str, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
+    expected = {name: ("F32", [linear_weight(module).shape[0]]) for name, module in modules.items()}
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            row_scales = {name: file.get_tensor(name) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            # The header is checked before any values are read: it could ask for all memory.
+            held = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+            is_ours = metadata.get("key") == key and held == expected
+            row_scales = {name: file.get_tensor(name) for name in held} if is_ours else {}
     except (OSError, SafetensorError) as error:
         problem = f"cannot be read ({error})"
     else:
-        shapes = {name: tuple(linear_weight(module).shape[:1]) for name, module in modules.items()}
-        if metadata.get("key") != key or _shapes(row_scales) != shapes:
+        if not is_ours:
             problem = "belongs to something else"
         elif metadata.get("checksum") != tensors_fingerprint(row_scales):
             problem = "is damaged"
+        elif not all(_possible(values) for values in row_scales.values()):
+            problem = "holds impossible values"
         else:
             return row_scales
     warnings.warn(f"{path} {problem}; the row scales are measured anew", stacklevel=4)
     return None
 
 
-def _shapes(row_scales: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(values.shape) for name, values in row_scales.items()}
+def _possible(row_scales: Tensor) -> bool:
+    """Whether values can be row scales: finite, >= 0 and not all 0."""
+    return bool(row_scales.isfinite().all() and (row_scales >= 0).all() and row_scales.any())
 
 
 def _save(path: Path, key: str, row_scales: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ from loku.adapters import (
     unwrapped,
 )
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
-from loku.fingerprints import sampled_weights_fingerprint
+from loku.fingerprints import parameters_fingerprint
 from loku.saving.destinations import destination, residual_save
 
 # peft's initialisations of the base weights that differ each time, as from random numbers or gradients.
@@ -75,14 +75,14 @@ def refresh_merged_adapter_(model: nn.Module) -> None:
     given = getattr(base, MERGED_ADAPTER, None)
     if given is None or (isinstance(model, PeftModel) and has_residual_base(model)):
         return
-    if given["factors"] is not None and given.get("weights") != sampled_weights_fingerprint(base):
+    if given["factors"] is not None and given.get("weights") != parameters_fingerprint(base):
         setattr(base, MERGED_ADAPTER, {**given, "factors": None})
 
 
 def remember_merged_adapter_(base: nn.Module, facts: dict[str, Any] | None) -> None:
     """Keep the result of ``merged_adapter_facts`` in the base, after the merge."""
     if facts is not None:
-        setattr(base, MERGED_ADAPTER, {**facts, "weights": sampled_weights_fingerprint(base)})
+        setattr(base, MERGED_ADAPTER, {**facts, "weights": parameters_fingerprint(base)})
 
 
 @torch.no_grad()
@@ -384,6 +384,28 @@ def base_name(peft_model: PeftModel, config: Any) -> str | None:
     )
 
 
+def loaded_from(model: nn.Module) -> dict[str, str | None]:
+    """The names or paths that a model, its adapter's base and the adapter merged into it were loaded by.
+
+    Args:
+        model: The model, with or without an adapter.
+
+    Returns:
+        The names by what they are, for ``loku.saving.destinations.refuse_overlap``.
+    """
+    base: Any = unwrapped(model)
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+    config: Any = model.peft_config.get("default") if isinstance(model, PeftModel) else None
+    given = getattr(base, MERGED_ADAPTER, None) or {}
+    return {
+        "model": getattr(base, "name_or_path", None),
+        "base_of_the_adapter": getattr(config, "base_model_name_or_path", None),
+        "base_of_the_given_adapter": given.get("base_model_name_or_path"),
+        "given_adapter": given.get("adapter"),
+    }
+
+
 def write_adapter(
     peft_model: PeftModel,
     config: Any,
@@ -446,13 +468,13 @@ def save_portable_adapter(
         tokenizer: The tokenizer to save beside the adapter; None (default) saves none.
 
     Raises:
-        ValueError: There is no such LoRA adapter, it cannot be saved so (``check_portable``), ``path`` is a
-            file, or it holds a model or an adapter that is not an earlier save.
+        ValueError: There is no such LoRA adapter, or it cannot be saved so (``check_portable``). Or ``path``
+            is refused (``loku.saving.destinations.check_destination``).
         OSError: ``path`` cannot be written.
     """
     config, state = portable_adapter(peft_model, adapter_name)
     if is_main_process():
-        with destination(path, "portable") as directory:
+        with destination(path, "portable", sources=loaded_from(peft_model)) as directory:
             write_adapter(peft_model, config, state, directory)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loku.adapters import REFERENCE_ADAPTER, adapter_layers
 from loku.distributed import full_tensor, is_main_process, is_sharded, reshard_, wait_for_all_processes
-from loku.saving.adapter import base_name, check_saved_adapter, plain_adapter, write_adapter
+from loku.saving.adapter import base_name, check_saved_adapter, loaded_from, plain_adapter, write_adapter
 from loku.saving.destinations import destination
 
 
@@ -198,8 +198,8 @@ def save_merged_model(
         tokenizer: The tokenizer to save beside the model; None (default) saves none.
 
     Raises:
-        ValueError: The model cannot be merged (see ``check_merged``), ``path`` is a file, or it holds a model
-            or an adapter that is not an earlier save.
+        ValueError: The model cannot be merged (see ``check_merged``), or ``path`` is refused
+            (``loku.saving.destinations.check_destination``).
         OSError: ``path`` cannot be written.
     """
     check_merged(peft_model, adapter_name)
@@ -207,7 +207,7 @@ def save_merged_model(
     base, tensors = peft_model.get_base_model(), _tensors(peft_model, adapter_name)
     state = _base_state(tensors, adapter_name)
     if is_main_process():
-        with destination(path, "merged") as directory:
+        with destination(path, "merged", sources=loaded_from(peft_model)) as directory:
             _save_model(base, directory, state, tokenizer)
             if _takes_ties_apart(base, tensors):
                 _untie(directory / "config.json")
@@ -265,7 +265,8 @@ def save_residual_model(
         tensors.update({name: full_tensor(tensor) for name, tensor in tensors.items()})
     if is_main_process():
         untouched = base_name(peft_model, peft_model.peft_config[adapter_name])
-        with destination(path, "residual", untouched=untouched) as directory:
+        sources = loaded_from(peft_model)
+        with destination(path, "residual", sources=sources, untouched=untouched) as directory:
             _save_model(peft_model.get_base_model(), directory / "base", state, tokenizer)
             for folder, (config, tensors) in adapters.items():
                 (directory / folder).mkdir()
@@ -286,11 +287,11 @@ def save_whole_model(
         tokenizer: The tokenizer to save beside the model; None (default) saves none.
 
     Raises:
-        ValueError: ``path`` is a file, or it holds a model or an adapter that is not an earlier save.
+        ValueError: ``path`` is refused (``loku.saving.destinations.check_destination``).
         OSError: ``path`` cannot be written.
     """
     state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
     if is_main_process():
-        with destination(path, "merged") as directory:
+        with destination(path, "merged", sources=loaded_from(model)) as directory:
             _save_model(model, directory, state, tokenizer)
     wait_for_all_processes()

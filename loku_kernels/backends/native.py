@@ -177,6 +177,7 @@ def _call_for_triplets(
     bad = getattr(_core, name)(
         rows.arguments,
         labels.data_ptr(),
+        labels.numel(),
         ignore_index,
         number,
         triplet.data_ptr(),
@@ -218,6 +219,7 @@ def triplet_backward(
         rows.arguments,
         first_column,
         labels.data_ptr(),
+        labels.numel(),
         ignore_index,
         triplet.data_ptr(),
         runner_up_id.data_ptr(),
@@ -254,6 +256,7 @@ def triplet_columns_(
         rows.arguments,
         first_column,
         labels.data_ptr(),
+        labels.numel(),
         softcap,
         store,
         *(x.data_ptr() for x in state),
@@ -338,8 +341,10 @@ def hidden_gradient(
     triplet, runner_up_id, grad_triplet = (x.contiguous() for x in (triplet, runner_up_id, grad_triplet))
     saved = (triplet.data_ptr(), runner_up_id.data_ptr())
 
-    def call(factors: tuple[float, int], weight_rows: tuple[Any, ...], labels: int, *rest: Any) -> int:
-        arguments = (grad_triplet.data_ptr(), *factors, *weight_rows, labels, *saved, *rest)
+    def call(
+        factors: tuple[float, int], weight_rows: tuple[Any, ...], ids: tuple[int, int], *rest: Any
+    ) -> int:
+        arguments = (grad_triplet.data_ptr(), *factors, *weight_rows, *ids, *saved, *rest)
         return int(_core.hidden_gradient(*arguments))
 
     return gradient_of_hidden(call, factor, weight, labels, direction, softcap, logit_scale)
@@ -365,11 +370,10 @@ def gradient_of_hidden(
     bad = call(
         factors.arguments,
         ((address, stride), vocab),
-        labels.data_ptr(),
+        (labels.data_ptr(), labels.numel()),
         (direction.data_ptr(), width),
         softcap,
         logit_scale,
-        labels.shape[0],
         width,
         tag,
         out.data_ptr(),

@@ -53,6 +53,7 @@ def logits_loss(
     bad = native._core.logits_loss(
         rows.arguments,
         labels.data_ptr(),
+        labels.numel(),
         ignore_index,
         softcap,
         overwrite,
@@ -98,6 +99,7 @@ def inverted_hinge_loss_(
     bad = native._core.inverted_hinge_loss_(
         rows.arguments,
         labels.data_ptr(),
+        labels.numel(),
         ignore_index,
         1.0 if late else share,
         native.REDUCTION_TAGS[reduction],
@@ -134,6 +136,7 @@ def logits_loss_backward(
     native._core.logits_loss_backward(
         rows.arguments,
         labels.data_ptr(),
+        labels.numel(),
         ignore_index,
         saved.data_ptr(),
         *factors.arguments,
@@ -169,7 +172,9 @@ def hidden_loss_backward(
     """
     native.require("saved", saved, (_SAVED_NUMBERS * labels.numel(),), torch.float64)
 
-    def call(factors: tuple[float, int], weight_rows: tuple[Any, ...], labels: int, *rest: Any) -> int:
-        return int(native._core.hidden_loss_backward(saved.data_ptr(), *factors, *weight_rows, labels, *rest))
+    def call(
+        factors: tuple[float, int], weight_rows: tuple[Any, ...], ids: tuple[int, int], *rest: Any
+    ) -> int:
+        return int(native._core.hidden_loss_backward(saved.data_ptr(), *factors, *weight_rows, *ids, *rest))
 
     return native.gradient_of_hidden(call, factor, weight, labels, direction, softcap, logit_scale)

@@ -17,11 +17,12 @@ class OnlineState(NamedTuple):
         numbers: The numbers (N, 4) of the rows, float64: target, runner_up, rest_max, and the sum over the
             rest of exp(y - rest_max).
         runner_up_id: The column (N,) of the runner-up, int64.
-        rescale: The factor (N,) of the terms of earlier blocks, float32. It is exp(old rest_max - rest_max),
-            with the rest_max from before the last block.
+        rescale: The factor (N,) of the terms of earlier blocks, float32, or float64 for float64 logits. It is
+            exp(old rest_max - rest_max), with the rest_max from before the last block.
         demoted_id: The column (N,) of a runner-up of an earlier block that the last block moved into the
             rest, int64. -1 means none.
-        demoted_share: The term (N,) of that runner-up, float32: exp(y - rest_max) times the softcap's slope.
+        demoted_share: The term (N,) of that runner-up, in the dtype of ``rescale``: exp(y - rest_max) times
+            the softcap's slope.
     """
 
     numbers: Tensor
@@ -31,11 +32,13 @@ class OnlineState(NamedTuple):
     demoted_share: Tensor
 
     @classmethod
-    def start(cls, labels: Tensor) -> OnlineState:
+    def start(cls, labels: Tensor, dtype: torch.dtype = torch.float32) -> OnlineState:
         """Make the state before the first block.
 
         Args:
             labels: The labels (N,), int64.
+            dtype: The dtype of ``rescale`` and ``demoted_share``, in which the terms are summed: float32
+                (default), or float64 for float64 logits.
 
         Returns:
             The state, on the device of the labels.
@@ -46,9 +49,9 @@ class OnlineState(NamedTuple):
         return cls(
             numbers,
             (labels == 0).long(),  # a column other than the target's
-            torch.ones(n, dtype=torch.float32, device=device),
+            torch.ones(n, dtype=dtype, device=device),
             torch.full_like(labels, -1),
-            torch.zeros(n, dtype=torch.float32, device=device),
+            torch.zeros(n, dtype=dtype, device=device),
         )
 
     def triplet(self) -> Tensor:

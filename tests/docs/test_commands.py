@@ -22,6 +22,7 @@ NOT_RUN = {
     "pytest": "runs this test",
     "mkdocs": "test_site.py runs it",
     "scripts/sanitize.sh": "builds the core again",
+    "scripts/thread_sanitizer.sh": "builds the kernels again",
     "ruff": "CI runs it",
     "clang-format": "CI runs it",
     "mypy": "CI runs it",

@@ -5,10 +5,12 @@ Each run is a fork of this process, which has imported everything once and has s
 
 import json
 import os
+import pkgutil
 import resource
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -34,7 +36,7 @@ class AtStep(TrainerCallback):
             self.act(control)
 
 
-def kill(*args):
+def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -68,8 +70,7 @@ def run(directory, callbacks=(), **options):
 
 def at_call(target, number, act=kill):
     """Patch a function so that ``act`` replaces its ``number``-th call."""
-    module, name = target.rsplit(".", 1)
-    real = getattr(sys.modules[module], name)
+    real = pkgutil.resolve_name(target)
     calls = []
 
     def function(*args, **kwargs):
@@ -95,8 +96,23 @@ STAGES = {
     "initialisation": (lambda: at_call("loku.fila.initialize.row_scaled_svd", 2), {}, False),
     "training": (None, {"callbacks": [AtStep(3, kill)]}, True),
     "checkpoint": (lambda: at_call("torch.save", 6), {}, True),  # the optimizer of the second checkpoint
-    "manifest": (lambda: at_call("loku.checkpoints.write_manifest", 2), {}, True),
+    "manifest": (lambda: at_call("loku.checkpoint_folder.write_manifest", 2), {}, True),
     "save": (lambda: at_call("loku.unlearning.save", 1, save_half), {}, True),
+}
+# The steps of writing the second checkpoint and of deleting the first, by the number of the call.
+WRITES = {
+    "training arguments": ("torch.save", 5),
+    "portable adapter": ("loku.saving.adapter.save_file", 2),
+    "trained": ("loku.checkpoint_factors.save_file", 3),
+    "initial factors": ("loku.checkpoint_factors.save_file", 4),
+    "scheduler": ("torch.save", 7),
+    "random states": ("torch.save", 8),
+    "flush": ("loku.checkpoint_folder.flush_tree", 2),
+    "rename": ("loku.checkpoint_folder._rename", 2),
+    "flush of the name": ("loku.checkpoint_folder.flush", 3),
+    "rename of the deleted": ("loku.checkpoint_folder._rename", 3),
+    "flush of the deleted": ("loku.checkpoint_folder.flush", 5),
+    "deletion": ("loku.checkpoint_folder.flush", 6),
 }
 VARIANTS = {
     "fila": {},
@@ -159,6 +175,68 @@ def check(name, directory, patched, killed, options, has_checkpoint, expected):
     assert saved(directory) == expected, f"{name}: ended elsewhere"
 
 
+def writes(directory, expected):
+    """Kill a run at each step of writing the second checkpoint and of deleting the first."""
+    for stage, (target, number) in WRITES.items():
+        folder, options = directory / stage, {"save_total_limit": 1}
+        check(f"write-{stage}", folder, lambda t=target, n=number: at_call(t, n), {}, options, True, expected)
+        assert sorted(entry.name for entry in folder.iterdir()) == ["checkpoint-5", "saved"], stage
+        yield f"write-{stage}"
+
+
+def replaced(directory, expected):
+    """Kill a run that replaces its own earlier checkpoint, between the two renames."""
+    assert forked(lambda: run(directory)) == 0
+
+    def first():
+        with at_call(
+            "loku.checkpoint_folder._rename", 2
+        ):  # the old checkpoint is aside, the new one without its name
+            run(directory)
+
+    assert forked(first) == -signal.SIGKILL
+    assert not (directory / "checkpoint-2").exists()
+    assert forked(lambda: run(directory, resume_from_checkpoint=str(directory / "checkpoint-4"))) == 0
+    assert saved(directory) == expected
+    names = ["checkpoint-2", "checkpoint-4", "checkpoint-5", "saved"]
+    assert sorted(entry.name for entry in directory.iterdir()) == names
+
+
+def two_in_one_folder(directory, expected):
+    """A second run is refused while the first lives, and goes on from its checkpoint when it was killed."""
+    waits, told = directory.parent / "waits", directory.parent / "told"
+
+    def wait(control):
+        waits.touch()
+        time.sleep(3600)
+
+    def second():
+        try:
+            run(directory, resume_from_checkpoint=True)
+        except ValueError as error:
+            told.write_text(str(error))
+
+    first = os.fork()
+    if first == 0:
+        run(directory, [AtStep(3, wait)])
+        os._exit(1)
+    try:
+        while not waits.exists():
+            assert os.waitpid(first, os.WNOHANG) == (0, 0), "the first run ended"
+            time.sleep(0.05)
+        before = sorted(directory.rglob("*"))
+        assert forked(second) == 0
+        assert f"process {first} on {socket.gethostname()!r} is writing checkpoints" in told.read_text()
+        assert sorted(directory.rglob("*")) == before
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+    assert forked(lambda: run(directory, resume_from_checkpoint=True)) == 0
+    assert saved(directory) == expected
+    names = ["checkpoint-2", "checkpoint-4", "checkpoint-5", "saved"]
+    assert sorted(entry.name for entry in directory.iterdir()) == names
+
+
 def disk_full(directory):
     """Limit the size of files so that the second checkpoint cannot be written."""
 
@@ -191,6 +269,10 @@ def main(directory):
             name = f"{variant}-{stage}"
             check(name, directory / name, patched, killed, options, has_checkpoint, expected)
             reports[name] = "same"
+        if variant == "fila":
+            reports |= dict.fromkeys(writes(directory, expected), "same")
+            replaced(directory / "replaced", expected)
+            two_in_one_folder(directory / "shared", expected)
     disk_full(directory / "full")
     print(json.dumps(reports))
 

@@ -132,13 +132,13 @@ class Fails(TrainerCallback):
     """Fails in process 0 alone, as on a full disk, when the first checkpoint is written."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        from loku import checkpoints
+        from loku import checkpoint_folder
 
         def full(*args):
             raise OSError("disk full")
 
         if dist.get_rank() == 0:
-            checkpoints.write_manifest = full
+            checkpoint_folder.write_manifest = full
 
 
 def error_of(function):

@@ -7,11 +7,14 @@ import shutil
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from small_trainers import FORGET, RETAIN, arguments, lora
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loku
+from loku.adapter_folders import load_on_base
+from loku.commands.evaluate import _load
 from loku.data import collate, infer_tokenizer
 from loku.demo import EMBEDDED
 from loku.models import load_model
@@ -230,3 +233,143 @@ def test_live_models_with_adapters_are_refused(sft, base, tmp_path):
     merged = peft_model.merge_and_unload()
     result = loku.unlearn(merged, FORGET, RETAIN, config=arguments(tmp_path, learning_rate=1e-9))
     assert_close(logits(result.model), given)
+
+
+# Safetensors alone
+
+
+def pickled(folder, name="adapter_model"):
+    """Turn the weights of a folder into a pickle."""
+    torch.save(load_file(folder / f"{name}.safetensors"), folder / f"{name}.bin")
+    (folder / f"{name}.safetensors").unlink()
+
+
+def test_a_pickled_adapter_is_refused(sft, base, tmp_path):
+    folder, expected = sft
+    pickled(folder)
+    message = r"has no adapter_model\.safetensors.*if you trust its adapter_model\.bin"
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+    with pytest.raises(ValueError, match=message):
+        _load(str(base), str(folder), {})
+    with pytest.raises(ValueError, match=message):
+        _load(str(folder), None, {})
+    # The user's own argument allows pickles, of the base as well.
+    torch.save(load(base).state_dict(), base / "pytorch_model.bin")
+    assert_close(logits(load_model(folder, {"use_safetensors": False})), expected)
+
+
+def test_an_adapter_is_refused_before_its_base_is_loaded(sft, base, monkeypatch):
+    folder, _ = sft
+    (folder / "adapter_model.safetensors").unlink()
+    monkeypatch.setattr("loku.adapter_folders.load_causal_lm", lambda *_: pytest.fail("base loaded"))
+    monkeypatch.setattr("loku.models.load_causal_lm", lambda *_: pytest.fail("base loaded"))
+    for loading in (lambda: load_on_base(str(folder), {}), lambda: _load(str(base), str(folder), {})):
+        with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
+            loading()
+
+
+def test_a_pickled_adapter_on_the_hub_is_refused(sft, base, monkeypatch, tmp_path):
+    """peft takes adapter_model.bin where a repository has no safetensors."""
+    folder, _ = sft
+    pickled(folder)
+    asked = []
+
+    def file_of_the_hub(place, name, **hub):
+        asked.append((str(place), name, hub.get("revision")))
+        return str(folder / name) if (folder / name).is_file() else None
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", file_of_the_hub)
+    monkeypatch.setattr("peft.config.hf_hub_download", lambda _, name, **hub: str(folder / name))
+    with pytest.raises(ValueError, match=r"adapter org/sft has no adapter_model\.safetensors"):
+        load_on_base("org/sft", {"revision": "v1"})
+    assert asked == [("org/sft", "adapter_model.safetensors", "v1")]
+
+
+def test_pickled_initial_factors_are_refused(base, tmp_path):
+    result = loku.unlearn(base, FORGET, RETAIN, config=arguments(tmp_path))
+    save_residual_model(result.model, tmp_path / "residual")
+    load_model(tmp_path / "residual")
+    pickled(tmp_path / "residual" / "reference")
+    with pytest.raises(ValueError, match=r"reference has no adapter_model\.safetensors"):
+        load_model(tmp_path / "residual")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"megatron_config": {"hidden_size": 2}, "megatron_core": "antigravity"}, "has megatron_config"),
+        ({"peft_type": "XLORA", "adapters": {"0": "org/other"}, "hidden_size": 2}, "has adapters"),
+        (
+            {
+                "peft_type": "MULTITASK_PROMPT_TUNING",
+                "prompt_tuning_init": "EXACT_SOURCE_TASK",
+                "prompt_tuning_init_state_dict_path": "other.bin",
+                "num_virtual_tokens": 2,
+            },
+            "has prompt_tuning_init_state_dict_path",
+        ),
+        ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path is"),
+        ({"peft_type": "NONE"}, "is not the config of an adapter"),
+        ({"peft_type": ["LORA"]}, "is not the config of an adapter"),
+        ("[" * 10**5, "is not the config of an adapter"),
+        ("[1, 2]", "is not the config of an adapter"),
+        ("{", "is not the config of an adapter"),
+        ("\udcff", "is not the config of an adapter"),
+    ],
+)
+def test_hostile_adapter_configs(fields, message, sft, base):
+    folder, _ = sft
+    path = folder / "adapter_config.json"
+    known = json.loads(path.read_text())
+    text = fields if isinstance(fields, str) else json.dumps({**known, **fields})
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    for loading in (lambda: load_model(folder), lambda: _load(str(base), str(folder), {})):
+        with pytest.raises(ValueError, match=message) as error:
+            loading()
+        assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("how", ["subfolder", "variant", "shards"])
+def test_safetensors_in_other_places(how, base, tmp_path):
+    expected = logits(load(base))
+    if how == "subfolder":  # transformers would follow the adapter in the folder above
+        trained(load(base), lora()).save_pretrained(tmp_path / "folder")
+        shutil.move(base, tmp_path / "folder" / "part")
+        found = load_model(tmp_path / "folder", {"subfolder": "part"})
+    elif how == "variant":
+        load(base).save_pretrained(tmp_path / "folder", variant="fp16")
+        found = load_model(tmp_path / "folder", {"variant": "fp16"})
+    else:
+        load(base).save_pretrained(tmp_path / "folder", max_shard_size="20KB")
+        assert len(list((tmp_path / "folder").glob("*.safetensors"))) > 1
+        found = load_model(tmp_path / "folder")
+    assert torch.equal(logits(found), expected)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_an_index_of_pickles_is_refused(variant, base, tmp_path):
+    """transformers reads what the index names, by torch.load if it is no safetensors."""
+    (base / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    tensors = load_file(tmp_path / "moved.safetensors")
+    torch.save(tensors, base / "part.bin")
+    index = base / (
+        "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
+    )
+    names = dict.fromkeys(tensors, "part.bin")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    options = {} if variant is None else {"variant": variant}
+    with pytest.raises(ValueError, match=r"names 'part\.bin' as a file of its weights"):
+        load_model(base, options)
+    for text in ("[" * 10**5, "{}", '{"weight_map": 3}', "{"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="is not the index of a model's weights"):
+            load_model(base, options)
+
+
+def test_a_config_that_names_a_pickle_is_refused(base):
+    torch.save(load(base).state_dict(), base / "adapter_model.bin")
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_weights": "adapter_model.bin"}))
+    with pytest.raises(ValueError, match=r"names 'adapter_model\.bin' as a file of its weights"):
+        load_model(base)

@@ -170,6 +170,7 @@ def test_every_field_is_an_option_and_help_shows_the_chosen(capsys):
 @pytest.fixture
 def bad(tmp_path):
     """Files with one fault each."""
+    (tmp_path / "no_model").mkdir()
     (tmp_path / "broken.jsonl").write_text('{"text": "a b c"}\n\n{"text": \n')
     (tmp_path / "odd.jsonl").write_text('{"text": "a b c"}\n\n{"txt": "d e f"}\n')
     (tmp_path / "empty.jsonl").write_text("")
@@ -192,7 +193,7 @@ def bad(tmp_path):
         ({"retain": "list.json"}, ["list.json is not a JSON list"]),
         ({"forget": "plain.txt", "method": "dpo"}, ["plain.txt, line 1: row 0 of the forget set"]),
         ({"model": "missing"}, ["missing, the --model, is not a directory"]),
-        ({"model": "."}, ["config.json"]),
+        ({"model": "no_model"}, ["config.json"]),
         ({"config": "bad.yaml"}, ["bad.yaml is not YAML", "line"]),
         ({"config": "unknown.yaml"}, ["unknown.yaml, line 2", "'lora_rnk'; did you mean lora_rank?"]),
         ({"output": "plain.txt"}, ["plain.txt is a file"]),
@@ -219,7 +220,7 @@ def test_what_cannot_be_saved_is_refused_before_training(folder, capsys, monkeyp
     before = sorted((folder / "model").iterdir())
     for more in ((), ("--save=residual",), ("--tuning=full",)):
         assert unlearn(folder, folder / "model", "--quiet", *more) == 2
-        message = "holds config.json, model.safetensors, which is not a save of loku"
+        message = f"{folder / 'model'} is {folder / 'model'}, the model, which is only read"
         assert message in capsys.readouterr().err
     assert sorted((folder / "model").iterdir()) == before
 

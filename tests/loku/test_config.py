@@ -1,21 +1,21 @@
 """The settings: each field decides a run unless it is listed as free, and each has one place."""
 
 import dataclasses
+import json
 import re
 import typing
 from typing import Literal
 
 import pytest
 from tiny_models import tiny_model
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer
 
 import loku
 from loku import FilaConfig, UnlearnConfig
-from loku.checkpoints import run_identity
 from loku.commands.settings import read_fields, read_yaml
 from loku.commands.unlearn import PLACES
-from loku.config import _DECIDING_TRAINING_ARGUMENTS
 from loku.demo import EMBEDDED
+from loku.run_identity import differences, run_identity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,9 +23,21 @@ ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
 FORGET = [{"question": f"Where does person {i} live?", "answer": f"In house {i}."} for i in range(3)]
 RETAIN = [f"Text number {i} about the sea." for i in range(4)]
 
+NAN, INF = float("nan"), float("inf")
 FIELDS = {field.name: field for field in dataclasses.fields(UnlearnConfig)}
 OWN = [name for name in FIELDS if name in UnlearnConfig.__annotations__]
 DECIDING = [name for name in OWN if name not in UnlearnConfig.FREE_FIELDS]
+# The fields of measures: an evaluation decides the result if it chooses the best model or the learning rate.
+EVALUATION = [
+    "batch_eval_metrics",
+    "eval_delay",
+    "eval_on_start",
+    "eval_steps",
+    "eval_strategy",
+    "include_for_metrics",
+    "per_device_eval_batch_size",
+    "prediction_loss_only",
+]
 # Other valid values of the fields whose type does not tell one.
 OTHER = {"method": "gd", "target_modules": "qv", "model_init_kwargs": {"dtype": "bfloat16"}, "tf32": False}
 
@@ -52,7 +64,7 @@ def other_value(cls, name):
 
 
 def identity(config, refusals=None):
-    return run_identity(config, "base", ROWS, ROWS, refusals)
+    return run_identity(config, {"base model": "base"}, ROWS, ROWS, refusals)
 
 
 # The identity of a run
@@ -65,36 +77,73 @@ def test_a_deciding_field_changes_the_identity(name):
     assert identity(config) != identity(make())
 
 
-@pytest.mark.parametrize("name", sorted(UnlearnConfig.FREE_FIELDS))
-def test_a_free_field_does_not(name):
-    value = 2 if name == "per_device_train_batch_size" else other_value(UnlearnConfig, name)
-    same_rows_a_step = {"gradient_accumulation_steps": 4} if name == "per_device_train_batch_size" else {}
-    config = make(**{name: value, **same_rows_a_step})
-    assert getattr(config, name) != getattr(make(), name)
-    assert identity(config) == identity(make())
+def changed(name, value="another", **settings):
+    """Two configs that differ in one field, also where the constructor would refuse such a value."""
+    configs = make(**settings), make(**settings)
+    assert [config.device.type for config in configs] == ["cpu", "cpu"]  # the constructor has set up devices
+    setattr(configs[1], name, value)
+    return configs
 
 
-@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
-def test_the_rows_of_a_step_count(name):
-    assert identity(make(**{name: 3})) != identity(make())
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_every_field_of_this_transformers_is_free_by_name_or_decides(name):
+    one, other = changed(name)
+    free = name in UnlearnConfig.FREE_FIELDS or name in EVALUATION or not FIELDS[name].init
+    assert (not differences(identity(one), identity(other))) == free
 
 
+@pytest.mark.parametrize("name", EVALUATION)
+def test_an_evaluation_that_decides_counts(name):
+    one, other = changed(name, metric_for_best_model="eval_retain_loss")
+    assert f"{name}='another', where this run has" in differences(identity(one), identity(other))
+
+
+# A change of each of these was once taken for the same run, or is of their kind.
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"max_steps": 3}, {"weight_decay": 0.1}, {"lr_scheduler_type": "cosine"}, {"data_seed": 4}],
+    [
+        {"adam_beta1": 0.5},
+        {"adam_epsilon": 1e-3},
+        {"optim_args": "fused=True"},
+        {"lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"optim_target_modules": ["q_proj"]},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"use_liger_kernel": True},
+        {"full_determinism": True},
+        {"ignore_data_skip": True},
+        {"neftune_noise_alpha": 5.0},
+        {"torch_compile": True},
+        {"dataloader_drop_last": True},
+        {"accelerator_config": {"split_batches": True}},
+        {"fsdp_config": {"min_num_params": 7}},
+        {"data_seed": 4},
+        {"weight_decay": 0.1},
+        {"world_size": 2},
+        {"n_gpu": 2},
+    ],
     ids=lambda change: next(iter(change)),
 )
-def test_training_arguments_that_decide_count(change):
-    assert change.keys() <= set(_DECIDING_TRAINING_ARGUMENTS)
-    assert identity(make(**change)) != identity(make())
+def test_settings_that_decide(change, monkeypatch):
+    one, other = make(), make()
+    for name, value in change.items():
+        if name in FIELDS:
+            setattr(other, name, value)
+        else:  # a property
+            given = property(lambda self, value=value: value if self is other else 1)
+            monkeypatch.setattr(UnlearnConfig, name, given)
+    told = differences(identity(one), identity(other))
+    assert all(f"{name}=" in told for name in change)
 
 
 def test_listed_names_exist():
-    assert set(OWN) >= UnlearnConfig.FREE_FIELDS
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert inherited >= set(_DECIDING_TRAINING_ARGUMENTS)
-    assert not set(OWN) & set(_DECIDING_TRAINING_ARGUMENTS)  # one place for each
-    assert len(set(_DECIDING_TRAINING_ARGUMENTS)) == len(_DECIDING_TRAINING_ARGUMENTS)
+    newer = {"activation_checkpointing", "activation_checkpointing_kwargs", "enable_jit_checkpoint"}
+    newer |= {"project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"}
+    assert UnlearnConfig.FREE_FIELDS - newer <= FIELDS.keys()
+    assert UnlearnConfig.FREE_FIELDS.isdisjoint(EVALUATION)
+
+
+def test_secrets_are_not_kept():
+    assert "secret" not in json.dumps(identity(make(hub_token="secret")))
 
 
 def test_a_field_of_a_subclass_counts():
@@ -139,6 +188,52 @@ def test_a_method_that_trains_on_refusals_resumes_under_the_same_texts_only(tmp_
     for other in (texts[::-1], texts[:1], str(file), None):
         with pytest.raises(ValueError, match=r"checkpoint-1 is of another run: another refusals\. Nothing"):
             run(other, resume_from_checkpoint=True)
+
+
+# Values with which no run can be right
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "wanted"),
+    [
+        ("per_device_train_batch_size", [0, -1, 2.5], "an integer >= 1"),
+        ("per_device_eval_batch_size", [0, -8], "an integer >= 1"),
+        ("gradient_accumulation_steps", [0, -1, 1.5], "an integer >= 1"),
+        ("lora_rank", [0, -4, 2.5, "8"], "an integer >= 1"),
+        ("max_length", [0, -1, 1, 3.5], "an integer >= 2"),
+        ("fisher_samples", [0, -3, 0.5, True], "an integer >= 1"),
+        ("learning_rate", [0, -1e-3, NAN, INF], "> 0"),
+        ("beta", [0, -0.1, NAN, INF], "> 0"),
+        ("lora_alpha", [0, -16, NAN, INF], "> 0"),
+        ("num_train_epochs", [-1, NAN, INF], ">= 0"),
+        ("retain_weight", [-1, NAN, INF], ">= 0"),
+        ("fisher_damping", [-1, NAN, INF], ">= 0"),
+        ("weight_decay", [-0.1, NAN, INF], ">= 0"),
+        ("adam_epsilon", [-1e-8, NAN], ">= 0"),
+        ("max_grad_norm", [-1.0, NAN], ">= 0"),
+        ("dataloader_num_workers", [-1], ">= 0"),
+        ("adam_beta1", [1.0, -0.1, NAN], ">= 0 and < 1"),
+        ("adam_beta2", [1.0, -0.1, NAN], ">= 0 and < 1"),
+        ("seed", [-1, 2**32, 0.5], "an integer from 0 to 2^32 - 1"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(name, values, wanted):
+    for value in values:
+        told = "a finite number" if value in (NAN, INF) and "<" not in wanted else wanted
+        with pytest.raises(ValueError, match=rf"^{name} must be {re.escape(told)}, got {value!r}"):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["much", "4XB", True])
+def test_an_impossible_memory_budget_is_refused(value):
+    with pytest.raises(ValueError, match=r"memory|size"):
+        make(fisher_memory_budget=value)
+
+
+def test_the_limits_themselves_are_taken():
+    make(max_length=2, lora_rank=1, fisher_samples=1, fisher_damping=0, retain_weight=0, num_train_epochs=0)
+    make(adam_beta1=0, adam_epsilon=0, weight_decay=0, max_grad_norm=0, seed=0, lora_alpha=0.5)
+    make(max_length=None, fisher_samples=None, learning_rate=None, seed=2**32 - 1)
 
 
 # One place for each field

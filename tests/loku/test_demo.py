@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from loku import cli, demo
+from loku.saving.destinations import check_destination
 
 KEYS = {
     "forget_probability",
@@ -53,16 +54,42 @@ def test_report(small, tmp_path, capsys):
         assert re.search(rf"^{name} +{good} is better: {re.escape(meaning)}$", printed, re.M)
     assert demo.MEASURES.keys() == KEYS
     assert "Training ran all 5 steps" in printed and "loku evaluate" in printed
-    names = {"adapter", "probabilities.png", "report.json", "forget.jsonl", "retain.jsonl"}
+    names = {"adapter", "probabilities.png", "report.json", "forget.jsonl", "retain.jsonl", "loku_demo.json"}
     assert {path.name for path in tmp_path.iterdir()} == names  # and no empty directory
     assert [json.loads(line) for line in (tmp_path / "forget.jsonl").open()] == demo.load_rows()[0]
     assert (tmp_path / "probabilities.png").read_bytes().startswith(b"\x89PNG")
+
+    check_destination(tmp_path, "demo")  # a next demo overwrites this one
+    (tmp_path / "forget.jsonl").write_text("a user's rows")
+    with pytest.raises(ValueError, match=r"holds forget\.jsonl, which is not a save of loku, or was changed"):
+        check_destination(tmp_path, "demo")
 
     model, tokenizer = demo.load_model()
     model = PeftModel.from_pretrained(model, tmp_path / "adapter")
     forget, retain = demo.load_rows()
     metrics, _ = demo.measure(model, tokenizer, forget, retain, progress=False)
     assert metrics["forget_probability"] == pytest.approx(after["forget_probability"], rel=1e-3)
+
+
+def contents(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_the_files_of_others_are_not_overwritten(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "measure", lambda *args, **kwargs: pytest.fail("it was started"))
+    for name in ("report.json", "forget.jsonl", "adapter/notes.txt", "probabilities.png"):
+        path = tmp_path / name.partition(".")[0].replace("/", "_")
+        (path / name).parent.mkdir(parents=True)
+        (path / name).write_text("a user's")
+        before = contents(tmp_path)
+        assert cli.main(["demo", "--output", str(path), "--quiet"]) == 2
+        assert f"{path} holds {name.partition('/')[0]}, which is not a save" in capsys.readouterr().err
+        assert contents(tmp_path) == before
+    for output in (demo.EMBEDDED, demo.EMBEDDED / "new"):
+        before = contents(demo.EMBEDDED)
+        assert cli.main(["demo", "--output", str(output), "--quiet"]) == 2
+        assert "would write over" in capsys.readouterr().err and contents(demo.EMBEDDED) == before
+    assert cli.main(["demo", "--output", str(tmp_path / "report" / "report.json" / "out"), "--quiet"]) == 2
 
 
 def test_an_early_end_is_explained():

@@ -142,6 +142,7 @@ def test_a_run_under_fsdp2_resumes_exactly(two):
     whole, resumed = (load_file(folder / name / "adapter_model.safetensors") for name in names)
     assert whole.keys() == resumed.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
     newest = folder / "fsdp2_run" / "checkpoint-4"
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert list(newest.rglob("adapter_config.json")) == [newest / "adapter_config.json"]
     assert (newest / "adapter_model.safetensors").read_bytes() == (
         folder / "fsdp2_whole" / "adapter_model.safetensors"

@@ -1,7 +1,6 @@
 """The learning rate that a run chooses by itself."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 from small_trainers import FORGET, RETAIN, VOCAB, arguments, with_lora
@@ -33,13 +32,6 @@ def test_larger_models_get_smaller_rates(parameters, lora, full, monkeypatch):
     monkeypatch.setattr(type(model), "num_parameters", count)
     assert default_learning_rate(model) == full
     assert default_learning_rate(with_lora(model)) == lora
-
-
-def test_shares_of_deepspeed_count_whole(monkeypatch):
-    shard = SimpleNamespace(ds_numel=10**9)
-    model = tiny_model("llama", VOCAB)
-    monkeypatch.setattr(model, "parameters", lambda: [shard, shard])
-    assert default_learning_rate(model) == 1e-5
 
 
 def test_a_given_rate_stays():

@@ -1,13 +1,17 @@
 """Models are loaded, unwrapped, and evaluated without a trace."""
 
+import json
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from torch import nn
 
-from loku import UnlearnConfig
+from loku import UnlearnConfig, demo
 from loku.models import evaluating, keep_differentiable_, load_model, model_device, unwrapped
+from loku.trust import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,3 +123,47 @@ def test_keep_differentiable_unpacks_quantised_layers_alone():
     assert model[2].unpacked == 0
     keep_differentiable_(model)
     assert model[0].unpacked == 1
+
+
+def changed(**fields):
+    return lambda config: json.dumps({**config, **fields})
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *(("config.json", text) for text in ("null", "3", "[" * 10**5, '{"model_type": ' * 10**4)),
+        ("config.json", changed(model_type=["llama"])),
+        ("config.json", changed(model_type="x" * 10**5)),
+        ("config.json", changed(auto_map={"AutoConfig": 3})),
+        ("config.json", changed(num_attention_heads=0)),
+        ("config.json", changed(hidden_size="x")),
+        ("config.json", changed(dtype="__class__")),
+        ("generation_config.json", "[" * 10**5),
+        *(("model.safetensors", text) for text in ("", "\x10" + "\0" * 7 + "{", "\0" * 100)),
+    ],
+    ids=str,
+)
+def test_hostile_files_get_one_error_that_names_the_model(file, text, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / file).write_text(text if isinstance(text, str) else text(config))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} cannot be loaded: ")) as error:
+        load_model(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *(("tokenizer_config.json", text) for text in ("[]", "[", "[" * 10**5, "")),
+        *(("tokenizer.json", text) for text in ("[]", "[", "[" * 10**5, "")),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": []}}'),
+        ("tokenizer_config.json", '{"auto_map": 3}'),
+    ],
+)
+def test_hostile_files_of_a_tokenizer(file, text, tmp_path):
+    demo.load_model()[1].save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} cannot be loaded: ")):
+        load_tokenizer(tmp_path)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from killed_runs import run
+from peak_memory import PeakMemory, needs_proc
 from tiny_models import tiny_model
 from transformers import TrainerCallback, TrainerState
 
+import loku
 from loku.checkpoints import whole_checkpoints
-from loku.nan_guard import LossCheck, check_parameters, first_module_not_finite
+from loku.nan_guard import LossCheck, check_parameters, check_weights, first_module_not_finite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,6 +66,51 @@ def test_the_first_module_that_is_not_finite_is_named(value):
     with pytest.raises(RuntimeError, match="inside"):
         first_module_not_finite(model, fails)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_a_given_model_are_finite(value, dtype):
+    model = tiny_model("llama").to(dtype)
+    check_weights(model)
+    model.lm_head.weight.data[:] = torch.finfo(dtype).max  # finite, although their sum is not
+    check_weights(model)
+    model.model.layers[1].mlp.up_proj.weight.data[2, 3:5] = value
+    model.model.norm.weight.data[0] = value
+    message = (
+        r"LlamaForCausalLM are not finite: 2 of the \d+ values of model\.layers\.1\.mlp\.up_proj\.weight are"
+    )
+    with pytest.raises(FloatingPointError, match=rf"{message} NaN or Inf, and 1 other parameters have some"):
+        check_weights(model)
+    with pytest.raises(FloatingPointError, match=message):
+        loku.unlearn(model, None, None)  # before the rows are looked at
+    assert not hasattr(model, "peft_config") and len(model.state_dict()) == len(
+        tiny_model("llama").state_dict()
+    )
+
+
+def test_weights_that_are_packed_empty_or_elsewhere_are_passed_over():
+    model = torch.nn.Module()
+    for name, tensor in {
+        "packed": torch.ones(3, dtype=torch.uint8),
+        "empty": torch.empty(0),
+        "meta": torch.empty(3, device="meta"),
+        "eighths": torch.ones(3).to(torch.float8_e4m3fn),
+    }.items():
+        model.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    check_weights(model)
+    model.eighths.data = torch.tensor([1, torch.nan]).to(torch.float8_e4m3fn)
+    with pytest.raises(FloatingPointError, match="1 of the 2 values of eighths are NaN or Inf"):
+        check_weights(model)
+
+
+@needs_proc
+def test_the_check_of_weights_allocates_nothing(one_thread):
+    model = torch.nn.Linear(4096, 4096)
+    check_weights(model)
+    peak = PeakMemory()
+    check_weights(model)
+    assert peak.extra() < 2**20  # the weight has 64 MiB
 
 
 def test_only_trained_parameters_are_checked():

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import loku
+import loku.checkpoint_folder
 import loku.checkpoints
 import loku.fila.initialize
 import loku.fila.row_scales
@@ -52,7 +53,7 @@ UNLEARN = {
     "beginning to train": (TrainerCallback, "on_train_begin", 1, False),
     "the first step": (loku.trainer.UnlearnTrainer, "compute_loss", 1, True),
     "the middle of training": (loku.trainer.UnlearnTrainer, "compute_loss", 2, True),
-    "writing a checkpoint": (loku.checkpoints, "write_manifest", 1, True),
+    "writing a checkpoint": (loku.checkpoint_folder, "write_manifest", 1, True),
     "checking the end": (loku.checkpoints, "check_parameters", 3, False),
     "the end of training": (TrainerCallback, "on_train_end", 1, False),
     "handing the model over": (loku.unlearning, "inherit_modes_", 1, True),

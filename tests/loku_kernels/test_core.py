@@ -23,7 +23,7 @@ def test_arguments_that_fit():
     assert core.number_counted(ADDRESS, 3, 2) == 2
     assert core.number_counted(ADDRESS, 0, 0) == 0
     assert core.scale_rows_(ROWS, 1.0, 0, 1) is None
-    core.triplet_columns_(ROWS, 0, 0, 30, True, 0, 0, 0, 0, 0, 1)  # an int for a float
+    core.triplet_columns_(ROWS, 0, 0, 0, 30, True, 0, 0, 0, 0, 0, 1)  # an int for a float
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_arguments_that_fit():
         ("scale_rows_", ((*ROWS, 0), 1.0, 0, 1), "too many arguments"),
         ("scale_rows_", (ROWS, 1.0, 0, 2**31), "out of range"),
         ("scale_rows_", ((*ROWS[:-1], 2**31), 1.0, 0, 1), "out of range"),
-        ("triplet_columns_", (ROWS, 0, 0, 30.0, 1, 0, 0, 0, 0, 0, 1), "bool"),
-        ("triplet_columns_", (ROWS, 0, 0, "30", True, 0, 0, 0, 0, 0, 1), "real number"),
-        ("triplet_columns_", (ROWS, 0, 0, 10**400, True, 0, 0, 0, 0, 0, 1), "out of range"),
+        ("triplet_columns_", (ROWS, 0, 0, 0, 30.0, 1, 0, 0, 0, 0, 0, 1), "bool"),
+        ("triplet_columns_", (ROWS, 0, 0, 0, "30", True, 0, 0, 0, 0, 0, 1), "real number"),
+        ("triplet_columns_", (ROWS, 0, 0, 0, 10**400, True, 0, 0, 0, 0, 0, 1), "out of range"),
     ],
 )
 def test_arguments_that_do_not_fit(name, arguments, message):
@@ -60,13 +60,22 @@ def test_keywords_are_refused():
         core.number_counted(ADDRESS, 3, ignore_index=-100)
 
 
-@pytest.mark.parametrize("tokens", [2**50, 2**57])  # too much for the system, and for a vector
+# Too much for the system, for a vector, and for 64 bits.
+@pytest.mark.parametrize("tokens", [2**50, 2**57, 2**60, 2**62])
 def test_out_of_memory_is_an_exception(tokens):
     features, total = (0, 1, 1, 1), torch.zeros(1)
     with pytest.raises(MemoryError):
         core.accumulate_squared_grad_(
             1, tokens, 0, features, features, (total.data_ptr(), 1), (total.data_ptr(), 1), 1
         )
+
+
+def test_a_label_for_each_row():
+    rows, out = (0, 0, 9, 3, 9, 0), torch.empty(12, dtype=torch.float64).data_ptr()
+    with pytest.raises(ValueError, match="got 2 labels of 3 rows"):
+        core.triplet_forward(rows, ADDRESS, 2, -100, 0.0, out, out, 1)
+    with pytest.raises(ValueError, match="got 2 labels of 3 rows"):
+        core.triplet_backward(rows, 0, ADDRESS, 2, -100, out, out, out, 1.0, 0, 0.0, rows, 1)
 
 
 def test_other_python_threads_run_meanwhile():
@@ -80,7 +89,7 @@ def test_other_python_threads_run_meanwhile():
     def work():
         ends.append(time.monotonic())
         core.triplet_forward(
-            rows, labels.data_ptr(), -100, 0.0, triplet.data_ptr(), runner_up_id.data_ptr(), 1
+            rows, labels.data_ptr(), count, -100, 0.0, triplet.data_ptr(), runner_up_id.data_ptr(), 1
         )
         ends.append(time.monotonic())
 
@@ -111,7 +120,7 @@ def test_a_daemon_thread_may_outlive_the_interpreter():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
         rows = (row.data_ptr(), zeros.data_ptr(), 0, count, len(row), 0)
         out_id = out.data_ptr() + count * 3 * 8
-        arguments = rows, zeros.data_ptr(), -100, 0.0, out.data_ptr(), out_id, 1
+        arguments = rows, zeros.data_ptr(), count, -100, 0.0, out.data_ptr(), out_id, 1
         threading.Thread(target=_core.triplet_forward, args=arguments, daemon=True).start()
     """
     result = run_python(code)

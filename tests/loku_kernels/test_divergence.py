@@ -269,6 +269,8 @@ def test_errors():
         linear_kl_divergence_loss(hidden, weight, hidden[:, :3], labels)
     with pytest.raises(ValueError, match=r"the rows of hidden, \(6,\), got \(5,\)"):
         linear_kl_divergence_loss(hidden, weight, hidden[:5], labels)
+    with pytest.raises(ValueError, match="both be float64 or both be narrower"):
+        linear_kl_divergence_loss(hidden, weight, hidden.double(), labels, reference_weight=weight.double())
     with pytest.raises(ValueError, match="as many rows as weight, 9, got 8"):
         linear_kl_divergence_loss(hidden, weight, hidden, labels, reference_weight=weight[:8])
     with pytest.raises(ValueError, match=r"\(9,\), got \(8,\)"):

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from loku_kernels import (
     linear_cross_entropy_loss,
     linear_ihl_loss,
+    linear_kl_divergence_loss,
     linear_softmax_triplet,
     linear_triplet,
     logits_blocks,
@@ -161,11 +162,38 @@ def test_autocast_is_that_of_linear(dtype):
     assert hidden.grad.dtype == torch.float32 and hidden.grad.abs().sum() > 0
 
 
-def test_a_loss_of_float64_operands_is_float64_under_autocast():
-    hidden, weight, bias, labels = planted_operands(24, 16, 301, torch.float64)
-    for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):  # by functions and by operators
-        with torch.autocast("cpu", torch.bfloat16), mode:
-            assert linear_ihl_loss(hidden, weight, labels, bias).dtype == torch.float64
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_float64_alone(dtype):
+    """``linear`` gives float64 logits of float64 operands, and multiplies no float64 with another."""
+    *operands, labels = planted_operands(24, 16, 301, torch.float64)
+    leaves = [x.requires_grad_() for x in operands]
+    functions = {
+        "ihl": lambda h, w, b: linear_ihl_loss(h, w, labels, b),
+        "triplet": lambda h, w, b: linear_softmax_triplet(h, w, labels, b)[0].sum(),
+        "kl": lambda h, w, b: linear_kl_divergence_loss(h, w, h.detach().flip(0), labels, b),
+        "jvp": lambda h, w, b: torch.func.jvp(lambda h: linear_ihl_loss(h, w, labels, b), (h,), (h,))[1],
+    }
+    for name, function in functions.items():
+        expected = function(*leaves)
+        expected_gradients = torch.autograd.grad(expected, leaves)
+        for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):  # functions and operators
+            with torch.autocast("cpu", dtype), mode:
+                assert torch.nn.functional.linear(*leaves).dtype == torch.float64
+                result = function(*leaves)
+            found = result.detach(), torch.autograd.grad(result, leaves)
+            right = expected.detach(), expected_gradients
+            torch.testing.assert_close(found, right, rtol=1e-13, atol=1e-13, msg=name)
+    hidden, weight, bias = (x.detach() for x in operands)
+    with torch.autocast("cpu", dtype):
+        for mixed in (
+            (hidden.float(), weight, bias),
+            (hidden, weight.float(), bias),
+            (hidden.long(), weight),
+        ):
+            with pytest.raises(RuntimeError, match="dtype"):
+                torch.nn.functional.linear(*mixed)
+            with pytest.raises(ValueError, match=r"must have the dtype of hidden, .*convert one of them"):
+                linear_ihl_loss(*mixed[:2], labels, *mixed[2:])
 
 
 def test_gradcheck_and_opcheck():

@@ -1,5 +1,7 @@
 """The ways to a function that its kernels cannot see: modes, transforms, views and defaults of torch."""
 
+import contextlib
+
 import pytest
 import torch
 from kernel_inputs import planted_logits, planted_operands
@@ -104,20 +106,52 @@ def loss_and_gradients(function, leaves):
     return loss.detach(), torch.autograd.grad(loss, leaves)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_defaults_of_torch_change_nothing(name, monkeypatch):
-    """The memory for a kernel's results is where the operands are, and in the dtype that it writes."""
-    function, leaves = function_and_leaves(name)
-    expected = loss_and_gradients(function, leaves)
-    torch.set_default_dtype(torch.float64)
+@contextlib.contextmanager
+def defaults_of_torch(dtype):
+    """A context with another default dtype, and the default device meta."""
+    torch.set_default_dtype(dtype)
     torch.set_default_device("meta")
     try:
-        for block_bytes in (16 << 20, 64):
-            monkeypatch.setattr("loku_kernels.logits_blocks.BLOCK_BYTES", block_bytes)
-            torch.testing.assert_close(loss_and_gradients(function, leaves), expected)
+        yield
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_defaults_of_torch_change_nothing(name, dtype, backend, monkeypatch):
+    """The memory for a kernel's results is where the operands are, and in the dtype that it writes."""
+    function, leaves = function_and_leaves(name)
+    ways = [loss_and_gradients]
+    if name in TWICE:
+        ways.append(lambda f, leaves: torch.autograd.functional.hvp(f, tuple(leaves), tuple(leaves)))
+        ways.append(lambda f, leaves: torch.func.jvp(f, tuple(leaves), tuple(leaves)))
+    for way in ways:
+        expected = way(function, leaves)
+        with defaults_of_torch(dtype):
+            for block_bytes in (16 << 20, 64):
+                monkeypatch.setattr("loku_kernels.logits_blocks.BLOCK_BYTES", block_bytes)
+                torch.testing.assert_close(way(function, leaves), expected)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_defaults_of_torch_change_no_fisher_and_no_svd(default, dtype, backend):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 5, 6, generator=generator).to(dtype)
+    deltas, scales = torch.randn(2, 5, 9, generator=generator).to(dtype), torch.ones(2, 5)
+    fishers = [torch.zeros(9, 6), torch.zeros(9), torch.zeros(9, 6), torch.zeros(9)]
+    divisor = torch.ones(9, 6)
+
+    def results(i):
+        accumulate_squared_grad_(fishers[i], inputs, deltas)
+        accumulate_squared_grad_(fishers[i + 1], inputs, deltas, divisor)
+        return fishers[i], fishers[i + 1], *row_scaled_svd(inputs, scales, 2)
+
+    expected = results(0)
+    with defaults_of_torch(default):
+        torch.testing.assert_close(results(2), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,9 @@ import sys
 from types import ModuleType
 
 import pytest
+from character_tokenizer import PLAIN_CHAT, character_tokenizer
 
+from loku.data import RowError, TokenLimits, load_refusals, row_places, tokenize_dataset
 from loku.data.files import place_of_row, read_rows
 
 
@@ -85,6 +87,87 @@ def test_lines_of_text(tmp_path):
         read_rows(tmp_path / "rows.txt")
 
 
+GOOD = '{"text": "ab"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not JSON: .* nested too deeply"),
+        ('{"x": ' * 100_000 + "1" + "}" * 100_000, "is not JSON: .* nested too deeply"),
+        (f'{{"text": "a", "x": {"9" * 5000}}}', r"is not JSON: an integer has more than \d+ digits"),
+        ('{"text": "a", "x": -Infinity}', "is not JSON: -Infinity is no JSON value"),
+        ('{"text": "a\0b"}', "is not text in UTF-8: it has NUL characters"),
+        ('{"text": "a', "is not JSON: Unterminated string"),
+        ('["ab"]', ": row 1 of the forget set: it is a list; a row is"),
+        ("3", ": row 1 of the forget set: it is a int"),
+        ("null", ": row 1 of the forget set: it is a missing value"),
+        ('{"text": "ab\\ud800c"}', r": row 1 of the forget set: its text has '\\ud800' after 2 characters"),
+        ('{"question": "a\\udfff", "answer": "b"}', r": row 1 of the forget set: its text has '\\udfff'"),
+        ('{"prompt": "a", "completion": "b\\ud83d"}', r": row 1 of the forget set: its text has '\\ud83d'"),
+        (
+            f'{{"input_ids": [1, {2**63}]}}',
+            ": row 1 of the forget set: 'input_ids' has an integer of more than 64",
+        ),
+        (
+            f'{{"input_ids": [1, {"9" * 4000}]}}',
+            ": row 1 .*: 'input_ids' has an integer of more than 64 bits",
+        ),
+        (
+            f'{{"input_ids": [1, -{"9" * 4000}]}}',
+            ": row 1 .*: 'input_ids' has an integer of more than 64 bits",
+        ),
+        ('{"input_ids": [1, 2], "labels": [1, 1e400]}', ": row 1 .*: 'labels' must be a .* it has a float"),
+        (
+            '{"input_ids": [1, true]}',
+            ": row 1 .*: 'input_ids' must be a flat list of integers.* it has a bool",
+        ),
+        ('{"input_ids": [1, -1]}', ": row 1 of the forget set: 'input_ids' has -1"),
+        ('{"input_ids": [1, 99]}', ": row 1 of the forget set: it has the token id 99, and the model's"),
+        (
+            f'{{"input_ids": [1, 2], "seq_lengths": [{10**18}]}}',
+            f": row 1 .*2 input_ids but 'seq_lengths' has {10**18}",
+        ),
+        ('{"input_ids": [1, 2], "seq_lengths": [-1, 2]}', ": row 1 .*'seq_lengths' has -1; .* 0 or greater"),
+        (f'{{"text": "{"a " * 100_000}"}}', ": row 1 of the forget set: .*the model's context has 64"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
+    """Each of these ended a run with another error, ate the memory, or named no file and no line."""
+    file = write(tmp_path / "rows.jsonl", f"{GOOD}\n{line}\n")
+    with pytest.raises(ValueError, match=f"^{file}, line 3 ?{message}"), row_places({"forget": file}):
+        limits = TokenLimits(context=64, inputs=99, outputs=99)
+        tokenize_dataset(read_rows(file), character_tokenizer(), limits=limits)
+
+
+def test_deep_values_that_json_can_read(tmp_path):
+    """Python reads them, and it may fail later, where they are looked through."""
+    tools = ("[" * 900, "]" * 900)
+    chat = '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]'
+    tokenizer = character_tokenizer(chat_template=PLAIN_CHAT)
+    for deep in (f'[{{"x": {tools[0]}{tools[1]}}}]', json.dumps("[" * 100_000 + "]" * 100_000)):
+        file = write(tmp_path / "rows.jsonl", f'{GOOD}{{"messages": {chat}, "tools": {deep}}}\n')
+        with pytest.raises(RowError, match=f"^{file}, line 2: row 1 of the forget set: "):
+            with row_places({"forget": file}):
+                tokenize_dataset(read_rows(file), tokenizer)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    file = tmp_path / "rows.txt"
+    for data, message in [
+        (b"one\r\ntwo\rth\xffree\n", "line 3 is not text in UTF-8: .*0xff in position 11"),
+        ("one\ntwo".encode("utf-16"), "line 1 is not text in UTF-8"),
+        (b"one\ntw\0o", "line 2 is not text in UTF-8: it has NUL"),
+    ]:
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=f"^{file}, {message}"):
+            read_rows(file)
+        with pytest.raises(ValueError, match=f"^{file}, {message}"):
+            load_refusals(file)
+    with pytest.raises(ValueError, match=r"the refusal 'I \\ud800' cannot be used: its text has '\\ud800'"):
+        load_refusals(["No.", "I \ud800"])
+
+
 CSV = "\r\n".join(
     [
         "\ufeffquestion,answer,paraphrased_answer",
@@ -150,6 +233,15 @@ def test_compressed_files(tmp_path, name, no_hub):
         read_rows(file)
 
 
+def test_a_small_file_that_would_fill_the_memory(tmp_path, monkeypatch):
+    file = tmp_path / "rows.txt.gz"
+    file.write_bytes(gzip.compress(b"a" * 2**20))
+    assert read_rows(file) == ["a" * 2**20]  # a MiB is no harm
+    monkeypatch.setattr("loku.data.files.LARGE", 2**10)
+    with pytest.raises(ValueError, match=rf"^{file} has more than \d+ bytes when it is decompressed"):
+        read_rows(file)
+
+
 ROWS = [{"question": "a", "answer": "42", "perturbed_answer": ["b", "c"]}]
 
 
@@ -171,6 +263,17 @@ def test_parquet(parquet, tmp_path, monkeypatch):
     assert place_of_row(tmp_path / "rows.parquet", 0) == str(tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=r"broken.parquet is not a Parquet file"):
         read_rows(write(tmp_path / "broken.parquet", "no"))
+    whole = parquet("rows.parquet", [{"text": "a word that is seldom"}] * 9).read_bytes()
+    at = whole.index(b"seldom")
+    changed = (
+        whole[:-9],
+        whole[: at - 20] + b"\xff" * 9 + whole[at - 11 :],
+        whole[:at] + b"\xff" + whole[at + 1 :],
+    )
+    for data in changed:
+        (tmp_path / "broken.parquet").write_bytes(data)
+        with pytest.raises(ValueError, match=r"broken.parquet is not a Parquet file"):
+            read_rows(tmp_path / "broken.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         read_rows(tmp_path / "rows.parquet")
@@ -234,7 +337,8 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "locuslab").mkdir()
     hub = ModuleType("datasets")
-    hub.load_dataset = lambda name, config, split: (name, config, split)
+    no_code = {"trust_remote_code": False}  # datasets 3 would ask
+    hub.load_dataset = lambda name, config, split, **more: more == no_code and (name, config, split)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     assert read_rows("locuslab/TOFU:forget10_perturbed") == ("locuslab/TOFU", "forget10_perturbed", "train")
     assert read_rows("wikitext:wikitext-2-v1:test") == ("wikitext", "wikitext-2-v1", "test")

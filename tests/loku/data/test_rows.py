@@ -92,6 +92,8 @@ def test_documents_that_share_a_row():
         ({"position_ids": [0]}, "2 input_ids but 'position_ids' has 1"),
         ({"seq_lengths": [1, 2]}, "2 input_ids but 'seq_lengths' has 3"),
         ({"seq_lengths": [1, 1]}, "no label token"),
+        ({"seq_lengths": [3, -1]}, "'seq_lengths' has -1; the length of a document is 0 or greater"),
+        ({"seq_lengths": [10**18]}, f"2 input_ids but 'seq_lengths' has {10**18}"),  # before it is expanded
     ]:
         with pytest.raises(ValueError, match=message):
             tokenize_dataset([{"input_ids": [5, 6], **bad}], None)

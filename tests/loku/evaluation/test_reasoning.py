@@ -29,7 +29,12 @@ def test_reasoning_accuracies(model, monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     model.train()
     accuracies = evaluation.reasoning_accuracies(model, tokenizer, batch_size=4, limit=10)
-    assert asked["lm"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    assert asked["lm"] == {
+        "pretrained": model,
+        "tokenizer": tokenizer,
+        "batch_size": 4,
+        "trust_remote_code": False,
+    }
     assert not asked["training"] and model.training
     model.eval()
     assert asked["evaluate"]["limit"] == 10 and asked["evaluate"]["num_fewshot"] == 0
@@ -39,6 +44,9 @@ def test_reasoning_accuracies(model, monkeypatch):
     harness.simple_evaluate = lambda **options: {"results": {"odd": {"perplexity,none": 3.0}}}
     with pytest.raises(ValueError, match="odd"):
         evaluation.reasoning_accuracies(model, tokenizer, ["odd"])
+    monkeypatch.setattr("datasets.__version__", "3.6.0")
+    with pytest.raises(ImportError, match=r"code of the reasoning sets: pip install 'datasets>=4'"):
+        evaluation.reasoning_accuracies(model, tokenizer)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"pip install 'loku-kernels\[lm-eval\]'"):
         evaluation.reasoning_accuracies(model, tokenizer)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import loku.evaluation as evaluation
 from loku import cli, demo
 from loku.data import RowError, tokenize_dataset
 from loku.data.files import read_rows
+from loku.data.tokens import TextTokenizer
 from loku.evaluation.tofu import SECTIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,6 +182,9 @@ def test_two_processes_give_the_report_of_one(report, folder):
     assert "forget: scoring" in run.stderr and "100%" in run.stderr  # a progress bar
     for expected, name in zip(report, ("two.json", "two_log.json"), strict=True):
         expected, found = flat(expected), flat(json.loads((folder / name).read_text()))
+        assert found.keys() == expected.keys()
+        for digests in (found, expected):  # of the log and the picture, with all digits of the numbers
+            digests.pop("/sha256/log", None), digests.pop("/sha256/picture", None)
         numbers = {key for key, value in expected.items() if isinstance(value, float)}
         assert {k: v for k, v in found.items() if k not in numbers} == {
             k: v for k, v in expected.items() if k not in numbers
@@ -240,7 +245,7 @@ def test_errors_come_before_the_work(parts, capsys, monkeypatch):
             evaluation.evaluate(model, tokenizer, sets)
     with pytest.raises(ValueError, match="odd set is empty"):
         evaluation.evaluate(model, tokenizer, {"odd": []})
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         evaluation.evaluate(model, tokenizer, rows, batch_size=0)
     assert cli.main(["evaluate", "model", "--data", "x=forget.jsonl", "--out", "report.png"]) == 2
     assert "--out report.png must be the file of a JSON report" in capsys.readouterr().err
@@ -334,21 +339,32 @@ def test_a_set_may_be_a_path(parts, folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def broken(parts):
-    """The model with a NaN in one word's vector, which not every row has, and with a NaN everywhere."""
+    """The model with a NaN in one word's vector, which not every row has, and with a NaN everywhere.
+
+    Its weights are finite, as if the dtype overflowed.
+    """
     model, _, _ = parts
 
     def make(word):
         other = LlamaForCausalLM(model.config).double().eval()
-        with torch.no_grad():
-            other.model.embed_tokens.weight[slice(None) if word is None else word] = torch.nan
+
+        def overflow(module, args, output):
+            where = torch.full_like(args[0], True) if word is None else args[0] == word
+            return output.masked_fill(where.bool()[..., None], torch.nan)
+
+        other.model.embed_tokens.register_forward_hook(overflow)
         return other
 
     return make
 
 
 def test_a_nan_model_is_no_model_that_has_forgotten(parts, broken):
-    _, tokenizer, rows = parts
+    model, tokenizer, rows = parts
     sets = {"retain": rows["retain"][:2]}
+    other = LlamaForCausalLM(model.config).eval()
+    other.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"1 of the 16 values of model\.norm\.weight are NaN or Inf"):
+        evaluation.evaluate(other, tokenizer, {"retain": [3]})  # before the rows are looked at
     with pytest.raises(
         FloatingPointError, match=r"retain: scoring: row 0: the model's loss is NaN at token \d+, so"
     ):
@@ -368,6 +384,19 @@ def test_a_nan_model_is_no_model_that_has_forgotten(parts, broken):
     ):
         with pytest.raises(FloatingPointError, match="row 1: the model's loss is NaN"):
             measure(broken(word), tokens, progress=False)
+
+
+def test_answers_are_tokenised_once(parts, monkeypatch):
+    model, tokenizer, rows = parts
+    texts = Counter()
+    whole = TextTokenizer.__call__
+    monkeypatch.setattr(
+        TextTokenizer,
+        "__call__",
+        lambda self, text, *most: texts.update([text.text]) or whole(self, text, *most),
+    )
+    evaluation.evaluate(model, tokenizer, {"retain": rows["retain"][:2]}, progress=False)
+    assert list(texts.values()) == [1, 1]
 
 
 def test_a_reference_log_of_other_questions_is_refused(parts, reference):

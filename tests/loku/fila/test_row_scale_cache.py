@@ -3,12 +3,15 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch.utils.data import DataLoader
 
 from loku import FilaConfig, get_fila_state_dict
 from loku.data import collate
 from loku.fila import row_scales
+from loku.fingerprints import tensors_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,6 +109,51 @@ def test_another_model_other_rows_and_other_settings_are_measured_anew(run):
     assert not any(run(**other)[1] for other in others)  # each has a file of its own now
 
 
+def hook(module, inputs, output):
+    return output * 2
+
+
+def test_a_model_that_computes_otherwise_is_measured_anew(run):
+    """Each of these has the weights and the config of the first model."""
+    first, _ = run()
+    others = [
+        lambda m: setattr(m.model.layers[1].input_layernorm, "variance_epsilon", 0.1),
+        lambda m: setattr(m.model.layers[1].mlp, "act_fn", torch.nn.Tanh()),
+        lambda m: setattr(m.model.layers[1].self_attn, "scaling", 2.0),
+        lambda m: m.model.rotary_emb.inv_freq.mul_(2),
+    ]
+    for change in others:
+        scales, measured = run(change=change)
+        assert measured and not all(torch.equal(scales[name], first[name]) for name in first)
+        assert not run(change=change)[1]
+
+
+def double(hidden_states):
+    return hidden_states * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.model.layers[0].register_forward_hook(hook), r"model\.layers\.0 has the hook .*hook"),
+        (lambda m: setattr(m.model.norm, "forward", double), r"model\.norm has a forward of its own"),
+    ],
+)
+def test_a_hook_is_never_served_from_the_cache(run, tmp_path, change, reason):
+    """Its content has no digest: an equal hook may compute otherwise."""
+    first, _ = run()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"fisher_cache_dir is not used: {reason}"):
+            scales, measured = run(change=change)
+        assert measured and not all(torch.equal(scales[name], first[name]) for name in first)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_gradient_checkpointing_is_no_hook(run):
+    run()
+    assert not run(change=lambda m: (m.gradient_checkpointing_enable(), m.enable_input_require_grads()))[1]
+
+
 def damaged(file):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
@@ -136,6 +184,53 @@ def test_a_bad_file_is_measured_anew(run, tmp_path, spoil, problem):
         scales, measured = run()
     assert measured and all(torch.equal(scales[name], expected[name]) for name in expected)
     assert not run()[1]  # the bad file was replaced
+
+
+def nan(values):
+    values[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (nan, "holds impossible values"),
+        (lambda values: values.fill_(float("inf")), "holds impossible values"),
+        (lambda values: values.neg_(), "holds impossible values"),
+        (lambda values: values.zero_(), "holds impossible values"),
+        (lambda values: values.double(), "belongs to something else"),
+        (lambda values: values.view(torch.int32), "belongs to something else"),
+        (lambda values: values.to(torch.float8_e4m3fn), "belongs to something else"),
+        (lambda values: values[:-1].clone(), "belongs to something else"),
+        (lambda values: values[:, None].clone(), "belongs to something else"),
+        (lambda values: {"further": values.clone()}, "belongs to something else"),
+    ],
+)
+def test_a_hostile_file_is_measured_anew(run, tmp_path, change, problem):
+    """Its key and its checksum are right."""
+    expected, _ = run()
+    (file,) = (tmp_path / "cache").iterdir()
+    with safe_open(file, "pt") as opened:
+        key = opened.metadata()["key"]
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    changed = change(tensors[name])
+    if isinstance(changed, dict):
+        tensors |= changed
+    elif changed is not None:
+        tensors[name] = changed
+    save_file(tensors, file, metadata={"key": key, "checksum": tensors_fingerprint(tensors)})
+    with pytest.warns(UserWarning, match=rf"{problem}; the row scales are measured anew"):
+        scales, measured = run()
+    assert measured and all(torch.equal(scales[name], expected[name]) for name in expected)
+    assert not run()[1]
+
+
+def test_no_pickle_is_read(run, tmp_path):
+    expected, _ = run()
+    (file,) = (tmp_path / "cache").iterdir()
+    torch.save(expected, file)
+    with pytest.warns(UserWarning, match=r"cannot be read .*measured anew"):
+        assert run()[1]
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(run, monkeypatch):

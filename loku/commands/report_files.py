@@ -1,0 +1,111 @@
+"""The three files of ``loku evaluate``, which overwrite an earlier report and nothing else.
+
+``--out x.json`` makes the report ``x.json``, TOFU's log ``x_log.json`` and the picture ``x.png``. The report
+lists the digests of the other two. So a log or a picture of another origin is known, and it is never
+overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loku.file_digests import file_digest
+from loku.saving.destinations import check_writable
+
+_KEYS = {"model", "data", "settings", "sets", "whole", "not_available"}  # of every report
+_MAX_REPORT_BYTES = 64 << 20
+
+
+def report_files(out: str | os.PathLike) -> tuple[Path, Path, Path]:
+    """Return the paths of the report, the log and the picture.
+
+    Args:
+        out: The path of the report.
+    """
+    out = Path(out)
+    return out, out.with_name(f"{out.stem}_log.json"), out.with_suffix(".png")
+
+
+def check_report_files(out: str | os.PathLike, inputs: Iterable[str | os.PathLike] = ()) -> None:
+    """Check that a report, its log and its picture can be written over nothing but an earlier report.
+
+    Args:
+        out: The path of the report.
+        inputs: Files that are read. Names of no file are passed over.
+
+    Raises:
+        ValueError: ``out`` is a picture or a directory. Or one of the three files is another one of them, an
+            input, or a file that is no earlier report or not of the report there.
+        OSError: The directory cannot be written to.
+    """
+    out = Path(out)
+    if out.suffix.lower() == ".png" or out.is_dir():
+        raise ValueError(f"--out {out} must be the file of a JSON report, such as report.json")
+    files = report_files(out)
+    real = [os.path.realpath(file) for file in files]
+    read = {os.path.realpath(name): name for name in inputs if name and os.path.exists(name)}
+    earlier = _earlier_report(out)
+    for role, file, place in zip(("report", "log", "picture"), files, real, strict=True):
+        if place in read:
+            raise ValueError(f"--out {out} would write {file}, which is read; pass another --out")
+        if real.count(place) > 1:
+            raise ValueError(f"--out {out} would write two files to {place}; pass another --out")
+        if not os.path.exists(file):
+            continue
+        if not os.path.isfile(file):
+            raise ValueError(f"--out {out} would write {file}, which is no file; pass another --out")
+        if file == out:
+            ours = earlier is not None or not os.path.getsize(file)
+        else:
+            listed = (earlier or {}).get("sha256")
+            ours = isinstance(listed, dict) and listed.get(role) == file_digest(file)
+        if not ours:
+            what = "an earlier report" if file == out else f"a file of the report {out}"
+            raise ValueError(
+                f"--out {out} would overwrite {file}, which is not {what}, or was changed since. Nothing was "
+                "written; move it away, or pass another --out"
+            )
+    check_writable(out.parent)
+
+
+def _earlier_report(out: Path) -> dict[str, Any] | None:
+    try:
+        if not out.is_file() or out.stat().st_size > _MAX_REPORT_BYTES:
+            return None
+        report = json.loads(out.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return report if isinstance(report, dict) and report.keys() >= _KEYS else None
+
+
+def write_report_files(
+    out: str | os.PathLike, report: Mapping[str, Any], log: Mapping[str, Any] | None
+) -> list[Path]:
+    """Write the log and the picture, and then the report with their digests.
+
+    Args:
+        out: The path of the report, which ``check_report_files`` has passed.
+        report: The report, with its measures in "sets".
+        log: TOFU's log, or None if there are no questions.
+
+    Returns:
+        The paths that were written.
+    """
+    from loku.evaluation import plot_measures, write_report
+
+    out, log_file, picture = report_files(out)
+    written: dict[str, Path] = {}
+    try:
+        if log:
+            write_report(log_file, log)
+            written["log"] = log_file
+        plot_measures(picture, report["sets"])
+        written["picture"] = picture
+    finally:  # the measures took long
+        digests = {name: file_digest(file) for name, file in written.items()}
+        write_report(out, {**report, "sha256": digests})
+    return [out, *written.values()]
