@@ -328,8 +328,11 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         if Path(adapter).is_dir():  # it includes the subfolder
             arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
         return load_merged(adapter, arguments)
-    if "subfolder" in arguments:  # transformers would look for an adapter in the folder above
-        arguments.setdefault("adapter_kwargs", {"subfolder": arguments["subfolder"]})
+    if "subfolder" in arguments:  # transformers would follow an adapter in the folder above
+        if (Path(model) / CONFIG_NAME).is_file():
+            model = Path(model) / arguments.pop("subfolder")
+        else:
+            arguments.setdefault("adapter_kwargs", {"subfolder": arguments["subfolder"]})
     trusted = arguments.pop("trust_remote_code")
     with loading(model):
         loaded = _auto_class(model, arguments, trusted).from_pretrained(

@@ -270,6 +270,8 @@ def _finish(place: Path, path: Path) -> None:
         return
     if any(entry.is_symlink() for entry in entries.values()):
         return
+    if _JOURNAL in entries and place.parent != path:  # a journal is of moves into the directory around it
+        return
     lock = _Lock(place / _LOCK)
     try:
         if not lock.take():
@@ -346,7 +348,7 @@ def _remaining_moves(place: Path, path: Path) -> list[tuple[Path, Path]]:
     Only entries that are the very ones that the writer meant are moved.
     """
     journal, moves = _read_journal(place), []
-    refused = place.parent != path or any(
+    refused = any(
         not set(os.listdir(place / folder)) <= journal[part].keys()
         for part, folder in (("old", _PREVIOUS), ("new", _NEW))
     )

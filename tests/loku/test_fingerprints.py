@@ -22,6 +22,7 @@ from loku.fingerprints import (
     tensors_fingerprint,
     texts_fingerprint,
 )
+from loku.model_description import without_description
 from loku.target_modules import default_target_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +107,17 @@ def test_what_changes_a_base(part, kind, change):
     change(with_it := tiny_model(kind))
     assert base_fingerprint(with_it) == changed
     assert base_fingerprint(with_adapter(with_it)) == changed
+
+
+def test_a_hook_of_all_modules_counts():
+    plain = base_fingerprint(tiny_model("llama"))
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        assert base_fingerprint(tiny_model("llama"))["modules"] != plain["modules"]
+        assert without_description(tiny_model("llama")) == "all modules have the hook test_fingerprints.hook"
+    finally:
+        handle.remove()
+    assert base_fingerprint(tiny_model("llama")) == plain
 
 
 def test_every_piece_of_a_large_tensor_counts(monkeypatch):

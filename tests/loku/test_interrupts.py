@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loku
 from loku.data import collate
+from loku.evaluation.generation import generate_greedy
 from loku.fila.initialize import initialize_from_row_scales
 from loku.interrupts import uninterrupted, uninterrupted_context
 
@@ -215,10 +216,22 @@ def measure(model, path):
     return model
 
 
+def evaluate(model, path):
+    loku.UnlearnTrainer(model, arguments(path, bf16=True), FORGET, RETAIN).evaluate()
+    return model
+
+
+def generate(model, path):
+    generate_greedy(model, [row["input_ids"][:3] for row in FORGET], [3] * len(FORGET), progress=False)
+    return model
+
+
 CALLS = {
     "unlearn": (given, unlearn, 150),
     "UnlearnTrainer with peft_config": (given, construct, 30),
     "initialize_from_row_scales": (lambda: get_peft_model(given(), lora()), initialize, 30),
+    "evaluate": (given, evaluate, 30),
+    "generate_greedy": (given, generate, 30),
     "get_fila_state_dict": (lambda: get_peft_model(given(), lora()), measure, 20),
 }
 
