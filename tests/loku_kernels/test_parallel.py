@@ -15,6 +15,7 @@ from loku_kernels.backends import native
 pytestmark = pytest.mark.skipif(native._core is None, reason="no compiled core")
 
 SOURCES = Path(__file__).parent / "parallel"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 def output_of(code, **environment):
@@ -90,7 +91,7 @@ def compiled(folder, source, *flags):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    result = folder / source.replace(".cpp", ".so")
+    result = folder / source.removesuffix(".cpp")
     command = [
         compiler,
         "-std=c++17",
@@ -105,6 +106,14 @@ def compiled(folder, source, *flags):
     ]
     subprocess.run(command, check=True)
     return result
+
+
+def test_an_exception_in_a_thread_arrives_after_all_threads(tmp_path):
+    if not (CSRC / "parallel.h").exists():
+        pytest.skip("no checkout")
+    result = subprocess.run([compiled(tmp_path, "loops.cpp", "-fopenmp")], capture_output=True, text=True)
+    assert result.returncode == 0, result
+    assert result.stdout == "loops: 0 lost exceptions, 0 calls without scratch, 0 wrong shares\n"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
