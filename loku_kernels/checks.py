@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -122,7 +123,7 @@ def check_linear_operands(
         softcap: The softcap of the logits, or None.
 
     Raises:
-        ValueError: A shape, dtype or device is wrong, V < 2, or the softcap is not positive.
+        ValueError: A shape, dtype or device is wrong, V < 2, or the softcap is not positive and finite.
     """
     if weight.dim() != 2 or weight.shape[0] < 2:
         raise ValueError(f"weight must have shape (V, D) with V >= 2, got {tuple(weight.shape)}")
@@ -139,8 +140,8 @@ def check_linear_operands(
         _check_like_hidden("bias", bias, hidden)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None for none, got {softcap}")
 
 
 def _check_like_hidden(name: str, tensor: Tensor, hidden: Tensor) -> None:

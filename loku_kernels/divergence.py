@@ -293,7 +293,8 @@ def linear_kl_divergence_loss(
         ignored rows for ``"none"``. The mean and its gradients are 0 if no row counts.
 
     Raises:
-        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive.
+        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive and
+            finite.
     """
     if reference_weight is None:
         reference_weight, reference_bias = weight, bias

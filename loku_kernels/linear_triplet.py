@@ -462,7 +462,8 @@ def linear_softmax_triplet(
         The triplet (..., 3) and the runner-up's index (...), as ``softmax_triplet`` returns them.
 
     Raises:
-        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive.
+        ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive and
+            finite.
         IndexError: A label is neither in [0, V) nor ``ignore_index``. On CUDA a device-side assert fails.
     """
     check_linear_operands(hidden, weight, labels, bias, softcap)
