@@ -267,11 +267,12 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
             of the adapter.
 
     Returns:
-        The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``base_model_name_or_path`` is the
-        untouched base, or None for the residual save of a model without a name. ``factors`` are B (d, rank)
-        with the scaling multiplied in and A (rank, k), both float32, by module name; None if the adapter has
-        more than LoRA factors. ``tokenizer`` is the folder or hub name of the tokenizer. ``weights`` is the
-        fingerprint of the merged weights, for which the factors are right.
+        The merged model. Its attribute ``_loku_merged_adapter`` is a dict. ``adapter`` is the folder or hub
+        name of the adapter. ``base_model_name_or_path`` is the untouched base, or None for the residual save
+        of a model without a name. ``factors`` are B (d, rank) with the scaling multiplied in and A (rank, k),
+        both float32, by module name; None if the adapter has more than LoRA factors. ``tokenizer`` is the
+        folder or hub name of the tokenizer. ``weights`` is the fingerprint of the merged weights, for which
+        the factors are right.
 
     Raises:
         ValueError: The base is not named or cannot be loaded, or the adapter does not fit it or cannot be
@@ -298,6 +299,7 @@ def load_merged(adapter: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     for parameter in merged.parameters():  # peft froze them
         parameter.requires_grad_(parameter.is_floating_point())
     facts = {
+        "adapter": adapter,
         "base_model_name_or_path": untouched,
         "factors": factors,
         "tokenizer": _tokenizer_place(adapter, base_name if earlier is None else earlier["tokenizer"], hub),
@@ -326,8 +328,11 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         if Path(adapter).is_dir():  # it includes the subfolder
             arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
         return load_merged(adapter, arguments)
-    if "subfolder" in arguments:  # transformers would look for an adapter in the folder above
-        arguments.setdefault("adapter_kwargs", {"subfolder": arguments["subfolder"]})
+    if "subfolder" in arguments:  # transformers would follow an adapter in the folder above
+        if (Path(model) / CONFIG_NAME).is_file():
+            model = Path(model) / arguments.pop("subfolder")
+        else:
+            arguments.setdefault("adapter_kwargs", {"subfolder": arguments["subfolder"]})
     trusted = arguments.pop("trust_remote_code")
     with loading(model):
         loaded = _auto_class(model, arguments, trusted).from_pretrained(

@@ -149,6 +149,16 @@ def _files(directory: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
+def _empty_folders(directory: Path) -> list[str]:
+    """The folders in a directory that hold nothing, or nothing that this process may read."""
+    walked = list(os.walk(directory))
+    full = {folder for folder, folders, files in walked if folders or files}
+    named = {os.path.join(folder, name) for folder, folders, _ in walked for name in folders}
+    return sorted(
+        Path(name).relative_to(directory).as_posix() for name in named - full if not os.path.islink(name)
+    )
+
+
 def write_manifest(directory: Path, identity: dict[str, Any], contents: Contents) -> None:
     """Write the manifest of a checkpoint, after all its other files.
 
@@ -241,7 +251,7 @@ def change(checkpoint: Path, *, digests: bool = True) -> str | None:
     if checkpoint.is_symlink():
         return "it is a link"
     listed = _read_manifest(checkpoint)["files"]
-    others = [name for name in _files(checkpoint) if name not in listed]
+    others = [name for name in [*_files(checkpoint), *_empty_folders(checkpoint)] if name not in listed]
     if others:
         return f"it also has {', '.join(others[:3])}, which loku did not write"
     return _alteration(checkpoint, listed, digests)
@@ -321,13 +331,15 @@ def find_checkpoint(
         return None
     newest = str(resume).lower() == "true"  # or the text, from a command line
     candidates = whole_checkpoints(output_dir) if newest else [Path(str(resume))]
-    reason = None
+    reason: str | None = None
     for checkpoint in reversed(candidates):
         manifest = _read_manifest(checkpoint)
         difference = _differences(checkpoint, manifest, identity)
         if not difference:
             check_whole(checkpoint, manifest["files"], contents)
             _warn_of_environment(checkpoint, manifest, identity)
+            if reason:
+                warnings.warn(f"the run goes on from {checkpoint.name}: {reason}", stacklevel=2)
             return checkpoint
         reason = reason or (
             f"{checkpoint} is of another run: {difference}. Nothing was changed; pass the model, data and "

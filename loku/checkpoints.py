@@ -40,7 +40,8 @@ from loku.checkpoint_folder import CheckpointFolder
 from loku.config import UnlearnConfig
 from loku.data import RefusalRows
 from loku.data.large_sets import DrawnRows
-from loku.distributed import check_in_main_process, first_error, is_main_process
+from loku.distributed import check_in_main_process, first_error
+from loku.interrupts import uninterrupted
 from loku.nan_guard import check_parameters
 from loku.run_identity import model_facts, run_identity, settings_facts
 from loku.saving.adapter import check_portable, loaded_from, save_portable_adapter
@@ -209,8 +210,8 @@ class ResumableTrainer(Trainer):
         finally:
             if begun:
                 self._reserved = False
-                if is_main_process():
-                    self._folder.release()
+                if self.args.should_save:  # on each node that keeps checkpoints of its own
+                    uninterrupted(self._folder.release)
 
     def _reserve(self) -> None:
         self._reserved = True
@@ -374,7 +375,9 @@ class ResumableTrainer(Trainer):
             write()
         except Exception as error:  # libraries in Rust raise it for a full disk, torch a RuntimeError
             failed = error
-        reason = first_error(None if failed is None else str(failed))
+        reason = first_error(None if failed is None else str(failed) or type(failed).__name__)
+        if isinstance(failed, MemoryError):
+            raise failed
         if reason is not None:
             raise system_error(  # the command line tells a failed run from wrong arguments by the number
                 f"{checkpoint.name} could not be written to {checkpoint.parent} ({reason}). The checkpoints "

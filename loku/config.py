@@ -53,6 +53,7 @@ _REASONS = {
     "log_level": _LOG,
     "log_level_replica": _LOG,
     "log_on_each_node": _LOG,
+    "logging_dir": _PLACE,
     "logging_first_step": _LOG,
     "logging_nan_inf_filter": _NO_EFFECT,
     "logging_steps": _LOG,

@@ -54,9 +54,22 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _deliver(caller: FrameType | None) -> None:
     """Call the handlers of the signals that waited, unless the calling function is to end undisturbed too."""
     while _waiting and _in_main_thread() and not _is_inside(caller):
-        number = _waiting.pop(0)
-        if signal.getsignal(number) is not signal.SIG_IGN:  # by now
-            _handlers[number](number, caller)
+        _call_handler(_waiting.pop(0), caller)
+
+
+def _call_handler(number: int, frame: FrameType | None) -> None:
+    if signal.getsignal(number) is not signal.SIG_IGN:  # by now
+        _handlers[number](number, frame)
+
+
+def raise_waiting() -> None:
+    """Call the handlers of the signals that waited until now, at the end of an ``uninterrupted_context``.
+
+    The end of a context that takes long calls this before it lets its changes stand, while it can undo them.
+    """
+    caller = sys._getframe(1)
+    while _waiting and _in_main_thread():
+        _call_handler(_waiting.pop(0), caller)
 
 
 def _install() -> bool:
@@ -79,7 +92,7 @@ def _uninstall() -> None:
     global _entered
     _entered -= 1
     if _entered == 0 and _in_main_thread():
-        for number in _SIGNALS:
+        for number in reversed(_SIGNALS):  # after the first is back, it may raise
             if signal.getsignal(number) is _handle:
                 signal.signal(number, _handlers[number])
 

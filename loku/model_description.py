@@ -183,9 +183,17 @@ def _patched(module: nn.Module) -> bool:
     return "forward" in attributes and not attributes.keys() & {"_hf_hook", "_original_forward"}
 
 
+def _global_hooks() -> list[Any]:
+    """The hooks of all modules, by ``torch.nn.modules.module.register_module_forward_hook`` and its like."""
+    return [hook for kind in _HOOKS for hook in getattr(nn.modules.module, f"_global{kind}").values()]
+
+
 def _hooks(module: nn.Module) -> list[str]:
     """The names of the functions that are hooked to a module, without those of the libraries."""
-    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+    return _names_of_hooks([hook for kind in _HOOKS for hook in getattr(module, kind).values()])
+
+
+def _names_of_hooks(hooks: list[Any]) -> list[str]:
     names = []
     for hook in hooks:
         function = hook.func if isinstance(hook, functools.partial) else hook
@@ -207,7 +215,7 @@ def modules_description(model: nn.Module) -> str:
     described = [
         [name, _class_of(module), _settings(module), _hooks(module)] for name, module in base_modules(model)
     ]
-    return json.dumps(described, sort_keys=True)
+    return json.dumps([_names_of_hooks(_global_hooks()), described], sort_keys=True)
 
 
 def without_description(model: nn.Module) -> str | None:
@@ -219,6 +227,8 @@ def without_description(model: nn.Module) -> str | None:
     Returns:
         Its name in a message: a hook, or a ``forward`` that was put on a module. None if there is none.
     """
+    if hooks := _names_of_hooks(_global_hooks()):
+        return f"all modules have the hook {hooks[0]}"
     for name, module in base_modules(model):
         where = name or "the model"
         if _patched(module):

@@ -92,12 +92,23 @@ def _register(undo: Callable[..., Any]) -> None:
         undo(_reset, backends.cudnn, flag, getattr(backends.cudnn, flag))
     for library in (backends.cuda.matmul, backends.mkldnn.matmul):
         undo(_reset, library, "fp32_precision", library.fp32_precision)
-    undo(torch.set_grad_enabled, torch.is_grad_enabled())
-    undo(_leave_autocast, _autocast_nesting())
-    for device in ("cpu", "cuda"):
-        undo(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
-        undo(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device))
-    undo(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+
+
+@uninterrupted_context
+def torch_modes_kept() -> Iterator[None]:
+    """A context or decorator after which the modes of autograd and autocast are as before.
+
+    A second interrupt may keep a context of torch, such as ``torch.no_grad()``, from ending.
+    """
+    with ExitStack() as stack:
+        undo = stack.callback
+        undo(torch.set_grad_enabled, torch.is_grad_enabled())
+        undo(_leave_autocast, _autocast_nesting())
+        for device in ("cpu", "cuda"):
+            undo(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
+            undo(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device))
+        undo(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        yield
 
 
 @uninterrupted_context
@@ -108,6 +119,6 @@ def process_state_kept() -> Iterator[None]:
     products, the modes of autograd and autocast, the variables that ``full_determinism`` sets, the filters of
     warnings, and the verbosity of transformers.
     """
-    with random_states_kept(), warnings.catch_warnings(), ExitStack() as stack:
+    with random_states_kept(), torch_modes_kept(), warnings.catch_warnings(), ExitStack() as stack:
         _register(stack.callback)
         yield

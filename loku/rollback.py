@@ -24,7 +24,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from loku.distributed import is_sharded
-from loku.interrupts import uninterrupted_context
+from loku.interrupts import raise_waiting, uninterrupted_context
 
 _CONFIGS = (PreTrainedConfig, GenerationConfig)
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
@@ -192,6 +192,7 @@ def _undone_on_failure(given: _Given) -> Iterator[ExitStack[bool | None]]:
     with ExitStack() as undo:
         undo.callback(given.restore_)
         yield undo
+        raise_waiting()
         undo.pop_all()
 
 

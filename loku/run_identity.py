@@ -63,12 +63,12 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         ValueError: The model or the config of an adapter cannot be identified; the message says why.
     """
     facts: dict[str, Any] = {"base model": base_fingerprint(model)}
-    if isinstance(model, PeftModel):
-        facts["adapters"] = list(model.active_adapters)
-        for name in model.active_adapters:
-            for entry, value in model.peft_config[name].to_dict().items():
-                if entry not in _FREE_ADAPTER_ENTRIES:
-                    facts[f"{name}.{entry}"] = _plain(f"the config of the adapter {name!r}", entry, value)
+    configs: Any = getattr(model, "peft_config", None) or {}  # also of adapters that transformers put there
+    facts["adapters"] = list(model.active_adapters) if isinstance(model, PeftModel) else sorted(configs)
+    for name in facts["adapters"]:
+        for entry, value in configs[name].to_dict().items():
+            if entry not in _FREE_ADAPTER_ENTRIES:
+                facts[f"{name}.{entry}"] = _plain(f"the config of the adapter {name!r}", entry, value)
     trained = [
         f"{name} {tuple(parameter.shape)} {parameter.dtype}"
         for name, parameter in model.named_parameters()

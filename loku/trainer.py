@@ -63,6 +63,7 @@ from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
+from loku.process_state import torch_modes_kept
 from loku.rollback import all_or_nothing, settings_kept
 from loku.saving.adapter import refresh_merged_adapter_
 from loku.saving.residual_base import on_residual_base_
@@ -163,7 +164,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         if peft_config is not None:
             refuse_adapters(model)
         # transformers sets config.use_cache, which the forwards of training do not read.
-        with all_or_nothing(model, keep_weights=changes_base(peft_config)), settings_kept(model):
+        keep_weights = changes_base(peft_config)
+        with torch_modes_kept(), all_or_nothing(model, keep_weights=keep_weights), settings_kept(model):
             self._construct(
                 model, args, forget, retain, processing_class, refusals, peft_config, eval_dataset, **kwargs
             )
@@ -252,6 +254,7 @@ class UnlearnTrainer(EvaluatingTrainer):
                 stacklevel=3,
             )
 
+    @torch_modes_kept()
     @torch_defaults()
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; first prepare the original model if the method needs it.

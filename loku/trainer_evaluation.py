@@ -31,6 +31,7 @@ from loku.evaluation.scores import TokenScores, spread_token_scores, token_measu
 from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
 from loku.models import CausalLM
 from loku.prepared_rows import PreparedRows
+from loku.process_state import torch_modes_kept
 
 EVAL_MEASURES = ("loss", "probability", "memorization_accuracy", "extraction_strength")
 
@@ -216,6 +217,7 @@ class EvaluatingTrainer(ResumableTrainer):
         sets = [f"{name} {ordered_rows_fingerprint(rows)}" for name, rows in self.eval_dataset.items()]
         return {"evaluation sets": texts_fingerprint(sets)}
 
+    @torch_modes_kept()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:

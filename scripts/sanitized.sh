@@ -16,6 +16,7 @@ flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
 (cd "$work" && LOKU_CUDA=0 CXX="g++ $flags -DLOKU_NO_TARGET_CLONES" python setup.py -q build_ext --inplace)
 cd "$OLDPWD"
 export PYTHONPATH="$work"
+export OMP_NUM_THREADS=2  # the loops of the kernels have threads, on any machine
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 # Leaks are Python's own. A tensor larger than memory must raise torch's error, as without a sanitizer.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1

@@ -50,8 +50,8 @@ from loku.fila.originals import HostCopies
 from loku.fila.row_scale_cache import cached_row_scales
 from loku.fila.row_scales import FilaConfig, fisher_row_scales, reiterable
 from loku.fila.targets import fila_targets
-from loku.interrupts import uninterrupted_context
-from loku.process_state import random_states_kept
+from loku.interrupts import raise_waiting, uninterrupted_context
+from loku.process_state import process_state_kept
 from loku.rollback import all_or_nothing
 from loku.saving.residual_base import on_residual_base_
 from loku_kernels import row_scaled_svd
@@ -133,7 +133,7 @@ def _add_to_base_(layer: LoraLinear, adapter_name: str, factor: float) -> None:
         copy_whole_(weight, whole)
 
 
-@random_states_kept()
+@process_state_kept()
 @torch.no_grad()
 def initialize_from_row_scales(
     peft_model: PeftModel, row_scales: Mapping[str, Tensor], adapter_name: str = "default"
@@ -178,6 +178,7 @@ def initialize_from_row_scales(
         _initialize(layers, checked, adapter_name, originals)
 
 
+@process_state_kept()
 @torch.no_grad()
 def initialize_from_factors(
     peft_model: PeftModel, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str = "default"
@@ -257,6 +258,7 @@ def _keeping_originals(
             setattr(peft_model, BASE_COPY, originals.finished())
             add_frozen_adapter(peft_model, REFERENCE_ADAPTER, adapter_name, initial)
             on_residual_base_(peft_model)
+        raise_waiting()
         undo.pop_all()
 
 
@@ -371,7 +373,7 @@ def _sampled(batches: Iterable[Mapping[str, Tensor]], config: FilaConfig) -> Ite
     return first
 
 
-@random_states_kept()
+@process_state_kept()
 def get_fila_state_dict(
     peft_model: PeftModel,
     forget_dataloader: Iterable[Mapping[str, Tensor]],

@@ -107,6 +107,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk (``fsync``).
 
+    Some file systems, such as those of object stores, cannot flush a directory. There is nothing to wait for.
+
     Args:
         path: The file or the directory.
 
@@ -116,6 +118,9 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -265,6 +270,8 @@ def _finish(place: Path, path: Path) -> None:
         return
     if any(entry.is_symlink() for entry in entries.values()):
         return
+    if _JOURNAL in entries and place.parent != path:  # a journal is of moves into the directory around it
+        return
     lock = _Lock(place / _LOCK)
     try:
         if not lock.take():
@@ -276,19 +283,6 @@ def _finish(place: Path, path: Path) -> None:
         _remove(place)
     finally:
         lock.release()
-
-
-def replace_directory(new: Path, path: Path) -> None:
-    """Move a whole directory to ``path``. An exception leaves ``path`` as it was.
-
-    Args:
-        new: The directory, on the file system of ``path``.
-        path: The new name. A directory of that name moves to "previous" beside ``new``, for the caller to
-            delete.
-    """
-    moves = [(path, new.parent / "previous")] if path.exists() else []
-    _rename_all([*moves, (new, path)])
-    flush(path.parent)
 
 
 def _replace_entries(
@@ -354,7 +348,7 @@ def _remaining_moves(place: Path, path: Path) -> list[tuple[Path, Path]]:
     Only entries that are the very ones that the writer meant are moved.
     """
     journal, moves = _read_journal(place), []
-    refused = place.parent != path or any(
+    refused = any(
         not set(os.listdir(place / folder)) <= journal[part].keys()
         for part, folder in (("old", _PREVIOUS), ("new", _NEW))
     )

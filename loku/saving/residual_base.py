@@ -13,6 +13,7 @@ wrappers of accelerate, and FSDP2 makes its own class of it.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from loku.saving.adapter import (
     write_adapter,
 )
 from loku.saving.destinations import destination
+from loku.saving.directories import whole_file
 
 
 class ResidualBase(PeftModel):
@@ -99,7 +101,12 @@ class ResidualBase(PeftModel):
             sources = loaded_from(self)
             with destination(folder, "portable", refuse_others=False, sources=sources) as directory:
                 write_adapter(self, config, state, directory, safe_serialization=safe_serialization)
-        self.create_or_update_model_card(os.fspath(save_directory))
+        readme = Path(save_directory, "README.md")
+        readme.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(readme) as unfinished:
+            if readme.is_file():
+                shutil.copyfile(readme, unfinished)
+            self.create_or_update_model_card(str(unfinished.parent))
 
     @uninterrupted_context
     def disable_adapter(self) -> Iterator[None]:

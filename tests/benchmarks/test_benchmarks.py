@@ -27,6 +27,7 @@ OPTIONS = {
     "fila": ["--shape", "40x30x2", "--rank", "4", "--no-embedded"],
     "unlearn": ["--shape", "2x12", "--dtype", "float32", "bfloat16"],
     "host_time": ["--shape", "4x8x16"],
+    "fingerprint": ["--shape", "2x16"],
     "scaling": ["--shape", "8x301", "8x602", "--large", "6x400", "128x400", "--limit-gib", "0.0001"],
 }
 

@@ -33,6 +33,10 @@ class Interrupter:
 
     def error_of(self, function):
         """Call a function, and return what it raised, or None."""
+        hook, sys.unraisablehook = (
+            sys.unraisablehook,
+            lambda unraisable: None,
+        )  # of a generator that is closed
         sys.settrace(self._trace)
         try:
             function()
@@ -41,6 +45,7 @@ class Interrupter:
         finally:
             sys.setprofile(None)
             sys.settrace(None)
+            sys.unraisablehook = hook
 
     def _trace(self, frame, event, arg):
         code = frame.f_code

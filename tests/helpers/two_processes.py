@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 import loku
 from loku.data import collate
+from loku.directory_lock import DirectoryLock
 from loku.distributed import is_sharded
 from loku.fila import row_scales as row_scales_module
 
@@ -150,12 +151,25 @@ def error_of(function):
     return gathered("none")
 
 
+def locked(folder, saves):
+    """A run in a directory where another one writes: the main process alone sees the lock."""
+    lock = DirectoryLock(folder)
+    if dist.get_rank() == 0:
+        folder.mkdir()
+        lock.acquire()
+    try:
+        return error_of(lambda: unlearned(folder.parent, "locked", **{**saves, "output_dir": str(folder)}))
+    finally:
+        lock.release()
+
+
 def errors(folder):
     """Runs that fail in one process."""
     dispatch = {"dispatch_batches": True, "split_batches": False}
     saves = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(folder / "failing")}
     return {
         "nan": error_of(lambda: unlearned(folder, "nan", [Poison()], per_device_train_batch_size=2)),
+        "locked": locked(folder / "taken", saves),
         "disk": error_of(lambda: unlearned(folder, "disk", [Fails()], **saves)),
         "dispatch": error_of(lambda: unlearned(folder, "dispatch", accelerator_config=dispatch)),
     }

@@ -138,7 +138,7 @@ def test_our_own_saves_as_models(base, tmp_path):
 def test_the_tokenizer_lies_beside_the_adapter_or_the_base(sft, base):
     folder, _ = sft
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(ValueError, match=r"no tokenizer|only special tokens"):  # as transformers has it
         infer_tokenizer(load_model(folder))
     tokenizer.save_pretrained(base)
     assert infer_tokenizer(load_model(folder)).get_vocab() == tokenizer.get_vocab()

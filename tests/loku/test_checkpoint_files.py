@@ -273,6 +273,15 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
     assert find_checkpoint(True, tmp_path, RUN, Contents()).name == "checkpoint-10"
 
 
+def test_newer_checkpoints_of_another_run_are_passed_over_with_a_warning(checkpoint):
+    other = fill(checkpoint.parent / "checkpoint-6", ADAPTERS)
+    write_manifest(other, {"seed": 2}, Contents())
+    with pytest.warns(
+        UserWarning, match="goes on from checkpoint-4: .*checkpoint-6 is of another run: seed=2"
+    ):
+        assert find_checkpoint(True, checkpoint.parent, RUN, Contents()) == checkpoint
+
+
 def test_a_run_that_begins_anew_says_so(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.warns(UserWarning) as warned:

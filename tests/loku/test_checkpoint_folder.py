@@ -1,7 +1,9 @@
 """A run replaces and deletes nothing but its own unaltered checkpoints, and clears what dead runs left."""
 
+import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -67,9 +69,14 @@ def incomplete(checkpoint):
     (checkpoint / "training_args.bin").unlink()
 
 
+def with_folder(checkpoint):
+    (checkpoint / "mine").mkdir()
+
+
 OTHERS = [
     (foreign, r"no manifest of loku vouches for it \(there is no such file"),
     (annotated, "it also has notes.txt, which loku did not write"),
+    (with_folder, "it also has mine, which loku did not write"),
     (altered, "trainer_state.json was altered"),
     (linked, "it is a link"),
     (incomplete, "training_args.bin is missing"),
@@ -223,3 +230,21 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(folder, monkeypatch)
     events.clear()
     folder.delete_oldest(0, set(), RUN)
     assert events == ["checkpoint-2 -> private", private, "flush run", "delete"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_may_be_unable_to_flush_directories(number, folder, monkeypatch):
+    fsync = os.fsync
+
+    def of_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            publish(folder, 2)
+    else:
+        publish(folder, 2)
+        assert names(folder) == ["checkpoint-2"]

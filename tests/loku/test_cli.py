@@ -2,9 +2,11 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from pathlib import Path
 
@@ -364,6 +366,25 @@ def test_a_failed_run_is_1_and_debug_shows_where(folder, tmp_path, capsys, monke
 
     monkeypatch.setattr("loku.UnlearnTrainer.compute_loss", interrupt)
     assert unlearn(folder, tmp_path, "--quiet", "--init=default") == 130
+    assert capsys.readouterr().err == "loku: interrupted\n"
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.001, 0.005, 0.05])
+def test_two_interrupts_end_a_command_with_one_line(pause, folder, tmp_path):
+    places = {"model": folder / "model", "output": tmp_path}
+    places |= {name: folder / f"{name}.jsonl" for name in ("forget", "retain")}
+    options = ["--quiet", "--use_cpu", "--max_steps=1000", "--save_strategy=steps", "--save_steps=1"]
+    command = [sys.executable, "-m", "loku", "unlearn", *options]
+    command += [f"--{name}={place}" for name, place in places.items()]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        while run.poll() is None and not (tmp_path / "checkpoint-1").exists():
+            time.sleep(0.01)
+        for _ in range(3):
+            run.send_signal(signal.SIGINT)
+            time.sleep(pause)
+        _, errors = run.communicate(timeout=300)
+    assert errors == "loku: interrupted\n"
+    assert run.returncode == 130
 
 
 def test_warnings_are_a_line(folder, tmp_path, capsys):

@@ -164,5 +164,9 @@ def test_an_error_in_one_process_stops_both(two):
     assert "in process 1" in errors["nan"][0]
     for error in errors["disk"]:
         assert re.match(r"OSError: checkpoint-1 could not be written to .*disk full", error)
+    for error in errors["locked"]:
+        assert re.match(
+            r"ValueError: process \d+ on .* is writing checkpoints to .*taken; nothing was", error
+        )
     for error in errors["dispatch"]:
         assert error.startswith("ValueError: dispatch_batches=True would leave all processes but one waiting")

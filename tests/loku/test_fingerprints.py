@@ -22,6 +22,7 @@ from loku.fingerprints import (
     tensors_fingerprint,
     texts_fingerprint,
 )
+from loku.model_description import without_description
 from loku.target_modules import default_target_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,17 @@ def test_what_changes_a_base(part, kind, change):
     assert base_fingerprint(with_adapter(with_it)) == changed
 
 
+def test_a_hook_of_all_modules_counts():
+    plain = base_fingerprint(tiny_model("llama"))
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        assert base_fingerprint(tiny_model("llama"))["modules"] != plain["modules"]
+        assert without_description(tiny_model("llama")) == "all modules have the hook test_fingerprints.hook"
+    finally:
+        handle.remove()
+    assert base_fingerprint(tiny_model("llama")) == plain
+
+
 def test_every_piece_of_a_large_tensor_counts(monkeypatch):
     monkeypatch.setattr(fingerprints, "_PIECE", 64)
     values = torch.arange(1000, dtype=torch.int16)
@@ -117,7 +129,7 @@ def test_every_piece_of_a_large_tensor_counts(monkeypatch):
         other[index] ^= 1
         assert tensors_fingerprint({"a": other}) != plain
     assert tensors_fingerprint({"a": values.clone()}) == plain
-    monkeypatch.setattr(fingerprints, "_THREADS", 1)  # as on another machine
+    monkeypatch.setattr(fingerprints, "THREADS", 1)  # as on another machine
     assert tensors_fingerprint({"a": values}) == plain
     assert tensors_fingerprint({"a": values.repeat(2)[::2].repeat(2)[:1000]}) != plain
     assert tensors_fingerprint({"a": torch.stack([values, values], 1)[:, 0]}) == plain  # not contiguous

@@ -104,6 +104,27 @@ def test_fila_and_evaluation_draw_no_random_numbers_of_the_caller(tmp_path):
     assert draws() == before
 
 
+def test_the_tokenizer_is_as_it_was(tmp_path):
+    _, tokenizer = loku.demo.load_model()
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+
+    def state():
+        backend = tokenizer.backend_tokenizer
+        names = ("padding_side", "truncation_side", "model_max_length", "special_tokens_map")
+        return [*(getattr(tokenizer, name) for name in names), backend.truncation, backend.padding]
+
+    before, config = state(), arguments(tmp_path, lora_rank=2, max_length=12)
+    rows = [
+        {"prompt": "one two three", "completion": " four five six seven eight nine ten"},
+        {"text": "seven"},
+    ]
+    model = tiny_model("llama", vocab=len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loku.unlearn(model, rows[:1], rows[1:], config=config, tokenizer=tokenizer)
+    assert state() == before
+
+
 def test_the_context_restores_what_an_interrupted_context_of_torch_leaves():
     before = settings()
     nesting = torch.autocast_increment_nesting()

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import loku
+import loku.checkpoint_folder
 import loku.checkpoints
 import loku.fila.initialize
 import loku.fila.row_scales
@@ -52,11 +53,16 @@ UNLEARN = {
     "beginning to train": (TrainerCallback, "on_train_begin", 1, False),
     "the first step": (loku.trainer.UnlearnTrainer, "compute_loss", 1, True),
     "the middle of training": (loku.trainer.UnlearnTrainer, "compute_loss", 2, True),
-    "writing a checkpoint": (loku.checkpoints, "write_manifest", 1, True),
+    "writing a checkpoint": (loku.checkpoint_folder, "write_manifest", 1, True),
     "checking the end": (loku.checkpoints, "check_parameters", 3, False),
+    "the end of training": (TrainerCallback, "on_train_end", 1, False),
+    "handing the model over": (loku.unlearning, "inherit_modes_", 1, True),
 }
 FULL = {stage: UNLEARN[stage] for stage in ("checking the output embedding", "making the trainer")}
-FULL_TRAINING = {stage: UNLEARN[stage] for stage in ("the middle of training", "writing a checkpoint")}
+FULL_TRAINING = {
+    stage: UNLEARN[stage]
+    for stage in ("the middle of training", "writing a checkpoint", "handing the model over")
+}
 TRAINER = {stage: UNLEARN[stage] for stage in ("putting the adapter in", "making the trainer")}
 # What is restored, by the call and the stage at which it fails. The guide shows it.
 RESTORED = {
@@ -247,6 +253,102 @@ def table():
     head = ["call", "fails while or at", *FACTS]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# After success
+
+NARROW = {"bf16": {"bf16": True}, "compiled": {"torch_compile": True, "torch_compile_backend": "eager"}}
+CHECKPOINTING = {
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        "bf16": True,
+    },
+}
+AFTER_SUCCESS = {"default": {}, **NARROW, **CHECKPOINTING}
+
+
+@pytest.mark.parametrize("options", AFTER_SUCCESS.values(), ids=AFTER_SUCCESS)
+def test_success_leaves_the_settings_of_the_model_as_they_were(options, tmp_path):
+    model = given()
+    model.config.pad_token_id = None
+    names = {module: name for name, module in model.named_modules()}
+    before, attributes = facts(model), {m: set(vars(m)) - {"peft_config"} for m in names}
+    result = run(model, tmp_path, **{"gradient_checkpointing": False, **options})
+    for module, name in names.items():
+        assert module.training == before["mode"][name], name
+        assert set(vars(module)) - {"peft_config"} == attributes[module], name
+        hooks = {kind: list(vars(module)[kind].items()) for n, kind in before["hooks"] if n == name}
+        assert all(hooks[kind] == before["hooks"][name, kind] for kind in hooks), name
+        assert getattr(module, "gradient_checkpointing", None) == before["gradient checkpointing"].get(name)
+    assert model.config.to_dict() == before["config"]
+    assert model.generation_config.to_dict() == before["generation config"]
+    assert not {"forward", "_is_accelerate_prepared", "_is_torch_compile"} & set(vars(result.model))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_adapters_have_the_mode_of_what_they_wrap(mode, tmp_path):
+    model = given().train(mode)
+    model.model.layers[1].mlp.train(not mode)
+    result = run(model, tmp_path).model
+    for name, module in result.named_modules():
+        assert module.training == (mode if ".layers.1.mlp" not in name else not mode), name
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_trainer_puts_the_settings_back_after_success(tuning, tmp_path):
+    model = given() if tuning == "full" else get_peft_model(given(), lora())
+    before = facts(model)
+    options = {"method": "npo", "bf16": True, "gradient_checkpointing": True}
+    trainer = loku.UnlearnTrainer(model, arguments(tmp_path, **options), FORGET, RETAIN)
+    check(model, before, FACTS)
+    for _ in range(2):
+        trainer.train()
+        check(model, before, ALL_BUT_WEIGHTS)
+
+
+def test_the_second_train_of_a_trainer_multiplies_in_bfloat16_too(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            seen.append("forward" in vars(model))
+
+    model = get_peft_model(given(), lora())
+    trainer = loku.UnlearnTrainer(model, arguments(tmp_path, bf16=True), FORGET, RETAIN, callbacks=[Look()])
+    trainer.train()
+    trainer.train()
+    assert seen == [True] * 4
+
+
+@pytest.mark.parametrize("options", NARROW.values(), ids=NARROW)
+def test_the_returned_model_computes_as_its_saved_adapter(options, tmp_path):
+    result = run(given(), tmp_path, **options)
+    result.save(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(given(), tmp_path / "saved")
+    torch.testing.assert_close(logits(result.model), logits(loaded), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_saved_model_has_the_given_config(tuning, tmp_path):
+    """transformers' trainer switches use_cache off, and takes special tokens over from the tokenizer."""
+    given().save_pretrained(tmp_path / "given")
+    result = run(given(), tmp_path, tuning=tuning)
+    result.save(tmp_path / "saved", "merged")
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "saved" / file).read_text() == (tmp_path / "given" / file).read_text()
+
+
+def test_the_special_tokens_of_the_tokenizer_do_not_stay_in_the_configs(tmp_path):
+    _, tokenizer = loku.demo.load_model()
+    model = given()
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.eos_token_id = model.generation_config.eos_token_id = 3
+    before = facts(model)
+    config = arguments(tmp_path, lora_rank=2)
+    loku.unlearn(model, [{"text": "one two"}], [{"text": "three four"}], config=config, tokenizer=tokenizer)
+    check(model, before, ["config", "generation config"])
 
 
 # The context itself

@@ -60,13 +60,22 @@ def test_keywords_are_refused():
         core.number_counted(ADDRESS, 3, ignore_index=-100)
 
 
-@pytest.mark.parametrize("tokens", [2**50, 2**57])  # too much for the system, and for a vector
+# Too much for the system, for a vector, and for 64 bits.
+@pytest.mark.parametrize("tokens", [2**50, 2**57, 2**60, 2**62])
 def test_out_of_memory_is_an_exception(tokens):
     features, total = (0, 1, 1, 1), torch.zeros(1)
     with pytest.raises(MemoryError):
         core.accumulate_squared_grad_(
             1, tokens, 0, features, features, (total.data_ptr(), 1), (total.data_ptr(), 1), 1
         )
+
+
+def test_a_label_for_each_row():
+    rows, out = (0, 0, 9, 3, 9, 0), torch.empty(12, dtype=torch.float64).data_ptr()
+    with pytest.raises(ValueError, match="got 2 labels of 3 rows"):
+        core.triplet_forward(rows, ADDRESS, 2, -100, 0.0, out, out, 1)
+    with pytest.raises(ValueError, match="got 2 labels of 3 rows"):
+        core.triplet_backward(rows, 0, ADDRESS, 2, -100, out, out, out, 1.0, 0, 0.0, rows, 1)
 
 
 def test_other_python_threads_run_meanwhile():

@@ -44,10 +44,10 @@ def test_little_memory_is_an_exception():
                 before = copies(call.operands)
                 expected = copies(call.results())
                 errors, failures = 0, 0  # the core's, and all
-                for step in range(24):
+                for step in range(12):
                     for operand, copy in zip(call.operands, before, strict=True):
                         operand.copy_(copy)
-                    resource.setrlimit(resource.RLIMIT_AS, (address_space() + step * 2**19, hard))
+                    resource.setrlimit(resource.RLIMIT_AS, (address_space() + step * 2**20, hard))
                     try:
                         results = call.results()
                     except (MemoryError, RuntimeError) as error:
@@ -61,7 +61,7 @@ def test_little_memory_is_an_exception():
                         assert same(call.operands, before), (call.name, step)
                     else:
                         assert same(results, expected), (call.name, step)
-                assert failures < 24, call.name
+                assert failures < 12, call.name
                 print(call.name, errors, flush=True)
     """
     # Large pieces of memory come from the system and go back to it at once.
@@ -69,6 +69,20 @@ def test_little_memory_is_an_exception():
     names = {name for name, errors in map(str.split, output.splitlines()) if int(errors)}
     assert names >= {"inverted_hinge_", "rest_probabilities_", "triplet_columns_", "token_losses"}, output
     assert names >= {"hidden_gradient", "logits_loss", "accumulate_squared_grad_"}, output
+
+
+@pytest.mark.parametrize("exponent", [50, 60, 62])
+def test_more_tokens_than_memory(exponent):
+    """A sample whose stride is 0 may have any number of tokens."""
+    code = f"""if True:
+        import torch, loku_kernels
+        tokens, fisher = torch.ones(1, 1, 1).expand(1, 2**{exponent}, 1), torch.zeros(1, 1)
+        try:
+            loku_kernels.accumulate_squared_grad_(fisher, tokens, tokens)
+        except MemoryError:
+            print("refused", fisher.item())
+    """
+    assert output_of(code) == "refused 0.0\n"
 
 
 def compiled(folder, source, *flags):

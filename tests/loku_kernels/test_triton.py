@@ -619,11 +619,20 @@ def test_more_than_2_to_the_31_entries():
 
 @pytest.mark.gpu
 @gpu_alone
-def test_a_bad_label_is_a_device_assert():
-    code = """if True:
+@pytest.mark.parametrize("call", ["softmax_triplet", "hidden_gradient"])
+def test_a_bad_label_is_a_device_assert(call):
+    code = f"""if True:
         import torch, loku_kernels
+        from loku_kernels.backends import triton
         logits = torch.randn(4, 9, device="cuda")
-        loku_kernels.softmax_triplet(logits, torch.tensor([0, 9, 1, 2], device="cuda"))
+        labels = torch.tensor([0, 9, 1, 2], device="cuda")
+        if {call == "hidden_gradient"}:
+            rows, ids = torch.zeros(4, 3, dtype=torch.float64, device="cuda"), torch.ones_like(labels)
+            weight, direction = torch.randn(9, 4, device="cuda"), torch.randn(4, 4, device="cuda")
+            operands = rows, None, weight, labels, rows, ids, direction
+            triton.hidden_gradient(*operands, softcap=0.0, logit_scale=1.0)
+        else:
+            loku_kernels.softmax_triplet(logits, labels)
         torch.cuda.synchronize()
     """
     result = run_python(code, LOKU_BACKEND="triton")
@@ -645,6 +654,16 @@ def test_on_the_cpu_it_needs_the_interpreter():
         LOKU_BACKEND="triton",
     )
     assert result.returncode != 0 and "TRITON_INTERPRET=1" in result.stderr
+
+
+@outside
+def test_the_gradient_of_hidden_states_checks_label_and_runner_up(monkeypatch):
+    """Both choose a row of the weight, and the caller may have changed them since the forward."""
+    table = triton_table(monkeypatch)
+    [(kernel, arguments, options)] = table.record(table.launches_of_hidden, torch.bfloat16)
+    source = table.source(kernel, arguments)
+    compiled = table.triton.compile(source, target=table.TARGETS["sm_90"], options=options)
+    assert compiled.asm["ttir"].count("tt.assert") == 2
 
 
 @outside

@@ -353,6 +353,7 @@ def hidden_gradient(
                 _stride(factor),
                 weight,
                 weight.stride(0),
+                weight.shape[0],
                 labels,
                 triplet,
                 runner_up_id,
@@ -365,5 +366,6 @@ def hidden_gradient(
                 SOFTCAP=softcap > 0,
                 BLOCK=HIDDEN_COLUMNS,
                 num_warps=4,
+                **_CHECKED,
             )
     return out

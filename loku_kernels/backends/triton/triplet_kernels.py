@@ -319,13 +319,14 @@ def _slope(y, softcap):
     return ((softcap - y) * (softcap + y)).to(tl.float32) / (softcap * softcap)
 
 
-@triton.jit(do_not_specialize=["factor_stride"])
+@triton.jit(do_not_specialize=["factor_stride", "vocab"])
 def hidden_gradient_kernel(
     grad_triplet,
     factors,
     factor_stride,
     weight,
     weight_stride,
+    vocab,
     labels,
     triplet,
     runner_up_ids,
@@ -361,7 +362,11 @@ def hidden_gradient_kernel(
     if SOFTCAP:
         g0 *= _slope(tl.load(triplet + n * 3), softcap)
         g1 *= _slope(tl.load(triplet + n * 3 + 1), softcap)
-    target_row = weight + tl.load(labels + n) * weight_stride + column
+    # Both may have changed since the forward, and they are addresses here.
+    label = tl.load(labels + n)
+    assert_label(label, vocab)
+    assert_label(runner_up_id, vocab)
+    target_row = weight + label * weight_stride + column
     runner_up_row = weight + runner_up_id * weight_stride + column
     direction_row = direction + n.to(tl.int64) * direction_stride + column
     total = g2.to(tl.float32) * tl.load(direction_row, mask=inside, other=0.0).to(tl.float32)

@@ -27,6 +27,7 @@ def test_reasoning_accuracies(model, monkeypatch):
     harness.simple_evaluate, huggingface.HFLM = simple_evaluate, HFLM
     for module in (harness, models, huggingface):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("datasets.__version__", "4.0.0")
     model.train()
     accuracies = evaluation.reasoning_accuracies(model, tokenizer, batch_size=4, limit=10)
     assert asked["lm"] == {

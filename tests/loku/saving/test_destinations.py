@@ -1,10 +1,12 @@
 """A directory holds the last save, whatever was saved to it before, and files of others are safe."""
 
+import errno
 import json
 import os
 import shutil
 from contextlib import suppress
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
@@ -473,6 +475,24 @@ def test_save_pretrained_takes_our_saves_away_and_overwrites_adapters_as_peft(mo
     for name in ("ours", "foreign", "model"):
         assert_close(logits(loaded(tmp_path / name, "portable", folder)), logits(model))
         assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), logits(model))
+
+
+def test_the_model_card_of_a_user_is_added_to_and_never_half_written(models, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# A user's card\n")
+    models[2].save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "# A user's card" in card and "license: mit" in card and "library_name: peft" in card
+
+    def full(self, directory):
+        (Path(directory) / "README.md").write_text("hal")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", full)
+    with pytest.raises(OSError, match=r"README\.md was not written, and is as it was: there is no room"):
+        models[2].save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == card
+    save(models[2], tmp_path, "merged")
+    assert (tmp_path / "README.md").read_text() == card
 
 
 def test_names_of_the_bases(models, tmp_path, monkeypatch):

@@ -271,6 +271,16 @@ def test_a_journal_that_leaves_entries_out_deletes_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_journal_beside_a_file_is_left_alone(tmp_path):
+    """Only a directory that exists has moves. So nobody's journal stops a cache or a report."""
+    place = interrupted(tmp_path / "saved")
+    foreign = place.rename(tmp_path / f".report.json.{'a' * 8}.unfinished")
+    before = contents(foreign)
+    with whole_file(tmp_path / "report.json") as unfinished:
+        unfinished.write_text("new")
+    assert contents(foreign) == before and (tmp_path / "report.json").read_text() == "new"
+
+
 def test_a_journal_of_another_place_moves_nothing(tmp_path):
     """A copy of an interrupted directory has other inodes, so nothing proves what its files are."""
     interrupted(tmp_path / "first")
