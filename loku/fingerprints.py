@@ -112,10 +112,11 @@ def _base_tensors(model: nn.Module, with_buffers: bool) -> Iterator[tuple[str, T
                     if tensor is None:
                         continue
                     label = f"{kind} {name}.{own_name}"
-                    if id(tensor) in first_names and not is_offloaded:
-                        yield f"{label} is {first_names[id(tensor)]}", _NOTHING
-                        continue
-                    first_names[id(tensor)] = label
+                    if not is_offloaded:  # such tensors live for a moment, and others get their ids
+                        if id(tensor) in first_names:
+                            yield f"{label} is {first_names[id(tensor)]}", _NOTHING
+                            continue
+                        first_names[id(tensor)] = label
                     if own_name == "weight" and id(module) in originals:
                         yield label, full_tensor(_original(tensor, originals[id(module)]))
                     else:
@@ -144,7 +145,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
 
     All bytes are read, by up to 8 threads, at 1.15 GB a second of a core
     (``benchmarks/results/fingerprint_cpu.json``). So a model of 7B parameters in bfloat16 (13.5 GB) takes 12
-    seconds of processor time: 1.5 seconds on 8 cores. All processes must call this, and the main process
+    seconds of processor time, which up to 8 cores share. All processes must call this, and the main process
     digests.
 
     Args:
