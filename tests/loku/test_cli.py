@@ -189,7 +189,7 @@ def bad(tmp_path):
         ({"forget": "broken.jsonl"}, ["broken.jsonl, line 3 is not JSON"]),
         ({"retain": "odd.jsonl"}, ["odd.jsonl, line 3: row 1 of the retain set", "'txt'"]),
         ({"retain": "empty.jsonl"}, ["empty.jsonl is empty"]),
-        ({"retain": "latin.txt"}, ["latin.txt is not text in UTF-8"]),
+        ({"retain": "latin.txt"}, ["latin.txt, line 1 is not text in UTF-8"]),
         ({"retain": "list.json"}, ["list.json is not a JSON list"]),
         ({"forget": "plain.txt", "method": "dpo"}, ["plain.txt, line 1: row 0 of the forget set"]),
         ({"model": "missing"}, ["missing, the --model, is not a directory"]),
