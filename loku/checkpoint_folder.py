@@ -166,7 +166,8 @@ def _rename(origin: Path, target: Path) -> None:
 
 def _put_back(private: Path) -> None:
     """Give the checkpoints their names back whose writer was stopped between two renames."""
-    for _, replaced in steps_of(private / _REPLACED):
+    folder = private / _REPLACED
+    for _, replaced in [] if folder.is_symlink() else steps_of(folder):
         path = private.parent / replaced.name
         if not os.path.lexists(path):
             _rename(replaced, path)

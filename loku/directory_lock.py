@@ -14,7 +14,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 # Uploads to the hub leave names out that begin with an underscore.
 LOCK = "_loku.lock"
-_HOLDER = "_loku.lock.json"  # beside the lock: some releases of filelock empty a lock that they try
+_HOLDER = "_loku.lock.json"  # beside the lock, whose contents are filelock's
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -49,7 +49,7 @@ class DirectoryLock:
             ValueError: Another process holds it. The message names the process and its host.
             OSError: The lock's file cannot be written.
         """
-        lock: BaseFileLock = FileLock(self._directory / LOCK, thread_local=False)
+        lock: BaseFileLock = FileLock(self._directory / LOCK, thread_local=False, fallback_to_soft=False)
         try:
             try:
                 lock.acquire(timeout=0)
@@ -80,8 +80,10 @@ class DirectoryLock:
         if lock is None:
             return
         try:
-            for name in (_HOLDER, LOCK):  # while it is held: whoever locks a deleted file notices
+            with suppress(OSError):
+                (self._directory / _HOLDER).unlink()
+            if not isinstance(lock, SoftFileLock):  # that one deletes its file itself
                 with suppress(OSError):
-                    (self._directory / name).unlink()
+                    (self._directory / LOCK).unlink()  # while it is held: who locks a deleted file notices
         finally:
             lock.release()

@@ -3,6 +3,7 @@
 A function takes leaves and returns a scalar. A way takes such a function and its leaves, and returns tensors.
 """
 
+import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.autograd import functional as autograd
@@ -427,3 +428,47 @@ def flat(results):
     if isinstance(results, torch.Tensor):
         return [results.detach()]
     return [x for part in results for x in flat(part)]
+
+
+# Comparison
+
+
+WAYS = FIRST | SECOND
+# The gradient overwrites the logits, so it is there once. These ways ask for more, and a function that
+# torch.func transforms or whose forward is in forward mode is not computed in place.
+REFUSED_IN_PLACE = {
+    *("backward twice", "functional.jvp", "penalty", "penalty by backward", "third", "batch of penalties"),
+    *("penalty of a batch", "by the upstream gradient", "penalty through checkpoint"),
+    *("dual of the upstream gradient", "functional.hessian", "functional.hessian, vectorized"),
+    *("functional.hvp", "functional.vhp", "penalty in a mode", "penalty, forward in a mode"),
+    *("penalty, backward in a mode", "penalty of a subclass", "functional.hessian of a subclass"),
+}
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
+
+
+def check(way, name, dtype=torch.float64, reduction="mean", trained=None, tolerance=None):
+    """Compare the derivatives by the leaves ``trained`` (default: all) with the formula's in float64."""
+    leaf_names, function, formula = functions(reduction)[name]
+    operands = operands_of(leaf_names, dtype)
+    trained = trained or leaf_names
+
+    def of_leaves(function, dtype):
+        def with_constants(*leaves):
+            given = dict(zip(trained, leaves, strict=True))
+            return function(*(given.get(key, x.to(dtype)) for key, x in operands.items()))
+
+        return with_constants
+
+    leaves = [operands[key] for key in trained]
+    if name == "ihl_loss in place" and way in REFUSED_IN_PLACE:
+        with pytest.raises(RuntimeError, match=r"ihl_loss\(inplace=True\).* inplace=False"):
+            WAYS[way](of_leaves(function, dtype), leaves)
+        return
+    ours = flat(WAYS[way](of_leaves(function, dtype), leaves))
+    expected = flat(WAYS[way](of_leaves(formula, torch.float64), [x.double() for x in leaves]))
+    assert len(ours) == len(expected)
+    for x, exact in zip(ours, expected, strict=True):
+        error, largest = (x.double() - exact).abs().max(), exact.abs().max()
+        assert error <= (tolerance or TOLERANCES[dtype]) * largest, (
+            f"{name}, {trained}: off by {error:.2e} of {largest:.2e}"
+        )

@@ -209,6 +209,22 @@ def test_only_our_own_rests_are_cleared(tmp_path):
     assert contents(tmp_path) == before and (tmp_path / "_loku.link.unfinished").is_symlink()
 
 
+def test_a_hostile_rest_moves_and_deletes_nothing_outside(tmp_path):
+    (tmp_path / "elsewhere" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "checkpoint-2" / "thesis.pdf").write_text("mine")
+    rest = tmp_path / "run" / "_loku.12345678.unfinished"
+    rest.mkdir(parents=True)
+    (rest / "loku_unfinished.txt").touch()
+    for name in ("replaced", "checkpoint-2", "deleted-1"):
+        (rest / name).symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    folder = CheckpointFolder(tmp_path / "run")
+    folder.reserve()
+    folder.release()
+    assert contents(tmp_path / "elsewhere") == before
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
     """The manifest comes last, the directory of the name after it; and a name goes before its files."""
     private, events, rename, fsync = f"flush {folder.private.name}", [], Path.rename, os.fsync

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from filelock import FileLock
@@ -38,6 +39,57 @@ def test_another_process_is_named_and_its_death_frees_the_lock(tmp_path):
     lock.acquire()
     lock.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def hold_again_and_again(directory, inside, seconds):
+    end, held = time.monotonic() + seconds, 0
+    while time.monotonic() < end or not held:
+        lock = DirectoryLock(directory)
+        try:
+            lock.acquire()
+        except ValueError:
+            time.sleep(0.001)
+            continue
+        os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # it fails if another one holds the lock
+        time.sleep(0.001)
+        os.unlink(inside)
+        lock.release()
+        held += 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_never_two_hold_it_though_each_deletes_its_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                hold_again_and_again(tmp_path / "run", tmp_path / "inside", 2)
+                code = 0
+            finally:
+                os._exit(code)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_worker_that_outlives_its_process_does_not_hold_the_lock(tmp_path):
+    """The workers of a data loader are forks."""
+    first = DirectoryLock(tmp_path)
+    holder = os.fork()
+    if holder == 0:
+        first.acquire()
+        if os.fork() == 0:
+            time.sleep(5)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    os.waitpid(holder, 0)
+    second = DirectoryLock(tmp_path)
+    second.acquire()
+    second.release()
 
 
 def test_two_locks_of_one_process_exclude_each_other(tmp_path):

@@ -2,50 +2,9 @@
 
 import itertools
 
-import derivatives
 import pytest
 import torch
-from derivatives import FIRST, SECOND, flat, functions, operands_of
-
-WAYS = FIRST | SECOND
-# The gradient overwrites the logits, so it is there once. These ways ask for more, and a function that
-# torch.func transforms or whose forward is in forward mode is not computed in place.
-REFUSED_IN_PLACE = {
-    *("backward twice", "functional.jvp", "penalty", "penalty by backward", "third", "batch of penalties"),
-    *("penalty of a batch", "by the upstream gradient", "penalty through checkpoint"),
-    *("dual of the upstream gradient", "functional.hessian", "functional.hessian, vectorized"),
-    *("functional.hvp", "functional.vhp", "penalty in a mode", "penalty, forward in a mode"),
-    *("penalty, backward in a mode", "penalty of a subclass", "functional.hessian of a subclass"),
-}
-TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
-
-
-def check(way, name, dtype=torch.float64, reduction="mean", trained=None, tolerance=None):
-    """Compare the derivatives by the leaves ``trained`` (default: all) with the formula's in float64."""
-    leaf_names, function, formula = functions(reduction)[name]
-    operands = operands_of(leaf_names, dtype)
-    trained = trained or leaf_names
-
-    def of_leaves(function, dtype):
-        def with_constants(*leaves):
-            given = dict(zip(trained, leaves, strict=True))
-            return function(*(given.get(key, x.to(dtype)) for key, x in operands.items()))
-
-        return with_constants
-
-    leaves = [operands[key] for key in trained]
-    if name == "ihl_loss in place" and way in REFUSED_IN_PLACE:
-        with pytest.raises(RuntimeError, match=r"ihl_loss\(inplace=True\).* inplace=False"):
-            WAYS[way](of_leaves(function, dtype), leaves)
-        return
-    ours = flat(WAYS[way](of_leaves(function, dtype), leaves))
-    expected = flat(WAYS[way](of_leaves(formula, torch.float64), [x.double() for x in leaves]))
-    assert len(ours) == len(expected)
-    for x, exact in zip(ours, expected, strict=True):
-        error, largest = (x.double() - exact).abs().max(), exact.abs().max()
-        assert error <= (tolerance or TOLERANCES[dtype]) * largest, (
-            f"{name}, {trained}: off by {error:.2e} of {largest:.2e}"
-        )
+from derivatives import TOLERANCES, WAYS, check, flat, functions, leaves_of, operands_of
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch's own
@@ -93,7 +52,7 @@ def test_gradcheck():
     """torch's own differences agree, in both modes and for second derivatives."""
     for name, (leaf_names, function, _) in functions().items():
         if name not in ("ihl_loss in place", "linear_kl_divergence_loss capped"):  # its reference moves along
-            leaves = derivatives.leaves_of(operands_of(leaf_names).values())
+            leaves = leaves_of(operands_of(leaf_names).values())
             assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
             assert torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True)
 

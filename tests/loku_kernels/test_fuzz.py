@@ -4,8 +4,11 @@
 write outside a tensor ends the process. ``scripts/fuzz.py`` makes 100,000 of these calls.
 """
 
+import importlib.util
+import json
 from pathlib import Path
 
+import fuzz_calls
 import pytest
 import torch
 from fuzz_calls import (
@@ -26,7 +29,7 @@ from loku_kernels.backends import native
 
 pytestmark = pytest.mark.skipif(native._core is None, reason="no compiled core")
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz.py"
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -73,3 +76,31 @@ def test_sizes_that_no_machine_has(dtype):
     ]
     for call in calls:
         assert isinstance(outcome(call), Exception)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_counts_right_wrong_and_crashed_calls(script, monkeypatch, capsys, tmp_path):
+    counts = script.run_child("triplet_loss", 0, 20)
+    assert counts["right"] > 0 and counts["ValueError"] > 0 and counts.total() == 20
+    monkeypatch.setattr(script, "ROOT", tmp_path)  # without tests/helpers a child ends at its first import
+    assert script.run_child("triplet_loss", 0, 20) == {"crashed": 1}
+    monkeypatch.setattr(fuzz_calls, "outcome", lambda *_, **__: "a wrong result")
+    assert script.make_calls("no addresses", 7, 3) == {"wrong": 3}
+    assert "no addresses with seed 7: AssertionError: a wrong result" in capsys.readouterr().err
+    summary = script.summary({"triplet_loss": counts}, {"seed": 0})
+    assert summary["calls"] == 20 and summary["wrong"] == summary["crashed"] == 0 and summary["seed"] == 0
+
+
+def test_the_committed_counts():
+    counts = json.loads(SCRIPT.with_name("fuzz_counts.json").read_text())
+    assert counts["calls"] >= 100_000 and counts["wrong"] == counts["crashed"] == 0
+    assert counts["right"] + sum(counts["refused"].values()) == counts["calls"]
+    assert counts["sanitizers"] == ["address", "undefined"] and counts["threads"] >= 2
+    assert counts["by_call"].keys() == CALLS.keys() and counts["environment"]["commit"]

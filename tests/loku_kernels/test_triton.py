@@ -10,6 +10,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import derivatives
 import pytest
 import torch
 from fresh_process import run_python
@@ -506,6 +507,13 @@ def test_launches_of_losses(monkeypatch):
         monkeypatch.setattr(logits_blocks, rows, 4)  # three blocks
     found = launches_of(linear)
     assert 3 * 3 < len(found) <= 4 + 3 * 4
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the operands of tests/helpers/derivatives.py are on the CPU")
+@pytest.mark.parametrize("way", ["grad", "penalty", "functional.hvp", "func.jvp", "dual over reverse"])
+def test_derivatives(way):
+    for name in ("ihl_loss", "linear_cross_entropy_loss capped", "linear_kl_divergence_loss"):
+        derivatives.check(way, name, torch.float32)
 
 
 @on_device
