@@ -202,6 +202,16 @@ def _differences(checkpoint: Path, manifest: dict[str, Any], identity: dict[str,
         raise ValueError(f"{checkpoint} is not a whole checkpoint of loku ({MANIFEST}: {error})") from error
 
 
+def _longer(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Advice for the common wish to make a finished run longer, or ""."""
+    if all(manifest["run"].get(name) == identity.get(name) for name in ("num_train_epochs", "max_steps")):
+        return ""
+    return (
+        ". Its length decides a run's learning rates from the first step. To train a finished model further, "
+        "save it, and unlearn the saved model in a new run"
+    )
+
+
 def _warn_of_environment(checkpoint: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
     try:
         warn_of_environment(identity, manifest["run"])
@@ -331,6 +341,11 @@ def find_checkpoint(
         return None
     newest = str(resume).lower() == "true"  # or the text, from a command line
     candidates = whole_checkpoints(output_dir) if newest else [Path(str(resume))]
+    if not newest and not (candidates[0] / MANIFEST).exists() and (held := whole_checkpoints(candidates[0])):
+        raise ValueError(
+            f"{candidates[0]} is no checkpoint, and holds checkpoints: resume_from_checkpoint takes one of "
+            f"them, such as {held[-1]}"
+        )
     reason: str | None = None
     for checkpoint in reversed(candidates):
         manifest = _read_manifest(checkpoint)
@@ -343,7 +358,7 @@ def find_checkpoint(
             return checkpoint
         reason = reason or (
             f"{checkpoint} is of another run: {difference}. Nothing was changed; pass the model, data and "
-            "settings that it was made with, or another output_dir"
+            f"settings that it was made with, or another output_dir{_longer(manifest, identity)}"
         )
     if reason:
         raise ValueError(reason)

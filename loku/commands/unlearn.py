@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> None:
             "the initialised adapter"
         )
     kind = "merged" if config.tuning == "full" else options.save
-    check_in_main_process(lambda: _check_places(places, str(config.output_dir), kind))
+    check_in_main_process(lambda: _check_places(places, config, kind))
     forget, retain = (read_rows(places[name]) for name in ("forget", "retain"))
     summary = _unlearn(places, config, forget, retain, settings, options.save)
     if config.process_index == 0:
@@ -159,14 +159,22 @@ def _check_local(option: str, name: str) -> None:
         raise ValueError(f"{name}, the --{option}, is not a directory")
 
 
-def _check_places(places: Mapping[str, str], output_dir: str, kind: str) -> None:
+def _check_places(places: Mapping[str, str], config: UnlearnConfig, kind: str) -> None:
     """Refuse directories to write to that cannot be, or where something would be written over."""
-    from loku.saving.destinations import check_destination, refuse_overlap, refuse_replaced
+    from loku.saving.destinations import (
+        check_destination,
+        refuse_inside_save,
+        refuse_overlap,
+        refuse_replaced,
+    )
 
     read = {name: places[name] for name in ("model", "tokenizer")}
-    for directory in dict.fromkeys((places["output"], output_dir)):
+    for directory in dict.fromkeys((places["output"], str(config.output_dir))):
         refuse_overlap(directory, **read)
     refuse_replaced(places["output"], forget=places["forget"], retain=places["retain"])
+    refuse_inside_save(
+        places["output"], kind, output_dir=config.output_dir, fisher_cache_dir=config.fisher_cache_dir
+    )
     check_destination(places["output"], kind)
 
 

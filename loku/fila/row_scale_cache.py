@@ -77,7 +77,11 @@ def cached_row_scales(
     path = Path(cache_dir) / f"row_scales-{key[:16]}.safetensors"
     row_scales = None
     if is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"fisher_cache_dir cannot be made ({error.strerror}); nothing was measured"
+            raise OSError(error.errno, text, os.fspath(cache_dir)) from error
         row_scales = _load(path, key, modules)
     row_scales = from_main_process(row_scales)
     if row_scales is None:

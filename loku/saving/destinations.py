@@ -212,6 +212,30 @@ def refuse_replaced(output: str | os.PathLike, **inputs: str | os.PathLike | Non
             )
 
 
+def refuse_inside_save(output: str | os.PathLike, kind: str, **others: str | os.PathLike | None) -> None:
+    """Refuse directories that a run writes to inside an entry that its save writes.
+
+    Beside the entries of the save they are fine. Inside one they would be in its way when the run has ended.
+
+    Args:
+        output: The directory of the save. It need not exist.
+        kind: The kind of save, one of ``loku.saving.kinds.KINDS``.
+        others: The other directories, by their settings' names; None for none. They need not exist.
+
+    Raises:
+        ValueError: One of them is or lies in such an entry.
+    """
+    place = Path(output).resolve()
+    for name, given in others.items():
+        other = Path(given or output).resolve()
+        if place in other.parents and _matches(other.relative_to(place).parts[0], WRITTEN[kind]):
+            raise ValueError(
+                f"{name} {os.fspath(given or '')} would be in the way of the save into {os.fspath(output)}, "
+                f"which writes {other.relative_to(place).parts[0]} there. Nothing was started; pass another "
+                f"{name}"
+            )
+
+
 def check_destination(path: str | os.PathLike, kind: str, **sources: str | os.PathLike | None) -> None:
     """Check that a save can go to a directory, before anything is trained or written.
 

@@ -66,7 +66,8 @@ def whole_directory(
             yield new
             flush_tree(new)
             if exists:
-                _replace_entries(place, real, key, replaceable)
+                with _moves_of_others_ended(real):
+                    _replace_entries(place, real, key, replaceable)
             else:
                 new.rename(real)
                 flush(real.parent)
@@ -283,6 +284,21 @@ def _finish(place: Path, path: Path) -> None:
         _remove(place)
     finally:
         lock.release()
+
+
+@contextmanager
+def _moves_of_others_ended(path: Path) -> Iterator[None]:
+    """A context in which no other process moves entries of a directory. Some file systems have no such lock.
+
+    Moves take a moment. So this waits for those of others.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _replace_entries(

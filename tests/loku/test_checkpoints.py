@@ -129,6 +129,17 @@ def test_checkpoints_of_other_runs_are_refused(copied, monkeypatch):
     assert contents(copied) == before
 
 
+def test_a_longer_run_is_told_what_to_do(copied):
+    advice = r"max_steps=4, where this run has 6\. .* unlearn the saved model in a new run$"
+    with pytest.raises(ValueError, match=advice):
+        resume(copied, max_steps=6)
+
+
+def test_the_directory_of_checkpoints_is_no_checkpoint(copied):
+    with pytest.raises(ValueError, match=f"{copied} is no checkpoint.* such as {copied}/checkpoint-4$"):
+        resume(copied, str(copied))
+
+
 def test_half_written_checkpoints_are_not_taken_for_whole(copied, tmp_path):
     (copied / "checkpoint-4" / MANIFEST).unlink()
     with pytest.warns(UserWarning, match="is ignored: it is not a whole checkpoint") as warned:

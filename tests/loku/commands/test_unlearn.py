@@ -81,6 +81,25 @@ def test_an_output_over_what_is_read_is_refused(output, more, message, folder, n
     assert message in capsys.readouterr().err and contents(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("option", "kind", "entry"),
+    [
+        ("output_dir", "residual", "base"),
+        ("output_dir", "residual", "adapter/checkpoints"),
+        ("fisher_cache_dir", "residual", "other/../reference"),
+        ("fisher_cache_dir", "portable", "additional_chat_templates"),
+    ],
+)
+def test_what_a_run_writes_may_not_be_in_the_way_of_its_save(
+    option, kind, entry, folder, no_rows, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    assert unlearn(folder, output, f"--{option}={output / entry}", f"--save={kind}") == 2
+    message = capsys.readouterr().err
+    assert f"{option} {output / entry} would be in the way of the save into {output}" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "adapter_config.json", "loku_save.json", "config.json"])
 def test_a_file_in_the_way_is_refused(name, folder, no_rows, tmp_path, capsys):
     (tmp_path / name).write_text("a user's")

@@ -240,3 +240,10 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(run, monkeypatch):
     monkeypatch.setattr("loku.fila.row_scale_cache.save_file", full)
     with pytest.warns(UserWarning, match="could not be kept .*No space left"):
         assert len(run()[0]) == 4
+
+
+def test_a_cache_that_cannot_be_made_is_named(run, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OSError, match=r"fisher_cache_dir cannot be made .*; nothing was measured: .*cache"):
+        run()
+    assert not run.passes and (tmp_path / "cache").read_text() == "a file"

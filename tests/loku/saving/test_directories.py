@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from killed_writers import killed_at
@@ -72,6 +73,30 @@ def test_a_directory_replaces_the_entries_of_an_earlier_one(tmp_path):
         write(unfinished, config="2", model="2")
         assert (path / "config").read_text() == "1"
     assert contents(path.parent) == {"saved/config": "2", "saved/model": "2", "saved/notes": "kept"}
+
+
+def test_two_writers_move_their_entries_one_after_the_other(tmp_path):
+    path, order = tmp_path / "saved", []
+    path.mkdir()
+    write(path, config="0", model="0")
+
+    def save(name, started=None):
+        def replaceable(path, new):
+            order.append(f"{name} begins")
+            if started is not None:
+                started.start()
+                started.join(0.5)  # it waits for these moves
+            order.append(f"{name} goes on")
+            return models(path, new)
+
+        with whole_directory(path, key="config", replaceable=replaceable) as unfinished:
+            write(unfinished, config=name, model=name)
+
+    second = Thread(target=save, args=["second"])
+    save("first", second)
+    second.join()
+    assert order == ["first begins", "first goes on", "second begins", "second goes on"]
+    assert contents(path) == {"config": "second", "model": "second"}
 
 
 @pytest.mark.parametrize("exists", [False, True])
