@@ -4,6 +4,11 @@ import torch
 from loku_kernels.backends import native
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name a long parameter by its argument: hostile files have megabytes."""
+    return argname if isinstance(val, str | bytes) and len(val) > 80 else None
+
+
 @pytest.fixture(params=["native", "reference"])
 def backend(request, monkeypatch):
     """Run the test on each backend that serves the CPU."""

@@ -18,9 +18,10 @@ from model_facts import facts, same_facts
 from tiny_models import tiny_model
 
 import loku
+import loku.rollback
 import loku.unlearning  # with everything that a run imports
 
-RUNS, COMPLETE, AS_GIVEN, BROKEN = 24, 0, 3, 4
+RUNS, COMPLETE, AS_GIVEN, BROKEN = 16, 0, 3, 4
 
 
 def options(directory):
@@ -39,6 +40,14 @@ def options(directory):
 def run(directory, report):
     model = tiny_model("llama")
     before = facts(model)
+    is_sharded = loku.rollback._sharded
+
+    def slowly(model):  # the first call of each part of the restoring
+        os.write(report, b"r")
+        time.sleep(0.2)
+        return is_sharded(model)
+
+    loku.rollback._sharded = slowly
     os.write(report, b".")  # signals may come
     code = COMPLETE
     try:
@@ -56,18 +65,27 @@ def run(directory, report):
 
 
 def interrupted(directory, delay, second):
-    """Run in a fork, send the signals after ``delay`` and ``second`` seconds, and return the exit status."""
+    """Run in a fork, send signals, and return the exit status.
+
+    The first comes after ``delay`` seconds; the second ``second`` seconds later. If that is None, one comes
+    in each part of the restoring.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         run(directory, write)
+    os.close(write)
     os.read(read, 1)
-    for pause in (delay, second):
-        time.sleep(pause)
+    time.sleep(delay)
+    os.kill(child, signal.SIGINT)
+    if second is None:
+        while os.read(read, 1):  # until the run has ended
+            os.kill(child, signal.SIGINT)
+    else:
+        time.sleep(second)
         os.kill(child, signal.SIGINT)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(read)
-    os.close(write)
     return status
 
 
@@ -83,7 +101,8 @@ def main(directory):
     seconds = time.perf_counter() - begin
     statuses = []
     for number in range(RUNS):
-        delay, second = chosen.uniform(0, 0.8) * seconds, chosen.uniform(0, 3e-3)
+        delay = chosen.uniform(0, 0.8) * seconds
+        second = chosen.uniform(0, 3e-3) if number % 2 else None
         statuses.append((interrupted(directory / str(number), delay, second), delay, second))
     broken = [status for status in statuses if status[0] not in (COMPLETE, AS_GIVEN)]
     print(json.dumps({"broken": broken, "interrupted": sum(s[0] == AS_GIVEN for s in statuses)}))

@@ -292,7 +292,7 @@ def test_a_trainer_of_a_trained_adapter_that_is_interrupted(tmp_path):
 
 
 def test_two_signals_of_the_system(tmp_path):
-    """Real signals at random times, the second up to 3 ms after the first."""
+    """Real signals at random times, the second up to 3 ms after the first or during the restoring."""
     arguments = [sys.executable, HELPERS / "interrupted_runs.py", tmp_path]
     report = json.loads(subprocess.run(arguments, capture_output=True, check=True, timeout=1200).stdout)
-    assert report["broken"] == [] and report["interrupted"] >= 10, report
+    assert report["broken"] == [] and report["interrupted"] >= 8, report

@@ -142,7 +142,6 @@ def changed(**fields):
         ("generation_config.json", "[" * 10**5),
         *(("model.safetensors", text) for text in ("", "\x10" + "\0" * 7 + "{", "\0" * 100)),
     ],
-    ids=str,
 )
 def test_hostile_files_get_one_error_that_names_the_model(file, text, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
