@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loku.file_digests import file_digest, file_digests
-from loku.saving.directories import finish_interrupted, system_error, whole_directory
+from loku.saving.directories import alone_in, finish_interrupted, system_error, whole_directory
 
 LIST = "loku_save.json"
 _MAX_LIST_BYTES = 16 << 20
@@ -256,8 +256,9 @@ def check_destination(path: str | os.PathLike, kind: str, **sources: str | os.Pa
     finish_interrupted(path)
     path = Path(path)
     if path.is_dir():
-        _, others = _entries(path, _LISTS[kind])
-        _refuse_others(path, kind, others)
+        with alone_in(path):  # another save may be moving its entries
+            _, others = _entries(path, _LISTS[kind])
+            _refuse_others(path, kind, others)
     check_writable(path)
 
 

@@ -3,7 +3,7 @@
 What is written lies in a workplace, ``.NAME.*.unfinished``, until it is whole. It is flushed to the disk
 before a rename gives it its name, and the rename after it. The writer holds a lock in the workplace. So a
 workplace that nobody has locked is the rest of a writer that was killed, and the next writer finishes or
-clears it.
+clears it. Writers of one folder make, move and clear one after the other (``alone_in``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 _LOCK, _NEW, _PREVIOUS, _JOURNAL = "loku.lock", "new", "previous", "moves.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_JOURNAL_BYTES = 1 << 20
+_LONGEST_WAIT = 5.0  # seconds; moves take less
 
 
 @contextmanager
@@ -66,7 +68,7 @@ def whole_directory(
             yield new
             flush_tree(new)
             if exists:
-                with _moves_of_others_ended(real):
+                with alone_in(real):
                     _replace_entries(place, real, key, replaceable)
             else:
                 new.rename(real)
@@ -196,16 +198,18 @@ def _error_number(error: Exception) -> int | None:
 def _workplace(folder: Path, name: str) -> Iterator[Path]:
     """A context with a locked directory in ``folder``, which holds an empty directory for the new entries."""
     place = folder / f".{name}.{uuid.uuid4().hex[:8]}.unfinished"
-    place.mkdir()
-    lock = _Lock(place / _LOCK)
-    try:
+    with alone_in(folder):  # another writer would clear a workplace that is not locked yet
+        place.mkdir()
+        lock = _Lock(place / _LOCK)
         lock.take()
+    try:
         (place / _NEW).mkdir()
         yield place
     finally:
-        if not (place / _JOURNAL).exists():  # otherwise an undo was interrupted: the old entries are in here
-            _remove(place)
-        lock.release()
+        with alone_in(folder):
+            if not (place / _JOURNAL).exists():  # otherwise an undo was interrupted: the old entries are here
+                _remove(place)
+            lock.release()
 
 
 def _remove(place: Path) -> None:
@@ -215,21 +219,55 @@ def _remove(place: Path) -> None:
 
 
 class _Lock:
-    """An exclusive lock (``flock``) of a file, which the system releases when its holder ends."""
+    """An exclusive lock (``flock``) of a file or a folder, which the system releases when its holder ends."""
 
-    def __init__(self, file: Path) -> None:
-        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    def __init__(self, place: Path, flags: int = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) -> None:
+        self._descriptor = os.open(place, flags | os.O_CLOEXEC, 0o666)
 
-    def take(self) -> bool:
-        """Take the lock. False: another process holds it, or the file system has no locks."""
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+    def take(self, seconds: float = 0.0) -> bool:
+        """Take the lock, and wait for it if need be, but no longer than some seconds.
+
+        Returns:
+            False if another process holds it, or the file system has no locks.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    return False
+                time.sleep(0.01)
+            except OSError:
+                return False
+            else:
+                return True
 
     def release(self) -> None:
         os.close(self._descriptor)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """A context in which no other writer of this package changes the entries of a folder.
+
+    The lock is one of the folder itself (``flock``), so it leaves no file, and it ends with its process. It
+    is waited for, but not long: somebody else may hold it for good, such as a script by ``flock FOLDER``. No
+    lock is taken then, nor where the file system has none. The contexts of one folder do not nest.
+
+    Args:
+        folder: The folder.
+    """
+    lock = None
+    with suppress(OSError):  # a folder that cannot be opened: whatever follows says so
+        lock = _Lock(folder, os.O_RDONLY)
+    try:
+        if lock is not None:
+            lock.take(_LONGEST_WAIT)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def finish_interrupted(path: str | os.PathLike) -> None:
@@ -254,9 +292,10 @@ def finish_interrupted(path: str | os.PathLike) -> None:
 
 def _finish_all(path: Path, folders: list[Path]) -> None:
     for folder in folders:
-        for place in sorted(folder.glob(f".{escape(path.name)}.*.unfinished")):
-            if re.fullmatch(r"[0-9a-f]{8}", place.name.split(".")[-2]):
-                _finish(place, path)
+        with alone_in(folder):
+            for place in sorted(folder.glob(f".{escape(path.name)}.*.unfinished")):
+                if re.fullmatch(r"[0-9a-f]{8}", place.name.split(".")[-2]):
+                    _finish(place, path)
 
 
 def _finish(place: Path, path: Path) -> None:
@@ -284,21 +323,6 @@ def _finish(place: Path, path: Path) -> None:
         _remove(place)
     finally:
         lock.release()
-
-
-@contextmanager
-def _moves_of_others_ended(path: Path) -> Iterator[None]:
-    """A context in which no other process moves entries of a directory. Some file systems have no such lock.
-
-    Moves take a moment. So this waits for those of others.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _replace_entries(

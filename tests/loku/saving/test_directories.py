@@ -1,16 +1,18 @@
 """Files and directories are written whole, or the earlier ones stay."""
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from killed_writers import killed_at
 from safetensors import SafetensorError
 
+from loku.saving import directories
 from loku.saving.directories import disk_errors, finish_interrupted, whole_directory, whole_file
 
 
@@ -73,30 +75,6 @@ def test_a_directory_replaces_the_entries_of_an_earlier_one(tmp_path):
         write(unfinished, config="2", model="2")
         assert (path / "config").read_text() == "1"
     assert contents(path.parent) == {"saved/config": "2", "saved/model": "2", "saved/notes": "kept"}
-
-
-def test_two_writers_move_their_entries_one_after_the_other(tmp_path):
-    path, order = tmp_path / "saved", []
-    path.mkdir()
-    write(path, config="0", model="0")
-
-    def save(name, started=None):
-        def replaceable(path, new):
-            order.append(f"{name} begins")
-            if started is not None:
-                started.start()
-                started.join(0.5)  # it waits for these moves
-            order.append(f"{name} goes on")
-            return models(path, new)
-
-        with whole_directory(path, key="config", replaceable=replaceable) as unfinished:
-            write(unfinished, config=name, model=name)
-
-    second = Thread(target=save, args=["second"])
-    save("first", second)
-    second.join()
-    assert order == ["first begins", "first goes on", "second begins", "second goes on"]
-    assert contents(path) == {"config": "second", "model": "second"}
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -416,3 +394,61 @@ def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(OSError, match="is as it was: unheard") as raised, disk_errors(tmp_path):
         raise SafetensorError("unheard")
     assert raised.value.errno == errno.EIO
+
+
+def test_writers_of_one_folder_move_one_after_the_other(tmp_path):
+    """A second save finds the first one whole, and neither is mixed with the other."""
+    path, found = tmp_path / "saved", {}
+    old_save(path)
+    reading, writing = os.pipe()
+
+    def slow(directory, new):
+        os.write(writing, b"1")
+        time.sleep(0.5)
+        return models(directory, new)
+
+    def seen(directory, new):
+        found.update(contents(directory))
+        return models(directory, new)
+
+    child = os.fork()
+    if child == 0:
+        with whole_directory(path, key="config", replaceable=slow) as new:
+            write(new, config="first", model="first")
+        os._exit(0)
+    os.read(reading, 1)
+    with whole_directory(path, key="config", replaceable=seen) as new:
+        write(new, config="second", model="second")
+    assert os.waitpid(child, 0)[1] == 0
+    assert (found["config"], found["model"]) == ("first", "first")
+    assert (contents(path)["config"], contents(path)["model"]) == ("second", "second")
+
+
+def test_many_writers_of_one_file(tmp_path):
+    """Runs that share a cache of row scales write one file at the same time."""
+    path, children = tmp_path / "file", []
+    for number in range(3):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for _ in range(60):
+                    with whole_file(path) as unfinished:
+                        unfinished.write_text(str(number))
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert path.read_text() in "012" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_that_is_locked_for_good_is_written_to(tmp_path, monkeypatch):
+    """A script may hold it: ``flock FOLDER loku unlearn --output FOLDER``."""
+    monkeypatch.setattr(directories, "_LONGEST_WAIT", 0.05)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with whole_file(tmp_path / "file") as unfinished:
+        unfinished.write_text("whole")
+    os.close(descriptor)
+    assert contents(tmp_path) == {"file": "whole"}
