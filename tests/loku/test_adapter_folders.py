@@ -201,7 +201,7 @@ def test_refusals(sft, base, tmp_path):
     prompts_folder = tmp_path / "prompts"
     prompts.save_pretrained(prompts_folder)
     for refused in (lambda: load_model(prompts_folder), lambda: _load(str(base), str(prompts_folder), {})):
-        with pytest.raises(ValueError, match="learnt tokens before each row: .* neither measured nor merged"):
+        with pytest.raises(ValueError, match=r"learnt tokens before each row: .*neither measured nor merged"):
             refused()
     prefix = get_peft_model(load(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     prefix.save_pretrained(tmp_path / "prefix")
