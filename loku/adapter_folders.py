@@ -346,7 +346,9 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         loaded, report = _auto_class(model, arguments, trusted).from_pretrained(
             model, trust_remote_code=trusted, output_loading_info=True, **arguments
         )
-        if missing := sorted(report["missing_keys"]):  # transformers draws them at random
+        # transformers draws them at random. Quantised weights are stored under other names.
+        missing = sorted(report["missing_keys"])
+        if missing and getattr(loaded, "hf_quantizer", None) is None:
             raise ValueError(
                 f"{model} cannot be loaded: its files lack {len(missing)} weights that its config asks for, "
                 f"the first {missing[0]}. Copy the model again, or pass a causal LM with all its weights"
