@@ -41,6 +41,8 @@ from loku.trust import (
 
 _log = logging.getLogger(__name__)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
+# Adapters that put learnt tokens before each row.
+_LEARNT_TOKENS = (PeftType.PROMPT_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.P_TUNING, PeftType.CPT)
 
 
 def find_adapter(model: str | os.PathLike, arguments: Mapping[str, Any]) -> str | None:
@@ -209,8 +211,14 @@ def put_adapter(
         hub: The arguments of ``from_pretrained`` that say where the adapter is; None (default) for none.
 
     Raises:
-        ValueError: The adapter does not fit the base, or its file is damaged.
+        ValueError: The adapter does not fit the base, puts tokens of its own before a row, or its file is
+            damaged.
     """
+    if config.peft_type in _LEARNT_TOKENS:  # its logits would have more tokens than the row
+        raise ValueError(
+            f"{adapter} is a {config.peft_type} adapter, which puts learnt tokens before each row: it can be "
+            "neither measured nor merged into its base"
+        )
     hub = hub or {}
     with loading(adapter):
         peft_model: Any = PeftModel.from_pretrained(base, adapter, config=config, **hub)
@@ -319,8 +327,8 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
         arguments: The arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: The model is an encoder-decoder, is refused (``loku.trust``), or its files are damaged. Or
-            the errors of ``find_adapter`` and ``load_merged``.
+        ValueError: The model is an encoder-decoder, is refused (``loku.trust``), or its files are damaged or
+            lack weights. Or the errors of ``find_adapter`` and ``load_merged``.
     """
     arguments = {"use_safetensors": True, **arguments, "trust_remote_code": trusts_code(arguments)}
     adapter = find_adapter(model, arguments)
@@ -335,9 +343,16 @@ def load_causal_lm(model: str | os.PathLike, arguments: Mapping[str, Any]) -> Pr
             arguments.setdefault("adapter_kwargs", {"subfolder": arguments["subfolder"]})
     trusted = arguments.pop("trust_remote_code")
     with loading(model):
-        loaded = _auto_class(model, arguments, trusted).from_pretrained(
-            model, trust_remote_code=trusted, **arguments
+        loaded, report = _auto_class(model, arguments, trusted).from_pretrained(
+            model, trust_remote_code=trusted, output_loading_info=True, **arguments
         )
+        # transformers draws them at random. Quantised weights are stored under other names.
+        missing = sorted(report["missing_keys"])
+        if missing and getattr(loaded, "hf_quantizer", None) is None:
+            raise ValueError(
+                f"{model} cannot be loaded: its files lack {len(missing)} weights that its config asks for, "
+                f"the first {missing[0]}. Copy the model again, or pass a causal LM with all its weights"
+            )
     if trusted:
         setattr(loaded, TRUSTED, True)
     return loaded

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,10 @@ _DAMAGE = (
     StrictDataclassError,  # of a config
     TypeError,
     ValueError,
+    re.error,  # of a pattern in the config of an adapter
 )
+# Words of the RuntimeError that transformers or torch raises for tensors of other shapes.
+_MISMATCH = ("ignore_mismatched_sizes", "size mismatch")
 # Fields of an adapter's config by which peft reads or imports something else than the adapter's folder. The
 # value beside a field is the harmless one.
 _FOREIGN_FIELDS = {
@@ -92,6 +96,13 @@ def loading(place: str | os.PathLike) -> Iterator[None]:
         if type(error) is ValueError and len(text) < 1000:  # a sentence of transformers
             raise
         raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {text:.500}") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _MISMATCH):  # such as a lack of memory
+            raise
+        raise ValueError(
+            f"{place} cannot be loaded: its weights have other shapes than its config and its base ask for "
+            f"({error!s:.500})"
+        ) from error
 
 
 def load_tokenizer(

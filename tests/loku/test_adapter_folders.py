@@ -6,7 +6,15 @@ import shutil
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from small_trainers import FORGET, RETAIN, arguments, lora
 from tiny_models import tiny_model
@@ -190,9 +198,15 @@ def test_refusals(sft, base, tmp_path):
     with pytest.raises(ValueError, match=r"holds an adapter .* and the weights of a model"):
         load_model(both)
     prompts = get_peft_model(load(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    prompts.save_pretrained(tmp_path / "prompts")
+    prompts_folder = tmp_path / "prompts"
+    prompts.save_pretrained(prompts_folder)
+    for refused in (lambda: load_model(prompts_folder), lambda: _load(str(base), str(prompts_folder), {})):
+        with pytest.raises(ValueError, match=r"learnt tokens before each row: .*neither measured nor merged"):
+            refused()
+    prefix = get_peft_model(load(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    prefix.save_pretrained(tmp_path / "prefix")
     with pytest.raises(ValueError, match="cannot be merged"):
-        load_model(tmp_path / "prompts")
+        load_model(tmp_path / "prefix")
 
 
 def test_command_line(sft, base, tmp_path, capsys):
@@ -309,6 +323,8 @@ def test_pickled_initial_factors_are_refused(base, tmp_path):
             },
             "has prompt_tuning_init_state_dict_path",
         ),
+        ({"target_modules": "("}, "cannot be loaded: .*unterminated"),
+        ({"r": 3}, "cannot be loaded: its weights have other shapes"),
         ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path is"),
         ({"peft_type": "NONE"}, "is not the config of an adapter"),
         ({"peft_type": ["LORA"]}, "is not the config of an adapter"),

@@ -139,6 +139,7 @@ def changed(**fields):
         ("config.json", changed(num_attention_heads=0)),
         ("config.json", changed(hidden_size="x")),
         ("config.json", changed(dtype="__class__")),
+        ("config.json", changed(intermediate_size=12)),
         ("generation_config.json", "[" * 10**5),
         *(("model.safetensors", text) for text in ("", "\x10" + "\0" * 7 + "{", "\0" * 100)),
     ],
@@ -150,6 +151,17 @@ def test_hostile_files_get_one_error_that_names_the_model(file, text, tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} cannot be loaded: ")) as error:
         load_model(tmp_path)
     assert len(str(error.value)) < 1000
+
+
+def test_a_model_without_some_of_its_weights_is_refused(tmp_path):
+    """transformers would draw them at random, and the command does not show its report."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(changed(num_hidden_layers=layers + 1)(config))
+    with pytest.raises(ValueError, match=rf"lack 9 weights .* the first model.layers.{layers}\."):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(
