@@ -18,7 +18,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,20 @@ def whole_directory(
             new = place / _NEW
             yield new
             flush_tree(new)
-            if exists:
+            if not exists:
+                try:
+                    new.rename(real)
+                    flush(real.parent)
+                    return
+                except OSError:
+                    if not real.is_dir():  # otherwise another writer has made it meanwhile
+                        raise
+            # Entries are moved from inside ``path`` alone.
+            with nullcontext(place) if exists else _workplace(real, real.name) as inside:
+                if inside != place:
+                    new.rename(inside / _NEW)  # an empty directory
                 with alone_in(real):
-                    _replace_entries(place, real, key, replaceable)
-            else:
-                new.rename(real)
-                flush(real.parent)
+                    _replace_entries(inside, real, key, replaceable)
     except BaseException:
         for parent in made:
             with suppress(OSError):

@@ -147,6 +147,18 @@ def old_save(path):
 NEW = {name: "2" for name in ("saved/config", "saved/model", "saved/new", "saved/model_folder/inner")}
 
 
+def test_two_writers_of_one_new_directory(tmp_path):
+    """The second to finish replaces the save of the first, as if that had been there from the beginning."""
+    path = tmp_path / "new"
+    with whole_directory(path, key="config", replaceable=everything) as second:
+        (second / "config").write_text("second")
+        with whole_directory(path, key="config", replaceable=everything) as first:
+            (first / "config").write_text("first")
+            (first / "notes").write_text("first")
+    assert {file.name: file.read_text() for file in path.iterdir()} == {"config": "second"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
+
+
 def test_a_writer_that_is_killed_anywhere_is_finished_or_cleared(tmp_path):
     """At each change: the old or the new save, or none that loads. Then one of the two is whole again."""
     number, ends = 0, []
