@@ -105,7 +105,6 @@ _NOT_NEGATIVE = (
     "weight_decay",
     "adam_epsilon",
     "warmup_steps",
-    "max_grad_norm",
     "dataloader_num_workers",
 )
 _SHARES = ("adam_beta1", "adam_beta2")
@@ -125,6 +124,7 @@ def _check_ranges(config: Any) -> None:
     check((*_POSITIVE, *_NOT_NEGATIVE), "a finite number", math.isfinite)
     check(_POSITIVE, "> 0", lambda v: v > 0)
     check(_NOT_NEGATIVE, ">= 0", lambda v: v >= 0)
+    check(("max_grad_norm",), ">= 0 or inf", lambda v: v >= 0)  # inf clips nothing, and the log has the norm
     check(_SHARES, ">= 0 and < 1", lambda v: 0 <= v < 1)
     integers = "an integer from 0 to 2^32 - 1"
     check(("seed",), integers, lambda v: isinstance(v, numbers.Integral) and 0 <= int(v) < 2**32)
