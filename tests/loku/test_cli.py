@@ -376,7 +376,7 @@ def test_two_interrupts_end_a_command_with_one_line(pause, folder, tmp_path):
     options = ["--quiet", "--use_cpu", "--max_steps=1000", "--save_strategy=steps", "--save_steps=1"]
     command = [sys.executable, "-m", "loku", "unlearn", *options]
     command += [f"--{name}={place}" for name, place in places.items()]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as run:
         while run.poll() is None and not (tmp_path / "checkpoint-1").exists():
             time.sleep(0.01)
         for _ in range(3):
