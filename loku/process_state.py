@@ -72,6 +72,20 @@ def _leave_autocast(nesting: int) -> None:
         torch.clear_autocast_cache()
 
 
+def _saved_tensors_hooks() -> Any:
+    """The functions of the innermost ``torch.autograd.graph.saved_tensors_hooks``, or None."""
+    # True: also while a graph is traced.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _leave_saved_tensors_hooks(top: Any) -> None:
+    """Leave the contexts of saved tensors that an interrupt kept from ending, such as a checkpoint's."""
+    while (current := _saved_tensors_hooks()) is not None:
+        if top is not None and all(ours is theirs for ours, theirs in zip(current, top, strict=True)):
+            break
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
 def _reset(owner: Any, name: str, value: Any) -> None:
     """Set an attribute if it has another value; torch takes note of each use of its newer names."""
     if getattr(owner, name) != value:
@@ -98,7 +112,8 @@ def _register(undo: Callable[..., Any]) -> None:
 def torch_modes_kept() -> Iterator[None]:
     """A context or decorator after which the modes of autograd and autocast are as before.
 
-    A second interrupt may keep a context of torch, such as ``torch.no_grad()``, from ending.
+    A second interrupt may keep a context of torch from ending, such as ``torch.no_grad()`` or the hooks of
+    saved tensors in gradient checkpointing.
     """
     with ExitStack() as stack:
         undo = stack.callback
@@ -108,6 +123,7 @@ def torch_modes_kept() -> Iterator[None]:
             undo(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
             undo(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device))
         undo(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        undo(_leave_saved_tensors_hooks, _saved_tensors_hooks())
         yield
 
 

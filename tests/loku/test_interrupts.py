@@ -269,7 +269,8 @@ def test_interrupts_at_every_kind_of_place(call, tmp_path):
         assert [name for name in same if not same[name]] == [], (place, interrupter.where)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert torch.is_grad_enabled(), interrupter.where
-    assert interrupted > trials / 2  # some places are passed in the first call alone
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None, interrupter.where
+    assert interrupted > trials / 4  # some places are passed in the first call alone
     assert logits(model).equal(outputs)
     assert logits(function(model, tmp_path / "again")).equal(fresh)
 

@@ -1,5 +1,6 @@
 """A run leaves the random states, flags and settings of the process as they were."""
 
+import contextlib
 import os
 import random
 import signal
@@ -138,6 +139,31 @@ def test_the_context_restores_what_an_interrupted_context_of_torch_leaves():
     assert settings() == before
     assert torch.autocast_increment_nesting() == nesting
     torch.autocast_decrement_nesting()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_hooks_of_saved_tensors_that_an_interrupt_has_left_go(given):
+    """Those of gradient checkpointing would stay for every later forward. The caller's own stay."""
+    packed = []
+
+    def forward():
+        packed.clear()
+        (torch.ones(2, requires_grad=True) * torch.ones(2)).exp().sum()
+        return len(packed)
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(pack, lambda tensor: tensor) if given else contextlib.nullcontext():
+        before = forward()
+        with pytest.raises(KeyboardInterrupt), process_state_kept():
+            for _ in range(2):
+                hooks(lambda tensor: 1 / 0, lambda tensor: tensor).__enter__()
+            raise KeyboardInterrupt
+        assert forward() == before and (before > 0) == given
+    assert forward() == 0
 
 
 def test_random_states_are_kept_by_a_decorator():
