@@ -263,10 +263,14 @@ def test_interrupts_at_every_kind_of_place(call, tmp_path):
         interrupted += 1
         assert isinstance(error, KeyboardInterrupt), interrupter.where
         same = same_facts(before, facts(model))
-        import traceback
-
-        all(same.values()) or traceback.print_exception(error)
-        assert [name for name in same if not same[name]] == [], (place, interrupter.where)
+        if not all(same.values()):  # the work was complete, and the signal was raised after it
+            assert "/loku/interrupts.py" in interrupter.where and logits(model).equal(fresh), (
+                place,
+                interrupter.where,
+                [name for name in same if not same[name]],
+            )
+            model = make()
+            before = facts(model)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert torch.is_grad_enabled(), interrupter.where
         assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None, interrupter.where
