@@ -9,7 +9,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$root"
-cp -r csrc loku loku_kernels tests setup.py pyproject.toml README.md LICENSE "$work"
+cp -r csrc loku loku_kernels scripts tests setup.py pyproject.toml README.md LICENSE "$work"
 rm -f "$work"/loku_kernels/_core*.so  # of the checkout: one for this Python alone would be imported first
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
 # The cloned kernels are chosen by ifunc resolvers, which run before the sanitizers' runtime is ready.
