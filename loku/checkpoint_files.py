@@ -12,7 +12,8 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -195,11 +196,18 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def _differences(checkpoint: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> str:
+@contextmanager
+def _comparing(checkpoint: Path) -> Iterator[None]:
+    """A context in which a manifest that is too deep to compare is one of no whole checkpoint."""
     try:
-        return differences(identity, manifest["run"])[:_LONGEST_REASON]
+        yield
     except RecursionError as error:
         raise ValueError(f"{checkpoint} is not a whole checkpoint of loku ({MANIFEST}: {error})") from error
+
+
+def _differences(checkpoint: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> str:
+    with _comparing(checkpoint):
+        return differences(identity, manifest["run"])[:_LONGEST_REASON]
 
 
 def _longer(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
@@ -210,13 +218,6 @@ def _longer(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
         ". Its length decides a run's learning rates from the first step. To train a finished model further, "
         "save it, and unlearn the saved model in a new run"
     )
-
-
-def _warn_of_environment(checkpoint: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
-    try:
-        warn_of_environment(identity, manifest["run"])
-    except RecursionError as error:
-        raise ValueError(f"{checkpoint} is not a whole checkpoint of loku ({MANIFEST}: {error})") from error
 
 
 def _alteration(checkpoint: Path, files: dict[str, dict[str, Any]], digests: bool = True) -> str | None:
@@ -352,7 +353,8 @@ def find_checkpoint(
         difference = _differences(checkpoint, manifest, identity)
         if not difference:
             check_whole(checkpoint, manifest["files"], contents)
-            _warn_of_environment(checkpoint, manifest, identity)
+            with _comparing(checkpoint):
+                warn_of_environment(identity, manifest["run"])
             if reason:
                 warnings.warn(f"the run goes on from {checkpoint.name}: {reason}", stacklevel=2)
             return checkpoint

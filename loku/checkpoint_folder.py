@@ -176,9 +176,8 @@ def _put_back(private: Path) -> None:
 def _clear_private(private: Path) -> None:
     """Delete a private directory, unless it is not ours. The marker goes last."""
     marker = private / _MARKER
-    if not marker.is_file() and any(
-        private.iterdir()
-    ):  # without files its writer was killed before the marker
+    # Without any file its writer was killed before the marker.
+    if not marker.is_file() and any(private.iterdir()):
         return
     _put_back(private)
     for entry in private.iterdir():

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -226,12 +226,18 @@ class ResumableTrainer(Trainer):
         check_room(self._folder.directory, needed, "a checkpoint of this run")
         refuse_overlap(self._folder.directory, **loaded_from(self.model))
         first = 0 if checkpoint is None else read_state(checkpoint)[0]
-        self._folder.refuse_collisions(partial(self._writes, first), self._identity)
+        steps = cache(self._steps_of_an_epoch)  # made for the first checkpoint in the way, and once
+        self._folder.refuse_collisions(lambda step: self._writes(step, first, steps()), self._identity)
 
-    def _writes(self, first: int, step: int) -> bool:
-        """Whether this run, which begins after step ``first``, may write a checkpoint at ``step``."""
+    def _steps_of_an_epoch(self) -> int:
+        return max(1, math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps))
+
+    def _writes(self, step: int, first: int, epoch: int) -> bool:
+        """Whether this run may write a checkpoint at a step.
+
+        The run begins after step ``first``, and an epoch has ``epoch`` steps.
+        """
         args = self.args
-        epoch = max(1, math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps))
         last = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
         if not first < step <= last:
             return False

@@ -182,9 +182,8 @@ def all_or_nothing(
         keep_weights: Whether to copy every weight into CPU memory and put the values back. False (default)
             leaves weights that were overwritten to whoever overwrote them.
     """
-    return _undone_on_failure(
-        _Given(model, keep_weights)
-    )  # copies of weights are made outside of the context
+    given = _Given(model, keep_weights)  # outside of the context: copies of weights take long
+    return _undone_on_failure(given)
 
 
 @uninterrupted_context

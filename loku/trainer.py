@@ -298,7 +298,7 @@ class UnlearnTrainer(EvaluatingTrainer):
     def _keep_references(self) -> None:
         """Run the original model on every row that will be drawn, and keep the values of the objective."""
         dataset, reference = self.train_dataset, self.objective.reference
-        steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+        steps = self._steps_of_an_epoch()
         epochs = self.args.max_steps / steps if self.args.max_steps > 0 else self.args.num_train_epochs
         drawn: dict[tuple[str, Any], None] = {}  # an ordered set
 
