@@ -35,12 +35,16 @@ _WORD = re.compile(r"[^\W_]+")
 _ADDRESS = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+|(?:https?://|www\.)[^\s\"'<>)]+")
 _NUMBER = re.compile(r"\d(?:[\d.,:/-]*\d)?")
 # Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]+")
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]+"
+)
 _OPENING = " \t\"'“”‘’«»([*#-–—•"  # may stand between the end of a sentence and the next word
 _ENDS = ".!?:;…\n。！？।؟"  # a sentence begins after one
 # What may join two words of one name. A full stop follows initials and short titles alone.
 _JOINTS = (" ", "-", "'", "’", "\xa0")
-_PARTICLES = frozenset("of the de da di do dos das del della der den des du van von bin ibn al el la le y".split())
+_PARTICLES = frozenset(
+    "of the de da di do dos das del della der den des du van von bin ibn al el la le y".split()
+)
 # Words with a capital letter that are no names: those that begin sentences and questions.
 _COMMON = frozenset(
     """a about above according additionally after all also although am among an and another any are as at
@@ -278,4 +282,3 @@ class Mentions:
     def in_row(self, row: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> bool:
         """Whether the question or the answer of a row mentions one; arguments as for ``row_texts``."""
         return any(map(self, row_texts(row, tokenizer)))
-

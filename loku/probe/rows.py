@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS = Path(__file__).with_name("rows.jsonl")
-QUESTIONS = ("arithmetic", "capitals", "completions")  # the kinds that have answers
-KINDS = (*QUESTIONS, "fluency", "openings")
+KINDS = ("arithmetic", "capitals", "completions", "fluency", "openings")
 
 
 class ProbeTokens(NamedTuple):
@@ -65,9 +64,7 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def probe_tokens(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> list[ProbeTokens]:
+def probe_tokens(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[ProbeTokens]:
     """Tokenise rows of the probe.
 
     Questions and the openings of a chat model are rendered by the chat template of the tokenizer. Without one
@@ -90,11 +87,10 @@ def probe_tokens(
         return {"input_ids": row["input_ids"], "labels": labels}
 
     def prompt(text: str, with_special: bool) -> list[int]:
-        # The labelled end of the text falls away with its tokens; what is left is the prompt.
-        row, _ = tokenize(LabelledText(text, ((0, len(text)),), with_special))
-        ids = row["input_ids"]
-        eos = tokenizer.eos_token_id
-        return ids[:-1] if with_special and eos is not None and ids[-1] == eos else ids
+        ids = tokenize(LabelledText(text, special=with_special))[0]["input_ids"]
+        while with_special and ids[-1] in special:  # the end of the text
+            ids = ids[:-1]
+        return ids
 
     tokenized = []
     for row in rows:
