@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import regex
-
 from loku.deletion.places import data_place, folder_place, model_place
 from loku.deletion.template import write_template
+from loku.deletion.texts import expression
 from loku.deletion.yaml_values import YamlValue, read_yaml_values
 
 __all__ = [
@@ -292,9 +291,9 @@ def _selection_of(value: YamlValue, given: Mapping[str, YamlValue], folder: Path
 def _expression(value: YamlValue) -> str:
     text = value.text()
     try:
-        regex.compile(text)
-    except regex.error as error:
-        raise value.error(f"is no regular expression: {error}") from error
+        expression(text)
+    except ValueError as error:
+        raise value.error(error) from error
     return text
 
 
@@ -433,8 +432,8 @@ def _consistent(request: Request, given: Mapping[str, YamlValue]) -> Request:
         if len(numbers) < len(request.limits) or not numbers:
             place = given.get("limits", given["forget"])
             raise place.error(
-                "there is no holdout, so nothing says when the rows are forgotten: add holdout, texts of the same "
-                "kind that the model was never trained on, or give limits that are numbers"
+                "there is no holdout, so nothing says when the rows are forgotten: add holdout, texts of the "
+                "same kind that the model was never trained on, or give limits that are numbers"
             )
         if "attacks" not in given:
             without = tuple(name for name in request.attacks if name != "mia")
