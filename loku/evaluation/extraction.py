@@ -39,7 +39,7 @@ def greedy_answers(
     model: CausalLM,
     rows: Iterable[Mapping[str, Any]],
     scores: Iterable[TokenScores],
-    max_new_tokens: int,
+    max_new_tokens: int | list[int],
     batch_size: int = 16,
     eos_token_id: Collection[int] | None = None,
     progress: bool = True,
@@ -54,7 +54,7 @@ def greedy_answers(
         model: The causal LM, on the device where it runs.
         rows: The tokenised rows, with one labelled span each.
         scores: The ``token_scores`` of the rows.
-        max_new_tokens: The greatest number of tokens of an answer, >= 1.
+        max_new_tokens: The greatest number of tokens of an answer, >= 1; one for all rows, or one for each.
         batch_size: The number of prompts in a batch, 16 by default.
         eos_token_id: The ids at which an answer ends; None (default) stands for the model's own.
         progress: Whether to show a progress bar, True by default.
@@ -66,7 +66,10 @@ def greedy_answers(
     Raises:
         ValueError: ``max_new_tokens`` or ``batch_size`` is less than 1.
     """
-    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    counts = list(max_new_tokens) if isinstance(max_new_tokens, list) else [max_new_tokens]
+    for count in counts:
+        check_counts(max_new_tokens=count)
+    check_counts(batch_size=batch_size)
     eos = eos_ids(model) if eos_token_id is None else eos_token_id
     prompts: list[list[int]] = []
     known: list[list[int]] = []
@@ -79,7 +82,11 @@ def greedy_answers(
         else:
             known.append(ids[positions[0] : positions[-1] + 1])
         prompts.append(ids[: positions[0]])
-    lengths = [0 if begun[-1] in eos else max(0, max_new_tokens - len(begun)) for begun in known]
+    most = counts if isinstance(max_new_tokens, list) else counts * len(known)
+    lengths = [
+        0 if begun[-1] in eos else max(0, count - len(begun))
+        for begun, count in zip(known, most, strict=True)
+    ]
     rests = generate_greedy(
         model,
         [prompt + begun for prompt, begun in zip(prompts, known, strict=True)],
@@ -89,7 +96,7 @@ def greedy_answers(
         progress,
         description,
     )
-    return [(begun + rest)[:max_new_tokens] for begun, rest in zip(known, rests, strict=True)]
+    return [(begun + rest)[:count] for begun, rest, count in zip(known, rests, most, strict=True)]
 
 
 def generated_texts(
