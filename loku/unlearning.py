@@ -39,8 +39,8 @@ from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.process_state import process_state_kept
 from loku.rollback import all_or_nothing, inherit_modes_, settings_kept
-from loku.saving.adapter import refresh_merged_adapter_
 from loku.saving.kinds import SaveKind, check_save, save
+from loku.saving.merged_adapters import refresh_merged_adapter_
 from loku.saving.residual_base import on_residual_base_
 from loku.target_modules import choose_targets
 from loku.text_decoder import check_causal_lm
