@@ -229,7 +229,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-class _SettingsLoader(yaml.SafeLoader):
+class SettingsLoader(yaml.SafeLoader):
     """The safe loader without aliases, which multiply values, and without deep nesting, which is slow."""
 
     levels = 0
@@ -268,7 +268,7 @@ def read_yaml(
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{path} has more than {_MOST_BYTES} bytes, so it is no file of settings")
     try:
-        loader = _SettingsLoader(text)
+        loader = SettingsLoader(text)
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:

@@ -71,7 +71,7 @@ def read_rows(source: str | os.PathLike) -> list[Any] | Dataset:
         return _records(path).rows
     if not isinstance(source, str):
         raise FileNotFoundError(f"there is no file {path}")
-    _check_may_be_on_hub(source)
+    check_may_be_on_hub(source)
     return _from_hub(source)
 
 
@@ -338,13 +338,17 @@ def _shards(path: Path) -> list[Path]:
     return files
 
 
-def _check_may_be_on_hub(name: str) -> None:
+def check_may_be_on_hub(name: str, folder: Path | None = None) -> None:
     """Raise ``FileNotFoundError`` for a name that looks like a path.
 
     Names on the hub have at most one slash. They may have a point, as in ``teknium/OpenHermes-2.5``.
+
+    Args:
+        name: The name.
+        folder: The folder where relative paths begin; None (default) for the current directory.
     """
     place = name.split(":")[0]
-    path = Path(place).expanduser()
+    path = (folder or Path()) / Path(place).expanduser()
     if path.is_file() or _saved_dataset(path):
         raise FileNotFoundError(f"there is no file {name}; {place} is there, and it takes no CONFIG or SPLIT")
     in_a_folder = "/" in place and path.parent.is_dir()

@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from loku.deletion.places import data_place, folder_place, model_place
+from loku.deletion.template import write_template
+from loku.deletion.texts import expression
+from loku.deletion.yaml_values import YamlValue, read_yaml_values
+
+__all__ = [
+    "ATTACKS",
+    "HOLDOUT",
+    "TARGETS",
+    "VERSION",
+    "Request",
+    "RetainSource",
+    "RowSelection",
+    "read_request",
+    "request_facts",
+    "write_template",
+]
 
 VERSION = 1  # of the schema of a request
 ATTACKS = ("extract", "mia", "relearn", "quantise")
 TARGETS = ("peft", "vllm", "gguf", "merged")
 HOLDOUT = "holdout"  # the limit of a measure: that of the hold-out set under the original model
+# The measures of the forget rows that a limit bounds from above. Perplexity is none: it grows by forgetting.
+MEASURES = ("probability", "memorization_accuracy", "extraction_strength", "extracted")
+_LIKELIHOOD = re.compile(r"extraction_likelihood_([1-9][0-9]{0,3})")
+
+# The fields of a request file. docs/deletion.md has a table of them.
+FIELDS = (
+    *("version", "reference", "requester", "model", "trained_adapter", "forget", "retain", "holdout"),
+    *("control", "limits", "utility_floor", "minutes", "near_duplicates", "training", "attacks", "serving"),
+    "ledger",
+)
+SELECTION_FIELDS = ("data", "ids", "id_column", "contains", "matches", "columns")
+RETAIN_FIELDS = (*SELECTION_FIELDS, "corpus", "neighbours", "sampled")
+MODEL_FIELDS = ("name", "revision", "tokenizer", "arguments")
+# The fields of loku.UnlearnConfig that a request does not set, with the reason.
+_STAGES, _SECRET = "the procedure sets it", "a secret is no part of a request, which the record keeps"
+NO_TRAINING = {
+    "output_dir": "the procedure keeps its checkpoints in its own folder",
+    "resume_from_checkpoint": "the procedure goes on by itself when it is started again",
+    **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval"), _STAGES),
+    **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit", "save_only_model"), _STAGES),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _STAGES),
+    **dict.fromkeys(("do_train", "do_predict", "disable_tqdm", "save_on_each_node"), _STAGES),
+    "model_init_kwargs": "write the arguments of from_pretrained to model.arguments",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy"), "upload the result after it is judged"),
+    "hub_token": _SECRET,
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +126,7 @@ class Request:
         ledger: The folder of the ledger, absolute; None for none.
         reference: The reference number of the request; "" for none.
         requester: Who asks; "" if it is not said.
+        lines: The line of each field of the file, by its path such as "retain.corpus.data".
     """
 
     path: Path
@@ -103,3 +151,298 @@ class Request:
     ledger: str | None = None
     reference: str = ""
     requester: str = ""
+    lines: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+
+def read_request(path: str | os.PathLike) -> Request:
+    """Read the file of a request, and check it.
+
+    A path in it that is relative begins at the folder of the file. What is named as a path must be there.
+
+    Args:
+        path: The YAML file; docs/deletion.md has its fields.
+
+    Raises:
+        ValueError: The file is missing or no YAML, or a field is unknown, missing or wrong. The message names
+            the file, the line and what to do.
+        OSError: The file cannot be read.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the file of the request, such as {path / 'request.yaml'}")
+    root = read_yaml_values(path)
+    given = root.fields(FIELDS)
+    _check_version(given.get("version"))
+    for name in ("model", "forget"):
+        if name not in given:
+            raise ValueError(f"{path} has no {name}; `loku forget --init DIR` writes an example")
+    folder = path.parent
+    settings: dict[str, Any] = {"path": path, **_model(given["model"], folder)}
+    settings["forget"] = _selection(given["forget"], folder)
+    for name, read in _READERS.items():
+        value = given.get(name)
+        if value is not None and not (value.is_null and name in _MAY_BE_NULL):
+            settings.update(read(value, folder))
+    request = Request(**settings, lines=dict(_lines(root)))
+    return _consistent(request, given)
+
+
+def request_facts(request: Request) -> dict[str, Any]:
+    """Return the fields of a request for its record.
+
+    The conditions of a query may hold what is to be forgotten, so the facts say which conditions there are,
+    and not their texts.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The fields by their names, as JSON has them.
+    """
+    facts = dataclasses.asdict(dataclasses.replace(request, lines={}))
+    del facts["lines"]
+    facts["path"] = str(request.path)
+    facts["attacks"] = list(request.attacks)
+    facts["version"] = VERSION
+    facts["forget"] = _selection_facts(request.forget)
+    facts["holdout"] = _selection_facts(request.holdout)
+    for name in ("given", "corpus"):
+        facts["retain"][name] = _selection_facts(getattr(request.retain, name))
+    return facts
+
+
+def _selection_facts(selection: RowSelection | None) -> dict[str, Any] | None:
+    if selection is None:
+        return None
+    return {
+        "data": selection.data,
+        "ids": len(selection.ids),
+        "id_column": selection.id_column,
+        "contains": selection.contains is not None,
+        "matches": selection.matches is not None,
+        "columns": list(selection.columns),
+    }
+
+
+def _lines(value: YamlValue) -> Iterator[tuple[str, int]]:
+    if value.is_mapping:
+        for name, inner in value.fields().items():
+            yield inner.name, inner.line
+            if name not in ("training", "arguments"):
+                yield from _lines(inner)
+
+
+def _check_version(value: YamlValue | None) -> None:
+    if value is not None and value.text() != str(VERSION):
+        raise value.error(f"is {value.text()[:80]!r}; this loku reads version {VERSION} of a request")
+
+
+def _model(value: YamlValue, folder: Path) -> dict[str, Any]:
+    if not value.is_mapping:
+        return {"model": model_place(value, folder)}
+    given = value.fields(MODEL_FIELDS)
+    if "name" not in given:
+        raise value.error("has no name; write the path or the hub name of the model")
+    found: dict[str, Any] = {"model": model_place(given["name"], folder)}
+    if (revision := given.get("revision")) and not revision.is_null:
+        if Path(found["model"]).is_absolute():
+            raise revision.error("a model in a folder has no revision; take the line out")
+        found["revision"] = revision.text()
+    if (tokenizer := given.get("tokenizer")) and not tokenizer.is_null:
+        found["tokenizer"] = model_place(tokenizer, folder)
+    if arguments := given.get("arguments"):
+        for name, inner in arguments.fields().items():
+            if name in ("token", "use_auth_token"):
+                raise inner.error(f"{_SECRET}; log in with `hf auth login`")
+            if name == "revision":
+                raise inner.error("write it to model.revision")
+        found["model_arguments"] = arguments.plain()
+    return found
+
+
+def _selection(value: YamlValue, folder: Path) -> RowSelection:
+    if not value.is_mapping:
+        return RowSelection(data_place(value, folder))
+    return _selection_of(value, value.fields(SELECTION_FIELDS), folder)
+
+
+def _selection_of(value: YamlValue, given: Mapping[str, YamlValue], folder: Path) -> RowSelection:
+    if "data" not in given:
+        raise value.error("has no data; name the file, the folder or the hub name of its rows")
+    found: dict[str, Any] = {"data": data_place(given["data"], folder)}
+    for name, read in (
+        ("ids", YamlValue.texts),
+        ("id_column", YamlValue.text),
+        ("contains", YamlValue.text),
+        ("matches", _expression),
+        ("columns", YamlValue.texts),
+    ):
+        if name in given:
+            found[name] = read(given[name])
+    if "id_column" in found and "ids" not in found:
+        raise given["id_column"].error("there are no ids to look for; give ids, or take the line out")
+    if "columns" in found and not found.keys() & {"contains", "matches"}:
+        raise given["columns"].error(
+            "they are searched by contains or matches; give one, or take the line out"
+        )
+    return RowSelection(**found)
+
+
+def _expression(value: YamlValue) -> str:
+    text = value.text()
+    try:
+        expression(text)
+    except ValueError as error:
+        raise value.error(error) from error
+    return text
+
+
+def _retain(value: YamlValue, folder: Path) -> dict[str, Any]:
+    if not value.is_mapping:
+        return {"retain": RetainSource(given=_selection(value, folder))}
+    given = value.fields(RETAIN_FIELDS)
+    found: dict[str, Any] = {}
+    if "data" in given:
+        own = {name: inner for name, inner in given.items() if name in SELECTION_FIELDS}
+        found["given"] = _selection_of(value, own, folder)
+    for name in SELECTION_FIELDS:
+        if name in given and "given" not in found:
+            raise given[name].error("there is no data that it selects from; add data to retain")
+    if (corpus := given.get("corpus")) and not corpus.is_null:
+        found["corpus"] = _selection(corpus, folder)
+    if "neighbours" in given:
+        if "corpus" not in found:
+            raise given["neighbours"].error("they are taken from a corpus; add corpus to retain")
+        found["neighbours"] = given["neighbours"].whole(1)
+    if "sampled" in given:
+        found["sampled"] = given["sampled"].whole(0)
+    source = RetainSource(**found)
+    if source.given is None and source.corpus is None and source.sampled == 0:
+        raise value.error("there is nothing to keep: give data, a corpus, or sampled > 0")
+    return {"retain": source}
+
+
+def _limits(value: YamlValue, folder: Path) -> dict[str, Any]:
+    limits: dict[str, float | str] = {}
+    likelihoods = []
+    for name, inner in value.fields().items():
+        if _LIKELIHOOD.fullmatch(name):
+            likelihoods.append(name)
+        elif name == "perplexity":
+            raise inner.error("it grows by forgetting, so it has no greatest value; bound probability")
+        else:
+            value.fields((*MEASURES, "extraction_likelihood_10", *likelihoods))
+        limits[name] = HOLDOUT if inner.text() == HOLDOUT else inner.number(least=0, most=1)
+    if len(likelihoods) > 1:
+        raise value.error(f"has {' and '.join(likelihoods)}; one run measures one of them")
+    return {"limits": limits}
+
+
+def _near_duplicates(value: YamlValue, folder: Path) -> dict[str, Any]:
+    given = value.fields(("similarity", "include"))
+    found: dict[str, Any] = {}
+    if "similarity" in given:
+        found["near_duplicate_similarity"] = given["similarity"].number(above=0, most=1)
+    if "include" in given:
+        found["include_near_duplicates"] = given["include"].boolean()
+    return found
+
+
+def _training(value: YamlValue, folder: Path) -> dict[str, Any]:
+    import argparse
+
+    from loku.commands.settings import read_fields  # the config imports torch and transformers
+    from loku.config import UnlearnConfig
+
+    fields = read_fields(UnlearnConfig)
+    given = value.fields()
+    for name, inner in given.items():
+        if name in NO_TRAINING:
+            raise inner.error(f"a request does not set it: {NO_TRAINING[name]}")
+    value.fields([name for name in fields if name not in NO_TRAINING])
+    settings = {}
+    for name, inner in given.items():
+        try:
+            settings[name] = fields[name].from_yaml(inner.plain())
+        except argparse.ArgumentTypeError as error:
+            raise inner.error(error) from None
+    try:
+        UnlearnConfig(output_dir="unused", **settings)
+    except (ValueError, TypeError, ImportError) as error:
+        named = [inner for name, inner in given.items() if re.search(rf"\b{name}\b", str(error))]
+        raise (named[0] if named else value).error(error) from error
+    return {"training": settings}
+
+
+def _attacks(value: YamlValue, folder: Path) -> dict[str, Any]:
+    if value.is_list and not value.node.value:
+        return {"attacks": ()}
+    value.texts()  # refuses one that is there twice
+    chosen = {item.choice(ATTACKS) for item in value.items()}
+    return {"attacks": tuple(name for name in ATTACKS if name in chosen)}
+
+
+def _serving(value: YamlValue, folder: Path) -> dict[str, Any]:
+    if not value.is_mapping:
+        return {"target": value.choice(TARGETS)}
+    given = value.fields(("target", "rank"))
+    found: dict[str, Any] = {}
+    if "target" in given:
+        found["target"] = given["target"].choice(TARGETS)
+    if (rank := given.get("rank")) and not rank.is_null:
+        found["rank"] = rank.whole(1)
+        if found.get("target") == "merged":
+            raise rank.error("a merged model has no adapter, and so no rank; take the line out")
+    return found
+
+
+def _ledger(value: YamlValue, folder: Path) -> dict[str, Any]:
+    path = folder / Path(value.text()).expanduser()
+    if path.exists() and not path.is_dir():
+        raise value.error(f"{path} is a file; name the folder of the ledger")
+    return {"ledger": str(path)}
+
+
+# How the optional fields of the file become fields of the request.
+_READERS = {
+    "reference": lambda value, folder: {"reference": value.text()},
+    "requester": lambda value, folder: {"requester": value.text()},
+    "trained_adapter": lambda value, folder: {
+        "trained_adapter": folder_place(value, folder, "adapter_config.json")
+    },
+    "retain": _retain,
+    "holdout": lambda value, folder: {"holdout": _selection(value, folder)},
+    "control": lambda value, folder: {"control": model_place(value, folder)},
+    "limits": _limits,
+    "utility_floor": lambda value, folder: {"utility_floor": value.number(above=0, most=1)},
+    "minutes": lambda value, folder: {"minutes": value.number(above=0)},
+    "near_duplicates": _near_duplicates,
+    "attacks": _attacks,
+    "serving": _serving,
+    "ledger": _ledger,
+    "training": _training,  # the last: it imports torch, and the mistakes of the others are told at once
+}
+_MAY_BE_NULL = ("trained_adapter", "holdout", "control", "minutes", "ledger")
+
+
+def _consistent(request: Request, given: Mapping[str, YamlValue]) -> Request:
+    """Refuse fields that do not go together."""
+    numbers = [limit for limit in request.limits.values() if limit != HOLDOUT]
+    if request.holdout is None:
+        if len(numbers) < len(request.limits) or not numbers:
+            place = given.get("limits", given["forget"])
+            raise place.error(
+                "there is no holdout, so nothing says when the rows are forgotten: add holdout, texts of the "
+                "same kind that the model was never trained on, or give limits that are numbers"
+            )
+        if "attacks" not in given:
+            without = tuple(name for name in request.attacks if name != "mia")
+            request = dataclasses.replace(request, attacks=without)
+        elif "mia" in request.attacks:
+            raise given["attacks"].error("mia compares with the holdout, and there is none: add holdout")
+    if request.training.get("tuning") == "full" and request.target != "merged":
+        place = given["training"]
+        raise place.error(f"tuning full leaves no adapter for {request.target}; write `serving: merged`")
+    if request.rank is not None and request.target == "merged":
+        raise given["serving"].error("a merged model has no adapter, and so no rank")
+    return request

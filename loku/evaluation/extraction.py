@@ -117,10 +117,51 @@ def generated_texts(
     Args:
         tokenizer: The tokenizer, which decodes the answers.
     """
-    eos = {*eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    eos = end_ids(model, tokenizer)
     answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
     decode: Any = tokenizer.decode
     return [decode(ids, skip_special_tokens=True) for ids in answers]
+
+
+def end_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """Return the ids at which an answer ends: the EOS of the model and, if there is one, the tokenizer's.
+
+    Args:
+        model: The causal LM.
+        tokenizer: The tokenizer, or None.
+    """
+    of_tokenizer = None if tokenizer is None else tokenizer.eos_token_id
+    return {*eos_ids(model), *([] if of_tokenizer is None else [of_tokenizer])}
+
+
+def extracted_tokens(
+    rows: Iterable[Mapping[str, Any]], scores: Iterable[TokenScores], ends: Collection[int] = ()
+) -> list[int]:
+    """Count the tokens of each row that greedy decoding brings back, all of them or none.
+
+    Of a row with a prompt they are the answer, which follows the prompt. A text without a prompt is split:
+    its second half follows its first. A row with one token before its first labelled token is such a text,
+    because the token may be a BOS. Greedy decoding gives a text if and only if each of its tokens is the most
+    likely token given the true tokens before it, so no text is generated.
+
+    Args:
+        rows: The tokenised rows.
+        scores: The ``token_scores`` of the rows.
+        ends: The ids that end a text (``end_ids``); none by default. Such a token need not come back at the
+            end of a row.
+
+    Returns:
+        For each row the number of tokens that come back word by word, or 0 if a token differs.
+    """
+    counts = []
+    for row, score in zip(rows, scores, strict=True):
+        positions, memorized = score.positions.tolist(), score.memorized
+        if positions and row["input_ids"][positions[-1]] in ends:
+            memorized = memorized[:-1]
+        if positions and positions[0] == 1:
+            memorized = memorized[len(memorized) // 2 :]
+        counts.append(len(memorized) if bool(memorized.all()) else 0)
+    return counts
 
 
 def extraction_likelihood(
