@@ -323,15 +323,13 @@ def _retain(value: YamlValue, folder: Path) -> dict[str, Any]:
 
 
 def _limits(value: YamlValue, folder: Path) -> dict[str, Any]:
+    given = value.fields()
+    if "perplexity" in given:
+        problem = "it grows by forgetting, so it has no greatest value; bound probability"
+        raise given["perplexity"].error(problem)
+    likelihoods = [name for name in given if _LIKELIHOOD.fullmatch(name)]
     limits: dict[str, float | str] = {}
-    likelihoods = []
-    for name, inner in value.fields().items():
-        if _LIKELIHOOD.fullmatch(name):
-            likelihoods.append(name)
-        elif name == "perplexity":
-            raise inner.error("it grows by forgetting, so it has no greatest value; bound probability")
-        else:
-            value.fields((*MEASURES, "extraction_likelihood_10", *likelihoods))
+    for name, inner in value.fields((*MEASURES, *(likelihoods or ("extraction_likelihood_10",)))).items():
         limits[name] = HOLDOUT if inner.text() == HOLDOUT else inner.number(least=0, most=1)
     if len(likelihoods) > 1:
         raise value.error(f"has {' and '.join(likelihoods)}; one run measures one of them")
