@@ -27,8 +27,8 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_factors, adapter_layers, changes_base
-from loku.saving.adapter import remember_merged_adapter_
 from loku.saving.destinations import residual_save
+from loku.saving.merged_adapters import remember_merged_adapter_
 from loku.trust import (
     HUB_ARGUMENTS,
     TRUSTED,

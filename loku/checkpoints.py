@@ -45,6 +45,7 @@ from loku.interrupts import uninterrupted
 from loku.nan_guard import check_parameters
 from loku.run_identity import model_facts, run_identity, settings_facts
 from loku.saving.adapter import check_portable, loaded_from, save_portable_adapter
+from loku.saving.adapter_files import standardise_configs_
 from loku.saving.destinations import check_room, refuse_overlap
 from loku.saving.directories import system_error
 
@@ -322,6 +323,8 @@ class ResumableTrainer(Trainer):
             return
         if not isinstance(model, PeftModel) or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
+            if isinstance(model, PeftModel) and self.args.should_save:
+                standardise_configs_(str(self.args.output_dir) if output_dir is None else output_dir, model)
             return
         directory = str(self.args.output_dir) if output_dir is None else output_dir
         save_portable_adapter(model, directory, model.active_adapters[0])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any, TextIO
 
-from loku.commands import CommandParser, demo, evaluate, info, unlearn
+from loku.commands import CommandParser, demo, evaluate, forget, info, record, unlearn
 from loku.commands.settings import suggestion
 from loku.cpu_threads import wait_passively
 from loku.interrupts import uninterrupted_context
@@ -19,7 +19,7 @@ from loku.interrupts import uninterrupted_context
 EPILOG = """\
 exit codes:
   0    done
-  1    the run failed
+  1    the run failed, the rows of a request are not forgotten, or a record does not verify
   2    something is wrong with the options, the data or the model that was given
   130  interrupted
   141  the reader of the output went away
@@ -76,7 +76,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("--version", action=_Version, help="show the version, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
-    for add in (demo.add, unlearn.add, evaluate.add, info.add):
+    for add in (demo.add, unlearn.add, forget.add, evaluate.add, record.add, info.add):
         added = add(commands)
         added.allow_abbrev = False
         added.set_defaults(parser=added)
@@ -89,7 +89,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if not debug:
             warnings.showwarning = _show_warning
         try:
-            options.run(options)
+            code = options.run(options) or 0
             sys.stdout.flush()
         except BrokenPipeError:  # of a reader such as head, which wants no more
             _close_stdout()
@@ -99,8 +99,7 @@ def _main(arguments: Sequence[str] | None) -> int:
                 raise
             code, text = _explain(error)
             print(f"{_prefix()}{text}", file=sys.stderr)
-            return code
-    return 0
+    return code
 
 
 class _Version(argparse.Action):

@@ -65,7 +65,7 @@ from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.process_state import torch_modes_kept
 from loku.rollback import all_or_nothing, settings_kept
-from loku.saving.adapter import refresh_merged_adapter_
+from loku.saving.merged_adapters import refresh_merged_adapter_
 from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
 from loku.target_modules import check_lora_config

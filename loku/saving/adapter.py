@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -26,8 +23,10 @@ from loku.adapters import (
     stands_for_another_base,
     unwrapped,
 )
+from loku.counts import check_counts
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
-from loku.fingerprints import parameters_fingerprint
+from loku.saving.adapter_files import unit_scaling_, write_adapter
+from loku.saving.compression import Compression, check_compressible, compressed_adapter, loss_facts
 from loku.saving.destinations import destination, residual_save
 
 # peft's initialisations of the base weights that differ each time, as from random numbers or gradients.
@@ -54,85 +53,13 @@ def check_saved_adapter(peft_model: PeftModel, adapter_name: str) -> None:
         )
 
 
-def _merged_adapter(peft_model: PeftModel) -> dict[str, Any] | None:
+def merged_adapter(peft_model: PeftModel) -> dict[str, Any] | None:
     """The name of the untouched base and the factors of an adapter that was merged into it, or None.
 
     ``loku.adapter_folders.load_merged`` and ``merge_and_unload`` of a result keep them. The untouched base is
     the model under that adapter.
     """
     return getattr(peft_model.get_base_model(), MERGED_ADAPTER, None)
-
-
-def refresh_merged_adapter_(model: nn.Module) -> None:
-    """Forget the factors of an adapter that was merged into a model, if its weights were changed since.
-
-    No LoRA adapter of the untouched base is then known to hold the model, and ``check_portable`` says so.
-
-    Args:
-        model: The model before an adapter or a training changes it. A residual base is left alone.
-    """
-    base: Any = unwrapped(model)
-    given = getattr(base, MERGED_ADAPTER, None)
-    if given is None or (isinstance(model, PeftModel) and has_residual_base(model)):
-        return
-    if given["factors"] is not None and given.get("weights") != parameters_fingerprint(base):
-        setattr(base, MERGED_ADAPTER, {**given, "factors": None})
-
-
-def remember_merged_adapter_(base: nn.Module, facts: dict[str, Any] | None) -> None:
-    """Keep the result of ``merged_adapter_facts`` in the base, after the merge."""
-    if facts is not None:
-        setattr(base, MERGED_ADAPTER, {**facts, "weights": parameters_fingerprint(base)})
-
-
-@torch.no_grad()
-def merged_adapter_facts(peft_model: PeftModel, adapter_names: list[str]) -> dict[str, Any] | None:
-    """What a model must remember of adapters that are about to be merged into its base.
-
-    Args:
-        peft_model: The model with the adapters.
-        adapter_names: The names of the adapters that will be merged.
-
-    Returns:
-        A dict as ``loku.adapter_folders.load_merged`` keeps it, without ``weights``. ``factors`` is None if
-        no plain LoRA adapter of the untouched base holds the merged model. The result is None if the merged
-        model is the untouched base itself.
-    """
-    given = _merged_adapter(peft_model)
-    if list(adapter_names) == [REFERENCE_ADAPTER]:
-        return given
-    first = peft_model.peft_config[adapter_names[0]]
-    untouched = _untouched_base(peft_model, first)
-    facts = {
-        "base_model_name_or_path": untouched,
-        "factors": None,
-        "tokenizer": untouched if given is None else given.get("tokenizer"),
-    }
-    try:
-        check_portable(peft_model, adapter_names[0])
-    except ValueError:
-        return facts
-    layers = adapter_layers(peft_model, adapter_names[0])
-    plain = not any(
-        hasattr(layer, "parameter_name")
-        or adapter_names[0] in layer.lora_variant
-        or layer.lora_bias.get(adapter_names[0])
-        for layer in layers.values()
-    )
-    if len(adapter_names) > 1 or changes_base(first) or not plain:
-        return facts
-    _, own = plain_adapter(peft_model, adapter_names[0])
-    if not all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in own):
-        return facts
-    _, state = _sum_adapter(peft_model, adapter_names[0], own, None)
-    names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
-    facts["factors"] = {
-        name.removeprefix("base_model.model."): tuple(
-            state[f"{name}.lora_{letter}.weight"].detach().float().cpu().clone() for letter in "BA"
-        )
-        for name in names
-    }
-    return facts
 
 
 def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -147,7 +74,7 @@ def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None
             another adapter.
     """
     check_saved_adapter(peft_model, adapter_name)
-    base, given = base_name(peft_model, peft_model.peft_config[adapter_name]), _merged_adapter(peft_model)
+    base, given = base_name(peft_model, peft_model.peft_config[adapter_name]), merged_adapter(peft_model)
     if given is None and residual_save(base) is not None and not has_residual_base(peft_model):
         folder = Path(str(base)).with_name(REFERENCE_ADAPTER)
         raise ValueError(
@@ -187,6 +114,26 @@ def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None
             f"{name}: its adapter {what}, and no plain LoRA adapter is its difference from the untouched "
             'base; choose the kind of save "merged", or a plain LoraConfig'
         )
+
+
+def check_rank(peft_model: PeftModel, rank: int, adapter_name: str = "default") -> None:
+    """Check that ``save_portable_adapter`` can save an adapter at a rank.
+
+    Args:
+        peft_model: The model with the adapter.
+        rank: The rank.
+        adapter_name: The name of the adapter, "default" by default.
+
+    Raises:
+        ValueError: The rank is no positive integer, or the adapter cannot be compressed
+            (``loku.saving.compression.check_compressible``).
+    """
+    check_counts(rank=rank)
+    check_saved_adapter(peft_model, adapter_name)
+    config: Any = copy.copy(peft_model.peft_config[adapter_name])
+    if has_residual_base(peft_model):
+        config.init_lora_weights = True  # the portable adapter is a difference
+    check_compressible(config)
 
 
 class _Factors:
@@ -245,14 +192,14 @@ def _pattern_key(name: str, layer: Any) -> str:
     return f"{name}.{parameter}" if parameter else name
 
 
-def _sum_adapter(
+def sum_adapter(
     peft_model: PeftModel,
     adapter_name: str,
     plain: dict[str, Tensor],
     state_dict: Mapping[str, Tensor] | None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """The config and state dict of an adapter of scaling 1 that takes the untouched base to the model."""
-    given = _merged_adapter(peft_model)
+    given = merged_adapter(peft_model)
     given_factors: dict[str, tuple[Tensor, Tensor]] = {} if given is None else dict(given["factors"])
     residual, factors = has_residual_base(peft_model), _Factors(state_dict)
     layers = adapter_layers(peft_model, adapter_name)
@@ -281,24 +228,12 @@ def _sum_adapter(
         ranks[name] = len(A)
 
     config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
-    config.r = Counter(ranks.values()).most_common(1)[0][0]
-    config.rank_pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != config.r}
-    # alpha = rank in every module, because B includes the old scaling, of rsLoRA too.
-    config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
-    config.use_rslora = False
-    config.init_lora_weights = True
+    unit_scaling_(config, ranks)  # B includes the old scaling, of rsLoRA too
     modules = [name for name in [*layers, *given_factors] if not hasattr(layers.get(name), "parameter_name")]
     if len(own_layers) < len(layers) or given_factors:  # modules beside those that the config names
         config.target_modules = set(modules)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config, state
-
-
-def _auto_mapping(peft_model: PeftModel, config: Any) -> dict[str, str] | None:
-    if config.task_type is not None:
-        return None
-    base = type(peft_model.get_base_model())
-    return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 
 def plain_adapter(
@@ -357,14 +292,14 @@ def portable_adapter(
             f"the model has no layer with the adapter {adapter_name!r} any more; it was taken off"
         )
     if stands_for_another_base(peft_model):
-        config, state = _sum_adapter(peft_model, adapter_name, state, state_dict)
-    config.base_model_name_or_path = _untouched_base(peft_model, config)
+        config, state = sum_adapter(peft_model, adapter_name, state, state_dict)
+    config.base_model_name_or_path = untouched_base(peft_model, config)
     return config, {name: full_tensor(tensor) for name, tensor in state.items()}
 
 
-def _untouched_base(peft_model: PeftModel, config: Any) -> str | None:
+def untouched_base(peft_model: PeftModel, config: Any) -> str | None:
     """The name of the model that the portable adapter fits, or None if it is not known."""
-    given = _merged_adapter(peft_model)
+    given = merged_adapter(peft_model)
     if given is not None:
         return given["base_model_name_or_path"]
     name = base_name(peft_model, config)
@@ -406,39 +341,14 @@ def loaded_from(model: nn.Module) -> dict[str, str | None]:
     }
 
 
-def write_adapter(
-    peft_model: PeftModel,
-    config: Any,
-    state: dict[str, Tensor],
-    directory: Path,
-    *,
-    safe_serialization: bool = True,
-) -> None:
-    """Write an adapter's two files.
-
-    Args:
-        peft_model: The model with the adapter.
-        config: The adapter's ``peft.LoraConfig``, which is changed.
-        state: The adapter's state dict.
-        directory: The directory, which exists.
-        safe_serialization: Whether to write safetensors (default) or a pickle.
-    """
-    config.inference_mode = True
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    if safe_serialization:
-        save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    else:
-        torch.save(tensors, directory / WEIGHTS_NAME)
-    config.save_pretrained(directory, auto_mapping_dict=_auto_mapping(peft_model, config))
-
-
 def save_portable_adapter(
     peft_model: PeftModel,
     path: str | os.PathLike,
     adapter_name: str = "default",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
+    rank: int | None = None,
+) -> Compression | None:
     """Save a plain LoRA adapter for the *untouched* base: ``PeftModel.from_pretrained(base, path)``.
 
     After FILA the base holds the residual. The saved adapter is the difference from the original model,
@@ -466,16 +376,35 @@ def save_portable_adapter(
             the last save makes way, and the other files stay (``loku.saving.destinations``).
         adapter_name: The name of the adapter, "default" by default.
         tokenizer: The tokenizer to save beside the adapter; None (default) saves none.
+        rank: The rank of the saved adapter, the best approximation of the exact one
+            (``loku.saving.compression``). None (default) saves the exact adapter, and so does a rank that is
+            not below its rank.
+
+    Returns:
+        What the smaller rank lost, or None without a ``rank``.
 
     Raises:
-        ValueError: There is no such LoRA adapter, or it cannot be saved so (``check_portable``). Or ``path``
-            is refused (``loku.saving.destinations.check_destination``).
+        ValueError: There is no such LoRA adapter, it cannot be saved so (``check_portable``), or not at a
+            smaller rank (``check_rank``). Or ``path`` is refused
+            (``loku.saving.destinations.check_destination``).
         OSError: ``path`` cannot be written.
     """
+    if rank is not None:
+        check_rank(peft_model, rank, adapter_name)
     config, state = portable_adapter(peft_model, adapter_name)
+    lost = None
+    if rank is not None:
+        names = {
+            name: layer.parameter_name
+            for name, layer in adapter_layers(peft_model, adapter_name).items()
+            if hasattr(layer, "parameter_name")
+        }
+        config, state, lost = compressed_adapter(config, state, rank, parameter_names=names)
+    facts: Any = loss_facts(lost)
     if is_main_process():
-        with destination(path, "portable", sources=loaded_from(peft_model)) as directory:
+        with destination(path, "portable", sources=loaded_from(peft_model), **facts) as directory:
             write_adapter(peft_model, config, state, directory)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
     wait_for_all_processes()
+    return lost

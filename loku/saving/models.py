@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loku.adapters import REFERENCE_ADAPTER, adapter_layers
 from loku.distributed import full_tensor, is_main_process, is_sharded, reshard_, wait_for_all_processes
-from loku.saving.adapter import base_name, check_saved_adapter, loaded_from, plain_adapter, write_adapter
+from loku.saving.adapter import base_name, check_saved_adapter, loaded_from, plain_adapter
+from loku.saving.adapter_files import write_adapter
 from loku.saving.destinations import destination
 
 

@@ -24,15 +24,11 @@ from torch import nn
 
 from loku.adapters import REFERENCE_ADAPTER, active_adapters, has_residual_base, stands_for_another_base
 from loku.interrupts import uninterrupted_context
-from loku.saving.adapter import (
-    loaded_from,
-    merged_adapter_facts,
-    portable_adapter,
-    remember_merged_adapter_,
-    write_adapter,
-)
+from loku.saving.adapter import loaded_from, portable_adapter
+from loku.saving.adapter_files import standardise_configs_, write_adapter
 from loku.saving.destinations import destination
 from loku.saving.directories import whole_file
+from loku.saving.merged_adapters import merged_adapter_facts, remember_merged_adapter_
 
 
 class ResidualBase(PeftModel):
@@ -76,6 +72,8 @@ class ResidualBase(PeftModel):
                 path_initial_model_for_weight_conversion,
                 **kwargs,
             )
+            if is_main_process:
+                standardise_configs_(save_directory, self)
             return
         if path_initial_model_for_weight_conversion is not None:
             raise ValueError(
