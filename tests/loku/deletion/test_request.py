@@ -384,7 +384,23 @@ def test_the_facts_are_json_and_hold_no_query(read):
     assert not re.search("Jane|Doe|4711", text)
     assert facts["forget"]["contains"] and facts["forget"]["matches"] and facts["forget"]["ids"] == 1
     names = {field.name for field in dataclasses.fields(Request)} - {"lines"}
-    assert facts.keys() == names | {"version"}
+    assert facts.keys() == names | {"version", "digest"}
+
+
+def test_the_digest_of_the_facts_tells_queries_apart(read):
+    """The facts of two queries are the same but for it, and a comment changes nothing."""
+    first, again, other = (
+        request_facts(read(forgetting(f"{{data: forget.txt, contains: {name}}}") + comment))
+        for name, comment in (("Jane", ""), ("Jane", "# a comment\n"), ("John", ""))
+    )
+    assert first == again
+    assert first.pop("digest") != other.pop("digest")
+    assert first == other
+
+
+def test_a_rank_that_is_set_later_is_checked_too(read):
+    with pytest.raises(ValueError, match="a merged model has no adapter, and so no rank"):
+        dataclasses.replace(read(BASE + "serving: merged\n"), rank=8)
 
 
 def test_the_example_runs_as_it_is_written(tmp_path):
