@@ -7,7 +7,6 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,15 +107,6 @@ def code_digest() -> dict[str, str]:
 def _of_list(digests: Mapping[str, str]) -> str:
     lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def request_facts(request: Request) -> dict[str, Any]:
-    """Return the fields of a request as JSON has them.
-
-    Args:
-        request: The request.
-    """
-    return json.loads(json.dumps(asdict(request), default=str))
 
 
 def model_digests(
