@@ -34,7 +34,7 @@ from loku.saving.directories import whole_file
 from loku.trust import load_tokenizer, trusts_code
 
 _RUN = "run.json"  # in the private directory: what identifies the run
-_RETAIN = "retain.json"  # in the private directory: the rows to keep
+_RETAIN = "rows_to_keep.json"  # in the private directory: the rows to keep
 _RECORD = "record"  # in the private directory: the folder of the record, until it is whole
 
 
