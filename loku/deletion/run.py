@@ -363,7 +363,6 @@ class Run:
             self.start,
             self.forget,
             self._retain["trained"],
-            self.holdout,
             limits=limits,
             utility_sets=self._retain["measured"],
             utility_floor=request.utility_floor,
