@@ -14,11 +14,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loku.deletion.record import MAX_BYTES, RECORD, is_digest, read_record, read_regular
-from loku.deletion.request import RowSelection, read_forget
 from loku.deletion.seal import SUMS, shown, sums_digest, verify
+
+if TYPE_CHECKING:
+    from loku.deletion.request import RowSelection
 
 LEDGER = "ledger.jsonl"
 REQUEST = "request.yaml"  # in a record: the copy of the request's file
@@ -226,6 +228,8 @@ def earlier_requests(ledger: str | os.PathLike) -> list[EarlierRequest]:
     Raises:
         ValueError: The ledger is broken, or a record does not verify.
     """
+    from loku.deletion.request import read_forget  # it imports the settings of a training
+
     found = []
     for entry in _entries(ledger):
         record = Path(ledger) / entry.record
