@@ -137,7 +137,8 @@ def unlearn(
         save_kind: The kind of save that the result is for, "portable" by default. A model that cannot be
             saved so is refused before it is trained. ``save`` can make the other kinds too, where it can.
         eval_dataset: The rows to evaluate when ``config.eval_strategy`` says so: a data set in the forms of
-            ``forget``, or a dict of data sets by their names. By default the forget and the retain set. See
+            ``forget``, or a dict of data sets by their names. In place of a set, the path of a file or a hub
+            name (``loku.data.read_rows``). By default the forget and the retain set. See
             ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
 
     Returns:

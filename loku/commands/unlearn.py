@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from loku.commands import CommandParser, Commands
+from loku.commands import CommandParser, Commands, named_source
 from loku.commands.settings import add_fields, joined, read_yaml
 
 if TYPE_CHECKING:
@@ -91,6 +91,15 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         "adapter for it; merged: a model without an adapter",
     )
     group.add_argument(
+        "--eval_dataset",
+        "--eval-dataset",
+        nargs="+",
+        type=named_source,
+        metavar="NAME=SOURCE",
+        help="data sets to measure when --eval_strategy says so, in the same forms (default: the forget and "
+        "the retain set)",
+    )
+    group.add_argument(
         "--export_rank",
         type=int,
         metavar="RANK",
@@ -152,11 +161,18 @@ def run(options: argparse.Namespace) -> None:
             "num_train_epochs 0 trains nothing, so nothing would be unlearned; with --save residual it saves "
             "the initialised adapter"
         )
+    eval_sets = dict(options.eval_dataset or ())
+    if len(eval_sets) < len(options.eval_dataset or ()):
+        raise ValueError(f"two data sets have one name: {[name for name, _ in options.eval_dataset]}")
+    if eval_sets and config.eval_strategy == "no" and not config.eval_on_start:
+        raise ValueError(
+            "--eval_dataset has no effect without evaluation: set --eval_strategy epoch or steps"
+        )
     kind = "merged" if config.tuning == "full" else options.save
     _check_rank(options.export_rank, config, options.save)
     check_in_main_process(lambda: _check_places(places, config, kind))
     forget, retain = (read_rows(places[name]) for name in ("forget", "retain"))
-    summary = _unlearn(places, config, forget, retain, settings, options.save, options.export_rank)
+    summary = _unlearn(places, config, forget, retain, settings, options.save, eval_sets, options.export_rank)
     if config.process_index == 0:
         print(summary)
     PartialState().destroy_process_group()
@@ -210,6 +226,7 @@ def _unlearn(
     retain: Any,
     settings: Mapping[str, Any],
     kind: Literal["portable", "residual", "merged"],
+    eval_sets: Mapping[str, str],
     rank: int | None,
 ) -> str:
     """Unlearn, save the result, and return the summary."""
@@ -238,9 +255,10 @@ def _unlearn(
             tokenizer=tokenizer,
             callbacks=[PlaceOfSave(places["output"], kind, rank)],
             save_kind=kind,
+            eval_dataset=eval_sets or None,
         )
     except RowError as error:
-        if error.name not in places:
+        if error.place is not None or error.name not in places:  # an evaluation set has its place already
             raise
         raise ValueError(f"{place_of_row(places[error.name], error.index)}: {error}") from error
     try:
