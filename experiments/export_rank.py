@@ -62,7 +62,7 @@ def lines_by_rank(
         }
         errors = {"relative_error": lost.relative_error, "worst_relative_error": lost.worst[1]}
         what = f"an adapter of rank {exact} at a smaller rank"
-        lines.append({"what": what, "name": f"rank {rank}", "rank": rank, **errors, **figures, **before})
+        lines.append({"what": what, "name": f"rank {rank}", **errors, **figures, **before})
         points.append({"rank": rank, **errors, "sets": found})
     return lines, points
 
