@@ -228,7 +228,7 @@ def _tgi(config: Mapping[str, Any], rank: int | None) -> list[str]:
     problems = []
     if rank is not None and rank != 8 and rank % 16:
         problems.append(
-            f"TGI pads rank {rank} to another, and scales all but the first kind of module by the padded rank: "
+            f"TGI pads rank {rank} to another, and scales all but the first kind of module by that: "
             "export it at rank 8 or a multiple of 16 (loku export --rank)"
         )
     others = sorted(set(_targets(config)) - _TGI_MODULES)
@@ -289,8 +289,8 @@ def check_tensors(target: str, names: Iterable[str], model_config: Mapping[str, 
     problems = []
     if strange:
         problems.append(
-            f"{len(strange)} tensors of the adapter, the first {strange[0]}, are no factors of a linear module, "
-            f"and {server} does not read them: {_INSTEAD}"
+            f"{len(strange)} tensors of the adapter, the first {strange[0]}, are no factors of a linear "
+            f"module, and {server} does not read them: {_INSTEAD}"
         )
     if target == "tgi":
         problems += _tgi_tensors(names, model_config)
