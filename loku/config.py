@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from loku.counts import check_counts, check_max_length
+from loku.eval_bounds import JOINT_MEASURE, check_bounds
 from loku.fila.row_scales import FilaConfig
 from loku.objectives import OBJECTIVES
 from loku.target_modules import check_patterns
@@ -81,6 +82,8 @@ _REASONS = {
 _EVALUATION = {
     "batch_eval_metrics",
     "eval_delay",
+    "eval_floors",
+    "eval_limits",
     "eval_on_start",
     "eval_steps",
     "eval_strategy",
@@ -189,6 +192,11 @@ class UnlearnConfig(TrainingArguments):
         fisher_memory_budget: The memory of the Fisher passes, a size like "4GiB" or a number of bytes; None
             (default) sets no limit. See ``loku.FilaConfig``.
         fisher_cache_dir: The directory of measured row scales; None (default) keeps none.
+        eval_limits: The greatest values that measures of evaluation sets may have, such as
+            ``{"forget_memorization_accuracy": 0.4}``; None (default) for none. See ``loku.eval_bounds``.
+        eval_floors: The least values that measures of other evaluation sets must have, such as
+            ``{"retain_probability": 0.8}``; None (default) for none. With both,
+            ``metric_for_best_model="forgotten_with_utility"`` chooses the best model by both.
         model_init_kwargs: The arguments of ``from_pretrained``, for a model that is given by its path or
             name; None (default) stands for none.
         train_sampling_strategy: The order of the forget rows in an epoch: "random" (default), "sequential",
@@ -201,6 +209,8 @@ class UnlearnConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar = [  # type: ignore[misc]  # TrainingArguments has it without ClassVar
         *TrainingArguments._VALID_DICT_FIELDS,
+        "eval_limits",
+        "eval_floors",
         "model_init_kwargs",
     ]
 
@@ -299,6 +309,14 @@ class UnlearnConfig(TrainingArguments):
     fisher_cache_dir: str | None = field(
         default=None, metadata={"help": "A directory that keeps measured row scales."}
     )
+    eval_limits: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "The greatest values of measures of evaluation sets, a JSON object."},
+    )
+    eval_floors: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "The least values of measures of evaluation sets, a JSON object."},
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained, a JSON object."}
     )
@@ -337,6 +355,16 @@ class UnlearnConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no device for which to pin
         _check_ranges(self)
         self.fila_config()  # it checks its own
+        self.eval_limits = check_bounds("eval_limits", self.eval_limits)
+        self.eval_floors = check_bounds("eval_floors", self.eval_floors)
+        if (self.eval_limits is None) != (self.eval_floors is None):
+            raise ValueError(
+                "eval_limits and eval_floors belong together: without limits nothing must be forgotten, and "
+                "without floors a broken model would be the best"
+            )
+        joint = (self.metric_for_best_model or "").removeprefix("eval_") == JOINT_MEASURE
+        if joint and not self.greater_is_better:
+            raise ValueError(f"a greater {JOINT_MEASURE} is better: leave greater_is_better out")
 
     def fila_config(self) -> FilaConfig:
         """The settings of the row scales, as ``loku.get_fila_state_dict`` takes them."""
@@ -353,6 +381,12 @@ class UnlearnConfig(TrainingArguments):
         """The arguments of ``from_pretrained``, as ``loku.models.load_model`` takes them."""
         arguments: Any = self.model_init_kwargs  # TrainingArguments has parsed a JSON text
         return arguments or {}
+
+    def eval_bounds(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The limits and the floors of the evaluation, ``{measure: number}``; both empty for none."""
+        limits: Any = self.eval_limits
+        floors: Any = self.eval_floors
+        return limits or {}, floors or {}
 
     def deciding_settings(self) -> dict[str, Any]:
         """The settings that two runs must share for one to go on from a checkpoint of the other.

@@ -36,10 +36,18 @@ class DirectoryLock:
 
     Args:
         directory: The directory, which exists.
+        holder_does: What the other process does, for the message: "is writing checkpoints to" by default.
+        instead: What to do instead of waiting, for the message: "Pass another output_dir" by default.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        holder_does: str = "is writing checkpoints to",
+        instead: str = "Pass another output_dir",
+    ) -> None:
         self._directory = Path(directory)
+        self._holder_does, self._instead = holder_does, instead
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> None:
@@ -67,8 +75,8 @@ class DirectoryLock:
                 lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
-                f"{_holder(self._directory)} is writing checkpoints to {self._directory}; nothing was "
-                f"started. Pass another output_dir, or wait for its end (it holds {LOCK} there)"
+                f"{_holder(self._directory)} {self._holder_does} {self._directory}; nothing was started. "
+                f"{self._instead}, or wait for its end (it holds {LOCK} there)"
             ) from error
         self._lock = lock
         with open(self._directory / _HOLDER, "w", encoding="utf-8") as stream:

@@ -19,6 +19,7 @@ from loku.callbacks import ProbabilityGauge
 from loku.counts import check_counts
 from loku.data import collate, padding_id, token_limits, tokenize_dataset
 from loku.data.rows import DataSet
+from loku.models import model_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def round_weights_(model: PreTrainedModel, bits: int, group_size: int | None = N
 
 def relearning_curve(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     taught: DataSet,
     measured: Mapping[str, DataSet],
     *,
@@ -90,7 +91,7 @@ def relearning_curve(
 
     Args:
         model: The causal LM, without an adapter (``merge_and_unload()``), in float32.
-        tokenizer: The tokenizer.
+        tokenizer: The tokenizer. It may be None if every row has ``input_ids``.
         taught: The rows to fine-tune on, such as one half of the forget set.
         measured: The sets to measure, ``{name: rows}``, such as the other half and the retain set.
         steps: The number of optimizer steps, 20 by default.
@@ -127,7 +128,9 @@ def relearning_curve(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            use_cpu=model_device(model).type == "cpu",
         )
+        options._n_gpu = min(1, options.n_gpu)  # or Trainer would put a replica on each GPU
         Trainer(
             model=model,
             args=options,

@@ -7,8 +7,9 @@ and it gets the measures of one teacher-forced pass (``loku.evaluation.scores``)
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from transformers.trainer_utils import speed_metrics
 from loku.checkpoints import ResumableTrainer
 from loku.config import UnlearnConfig
 from loku.data import (
+    IGNORE_INDEX,
     RefusalRows,
     has_input_ids,
     infer_tokenizer,
@@ -26,14 +28,35 @@ from loku.data import (
     token_limits,
     tokenize_dataset,
 )
+from loku.data.files import read_rows
 from loku.data.large_sets import DrawnRows
-from loku.evaluation.scores import TokenScores, spread_token_scores, token_measures
+from loku.data.row_errors import row_places
+from loku.eval_bounds import (
+    EVAL_MEASURES,
+    JOINT_MEASURE,
+    LikelihoodLimit,
+    check_bound_names,
+    joint_measure,
+    likelihood_limits,
+    measure_name,
+)
+from loku.evaluation.extraction import end_ids, extracted_tokens, spread_extraction_likelihood
+from loku.evaluation.scores import TokenScores, mean_over_rows, spread_token_scores, token_measures
 from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
 from loku.models import CausalLM
 from loku.prepared_rows import PreparedRows
 from loku.process_state import torch_modes_kept
 
-EVAL_MEASURES = ("loss", "probability", "memorization_accuracy", "extraction_strength")
+__all__ = [
+    "EVAL_MEASURES",
+    "EvalSets",
+    "EvaluatingTrainer",
+    "check_trainer_arguments",
+    "default_eval_sets",
+    "eval_measures",
+    "prepare_eval_sets",
+    "tokenized_eval_sets",
+]
 
 # Arguments of transformers.Trainer, and fields of its TrainingArguments, that would silently do nothing.
 _WITHOUT_EFFECT = {
@@ -89,7 +112,8 @@ def tokenized_eval_sets(
 
     Args:
         model: The causal LM. A tokenizer is looked for beside it if one is needed and none is given.
-        eval_dataset: One set, in the forms of a forget set, or a dict of sets by their names.
+        eval_dataset: One set, in the forms of a forget set, or a dict of sets by their names. In place of a
+            set, the path of a file or a hub name, as for ``loku.data.read_rows``.
         tokenizer: The tokenizer, or None.
         max_length: The number of tokens at which rows are cut, or None.
 
@@ -97,16 +121,21 @@ def tokenized_eval_sets(
         The rows of each set by its name. "" is the name of a set that is not in a dict.
 
     Raises:
-        ValueError: A set is empty, or a row is unusable or beyond the limits of the model.
+        ValueError: A set is empty or cannot be read, or its name is no text; or a row is unusable or beyond
+            the limits of the model.
     """
     tokenized, limits = {}, token_limits(model)
     sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
     for name, rows in sets.items():
-        known = tokenizer
+        if not isinstance(name, str):
+            raise ValueError(f"the name of an evaluation set must be a text, got {name!r}")
+        known, told = tokenizer, name or "evaluation"
+        places = {told: rows} if isinstance(rows, (str, os.PathLike)) else {}
+        rows = read_rows(rows) if places else rows
         if known is None and not has_input_ids(rows):
             known = infer_tokenizer(model)
-        told = name or "evaluation"
-        tokens = tokenize_dataset(rows, known, max_length=max_length, name=told, limits=limits)
+        with row_places(places):
+            tokens = tokenize_dataset(rows, known, max_length=max_length, name=told, limits=limits)
         tokenized[name] = split_documents(tokens)
     return tokenized
 
@@ -137,7 +166,8 @@ def prepare_eval_sets(
         The sets; or None if none are given and training does not evaluate.
 
     Raises:
-        ValueError: A set cannot be used, or ``metric_for_best_model`` is no measure of the evaluation.
+        ValueError: A set cannot be used, or ``metric_for_best_model`` or a bound is no measure of the
+            evaluation.
     """
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     if eval_dataset is not None:
@@ -146,9 +176,20 @@ def prepare_eval_sets(
         sets = default_eval_sets(rows.forget, rows.retain)
     else:
         return None
+    limits, floors = args.eval_bounds()
+    check_bound_names(sets, limits, floors)
+    for limit in likelihood_limits(limits):
+        if all(_answer_length(row) <= limit.n for row in sets[limit.set]):
+            raise ValueError(
+                f"eval_limits: no row of the {limit.set or 'evaluation'} set has more than {limit.n} answer "
+                "tokens, which Extraction Likelihood needs: limit extraction_strength"
+            )
     metric = args.metric_for_best_model
     if metric is not None and args.eval_strategy != "no":
-        names = ["_".join(filter(None, (name, measure))) for name in sets for measure in EVAL_MEASURES]
+        names = [measure_name(name, measure) for name in sets for measure in EVAL_MEASURES]
+        names += [JOINT_MEASURE] if limits else []
+        if metric.removeprefix("eval_") == JOINT_MEASURE and not limits:
+            raise ValueError(f"metric_for_best_model {metric} needs eval_limits and eval_floors")
         if metric.removeprefix("eval_") not in names:
             raise ValueError(
                 f"metric_for_best_model must be one of {', '.join(names)}, with or without eval_ before it, "
@@ -157,29 +198,44 @@ def prepare_eval_sets(
     return sets
 
 
-def eval_measures(scores: Iterable[TokenScores]) -> dict[str, float]:
+def _answer_length(row: Mapping[str, Any]) -> int:
+    """The number of tokens from the first that is labelled and predicted to the last."""
+    at = [i for i, label in enumerate(row["labels"]) if i and label != IGNORE_INDEX]
+    return at[-1] - at[0] + 1 if at else 0
+
+
+def eval_measures(
+    rows: Sequence[Mapping[str, Any]], scores: Sequence[TokenScores], ends: Collection[int] = ()
+) -> dict[str, float]:
     """The ``EVAL_MEASURES`` of a set.
 
     Args:
-        scores: The ``token_scores`` of its rows. Rows without labelled tokens do not count.
+        rows: Its tokenised rows. Rows without labelled tokens do not count.
+        scores: The ``token_scores`` of the rows.
+        ends: The ids that end a text, which need not come back; none by default.
 
     Returns:
-        ``loss`` is the mean negative log-probability of a labelled token, in nats. The others are those of
-        ``loku.evaluation.scores.token_measures``.
+        ``loss`` is the mean negative log-probability of a labelled token, in nats. ``extracted`` is the share
+        of rows that come back word by word (``loku.evaluation.extraction.extracted_tokens``). The others are
+        those of ``loku.evaluation.scores.token_measures``.
     """
-    labelled = [score for score in scores if len(score.losses)]
-    measures = token_measures(labelled)
-    loss = torch.cat([score.losses for score in labelled]).mean().item() if labelled else math.nan
-    return {"loss": loss, **{name: measures[name] for name in EVAL_MEASURES[1:]}}
+    pairs = zip(scores, extracted_tokens(rows, scores, ends), strict=True)
+    labelled = [(score, count) for score, count in pairs if len(score.losses)]
+    measures = token_measures(score for score, _ in labelled)
+    loss = torch.cat([score.losses for score, _ in labelled]).mean().item() if labelled else math.nan
+    extracted = mean_over_rows(float(count > 0) for _, count in labelled)
+    return {**{name: measures.get(name, extracted) for name in EVAL_MEASURES}, "loss": loss}
 
 
 class EvaluatingTrainer(ResumableTrainer):
     """A ``ResumableTrainer`` that evaluates data sets, and can load the best checkpoint at the end.
 
     ``evaluate`` gives each set ``eval_<set>_loss``, the mean negative log-probability of its labelled tokens
-    (nats), ``eval_<set>_probability``, ``eval_<set>_memorization_accuracy`` and
-    ``eval_<set>_extraction_strength``. A set that is not in a dict has no name: its loss is ``eval_loss``.
-    These are the values of ``metric_for_best_model``, with or without "eval_".
+    (nats), and ``eval_<set>_probability``, ``eval_<set>_memorization_accuracy``,
+    ``eval_<set>_extraction_strength`` and ``eval_<set>_extracted``. A set that is not in a dict has no name:
+    its loss is ``eval_loss``. These are the values of ``metric_for_best_model``, with or without "eval_".
+    With ``args.eval_limits`` and ``args.eval_floors`` there is one more, ``eval_forgotten_with_utility``, and
+    ``loku.eval_bounds`` defines it.
 
     With ``load_best_model_at_end`` each new best evaluation is saved, so that it can be loaded. Evaluation
     draws no random numbers. So a run ends with the same weights with evaluation and without.
@@ -234,11 +290,14 @@ class EvaluatingTrainer(ResumableTrainer):
         Returns:
             ``{prefix}_{set}_{measure}`` for each measure of ``EVAL_MEASURES``, without ``{set}_`` for a set
             that has no name, and the seconds that it took. ``prediction_loss_only`` leaves the losses alone.
+            The trainer's own sets also get ``{prefix}_forgotten_with_utility``, if it has bounds, and the
+            Extraction Likelihood that a limit needs.
 
         Raises:
             ValueError: A set cannot be used.
         """
         model: Any = self.model
+        tokenizer: Any = self.processing_class
         own = self.eval_dataset or default_eval_sets(*self._run[:2])
         if isinstance(eval_dataset, str):
             if eval_dataset not in own:
@@ -247,26 +306,57 @@ class EvaluatingTrainer(ResumableTrainer):
         else:
             sets = own
             if eval_dataset is not None:
-                tokenizer: Any = self.processing_class
                 sets = tokenized_eval_sets(model, eval_dataset, tokenizer, self.args.max_length)
         self._memory_tracker.start()
         metrics: dict[str, float] = {}
-        size = self.args.eval_batch_size
+        measured: dict[str, float] = {}
+        scores_of: dict[str, list[TokenScores]] = {}
+        size, ends = self.args.eval_batch_size, end_ids(model, tokenizer)
         for name, rows in sets.items():
             begin, prefix = time.time(), "_".join(filter(None, (metric_key_prefix, name)))
             with self.accelerator.autocast():  # before training the model has no autocast of its own
                 scores = spread_token_scores(
                     model, rows, size, progress=not self.args.disable_tqdm, description=prefix
                 )
-            for measure, value in eval_measures(scores).items():
+            scores_of[name] = scores
+            for measure, value in eval_measures(rows, scores, ends).items():
+                measured[measure_name(name, measure)] = value
                 if measure == "loss" or not self.args.prediction_loss_only:
                     metrics[f"{prefix}_{measure}"] = value
             batches = math.ceil(len(rows) / (size * self.args.world_size))
             metrics |= speed_metrics(prefix, begin, num_samples=len(rows), num_steps=batches)
+        if sets is own:
+            joint = self._joint_measure(measured, sets, scores_of)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in joint.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
+
+    def _joint_measure(
+        self, measured: dict[str, float], sets: EvalSets, scores: Mapping[str, list[TokenScores]]
+    ) -> dict[str, float]:
+        """``forgotten_with_utility`` and the Extraction Likelihood that it needs; nothing without bounds."""
+        limits, floors = self.args.eval_bounds()
+        if not limits:
+            return {}
+        generated = {limit.name: limit for limit in likelihood_limits(limits)}
+        others = {name: limit for name, limit in limits.items() if name not in generated}
+        further: dict[str, float] = {}
+        if joint_measure(measured, others, floors) >= 0:  # the same in all processes
+            for name, limit in generated.items():
+                further[name] = self._likelihood(limit, sets[limit.set], scores[limit.set])
+        return {**further, JOINT_MEASURE: joint_measure(measured | further, limits, floors)}
+
+    def _likelihood(
+        self, limit: LikelihoodLimit, rows: list[Mapping[str, Any]], scores: list[TokenScores]
+    ) -> float:
+        model: Any = self.model
+        size, progress = self.args.eval_batch_size, not self.args.disable_tqdm
+        with self.accelerator.autocast():
+            return spread_extraction_likelihood(
+                model, rows, scores, limit.n, batch_size=size, progress=progress
+            )
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = super()._determine_best_metric(metrics, trial)

@@ -39,6 +39,7 @@ from loku.precision import float32_products
 from loku.prepared_rows import PreparedRows, prepare_rows
 from loku.process_state import process_state_kept
 from loku.rollback import all_or_nothing, inherit_modes_, settings_kept
+from loku.saving.compression import Compression
 from loku.saving.kinds import SaveKind, check_save, save
 from loku.saving.merged_adapters import refresh_merged_adapter_
 from loku.saving.residual_base import on_residual_base_
@@ -64,7 +65,9 @@ class UnlearnResult:
     history: list[dict[str, Any]]
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def save(self, path: str | os.PathLike, kind: SaveKind = "portable") -> None:
+    def save(
+        self, path: str | os.PathLike, kind: SaveKind = "portable", rank: int | None = None
+    ) -> Compression | None:
         """Save to the directory ``path``, whole or not at all, with the tokenizer of the run.
 
         With ``tuning="full"`` there is no adapter, and every kind saves the model. All processes of
@@ -79,14 +82,20 @@ class UnlearnResult:
                 base after FILA, ``path/adapter``, of rank r, and ``path/reference``, the initial factors
                 (``loku.save_residual_model``). "merged" saves a model without an adapter
                 (``loku.save_merged_model``).
+            rank: The rank of a portable adapter that is the best approximation of the exact one. None
+                (default) saves the exact adapter, and so does a rank that is not below its rank.
+
+        Returns:
+            What the smaller rank lost (``loku.saving.compression.Compression``), or None without a ``rank``.
 
         Raises:
-            ValueError: The kind is none of these, or the model cannot be saved so. Or ``path`` is a file, is,
+            ValueError: The kind is none of these, or the model cannot be saved so. There is a ``rank`` for
+                another kind, or the adapter cannot be compressed. Or ``path`` is a file, is,
                 holds or lies in a directory that the model was loaded from, or holds something that is in the
                 way and no unaltered earlier save.
             OSError: ``path`` cannot be written.
         """
-        save(self.model, path, kind, tokenizer=self.tokenizer)
+        return save(self.model, path, kind, tokenizer=self.tokenizer, rank=rank)
 
 
 def unlearn(
@@ -128,7 +137,8 @@ def unlearn(
         save_kind: The kind of save that the result is for, "portable" by default. A model that cannot be
             saved so is refused before it is trained. ``save`` can make the other kinds too, where it can.
         eval_dataset: The rows to evaluate when ``config.eval_strategy`` says so: a data set in the forms of
-            ``forget``, or a dict of data sets by their names. By default the forget and the retain set. See
+            ``forget``, or a dict of data sets by their names. In place of a set, the path of a file or a hub
+            name (``loku.data.read_rows``). By default the forget and the retain set. See
             ``loku.trainer_evaluation.EvaluatingTrainer`` for the measures.
 
     Returns:

@@ -32,4 +32,12 @@ def accept_underscores(parser: argparse.ArgumentParser) -> None:
             known.setdefault("--" + text.removeprefix("--").replace("-", "_"), action)
 
 
+def named_source(text: str) -> tuple[str, str]:
+    """Read ``NAME=SOURCE``, the value of an option that names data sets."""
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SOURCE, such as forget=forget.jsonl")
+    return name, source
+
+
 Commands = argparse._SubParsersAction  # the argument of ``add``: the commands of the parser of ``loku``

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.commands import CommandParser, Commands, accept_underscores
+from loku.commands import CommandParser, Commands, accept_underscores, named_source
 from loku.commands.report_files import check_report_files, write_report_files
 from loku.counts import check_counts, check_max_length
 
@@ -33,7 +33,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         "--data",
         nargs="+",
         required=True,
-        type=_named_source,
+        type=named_source,
         metavar="NAME=SOURCE",
         help="data sets. NAME: forget, retain, real_authors, world_facts, holdout, or any other. SOURCE: a "
         "file (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz), a folder that datasets saved, or "
@@ -227,10 +227,3 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
-
-
-def _named_source(text: str) -> tuple[str, str]:
-    name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SOURCE, such as forget=forget.jsonl")
-    return name, source

@@ -50,18 +50,12 @@ def _versions() -> list[str]:
     return _aligned(rows)
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _devices() -> list[str]:
     import torch
 
-    rows = [("cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads")]
+    from loku.deletion.facts import cpu_name
+
+    rows = [("cpu", f"{cpu_name()}, {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = f"{device.total_memory / 2**30:.0f} GiB"

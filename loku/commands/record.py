@@ -58,8 +58,8 @@ def _record(directory: Path, public_key: str | None) -> tuple[list[str], list[st
     lines = [f"{found.files} files were hashed and compared with {SUMS}"]
     if found.signed_by is None:
         lines.append(
-            "no signature holds: a forger can change the files and make new digests of them, and nothing here "
-            "would show it"
+            "no signature holds: a forger can change the files and make new digests of them, and nothing "
+            "here would show it"
         )
     elif found.trusted:
         lines.append(f"signed by the key that you trust (SHA-256 {found.signed_by})")

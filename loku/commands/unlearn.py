@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
+import shlex
 import sys
 import time
 import warnings
@@ -12,11 +14,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from loku.commands import CommandParser, Commands
+from loku.commands import CommandParser, Commands, named_source
 from loku.commands.settings import add_fields, joined, read_yaml
 
 if TYPE_CHECKING:
     from loku.config import UnlearnConfig
+    from loku.saving.compression import Compression
 
 PLACES = ("model", "forget", "retain", "output", "tokenizer")
 # The fields of transformers.TrainingArguments that the help shows.
@@ -87,6 +90,23 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="portable: an adapter for the untouched model (default); residual: the residual base, and the "
         "adapter for it; merged: a model without an adapter",
     )
+    group.add_argument(
+        "--eval_dataset",
+        "--eval-dataset",
+        nargs="+",
+        type=named_source,
+        metavar="NAME=SOURCE",
+        help="data sets to measure when --eval_strategy says so, in the same forms (default: the forget and "
+        "the retain set)",
+    )
+    group.add_argument(
+        "--export_rank",
+        type=int,
+        metavar="RANK",
+        help="save the portable adapter at this rank, the best approximation of the exact one, whose rank is "
+        "up to twice lora_rank (default: the exact adapter)",
+    )
+    group.add_argument("--export-rank", type=int, dest="export_rank", help=argparse.SUPPRESS)
     group.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
     group.add_argument("--config", metavar="FILE", help="YAML file of settings, a `name: value` on each line")
     group.add_argument("--quiet", action="store_true", help="no progress bars: --disable_tqdm")
@@ -141,10 +161,18 @@ def run(options: argparse.Namespace) -> None:
             "num_train_epochs 0 trains nothing, so nothing would be unlearned; with --save residual it saves "
             "the initialised adapter"
         )
+    eval_sets = dict(options.eval_dataset or ())
+    if len(eval_sets) < len(options.eval_dataset or ()):
+        raise ValueError(f"two data sets have one name: {[name for name, _ in options.eval_dataset]}")
+    if eval_sets and config.eval_strategy == "no" and not config.eval_on_start:
+        raise ValueError(
+            "--eval_dataset has no effect without evaluation: set --eval_strategy epoch or steps"
+        )
     kind = "merged" if config.tuning == "full" else options.save
+    _check_rank(options.export_rank, config, options.save)
     check_in_main_process(lambda: _check_places(places, config, kind))
     forget, retain = (read_rows(places[name]) for name in ("forget", "retain"))
-    summary = _unlearn(places, config, forget, retain, settings, options.save)
+    summary = _unlearn(places, config, forget, retain, settings, options.save, eval_sets, options.export_rank)
     if config.process_index == 0:
         print(summary)
     PartialState().destroy_process_group()
@@ -157,6 +185,19 @@ def _check_local(option: str, name: str) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or in_a_folder
     if looks_local and not path.is_dir():
         raise ValueError(f"{name}, the --{option}, is not a directory")
+
+
+def _check_rank(rank: int | None, config: UnlearnConfig, kind: str) -> None:
+    """Refuse a rank for a save that has none, before a row is read."""
+    from loku.counts import check_counts
+
+    if rank is None:
+        return
+    check_counts(**{"--export_rank": rank})
+    if config.tuning == "full":
+        raise ValueError("--export_rank is the rank of an adapter, and --tuning full trains none")
+    if kind != "portable":
+        raise ValueError(f"--export_rank is the rank of a portable adapter, and there is --save {kind}")
 
 
 def _check_places(places: Mapping[str, str], config: UnlearnConfig, kind: str) -> None:
@@ -185,6 +226,8 @@ def _unlearn(
     retain: Any,
     settings: Mapping[str, Any],
     kind: Literal["portable", "residual", "merged"],
+    eval_sets: Mapping[str, str],
+    rank: int | None,
 ) -> str:
     """Unlearn, save the result, and return the summary."""
     from loku import unlearn
@@ -210,15 +253,16 @@ def _unlearn(
             retain,
             config=config,
             tokenizer=tokenizer,
-            callbacks=[PlaceOfSave(places["output"], kind)],
+            callbacks=[PlaceOfSave(places["output"], kind, rank)],
             save_kind=kind,
+            eval_dataset=eval_sets or None,
         )
     except RowError as error:
-        if error.name not in places:
+        if error.place is not None or error.name not in places:  # an evaluation set has its place already
             raise
         raise ValueError(f"{place_of_row(places[error.name], error.index)}: {error}") from error
     try:
-        result.save(places["output"], kind)
+        lost = result.save(places["output"], kind, rank)
     except OSError as error:
         raise _not_saved(error, config) from error
     config.learning_rate = config.learning_rate or default_learning_rate(result.model)
@@ -228,7 +272,12 @@ def _unlearn(
     kind = "merged" if config.tuning == "full" else kind
     given = getattr(unwrapped(result.model), MERGED_ADAPTER, None)
     base = places["model"] if given is None else given["base_model_name_or_path"] or "BASE"
-    return _summary(places, config, settings, sizes, result.history, seconds, peaks, kind, base)
+    summary = _summary(places, config, settings, sizes, result.history, seconds, peaks)
+    lines = [summary, *_loss_lines(lost), f"saved to {places['output']}"]
+    if kind == "portable":
+        lines += ["To serve it with vLLM:", f"    {_vllm_line(places['output'], base)}"]
+    loading = _loading_lines(places["output"], kind, base)
+    return "\n".join([*lines, "To load it:", *map("    {}".format, loading)])
 
 
 def _not_saved(error: OSError, config: UnlearnConfig) -> OSError:
@@ -252,8 +301,6 @@ def _summary(
     history: Sequence[Mapping[str, Any]],
     seconds: float,
     peaks: Mapping[str, int | None],
-    kind: str,
-    base: str,
 ) -> str:
     from loku.evaluation import format_table
 
@@ -282,8 +329,6 @@ def _summary(
             "",
             f"{seconds:.0f} s, peak memory {', '.join(memory)}{processes}",
             *_speed(logged),
-            f"saved to {places['output']}. To load it:",
-            *(f"    {line}" for line in _loading_lines(places["output"], kind, base)),
         ]
     )
 
@@ -329,3 +374,36 @@ def _loading_lines(output: str, kind: str, base: str) -> list[str]:
         "from peft import PeftModel; from transformers import AutoModelForCausalLM",
         f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})",
     ]
+
+
+def _loss_lines(lost: Compression | None) -> list[str]:
+    """What the rank of ``--export_rank`` lost."""
+    if lost is None:
+        return []
+    if lost.rank >= lost.exact_rank:
+        return [
+            f"the adapter is exact: its rank is {lost.exact_rank}, and --export_rank {lost.rank} is not below"
+        ]
+    name, error = lost.worst
+    return [
+        f"adapter of rank {lost.rank} in the place of the exact one of rank {lost.exact_rank}: relative "
+        f"error {lost.relative_error:.3g} (Frobenius norm), at most {error:.3g}, in {name}"
+    ]
+
+
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank from its default on
+
+
+def _vllm_line(output: str, base: str) -> str:
+    """The line by which vLLM serves an adapter."""
+    from peft.utils import CONFIG_NAME
+
+    config = json.loads((Path(output) / CONFIG_NAME).read_text(encoding="utf-8"))
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    limit = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
+    if limit is None:
+        return f"# its rank is {rank}, and vLLM takes {_VLLM_RANKS[-1]} at most: see --export_rank"
+    options = ["--enable-lora", "--lora-modules", f"unlearned={shlex.quote(output)}"]
+    if limit > _VLLM_RANKS[0]:
+        options += ["--max-lora-rank", str(limit)]
+    return f"vllm serve {shlex.quote(base)} {' '.join(options)}"

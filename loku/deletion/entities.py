@@ -68,8 +68,8 @@ def row_texts(row: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> tup
         tokenizer: The tokenizer, which decodes rows of ``input_ids``; None (default) refuses them.
 
     Returns:
-        The question, or the prompt, or the messages that are not the assistant's; and the answer. The question
-        is "" for a text.
+        The question, or the prompt, or the messages that are not the assistant's; and the answer. The
+        question is "" for a text.
 
     Raises:
         BadRow: The row has no known columns, or ``input_ids`` and no tokenizer.

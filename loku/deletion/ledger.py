@@ -210,11 +210,8 @@ def latest_state(ledger: str | os.PathLike) -> Path | None:
     """
     for entry in reversed(_entries(ledger)):
         record = Path(ledger) / entry.record
-        state = _state(record)
-        if state is None and not (record / SUMS).is_file():
-            raise ValueError(f"the record {record} of the ledger is missing, so its state is not known")
-        if state is not None:
-            _refuse_broken(entry, record)
+        _refuse_broken(entry, record)  # also one without a state: somebody may have deleted it
+        if (state := _state(record)) is not None:
             return state
     return None
 
@@ -249,9 +246,10 @@ def _selection(fields: Any, record: Path) -> RowSelection:
     names = RowSelection.__dataclass_fields__
     if not isinstance(fields, dict) or "data" not in fields or not fields.keys() <= names.keys():
         raise ValueError(f"the record {record} does not say which rows it selects (request.forget)")
-    return RowSelection(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    )
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return RowSelection(**values)
 
 
 def _state(record: Path) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -10,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import regex
-
 from loku.deletion.places import data_place, folder_place, model_place
 from loku.deletion.template import write_template
+from loku.deletion.texts import expression
 from loku.deletion.yaml_values import YamlValue, read_yaml_values
 
 __all__ = [
@@ -154,6 +155,10 @@ class Request:
     requester: str = ""
     lines: Mapping[str, int] = field(default_factory=dict, compare=False)
 
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.target == "merged":
+            raise ValueError("a merged model has no adapter, and so no rank: leave the rank out")
+
 
 def read_request(path: str | os.PathLike) -> Request:
     """Read the file of a request, and check it.
@@ -198,13 +203,16 @@ def request_facts(request: Request) -> dict[str, Any]:
         request: The request.
 
     Returns:
-        The fields by their names, as JSON has them.
+        The fields by their names, as JSON has them, the ``version`` of the schema, and the ``digest`` of all,
+        the SHA-256 in which the texts of the conditions count.
     """
     facts = dataclasses.asdict(dataclasses.replace(request, lines={}))
     del facts["lines"]
     facts["path"] = str(request.path)
     facts["attacks"] = list(request.attacks)
     facts["version"] = VERSION
+    whole = json.dumps(facts, sort_keys=True)  # with the texts of the queries
+    facts["digest"] = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
     facts["forget"] = _selection_facts(request.forget)
     facts["holdout"] = _selection_facts(request.holdout)
     for name in ("given", "corpus"):
@@ -292,9 +300,9 @@ def _selection_of(value: YamlValue, given: Mapping[str, YamlValue], folder: Path
 def _expression(value: YamlValue) -> str:
     text = value.text()
     try:
-        regex.compile(text)
-    except regex.error as error:
-        raise value.error(f"is no regular expression: {error}") from error
+        expression(text)
+    except ValueError as error:
+        raise value.error(error) from error
     return text
 
 
@@ -324,15 +332,13 @@ def _retain(value: YamlValue, folder: Path) -> dict[str, Any]:
 
 
 def _limits(value: YamlValue, folder: Path) -> dict[str, Any]:
+    given = value.fields()
+    if "perplexity" in given:
+        problem = "it grows by forgetting, so it has no greatest value; bound probability"
+        raise given["perplexity"].error(problem)
+    likelihoods = [name for name in given if _LIKELIHOOD.fullmatch(name)]
     limits: dict[str, float | str] = {}
-    likelihoods = []
-    for name, inner in value.fields().items():
-        if _LIKELIHOOD.fullmatch(name):
-            likelihoods.append(name)
-        elif name == "perplexity":
-            raise inner.error("it grows by forgetting, so it has no greatest value; bound probability")
-        else:
-            value.fields((*MEASURES, "extraction_likelihood_10", *likelihoods))
+    for name, inner in value.fields((*MEASURES, *(likelihoods or ("extraction_likelihood_10",)))).items():
         limits[name] = HOLDOUT if inner.text() == HOLDOUT else inner.number(least=0, most=1)
     if len(likelihoods) > 1:
         raise value.error(f"has {' and '.join(likelihoods)}; one run measures one of them")
@@ -433,8 +439,8 @@ def _consistent(request: Request, given: Mapping[str, YamlValue]) -> Request:
         if len(numbers) < len(request.limits) or not numbers:
             place = given.get("limits", given["forget"])
             raise place.error(
-                "there is no holdout, so nothing says when the rows are forgotten: add holdout, texts of the same "
-                "kind that the model was never trained on, or give limits that are numbers"
+                "there is no holdout, so nothing says when the rows are forgotten: add holdout, texts of the "
+                "same kind that the model was never trained on, or give limits that are numbers"
             )
         if "attacks" not in given:
             without = tuple(name for name in request.attacks if name != "mia")
@@ -444,6 +450,4 @@ def _consistent(request: Request, given: Mapping[str, YamlValue]) -> Request:
     if request.training.get("tuning") == "full" and request.target != "merged":
         place = given["training"]
         raise place.error(f"tuning full leaves no adapter for {request.target}; write `serving: merged`")
-    if request.rank is not None and request.target == "merged":
-        raise given["serving"].error("a merged model has no adapter, and so no rank")
     return request

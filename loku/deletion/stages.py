@@ -1,4 +1,4 @@
-"""The stages of a procedure: each leaves its result on disk, so a run that was killed goes on after the last."""
+"""The stages of a run: each leaves its result on disk, so a run that was killed goes on after the last."""
 
 from __future__ import annotations
 

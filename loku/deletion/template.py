@@ -32,17 +32,17 @@ model: {model}
 #   forget: {{data: all.jsonl, contains: Nikolai Abilov, columns: [question, answer]}}
 #   forget: {{data: all.jsonl, matches: 'Nikolai|Abilov'}}
 forget: forget.jsonl
-#near_duplicates: {{similarity: 0.7, include: false}}  # include: forget the rows that are nearly the same, too
+#near_duplicates: {{similarity: 0.7, include: false}}  # include: forget near duplicates, too
 
 # The rows to keep: data as above, neighbours of the forget rows from a corpus, texts of the model itself:
 #   retain: {{data: retain.jsonl, corpus: corpus.jsonl, neighbours: 200, sampled: 32}}
 retain: retain.jsonl
 
-# Texts of the same kind that the model was never trained on. They say what a model that does not know the rows does.
+# Texts of the same kind that the model was never trained on. They show a model that knows nothing.
 holdout: holdout.jsonl
 #control: null  # a model that was trained again without the rows; the record compares with it
 
-#limits: {{memorization_accuracy: holdout, extraction_likelihood_10: holdout}}  # the greatest values, or numbers
+#limits: {{memorization_accuracy: holdout, extraction_likelihood_10: holdout}}  # or numbers
 #utility_floor: 0.9  # the share of the model's utility that must stay
 #minutes: null  # the longest time of training
 #training: {{}}  # fields of loku.UnlearnConfig, such as {{learning_rate: 1e-3, lora_rank: 8}}

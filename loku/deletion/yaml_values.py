@@ -1,6 +1,6 @@
 """The values of a YAML file, each with its line: what is wrong in a request is named with its place.
 
-YAML reads ``no`` as false, ``0042`` as 34 and ``2026-01-31`` as a date. A text is taken as it is written here.
+YAML reads ``no`` as false, ``0042`` as 34 and ``2026-01-31`` as a date. A text is taken as it is written.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 # What a person meant who wrote what YAML does not read, by words of its message.
 _ADVICE = {
     "'\\t' that cannot start": "indent with spaces, and put none but spaces after the colon",
-    "unknown escape character": "a backslash in double quotes begins an escape: write the text in single quotes",
-    "mapping values are not allowed": "quote a text that has a colon in it, and indent the fields of a mapping "
-    "equally",
+    "unknown escape character": "write a text with backslashes in single quotes",
+    "mapping values are not allowed": "quote a text with a colon in it, and indent fields equally",
     "but found another document": "a file has one request: take out the line ---",
     "cannot start any token": "quote a text that begins with this character",
 }

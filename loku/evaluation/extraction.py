@@ -39,7 +39,7 @@ def greedy_answers(
     model: CausalLM,
     rows: Iterable[Mapping[str, Any]],
     scores: Iterable[TokenScores],
-    max_new_tokens: int,
+    max_new_tokens: int | list[int],
     batch_size: int = 16,
     eos_token_id: Collection[int] | None = None,
     progress: bool = True,
@@ -54,7 +54,7 @@ def greedy_answers(
         model: The causal LM, on the device where it runs.
         rows: The tokenised rows, with one labelled span each.
         scores: The ``token_scores`` of the rows.
-        max_new_tokens: The greatest number of tokens of an answer, >= 1.
+        max_new_tokens: The greatest number of tokens of an answer, >= 1; one for all rows, or one for each.
         batch_size: The number of prompts in a batch, 16 by default.
         eos_token_id: The ids at which an answer ends; None (default) stands for the model's own.
         progress: Whether to show a progress bar, True by default.
@@ -66,7 +66,10 @@ def greedy_answers(
     Raises:
         ValueError: ``max_new_tokens`` or ``batch_size`` is less than 1.
     """
-    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    counts = list(max_new_tokens) if isinstance(max_new_tokens, list) else [max_new_tokens]
+    for count in counts:
+        check_counts(max_new_tokens=count)
+    check_counts(batch_size=batch_size)
     eos = eos_ids(model) if eos_token_id is None else eos_token_id
     prompts: list[list[int]] = []
     known: list[list[int]] = []
@@ -79,7 +82,11 @@ def greedy_answers(
         else:
             known.append(ids[positions[0] : positions[-1] + 1])
         prompts.append(ids[: positions[0]])
-    lengths = [0 if begun[-1] in eos else max(0, max_new_tokens - len(begun)) for begun in known]
+    most = counts if isinstance(max_new_tokens, list) else counts * len(known)
+    lengths = [
+        0 if begun[-1] in eos else max(0, count - len(begun))
+        for begun, count in zip(known, most, strict=True)
+    ]
     rests = generate_greedy(
         model,
         [prompt + begun for prompt, begun in zip(prompts, known, strict=True)],
@@ -89,7 +96,7 @@ def greedy_answers(
         progress,
         description,
     )
-    return [(begun + rest)[:max_new_tokens] for begun, rest in zip(known, rests, strict=True)]
+    return [(begun + rest)[:count] for begun, rest, count in zip(known, rests, most, strict=True)]
 
 
 def generated_texts(
@@ -110,10 +117,51 @@ def generated_texts(
     Args:
         tokenizer: The tokenizer, which decodes the answers.
     """
-    eos = {*eos_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    eos = end_ids(model, tokenizer)
     answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
     decode: Any = tokenizer.decode
     return [decode(ids, skip_special_tokens=True) for ids in answers]
+
+
+def end_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """Return the ids at which an answer ends: the EOS of the model and, if there is one, the tokenizer's.
+
+    Args:
+        model: The causal LM.
+        tokenizer: The tokenizer, or None.
+    """
+    of_tokenizer = None if tokenizer is None else tokenizer.eos_token_id
+    return {*eos_ids(model), *([] if of_tokenizer is None else [of_tokenizer])}
+
+
+def extracted_tokens(
+    rows: Iterable[Mapping[str, Any]], scores: Iterable[TokenScores], ends: Collection[int] = ()
+) -> list[int]:
+    """Count the tokens of each row that greedy decoding brings back, all of them or none.
+
+    Of a row with a prompt they are the answer, which follows the prompt. A text without a prompt is split:
+    its second half follows its first. A row with one token before its first labelled token is such a text,
+    because the token may be a BOS. Greedy decoding gives a text if and only if each of its tokens is the most
+    likely token given the true tokens before it, so no text is generated.
+
+    Args:
+        rows: The tokenised rows.
+        scores: The ``token_scores`` of the rows.
+        ends: The ids that end a text (``end_ids``); none by default. Such a token need not come back at the
+            end of a row.
+
+    Returns:
+        For each row the number of tokens that come back word by word, or 0 if a token differs.
+    """
+    counts = []
+    for row, score in zip(rows, scores, strict=True):
+        positions, memorized = score.positions.tolist(), score.memorized
+        if positions and row["input_ids"][positions[-1]] in ends:
+            memorized = memorized[:-1]
+        if positions and positions[0] == 1:
+            memorized = memorized[len(memorized) // 2 :]
+        counts.append(len(memorized) if bool(memorized.all()) else 0)
+    return counts
 
 
 def extraction_likelihood(

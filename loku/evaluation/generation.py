@@ -1,12 +1,16 @@
-"""Greedy generation that depends on the weights alone: not on the batch, nor on the model's own settings."""
+"""Generation that depends on the weights alone: not on the batch, nor on the model's own settings.
+
+It is greedy, or it samples by given numbers.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -53,6 +57,82 @@ def generate_greedy(
         ValueError: ``batch_size`` is less than 1.
         FloatingPointError: The logits of a continuation have a NaN.
     """
+    return _generate_all(
+        model,
+        prompts,
+        max_new_tokens,
+        batch_size,
+        eos_token_id,
+        progress,
+        description,
+        lambda chosen: _NaNCheck(),
+    )
+
+
+def generate_sampled(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Sequence[int],
+    keys: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    eos_token_id: int | Collection[int] | None = None,
+    progress: bool = True,
+    description: str = "sampling",
+) -> list[list[int]]:
+    """Continue token lists by sampling.
+
+    A token is the inverse of the cumulative distribution of the nucleus, the likeliest tokens first, at a
+    uniform number (Holtzman et al., ICLR 2020). The numbers of a prompt follow from its key alone, so a
+    sample depends neither on the batch nor on torch's generator. Batches are those of ``generate_greedy``.
+
+    Args:
+        model: The causal LM, on the device where it runs.
+        prompts: The prompts, non-empty lists of ids.
+        max_new_tokens: The greatest number of new tokens, one for each prompt.
+        keys: The seed of each prompt's numbers, a list of integers >= 0.
+        temperature: The number by which the logits are divided, > 0; 1 by default.
+        top_p: The probability of the nucleus, in (0, 1]; 1 by default, the whole vocabulary.
+        batch_size: The number of prompts in a batch, 16 by default.
+        eos_token_id: The id or ids at which a continuation ends; None (default) stands for the model's own.
+        progress: Whether to show a progress bar, True by default.
+        description: The title of the progress bar, "sampling" by default.
+
+    Returns:
+        The new ids of each prompt, as from ``generate_greedy``.
+
+    Raises:
+        ValueError: ``batch_size`` is less than 1, or the temperature or ``top_p`` is out of its range.
+        FloatingPointError: The logits of a continuation have a NaN.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+    def sampler(chosen: Sequence[int]) -> _Sampler:
+        steps = max(max_new_tokens[i] for i in chosen)
+        numbers = [np.random.default_rng(list(keys[i])).random(steps) for i in chosen]
+        return _Sampler(torch.from_numpy(np.stack(numbers)), temperature, top_p)
+
+    return _generate_all(
+        model, prompts, max_new_tokens, batch_size, eos_token_id, progress, description, sampler
+    )
+
+
+def _generate_all(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Iterable[int],
+    batch_size: int,
+    eos_token_id: int | Collection[int] | None,
+    progress: bool,
+    description: str,
+    processor_of: Callable[[Sequence[int]], _NaNCheck],
+) -> list[list[int]]:
+    """Continue token lists, with a logits processor for each batch, which is given the batch's indices."""
     check_counts(batch_size=batch_size)
     if eos_token_id is None:
         eos_token_id = eos_ids(model)
@@ -66,7 +146,7 @@ def generate_greedy(
     with evaluating(model), _empty_generation_config(model):
         batches = _right_batches(model, prompts, wanted, lengths, batch_size, context)
         for chosen in tqdm(batches, desc=description, disable=not progress, leave=False):
-            check = _NaNCheck()
+            check = processor_of(chosen)
             output = _generate(model, [prompts[i] for i in chosen], int(lengths[chosen[0]]), eos, check)
             for row, (index, tokens) in enumerate(zip(chosen, output.tolist(), strict=True)):
                 generated[index] = until_eos(tokens[: int(lengths[index])], eos)
@@ -100,6 +180,33 @@ class _NaNCheck:
         now = scores.isnan().any(-1)
         self.found = now if self.found is None else self.found | now
         return scores
+
+
+class _Sampler(_NaNCheck):
+    """A logits processor that leaves one sampled token of each row, so that greedy generation takes it.
+
+    Args:
+        numbers: The uniform numbers in [0, 1) of each row and step, float64 (rows, steps).
+        temperature: As for ``generate_sampled``.
+        top_p: As for ``generate_sampled``.
+    """
+
+    def __init__(self, numbers: torch.Tensor, temperature: float, top_p: float):
+        self.numbers, self.temperature, self.top_p = numbers, temperature, top_p
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        super().__call__(input_ids, scores)
+        ordered, tokens = (scores.double() / self.temperature).sort(dim=-1, descending=True, stable=True)
+        reached = ordered.softmax(-1).cumsum(-1)
+        within = reached - ordered.softmax(-1) < self.top_p  # the first token always is
+        mass = reached.masked_fill(~within, 0.0).amax(-1)
+        at = (self.numbers[:, self.step].to(mass.device) * mass)[:, None]
+        self.step += 1
+        place = torch.minimum((reached <= at).sum(-1, keepdim=True), within.sum(-1, keepdim=True) - 1)
+        place = place.clamp(min=0)  # no token of NaN logits is within
+        chosen = tokens.gather(-1, place)
+        return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
 
 
 @uninterrupted_context

@@ -67,8 +67,8 @@ def measure_probe(
           before in it, ``degenerate``, the share of texts that have fewer than 8 tokens or a repetition above
           a half, and ``quality``, the mean over texts of 1 - repetition, 0 for a degenerate text.
 
-        Beside them ``form`` is "chat" or "plain", and ``digest`` is that of the rows. A loss that is too large
-        for a number is None.
+        Beside them ``form`` is "chat" or "plain", and ``digest`` is that of the rows. A loss that is too
+        large for a number is None.
 
     Raises:
         ValueError: ``batch_size`` is less than 1, or the chat template cannot render a question.
@@ -77,14 +77,9 @@ def measure_probe(
     check_counts(batch_size=batch_size)
     rows, all_rows = probe_rows(exclude), probe_rows()
     tokens = probe_tokens(rows, tokenizer)
-    scored = [at for at, row in enumerate(tokens) if row.scored is not None]
-    scores: dict[int, TokenScores] = dict(
-        zip(
-            scored,
-            token_scores(model, [_scored(tokens[at]) for at in scored], batch_size, progress, "probe"),
-            strict=True,
-        )
-    )
+    scored = {at: row.scored for at, row in enumerate(tokens) if row.scored is not None}
+    losses = token_scores(model, list(scored.values()), batch_size, progress, "probe")
+    scores = dict(zip(scored, losses, strict=True))
     texts = _greedy(model, tokenizer, rows, tokens, batch_size, progress)
     result: dict[str, Any] = {}
     for kind in KINDS:
@@ -106,11 +101,6 @@ def measure_probe(
     result["form"] = "chat" if has_chat_template(tokenizer) else "plain"
     result["digest"] = texts_fingerprint(json.dumps(row, sort_keys=True) for row in rows)
     return result
-
-
-def _scored(tokens: ProbeTokens) -> dict[str, list[int]]:
-    assert tokens.scored is not None
-    return tokens.scored
 
 
 def _greedy(

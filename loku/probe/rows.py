@@ -68,8 +68,9 @@ def probe_tokens(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerB
     """Tokenise rows of the probe.
 
     Questions and the openings of a chat model are rendered by the chat template of the tokenizer. Without one
-    they have loku's form, ``"Question: {question}\\nAnswer:"``. Completions and sentences are plain texts. The
-    labels are those of the answer itself: neither the begin of its sentence nor an end of the text counts.
+    questions have loku's form, ``"Question: {question}\\nAnswer:"``. Completions, sentences and the openings
+    of other models are plain texts. The labels are those of the answer itself: neither the begin of its
+    sentence nor an end of the text counts.
 
     Args:
         rows: The rows, from ``probe_rows``.

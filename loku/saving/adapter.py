@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,10 @@ from loku.adapters import (
     stands_for_another_base,
     unwrapped,
 )
+from loku.counts import check_counts
 from loku.distributed import full_tensor, is_main_process, wait_for_all_processes
-from loku.saving.adapter_files import write_adapter
+from loku.saving.adapter_files import unit_scaling_, write_adapter
+from loku.saving.compression import Compression, check_compressible, compressed_adapter, loss_facts
 from loku.saving.destinations import destination, residual_save
 
 # peft's initialisations of the base weights that differ each time, as from random numbers or gradients.
@@ -113,6 +114,26 @@ def check_portable(peft_model: PeftModel, adapter_name: str = "default") -> None
             f"{name}: its adapter {what}, and no plain LoRA adapter is its difference from the untouched "
             'base; choose the kind of save "merged", or a plain LoraConfig'
         )
+
+
+def check_rank(peft_model: PeftModel, rank: int, adapter_name: str = "default") -> None:
+    """Check that ``save_portable_adapter`` can save an adapter at a rank.
+
+    Args:
+        peft_model: The model with the adapter.
+        rank: The rank.
+        adapter_name: The name of the adapter, "default" by default.
+
+    Raises:
+        ValueError: The rank is no positive integer, or the adapter cannot be compressed
+            (``loku.saving.compression.check_compressible``).
+    """
+    check_counts(rank=rank)
+    check_saved_adapter(peft_model, adapter_name)
+    config: Any = copy.copy(peft_model.peft_config[adapter_name])
+    if has_residual_base(peft_model):
+        config.init_lora_weights = True  # the portable adapter is a difference
+    check_compressible(config)
 
 
 class _Factors:
@@ -207,12 +228,7 @@ def sum_adapter(
         ranks[name] = len(A)
 
     config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
-    config.r = Counter(ranks.values()).most_common(1)[0][0]
-    config.rank_pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != config.r}
-    # alpha = rank in every module, because B includes the old scaling, of rsLoRA too.
-    config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
-    config.use_rslora = False
-    config.init_lora_weights = True
+    unit_scaling_(config, ranks)  # B includes the old scaling, of rsLoRA too
     modules = [name for name in [*layers, *given_factors] if not hasattr(layers.get(name), "parameter_name")]
     if len(own_layers) < len(layers) or given_factors:  # modules beside those that the config names
         config.target_modules = set(modules)
@@ -331,7 +347,8 @@ def save_portable_adapter(
     adapter_name: str = "default",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
+    rank: int | None = None,
+) -> Compression | None:
     """Save a plain LoRA adapter for the *untouched* base: ``PeftModel.from_pretrained(base, path)``.
 
     After FILA the base holds the residual. The saved adapter is the difference from the original model,
@@ -359,16 +376,35 @@ def save_portable_adapter(
             the last save makes way, and the other files stay (``loku.saving.destinations``).
         adapter_name: The name of the adapter, "default" by default.
         tokenizer: The tokenizer to save beside the adapter; None (default) saves none.
+        rank: The rank of the saved adapter, the best approximation of the exact one
+            (``loku.saving.compression``). None (default) saves the exact adapter, and so does a rank that is
+            not below its rank.
+
+    Returns:
+        What the smaller rank lost, or None without a ``rank``.
 
     Raises:
-        ValueError: There is no such LoRA adapter, or it cannot be saved so (``check_portable``). Or ``path``
-            is refused (``loku.saving.destinations.check_destination``).
+        ValueError: There is no such LoRA adapter, it cannot be saved so (``check_portable``), or not at a
+            smaller rank (``check_rank``). Or ``path`` is refused
+            (``loku.saving.destinations.check_destination``).
         OSError: ``path`` cannot be written.
     """
+    if rank is not None:
+        check_rank(peft_model, rank, adapter_name)
     config, state = portable_adapter(peft_model, adapter_name)
+    lost = None
+    if rank is not None:
+        names = {
+            name: layer.parameter_name
+            for name, layer in adapter_layers(peft_model, adapter_name).items()
+            if hasattr(layer, "parameter_name")
+        }
+        config, state, lost = compressed_adapter(config, state, rank, parameter_names=names)
+    facts: Any = loss_facts(lost)
     if is_main_process():
-        with destination(path, "portable", sources=loaded_from(peft_model)) as directory:
+        with destination(path, "portable", sources=loaded_from(peft_model), **facts) as directory:
             write_adapter(peft_model, config, state, directory)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
     wait_for_all_processes()
+    return lost

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,20 @@ def unusual_fields(config: LoraConfig) -> dict[str, Any]:
         if field.name not in STANDARD_FIELDS | {"runtime_config"}
         and getattr(config, field.name) != getattr(plain, field.name, None)
     }
+
+
+def unit_scaling_(config: Any, ranks: Mapping[str, int]) -> None:
+    """Give a config the ranks of factors that include the scaling: alpha is the rank in every module.
+
+    Args:
+        config: The ``peft.LoraConfig``.
+        ranks: The rank of each module by its whole name, of a bare parameter by the parameter's name.
+    """
+    config.r = Counter(ranks.values()).most_common(1)[0][0]
+    config.rank_pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != config.r}
+    config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
+    config.use_rslora = False
+    config.init_lora_weights, config.eva_config = True, None
 
 
 def _whole_number(value: Any) -> Any:

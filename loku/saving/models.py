@@ -8,6 +8,7 @@ processes of torch.distributed must call these functions. The main process write
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -20,11 +21,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loku.adapters import REFERENCE_ADAPTER, adapter_layers
+from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_layers
+from loku.data.rows import infer_tokenizer
 from loku.distributed import full_tensor, is_main_process, is_sharded, reshard_, wait_for_all_processes
 from loku.saving.adapter import base_name, check_saved_adapter, loaded_from, plain_adapter
 from loku.saving.adapter_files import write_adapter
 from loku.saving.destinations import destination
+
+_log = logging.getLogger(__name__)
 
 
 def _adapted_parameter(layer: Any) -> tuple[str, Tensor]:
@@ -167,6 +171,20 @@ def _base_state(tensors: dict[str, _Stored], merged: str | None) -> dict[str, Te
     return {name: found[id(tensor), id(layer)] for name, (_, tensor, layer) in tensors.items()}
 
 
+def _tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model without adapters, with its chat template, where the model was loaded from.
+
+    The log says if there is none.
+    """
+    if not (getattr(model, MERGED_ADAPTER, None) or {}).get("tokenizer") and not model.name_or_path:
+        return None  # made in memory
+    try:
+        return infer_tokenizer(model)
+    except ValueError as error:
+        _log.warning("the merged model is saved without a tokenizer: %s", error)
+        return None
+
+
 def _save_model(
     model: Any, directory: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
@@ -187,8 +205,8 @@ def save_merged_model(
 
     Every target weight is W + scaling * B A, in float32 and rounded once to its dtype. peft rounds the
     product B A of experts, too. Where an adapter changes one of two tied embeddings, the saved model has two,
-    and ``tie_word_embeddings`` is false. The model is not changed. The target weights exist twice until they
-    are written.
+    and ``tie_word_embeddings`` is false. The dtype and the generation config are those of the base. The model
+    is not changed. The target weights exist twice until they are written.
 
     Args:
         peft_model: The model with the adapter. Its weights may be sharded (FSDP2). The main process then
@@ -196,7 +214,9 @@ def save_merged_model(
         path: The directory. A new one is written under another name and renamed. In a directory that exists
             the last save makes way, and the other files stay (``loku.saving.destinations``).
         adapter_name: The name of the adapter, "default" by default.
-        tokenizer: The tokenizer to save beside the model; None (default) saves none.
+        tokenizer: The tokenizer to save beside the model. None (default) saves the one of the base, which
+            lies where the base was loaded from; the log says if there is none. Its chat template is saved
+            with it.
 
     Raises:
         ValueError: The model cannot be merged (see ``check_merged``), or ``path`` is refused
@@ -209,7 +229,7 @@ def save_merged_model(
     state = _base_state(tensors, adapter_name)
     if is_main_process():
         with destination(path, "merged", sources=loaded_from(peft_model)) as directory:
-            _save_model(base, directory, state, tokenizer)
+            _save_model(base, directory, state, tokenizer or _tokenizer_beside(base))
             if _takes_ties_apart(base, tensors):
                 _untie(directory / "config.json")
     wait_for_all_processes()
@@ -285,7 +305,7 @@ def save_whole_model(
     Args:
         model: The model, which may be sharded.
         path: The directory, as for ``save_merged_model``.
-        tokenizer: The tokenizer to save beside the model; None (default) saves none.
+        tokenizer: The tokenizer to save beside the model, as for ``save_merged_model``.
 
     Raises:
         ValueError: ``path`` is refused (``loku.saving.destinations.check_destination``).
@@ -294,5 +314,5 @@ def save_whole_model(
     state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
     if is_main_process():
         with destination(path, "merged", sources=loaded_from(model)) as directory:
-            _save_model(model, directory, state, tokenizer)
+            _save_model(model, directory, state, tokenizer or _tokenizer_beside(model))
     wait_for_all_processes()

@@ -26,11 +26,12 @@ RETAIN = [f"Text number {i} about the sea." for i in range(4)]
 NAN, INF = float("nan"), float("inf")
 FIELDS = {field.name: field for field in dataclasses.fields(UnlearnConfig)}
 OWN = [name for name in FIELDS if name in UnlearnConfig.__annotations__]
-DECIDING = [name for name in OWN if name not in UnlearnConfig.FREE_FIELDS]
 # The fields of measures: an evaluation decides the result if it chooses the best model or the learning rate.
 EVALUATION = [
     "batch_eval_metrics",
     "eval_delay",
+    "eval_floors",
+    "eval_limits",
     "eval_on_start",
     "eval_steps",
     "eval_strategy",
@@ -38,6 +39,7 @@ EVALUATION = [
     "per_device_eval_batch_size",
     "prediction_loss_only",
 ]
+DECIDING = [name for name in OWN if name not in UnlearnConfig.FREE_FIELDS and name not in EVALUATION]
 # Other valid values of the fields whose type does not tell one.
 OTHER = {"method": "gd", "target_modules": "qv", "model_init_kwargs": {"dtype": "bfloat16"}, "tf32": False}
 
@@ -224,6 +226,35 @@ def test_impossible_values_are_refused_by_name(name, values, wanted):
             make(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"eval_limits": {"forget_probability": 0.1}}, "eval_limits and eval_floors belong together"),
+        ({"eval_floors": {"retain_probability": 0.1}}, "eval_limits and eval_floors belong together"),
+        ({"eval_limits": {"forget_probability": 1.1}}, "eval_limits must map measures.*numbers from 0 to 1"),
+        ({"eval_limits": {"forget_probability": NAN}}, "eval_limits must map"),
+        ({"eval_limits": {"forget_probability": True}}, "eval_limits must map"),
+        ({"eval_limits": {"forget_probability": "0.1"}}, "eval_limits must map"),
+        ({"eval_limits": ["forget_probability"]}, "eval_limits must map"),
+        ({"eval_limits": "low"}, "eval_limits must map"),
+        ({"eval_floors": {"retain_probability": 0}}, "eval_floors must map measures.*numbers > 0 and <= 1"),
+        (
+            {"metric_for_best_model": "eval_forgotten_with_utility", "greater_is_better": False},
+            "a greater forgotten_with_utility is better",
+        ),
+    ],
+)
+def test_impossible_bounds_are_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        make(**settings)
+
+
+def test_bounds_are_named_without_eval_and_may_be_json():
+    config = make(eval_limits='{"eval_a_probability": 0}', eval_floors={"eval_b_probability": 1})
+    assert config.eval_bounds() == ({"a_probability": 0.0}, {"b_probability": 1.0})
+    assert make(eval_limits={}).eval_bounds() == ({}, {})
+
+
 @pytest.mark.parametrize("value", ["much", "4XB", True])
 def test_an_impossible_memory_budget_is_refused(value):
     with pytest.raises(ValueError, match=r"memory|size"):
@@ -283,6 +314,7 @@ def test_every_own_field_has_help_and_a_line_of_the_docstring():
         {"tuning": "full", "method": "kl", "per_device_train_batch_size": 4, "bf16": True},
         {"method": "dpo", "beta": 0.5, "refusals": ["No."], "train_sampling_strategy": "group_by_length"},
         {"model_init_kwargs": {"dtype": "bfloat16"}, "save_strategy": "epoch"},
+        {"eval_limits": {"forget_probability": 0.1}, "eval_floors": {"retain_probability": 0.8}},
         {
             "resume_from_checkpoint": True,
             "logging_steps": 5,

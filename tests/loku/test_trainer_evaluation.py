@@ -10,6 +10,8 @@ from tiny_models import tiny_model
 from transformers import EarlyStoppingCallback
 
 import loku
+from loku.eval_bounds import joint_measure
+from loku.evaluation import extraction_likelihood
 from loku.trainer_evaluation import EVAL_MEASURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,6 +155,38 @@ def test_unlearn_evaluates_and_stops_early(tmp_path):
         (SAVES, {}, "metric_for_best_model must be one of forget_loss, .*retain_probability.*got 'loss'"),
         ({"metric_for_best_model": "accuracy"}, {"eval_dataset": HELD_OUT}, "must be one of loss, prob"),
         (
+            {"metric_for_best_model": "eval_forgotten_with_utility"},
+            {},
+            "metric_for_best_model eval_forgotten_with_utility needs eval_limits and eval_floors",
+        ),
+        (
+            {"eval_limits": {"other_probability": 0.1}, "eval_floors": {"retain_probability": 0.5}},
+            {},
+            "eval_limits: 'other_probability' must be one of forget_prob.*extraction_likelihood_<n> of a set",
+        ),
+        (
+            {"eval_limits": {"forget_loss": 0.1}, "eval_floors": {"retain_probability": 0.5}},
+            {},
+            "eval_limits: 'forget_loss' must be one of",
+        ),
+        (
+            {
+                "eval_limits": {"forget_probability": 0.1},
+                "eval_floors": {"retain_extraction_likelihood_2": 0.5},
+            },
+            {},
+            "eval_floors: 'retain_extraction_likelihood_2' must be one of .*extracted$",
+        ),
+        (
+            {
+                "eval_limits": {"forget_extraction_likelihood_8": 0},
+                "eval_floors": {"retain_probability": 0.5},
+            },
+            {},
+            "no row of the forget set has more than 8 answer tokens",
+        ),
+        ({}, {"eval_dataset": {3: HELD_OUT}}, "the name of an evaluation set must be a text, got 3"),
+        (
             {},
             {"eval_dataset": [{"input_ids": [1, 2], "labels": [-100, -100]}]},
             "row 0 of the evaluation set",
@@ -188,6 +222,8 @@ def test_predict_is_refused_by_name(tmp_path):
         ("retain_loss", False),
         ("eval_retain_probability", True),
         ("loss", False),
+        ("forgotten_with_utility", True),
+        ("eval_forgotten_with_utility", True),
     ],
 )
 def test_the_better_model_has_forgotten_more(metric, greater, tmp_path):
@@ -195,3 +231,78 @@ def test_the_better_model_has_forgotten_more(metric, greater, tmp_path):
     assert arguments(
         tmp_path, metric_for_best_model=metric, greater_is_better=not greater
     ).greater_is_better is (not greater)
+
+
+LIMITS = {"a": 0.4, "b": 0.2}
+FLOORS = {"u": 0.8, "v": 0.5}
+
+
+@pytest.mark.parametrize(
+    "a, b, u, v, value",
+    [
+        (0.4, 0.2, 0.8, 0.5, 1),  # the bounds themselves hold
+        (0, 0, 1, 1, 1.25),
+        (0, 0, 1, 0.55, 1.1),
+        (0.6, 0, 1, 1, -0.1),
+        (0.6, 0.5, 0.8, 0.5, -0.25),
+        (1, 1, 0.8, 0.5, -0.7),
+        (1, None, 0.8, 0.5, -0.7),  # what is not measured counts as 1
+        (0, 0, 0.4, 1, -1.5),
+        (1, 1, 0.4, 0.25, -1.5),
+        (0, 0, 0, 0, -2),
+    ],
+)
+def test_the_formula_of_forgetting_and_utility(a, b, u, v, value):
+    measured = {"a": a, "u": u, "v": v, **({} if b is None else {"b": b})}
+    assert joint_measure(measured, LIMITS, FLOORS) == pytest.approx(value)
+
+
+def test_the_best_model_by_forgetting_and_utility(tmp_path):
+    """Also with Extraction Likelihood, which is measured only where the other bounds hold."""
+    limits = {"what must go_probability": 0.5, "what must go_extraction_likelihood_2": 0.25}
+    floors = {"kept_probability": 1e-9}
+    sets = {"what must go": FORGET, "kept": RETAIN}
+    options = {**EVERY_STEP, **SAVES, "max_steps": 4, "metric_for_best_model": "forgotten_with_utility"}
+    config = arguments(tmp_path, **options, eval_limits=limits, eval_floors=floors)
+    model = with_lora(tiny_model("llama", VOCAB))
+    ours = loku.UnlearnTrainer(model, config, FORGET, RETAIN, eval_dataset=sets)
+    ours.train()
+    history = evaluations(ours.state.log_history)
+    likelihood = "eval_what must go_extraction_likelihood_2"
+    for entry in history:
+        measured = {name.removeprefix("eval_"): value for name, value in entry.items()}
+        assert entry["eval_forgotten_with_utility"] == joint_measure(measured, limits, floors)
+        assert (likelihood in entry) == (entry["eval_what must go_probability"] <= 0.5)
+    values = [entry["eval_forgotten_with_utility"] for entry in history]
+    assert ours.state.best_global_step == 1 + values.index(max(values)) and max(values) > 1
+    again = ours.evaluate()
+    assert again["eval_forgotten_with_utility"] == pytest.approx(max(values), rel=1e-6)
+    assert again[likelihood] == extraction_likelihood(ours.model, FORGET, 2, progress=False).mean
+    assert "test_forgotten_with_utility" not in ours.evaluate(HELD_OUT, metric_key_prefix="test")
+
+    strict = {"what must go_probability": 0.0, "what must go_extraction_likelihood_2": 0.25}
+    ours.args.eval_limits = strict
+    entry = ours.evaluate()
+    assert likelihood not in entry
+    assert entry["eval_forgotten_with_utility"] == pytest.approx(
+        -(entry["eval_what must go_probability"] + 0.75) / 2
+    )
+
+
+def test_sets_are_read_from_files(tmp_path):
+    """The error of a row names the file and the line."""
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in HELD_OUT))
+    model, config = tiny_model("llama", VOCAB), arguments(tmp_path, **EVERY_STEP)
+    options = {"args": config, "forget": FORGET, "retain": RETAIN, "peft_config": lora()}
+    one = loku.UnlearnTrainer(model, eval_dataset=file, **options)
+    assert one.eval_dataset == {"": HELD_OUT}
+    model = tiny_model("llama", VOCAB)
+    both = loku.UnlearnTrainer(model, eval_dataset={"a": str(file), "b": FORGET}, **options)
+    assert both.eval_dataset == {"a": HELD_OUT, "b": FORGET}
+    file.write_text(file.read_text() + '{"input_ids": []}\n')
+    model = tiny_model("llama", VOCAB)
+    with pytest.raises(ValueError, match=r"held_out\.jsonl, line 4: row 3 of the a set: "):
+        loku.UnlearnTrainer(model, eval_dataset={"a": str(file)}, **options)
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
+        loku.UnlearnTrainer(model, eval_dataset={"a": tmp_path / "absent.jsonl"}, **options)

@@ -173,3 +173,39 @@ def test_a_disk_that_is_full_at_the_save_ends_with_1(saving, folder, tmp_path, m
     assert "Make room, and save again" in text and "repeat the command" in text
     assert ("--resume_from_checkpoint true" in text) == bool(saving)
     assert contents(output) == before and not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--export_rank=0",), "--export_rank must be an integer >= 1, got 0"),
+        (
+            ("--export-rank=4", "--save=merged"),
+            "is the rank of a portable adapter, and there is --save merged",
+        ),
+        (("--export_rank=4", "--save=residual"), "and there is --save residual"),
+        (("--export_rank=4", "--tuning=full"), "--tuning full trains none"),
+    ],
+    ids=["zero", "merged", "residual", "full"],
+)
+def test_a_rank_of_a_save_that_has_none_is_refused(options, message, folder, no_rows, tmp_path, capsys):
+    assert unlearn(folder, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_at_a_rank_and_the_line_that_serves_it(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    fila = ("--init=fila", "--lora_rank=12", "--learning_rate=1e-2")
+    assert unlearn(folder, output, *fila) == 0
+    printed = capsys.readouterr().out
+    base = folder / "models" / "base"
+    serve = f"vllm serve {base} --enable-lora --lora-modules unlearned={output}"
+    assert f"To serve it with vLLM:\n    {serve} --max-lora-rank 32\n" in printed
+    assert "relative error" not in printed
+    assert unlearn(folder, output, *fila, "--export_rank=16") == 0
+    printed = capsys.readouterr().out
+    assert f"    {serve}\n" in printed
+    assert "adapter of rank 16 in the place of the exact one of rank 24: relative error 0." in printed
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 16
+    assert unlearn(folder, output, "--lora_rank=4", "--export_rank=16") == 0
+    assert "the adapter is exact: its rank is 4" in capsys.readouterr().out

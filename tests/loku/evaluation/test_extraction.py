@@ -17,6 +17,8 @@ def test_greedy_answers_have_at_most_so_many_tokens(model):
     for length in (1, 5, 20):
         (answer,) = greedy_answers(model, [memorized], scores, length, progress=False)
         assert answer == ids[2 : 2 + length]
+    answers = greedy_answers(model, [memorized] * 3, scores * 3, [1, 20, 5], progress=False)
+    assert answers == [ids[2:3], ids[2:], ids[2:7]]
 
 
 def test_packed_rows_have_no_extraction_likelihood(model):

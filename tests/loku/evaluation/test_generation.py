@@ -1,5 +1,6 @@
-"""Greedy generation against brute force: neither the batch nor the model's own settings count."""
+"""Generation against brute force: neither the batch nor the model's own settings count."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -9,7 +10,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, WatermarkingConfig
 
 from loku.evaluation import extraction_likelihood, generate_greedy
-from loku.evaluation.generation import eos_ids
+from loku.evaluation.generation import eos_ids, generate_sampled
 
 PROMPTS, LENGTHS = [[5, 6], [7, 8, 9, 10, 11, 12], [3], [20, 4, 19]], [9, 5, 12, 0]
 LEAKS = {
@@ -177,3 +178,75 @@ def test_nan_logits_are_refused():
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(FloatingPointError, match="logits have a NaN after prompt"):
         generate_greedy(model, PROMPTS, LENGTHS, progress=False)
+
+
+@torch.no_grad()
+def naive_sample(model, ids, length, numbers, temperature, top_p):
+    """Sample by the inverse of the cumulative distribution, one token at a time."""
+    new = []
+    while len(new) < length and EOS not in new:
+        p = (model(torch.tensor([ids + new])).logits[0, -1] / temperature).softmax(-1).tolist()
+        nucleus, mass = [], 0.0
+        for token in sorted(range(len(p)), key=lambda i: -p[i]):
+            if mass >= top_p:
+                break
+            nucleus.append(token)
+            mass += p[token]
+        left = numbers[len(new)] * mass
+        for token in nucleus:
+            left -= p[token]
+            if left < 0:
+                break
+        new.append(token)
+    return new
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (3.0, 0.5)])
+def test_samples_follow_from_their_keys_alone(model, temperature, top_p):
+    keys = [(0, 1), (0, 2), (0, 1), (7,)]
+    expected = [
+        naive_sample(model, p, n, np.random.default_rng(list(key)).random(n), temperature, top_p)
+        for p, n, key in zip(PROMPTS, LENGTHS, keys, strict=True)
+    ]
+    state = torch.get_rng_state()
+    for batch_size in (1, 4):
+        found = generate_sampled(
+            model,
+            PROMPTS,
+            LENGTHS,
+            keys,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+            progress=False,
+        )
+        assert found == expected, batch_size
+    assert torch.equal(torch.get_rng_state(), state)
+    assert expected[0] != naive_greedy(model, PROMPTS[0], LENGTHS[0])
+
+
+def test_samples_have_the_frequencies_of_the_distribution(model):
+    count = 2000
+    found = generate_sampled(
+        model, [[5, 6]] * count, [1] * count, [(3, i) for i in range(count)], batch_size=500, progress=False
+    )
+    with torch.no_grad():
+        p = model(torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
+    counts = torch.bincount(torch.tensor(found)[:, 0], minlength=len(p)).double() / count
+    assert (counts - p).abs().max() < 4 * 0.5 / count**0.5
+
+
+def test_a_nucleus_of_nothing_is_greedy(model):
+    found = generate_sampled(model, PROMPTS, LENGTHS, [(1,)] * 4, top_p=1e-9, progress=False)
+    assert found == [naive_greedy(model, p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)]
+
+
+def test_bad_sampling_is_refused():
+    model = tiny_model("llama")
+    for arguments, words in (({"temperature": 0}, "temperature"), ({"top_p": 1.5}, "top_p")):
+        with pytest.raises(ValueError, match=words):
+            generate_sampled(model, PROMPTS, LENGTHS, [(1,)] * 4, **arguments)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="sampling: the model's logits have a NaN after prompt"):
+        generate_sampled(model, PROMPTS, LENGTHS, [(1,)] * 4, progress=False)

@@ -1,55 +1,24 @@
 """Every kind of save is right for every layer that trains, or is refused before training."""
 
 import copy
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fila_models import LLAMA_SIZES, SMALL, assert_close, logits, train
+from fila_models import assert_close, logits, train
 from peft import LoraConfig, PeftModel, get_peft_model
+from saved_models import EXPERTS, make_base, make_peft, perturb
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM
 
 import loku
 from loku.adapter_folders import MERGED_ADAPTER
 from loku.fila.initialize import initialize_from_row_scales
 from loku.fila.targets import fila_targets
-from loku.saving.kinds import KINDS, check_save, save
+from loku.saving.kinds import KINDS, PlaceOfSave, check_save, save
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
-
-CONFIGS = {
-    "llama": LlamaConfig(**LLAMA_SIZES, num_key_value_heads=2),
-    "tied": LlamaConfig(**LLAMA_SIZES, num_key_value_heads=2, tie_word_embeddings=True),
-    "gpt2": GPT2Config(**SMALL, n_embd=48, n_layer=2, n_head=4, n_positions=64),
-    "gpt_neox": GPTNeoXConfig(**LLAMA_SIZES),
-    "mixtral": MixtralConfig(
-        **LLAMA_SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
-    ),
-}
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-def make_base(kind, dtype=torch.float32):
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind])).eval()
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model.to(dtype)
-
-
-def make_peft(kind, dtype=torch.float32, **options):
-    options = {"r": 4, "lora_alpha": 8, **options}
-    return get_peft_model(make_base(kind, dtype), LoraConfig(task_type="CAUSAL_LM", **options))
-
-
-def perturb(model, adapter_name="default"):
-    """Move the factors as training would, so that every adapted module changes the outputs."""
-    for name, parameter in model.named_parameters():
-        if f".{adapter_name}" in name:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def loaded(path, kind, base):
@@ -280,3 +249,42 @@ def test_a_residual_save_is_unlearned_further(init, tmp_path):
         assert_close(logits(loaded(tmp_path / "second", "portable", make_base("llama"))), expected, 1e-5)
         with pytest.raises(ValueError, match="is a residual, and the initial factors are not loaded"):
             unlearn(tmp_path / "first" / "base", "default")
+
+
+@pytest.mark.parametrize("kind", ["residual", "merged"])
+def test_a_rank_is_that_of_a_portable_adapter(kind, tmp_path):
+    model = make_peft("llama", target_modules=["q_proj"])
+    for refused in (check_save, lambda *args: save(model, tmp_path / "new", kind, rank=2)):
+        with pytest.raises(ValueError, match=f"rank is that of a portable adapter.*'{kind}'"):
+            refused(model, kind, 2)
+    with pytest.raises(ValueError, match="has no adapter"):
+        check_save(make_base("llama"), "portable", 2)
+    with pytest.raises(ValueError, match="has no adapter"):
+        save(make_base("llama"), tmp_path / "new", rank=2)
+    with pytest.raises(ValueError, match="rank must be an integer >= 1, got 0"):
+        save(model, tmp_path / "new", rank=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_place_of_a_save_refuses_an_adapter_that_cannot_have_the_rank(tmp_path):
+    arguments = SimpleNamespace(init="default")
+    plain = make_peft("llama", target_modules=["q_proj"])
+    PlaceOfSave(tmp_path / "new", "portable", 2).on_init_end(arguments, None, None, model=plain)
+    dora = make_peft("llama", target_modules=["q_proj"], use_dora=True)
+    PlaceOfSave(tmp_path / "new", "portable").on_init_end(arguments, None, None, model=dora)
+    with pytest.raises(ValueError, match="use_dora is not compressed"):
+        PlaceOfSave(tmp_path / "new", "portable", 2).on_init_end(arguments, None, None, model=dora)
+
+
+def test_a_result_is_saved_at_a_rank(tmp_path):
+    model = perturb(make_peft("llama", target_modules=["q_proj", "v_proj"]))
+    result = loku.UnlearnResult(model, [])
+    assert result.save(tmp_path / "exact") is None
+    lost = result.save(tmp_path / "small", rank=2)
+    assert (lost.rank, lost.exact_rank) == (2, 4) and 0 < lost.relative_error < 1
+    facts = json.loads((tmp_path / "small" / "loku_save.json").read_text())
+    assert (facts["kind"], facts["rank"], facts["exact_rank"]) == ("portable", "2", "4")
+    assert float(facts["relative_error"]) == pytest.approx(lost.relative_error, rel=1e-3)
+    assert loaded(tmp_path / "small", "portable", make_base("llama")).peft_config["default"].r == 2
+    save(model, tmp_path / "small")  # it makes way
+    assert "rank" not in json.loads((tmp_path / "small" / "loku_save.json").read_text())

@@ -14,9 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import loku
+from loku.demo import EMBEDDED
 from loku.fila.initialize import initialize_from_row_scales
 from loku.fila.targets import fila_targets
 from loku.target_modules import default_target_modules
+from loku.trust import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,3 +247,58 @@ def test_a_pickled_model_is_not_read(tmp_path):
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
         unlearned(tmp_path)
+
+
+TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def chat_base(tmp_path):
+    """A bfloat16 model with a tokenizer, a chat template and a generation config of its own."""
+    tokenizer = load_tokenizer(EMBEDDED)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = tiny_model("llama", len(tokenizer)).to(torch.bfloat16)
+    model.generation_config.update(temperature=0.3, do_sample=True, max_new_tokens=7)
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_merged_model_has_what_its_base_has(tuning, chat_base, tmp_path):
+    result = unlearned(tmp_path, tuning=tuning)
+    assert result.tokenizer is None  # the rows have ids
+    result.save(tmp_path / "merged", "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {again.dtype} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    ours, theirs = (
+        json.loads((path / "generation_config.json").read_text()) for path in (tmp_path / "merged", chat_base)
+    )
+    assert ours == theirs and ours["temperature"] == 0.3 and ours["max_new_tokens"] == 7
+    tokenizer = load_tokenizer(tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == TEMPLATE
+    messages = [{"role": "user", "content": "Who?"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<user>Who?"
+    assert tokenizer.get_vocab() == load_tokenizer(EMBEDDED).get_vocab()
+    if tuning == "lora":  # one rounding of the sum in float32
+        for name, layer in fila_targets_of(result.model).items():
+            exact = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
+            assert torch.equal(weights[f"{name}.weight"], exact.to(torch.bfloat16))
+
+
+def test_a_tokenizer_that_was_passed_comes_first(chat_base, tmp_path):
+    result = unlearned(tmp_path)
+    other = load_tokenizer(EMBEDDED)
+    other.chat_template = "{{ 'other' }}"
+    result.tokenizer = other
+    result.save(tmp_path / "merged", "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ 'other' }}"
+
+
+def test_the_log_says_that_a_base_has_no_tokenizer(tmp_path, caplog):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    unlearned(tmp_path).save(tmp_path / "merged", "merged")
+    assert "saved without a tokenizer" in caplog.text and str(tmp_path / "base") in caplog.text
+    assert not (tmp_path / "merged" / "tokenizer.json").exists()

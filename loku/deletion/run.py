@@ -1,0 +1,462 @@
+"""A run of a deletion request, from its rows to the folder of its record.
+
+The stages, in order: the choice of the rows, the measures before, the rows to keep, unlearning, the measures
+after, the attacks, and the record. What is measured and attacked is what is served, as it was loaded from the
+disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loku.adapter_folders import find_adapter, load_on_base
+from loku.deletion import facts, ledger, measures, record, seal
+from loku.deletion.duplicates import Separated, find_duplicates, separate
+from loku.deletion.entities import entities
+from loku.deletion.request import ATTACKS, Request, request_facts
+from loku.deletion.retain import build_retain, split_for_utility
+from loku.deletion.selection import SelectedRows, check_holdout, select_rows
+from loku.deletion.stages import Stages
+from loku.deletion.texts import row_text
+from loku.deletion.training import unlearn_to_limits
+from loku.models import load_model
+from loku.probe import measure_probe, relative_ability
+from loku.saving.directories import whole_file
+from loku.trust import load_tokenizer, trusts_code
+
+_RUN = "run.json"  # in the private directory: what identifies the run
+_RETAIN = "retain.json"  # in the private directory: the rows to keep
+_RECORD = "record"  # in the private directory: the folder of the record, until it is whole
+
+
+class Run:
+    """One run of a request, or its continuation.
+
+    Args:
+        request: The request.
+        directory: The folder of the record, which is not there yet.
+        work: The private directory of the run, which exists.
+        progress: Whether to show the stages and progress bars.
+    """
+
+    def __init__(self, request: Request, directory: Path, work: Path, progress: bool) -> None:
+        self.request, self.directory, self.work, self.progress = request, directory, work, progress
+        self.folder = work / _RECORD
+        self.stages = Stages(work, progress)
+        self.not_tested: dict[str, str] = {}
+        self._held: tuple[str, Any] | None = None
+
+    def run(self, key: str | os.PathLike | None) -> None:
+        """Run all stages that have not run, and put the sealed record into its place."""
+        begin = self._identify()
+        rows = self.stages("rows", self._find_rows)
+        kept: dict[str, Any] = {"rows": rows, **self._measure_before()}
+        outcome = kept.pop("outcome")
+        if outcome is None:
+            outcome = self._unlearn(kept)
+        self._write(kept, outcome, begin, key)
+
+    # What the run works on.
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of ``from_pretrained`` for the model of the request."""
+        given = {"dtype": "auto", **self.request.model_arguments}
+        return given if self.request.revision is None else {**given, "revision": self.request.revision}
+
+    @cached_property
+    def start(self) -> str:
+        """The state from which unlearning starts: the newest of the ledger, or the model of the request."""
+        newest = None if self.request.ledger is None else ledger.latest_state(self.request.ledger)
+        return self.request.model if newest is None else str(newest)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the request."""
+        place = self.request.tokenizer or self.request.model
+        return load_tokenizer(place, trust_remote_code=trusts_code(self.arguments))
+
+    @cached_property
+    def selected(self) -> SelectedRows:
+        """The rows that the request names."""
+        return select_rows(self.request.forget, "forget")
+
+    @cached_property
+    def holdout(self) -> list[Any] | None:
+        """The hold-out rows, or None if the request has none."""
+        return None if self.request.holdout is None else select_rows(self.request.holdout, "holdout").rows
+
+    @cached_property
+    def separated(self) -> Separated:
+        """The rows to forget, and what else is equal or nearly equal to them."""
+        selected, source = self.selected, self.request.retain
+        others: dict[str, Any] = {"rest": selected.rest}
+        for name, selection in (("retain", source.given), ("corpus", source.corpus)):
+            if selection is not None:
+                others[name] = select_rows(selection, name).rows
+        if self.holdout is not None:
+            others["holdout"] = self.holdout
+        found = find_duplicates(selected.rows, others, self.request.near_duplicate_similarity)
+        include = self.request.include_near_duplicates
+        return separate(selected.rows, others, found, include, {"rest": selected.rest_indices})
+
+    @property
+    def forget(self) -> list[Any]:
+        """The rows to forget, with the near duplicates that are taken along."""
+        return self.separated.forget
+
+    @cached_property
+    def earlier(self) -> list[ledger.EarlierRequest]:
+        """The requests that the ledger holds already."""
+        return [] if self.request.ledger is None else ledger.earlier_requests(self.request.ledger)
+
+    def _model(self, place: str) -> Any:
+        """Load a model for measuring. The last one stays in memory."""
+        if self._held is None or self._held[0] != place:
+            self._held = None
+            arguments = self.arguments if place == self.request.model else self._local_arguments
+            # An adapter stays unmerged, because a merge rounds to the dtype of the base.
+            adapter = find_adapter(place, arguments) if place == self._served else None
+            loaded: Any = (
+                load_model(place, arguments) if adapter is None else load_on_base(adapter, arguments)[0]
+            )
+            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+            self._held = place, loaded.to(device).eval()
+        return self._held[1]
+
+    @property
+    def _local_arguments(self) -> dict[str, Any]:
+        """The arguments for what the procedure itself has saved."""
+        return {
+            name: value for name, value in self.arguments.items() if name not in ("revision", "subfolder")
+        }
+
+    @property
+    def _served(self) -> str:
+        """The folder of what will be served, while it is not yet in its place."""
+        return str(self.folder / ("model" if self.request.target == "merged" else "adapter"))
+
+    # The stages.
+
+    def _identify(self) -> str:
+        """Note what identifies the run, or refuse to go on from another one. Return the time of its begin."""
+        request = self.request
+        selections = {
+            "forget": request.forget,
+            "retain": request.retain.given,
+            "corpus": request.retain.corpus,
+            "holdout": request.holdout,
+        }
+        self.inputs = {
+            "model": facts.model_digests(
+                self.start, revision=request.revision, model_arguments=request.model_arguments
+            ),
+            "data": {
+                name: {"source": selection.data, "sha256": facts.data_digest(selection.data)}
+                for name, selection in selections.items()
+                if selection is not None
+            },
+            "code": facts.code_digest(),
+        }
+        self.machine, self.versions = facts.machine_facts(), facts.versions()
+        identity = {
+            "request": request_facts(request),
+            **self.inputs,
+            "machine": self.machine,
+            "versions": self.versions,
+        }
+        file = self.work / _RUN
+        if not file.is_file():
+            with whole_file(file) as new:
+                begin = _now()
+                new.write_text(json.dumps({"begin": begin, "identity": identity}), encoding="utf-8")
+            return begin
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(identity))
+        changed = [name for name in now if now[name] != kept["identity"].get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.work} has an unfinished run, and since it began {', '.join(changed)} has changed: "
+                "delete that folder to begin anew, or pass another --output"
+            )
+        return kept["begin"]
+
+    def _find_rows(self) -> dict[str, Any]:
+        """Choose the rows, and find what is equal or nearly equal to them."""
+        known: dict[str, Sequence[Any]] = {"forget": self.forget}
+        if self.holdout is not None:
+            check_holdout(self.holdout, **known)
+        selected = self.selected
+        return {
+            "selected": len(selected.rows),
+            "total": selected.total,
+            "indices": selected.indices,
+            "near_duplicates": self.separated.facts,
+        }
+
+    def _measure_rows(self, place: str, rows: Sequence[Any], name: str) -> measures.RowMeasures:
+        return measures.measure_rows(self._model(place), self.tokenizer, rows, name, progress=self.progress)
+
+    def _measure_before(self) -> dict[str, Any]:
+        """Measure the rows under the model, and decide whether there is anything to forget."""
+        found = self.stages("measures_before", lambda: self._knowledge(self.start))
+        if found.pop("known"):
+            return {**found, "outcome": None}
+        outcome = "not known"
+        adapter = self.request.trained_adapter
+        if adapter is not None:  # the model does not know the rows without it
+            with_adapter = self.stages("measures_with_adapter", lambda: self._knowledge(adapter))
+            found["knowledge"]["with_the_adapter"] = with_adapter["knowledge"]
+            if with_adapter["known"]:
+                outcome = "delete the adapter"
+        return {**found, "limits": {}, "outcome": outcome}
+
+    def _knowledge(self, place: str) -> dict[str, Any]:
+        forget = self._measure_rows(place, self.forget, "forget")
+        before = {"forget": measures.summary(forget)}
+        holdout = None
+        if self.holdout is not None:
+            holdout = self._measure_rows(place, self.holdout, "holdout")
+            before["holdout"] = measures.summary(holdout)
+        verdict = measures.known(forget, holdout, self.request.limits)
+        return {
+            "known": verdict["known"],
+            "knowledge": {
+                "verdict": "the model knows the rows"
+                if verdict["known"]
+                else "the model does not know the rows",
+                "reasons": verdict["reasons"],
+            },
+            "measures": {"before": before},
+            "limits": measures.limits_of(self.request.limits, before.get("holdout"), before["forget"]),
+        }
+
+    def _keep(self) -> dict[str, Any]:
+        """Build the retain set, and keep its rows in the run's directory: the model writes some of them."""
+        forgotten = [row for earlier in self._earlier_rows.values() if earlier for row in earlier]
+        rows, told = build_retain(
+            self._model(self.start),
+            self.tokenizer,
+            self.request.retain,
+            [*self.forget, *forgotten],
+            progress=self.progress,
+        )
+        # A row of the user's may equal one that is forgotten, too, since near duplicates were taken along.
+        texts = {row_text(row) for row in (*self.forget, *forgotten)}
+        own = sum(told.get(part, {}).get("rows", 0) for part in ("given", "neighbours"))
+        parts = {"retain": rows[:own], "general": rows[own:]}
+        parts = {
+            name: [row for row in of_part if row_text(row) not in texts] for name, of_part in parts.items()
+        }
+        told["left_out"] = len(rows) - sum(map(len, parts.values()))
+        trained, measured = [], {}
+        for name, of_part in parts.items():
+            if len(of_part) > 1:
+                of_training, measured[name] = split_for_utility(of_part)
+                trained += of_training
+            else:
+                trained += of_part
+        if not measured:
+            raise ValueError(
+                f"retain: {len(trained)} rows are too few, because some of them measure what is kept: give "
+                "at least 2 rows, or let the model write texts (sampled: 32)"
+            )
+        told["trained"] = len(trained)
+        told["measured"] = {name: len(of_part) for name, of_part in measured.items()}
+        with whole_file(self.work / _RETAIN) as new:
+            new.write_text(
+                json.dumps({"trained": trained, "measured": measured}, default=str), encoding="utf-8"
+            )
+        return told
+
+    @cached_property
+    def _retain(self) -> dict[str, Any]:
+        return json.loads((self.work / _RETAIN).read_text(encoding="utf-8"))
+
+    def _sets(self) -> dict[str, list[Any]]:
+        """The sets that are measured before and after."""
+        sets = {"forget": self.forget, **self._retain["measured"]}
+        return sets if self.holdout is None else {**sets, "holdout": self.holdout}
+
+    def _measure(self, place: str, *names: str) -> dict[str, Any]:
+        sets = {name: rows for name, rows in self._sets().items() if not names or name in names}
+        return measures.measure_sets(self._model(place), self.tokenizer, sets, progress=self.progress)
+
+    def _probe(self, place: str) -> dict[str, Any]:
+        """Measure the general ability, without the questions about what is forgotten."""
+        names = entities(self.forget, self.tokenizer)
+        return measure_probe(self._model(place), self.tokenizer, exclude=names, progress=self.progress)
+
+    def _unlearn(self, kept: dict[str, Any]) -> str:
+        """Unlearn, measure and attack what came out. Add what was found to ``kept``; return the outcome."""
+        kept["retain"] = self.stages("retain", self._keep)
+        before = kept["measures"]["before"]
+        before |= self.stages("retain_before", lambda: self._measure(self.start, *self._retain["measured"]))
+        probe = {"before": self.stages("probe_before", lambda: self._probe(self.start))}
+        attacks: dict[str, Any] = {"before": self._attacks("before", self.start, ("extract", "mia"))}
+        kept["training"] = trained = self.stages("unlearning", lambda: self._train(kept["limits"]))
+        kept |= {"probe": probe, "attacks": attacks}
+        outcome = trained.pop("outcome")
+        limits = kept["limits"]
+        if outcome == "undone":
+            kept["limits"] = {name: _limit(limit, before, None, name) for name, limit in limits.items()}
+            return outcome
+        after = kept["measures"]["after"] = self.stages("measures_after", lambda: self._measure(self._served))
+        kept["limits"] = {name: _limit(limit, before, after, name) for name, limit in limits.items()}
+        probe["after"] = self.stages("probe_after", lambda: self._probe(self._served))
+        probe["relative"] = relative_ability(probe["before"], probe["after"])
+        attacks["after"] = self._attacks("after", self._served, self.request.attacks)
+        if self.request.control is not None:
+            control = self.request.control
+            kept["measures"]["control"] = self.stages("control", lambda: self._measure(control))
+        else:
+            self.not_tested["control"] = "no model that was retrained without the rows was given"
+        if self.earlier:
+            kept["ledger"] = {"earlier": self.stages("earlier_requests", self._earlier_again)}
+        met = all(limit["met"] for limit in kept["limits"].values())
+        return "forgotten" if met and outcome == "forgotten" else "not forgotten"
+
+    @cached_property
+    def _earlier_rows(self) -> dict[int, list[Any] | None]:
+        """The rows of the earlier requests by their numbers in the ledger; None where they are gone."""
+        found: dict[int, list[Any] | None] = {}
+        for earlier in self.earlier:
+            try:
+                found[earlier.entry.number] = select_rows(earlier.forget, earlier.entry.record).rows
+            except (OSError, ValueError):  # as they should be: the data was to be deleted
+                found[earlier.entry.number] = None
+        return found
+
+    def _earlier_again(self) -> list[dict[str, Any]]:
+        """Measure the rows of the earlier requests on what is served now."""
+        told = []
+        for earlier in self.earlier:
+            rows = self._earlier_rows[earlier.entry.number]
+            entry: dict[str, Any] = {"reference": earlier.entry.reference, "record": earlier.entry.record}
+            if rows is None:
+                entry["still_forgotten"] = None
+                entry["reason"] = "its rows are not there any more"
+            else:
+                found = measures.summary(self._measure_rows(self._served, rows, earlier.entry.record))
+                entry["measures"] = found
+                entry["limits"] = dict(earlier.limits)
+                entry["still_forgotten"] = all(
+                    (found.get(name) or 0.0) <= limit for name, limit in earlier.limits.items()
+                )
+            told.append(entry)
+        return told
+
+    def _train(self, limits: Mapping[str, float]) -> dict[str, Any]:
+        """Unlearn to the limits, and save what will be served."""
+        request, target = self.request, self.request.target
+        self._held = None  # training loads the model itself
+        trained = unlearn_to_limits(
+            self.start,
+            self.forget,
+            self._retain["trained"],
+            self.holdout,
+            limits=limits,
+            utility_sets=self._retain["measured"],
+            utility_floor=request.utility_floor,
+            minutes=request.minutes,
+            training=request.training,
+            model_arguments=self.arguments if self.start == request.model else self._local_arguments,
+            tokenizer=self.tokenizer,
+            output_dir=self.work / "training",
+            progress=self.progress,
+        )
+        if trained.result is not None:
+            self.folder.mkdir(exist_ok=True)
+            kind: Any = "merged" if target == "merged" else "portable"
+            trained.result.save(self._served, kind, rank=request.rank)
+        return {**trained.facts, "outcome": trained.outcome}
+
+    def _attacks(self, when: str, place: str, names: Sequence[str]) -> dict[str, Any]:
+        """Run the attacks of some names on a model, each as a stage."""
+        done = {}
+        for name in ATTACKS:
+            if name not in names or name not in self.request.attacks:
+                if when == "after":
+                    self.not_tested[name] = "the request did not ask for it"
+                continue
+            if name == "mia" and self.holdout is None:
+                self.not_tested[name] = "there is no hold-out set"
+                continue
+            done[name] = self.stages(f"attack_{name}_{when}", partial(self._attack, name, place))
+        return done
+
+    def _attack(self, name: str, place: str) -> dict[str, Any]:
+        from loku import attacks
+
+        model, tokenizer, forget, holdout = self._model(place), self.tokenizer, self.forget, self.holdout
+        if name == "extract":
+            return attacks.extraction_attack(model, tokenizer, forget, holdout, progress=self.progress)
+        if name == "mia":
+            assert holdout is not None
+            return attacks.membership_attack(
+                model, tokenizer, forget, holdout, self._other(place), progress=self.progress
+            )
+        if name == "relearn":
+            control = self.request.control
+            return attacks.relearning_attack(
+                model,
+                tokenizer,
+                forget,
+                control_model=None if control is None else load_model(control, {"dtype": "auto"}),
+                holdout=holdout,
+                retain=next(iter(self._retain["measured"].values())),
+                original_model=self._other(place),
+            )
+        return attacks.quantisation_attack(model, tokenizer, self._sets(), progress=self.progress)
+
+    def _other(self, place: str) -> Any:
+        """The model from before the run, as the reference of an attack on what came out; else None."""
+        if place == self.start:
+            return None
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        arguments = self.arguments if self.start == self.request.model else self._local_arguments
+        original: Any = load_model(self.start, arguments)
+        return original.to(device).eval()
+
+    def _write(self, kept: dict[str, Any], outcome: str, begin: str, key: str | os.PathLike | None) -> None:
+        """Write the record, seal it, and move the folder into its place."""
+        self.folder.mkdir(exist_ok=True)
+        shutil.copyfile(self.request.path, self.folder / "request.yaml")
+        record.write_record(
+            self.folder,
+            {
+                "schema": record.SCHEMA,
+                "outcome": outcome,
+                "request": request_facts(self.request),
+                "times": {"begin": begin, "end": _now(), "seconds": self.stages.seconds},
+                "machine": self.machine,
+                "versions": self.versions,
+                "inputs": self.inputs,
+                **kept,
+                "not_tested": self.not_tested,
+            },
+        )
+        seal.seal(self.folder, key)
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.folder, self.directory)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _limit(
+    limit: float, before: Mapping[str, Any], after: Mapping[str, Any] | None, name: str
+) -> dict[str, Any]:
+    value = None if after is None else after["forget"][name]
+    met = None if after is None else value is not None and value <= limit
+    return {"limit": limit, "before": before["forget"][name], "after": value, "met": met}

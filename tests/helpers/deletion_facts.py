@@ -1,0 +1,129 @@
+"""The facts of a deletion record, as a run leaves them."""
+
+import copy
+
+DIGEST = "a" * 64
+
+
+def measures(probability, accuracy, strength, likelihood):
+    return {
+        "rows": 8,
+        "probability": probability,
+        "perplexity": 1 / probability,
+        "memorization_accuracy": accuracy,
+        "extraction_strength": strength,
+        "extracted": 0.0,
+        "extraction_likelihood_10": likelihood,
+    }
+
+
+def curve(*probabilities):
+    return [{"step": 2 * index, "rest_probability": value} for index, value in enumerate(probabilities)]
+
+
+FACTS = {
+    "schema": 1,
+    "outcome": "forgotten",
+    "request": {
+        "path": "/requests/17.yaml",
+        "reference": "ER-2026-17",
+        "requester": "A. Example",
+        "model": "/models/small",
+        "forget": {
+            "data": "/data/rows.jsonl",
+            "ids": [3, "x"],
+            "id_column": "id",
+            "contains": None,
+            "matches": None,
+            "columns": ["question"],
+        },
+        "utility_floor": 0.9,
+        "attacks": ["extract", "mia", "relearn", "quantise"],
+    },
+    "times": {
+        "begin": "2026-01-02T03:04:05+00:00",
+        "end": "2026-01-02T03:08:05+00:00",
+        "seconds": {"before": 20.5, "training": 100.0, "attacks": 119.5},
+    },
+    "machine": {"cpu": "a processor", "device": "cpu", "threads": 2, "memory": 2**34},
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0", "peft": "0.21.2"},
+    "inputs": {
+        "model": {"name": "/models/small", "revision": None, "files": {"model.safetensors": DIGEST}},
+        "data": {
+            "forget": {"source": "/data/rows.jsonl", "rows": 400, "selected": 8, "sha256": DIGEST},
+            "holdout": {"source": "/data/others.jsonl", "rows": 40, "selected": 40, "sha256": DIGEST},
+        },
+        "code": {"version": "0.1.0", "sha256": DIGEST},
+        "settings": {"learning_rate": 0.002, "lora_rank": 8},
+    },
+    "rows": {
+        "selected": 8,
+        "near_duplicates": {
+            "taken_along": False,
+            "count": 1,
+            "found": [{"set": "retain", "index": 7, "forget_index": 2, "kind": "near", "similarity": 0.81}],
+        },
+    },
+    "retain": {"given": 40, "sampled": 32},
+    "knowledge": {"verdict": "known", "reasons": ["probability 0.998 > 0.05"]},
+    "measures": {
+        "before": {
+            "forget": measures(0.998, 1.0, 0.95, 0.97),
+            "retain": measures(0.997, 1.0, 0.94, 0.96),
+            "holdout": measures(0.004, 0.3, 0.05, None),
+        },
+        "after": {
+            "forget": measures(0.003, 0.25, 0.04, 0.0),
+            "retain": measures(0.95, 0.98, 0.9, 0.93),
+            "holdout": measures(0.003, 0.28, 0.05, None),
+        },
+        "control": {"forget": measures(0.002, 0.24, 0.04, 0.0)},
+    },
+    "limits": {
+        "memorization_accuracy": {"limit": 0.3, "before": 1.0, "after": 0.25, "met": True},
+        "extraction_strength": {"limit": 0.05, "before": 0.95, "after": 0.04, "met": True},
+    },
+    "probe": {"before": {"arithmetic": 0.5}, "after": {"arithmetic": 0.48}, "relative": 0.96},
+    "training": {
+        "steps": 12,
+        "chosen_step": 10,
+        "reason": "all limits are met",
+        "history": [
+            {
+                "step": step,
+                "epoch": step / 5,
+                "forget_memorization_accuracy": 1.0 - step / 13,
+                "forget_extraction_strength": 0.95 - step / 13,
+                "utility": 1.0 - step / 200,
+            }
+            for step in range(0, 13, 2)
+        ],
+    },
+    "attacks": {
+        "before": {"extract": {"greedy": {"prefix": {"extracted": 1.0, "rouge_l": 1.0}}}},
+        "after": {
+            "extract": {"greedy": {"prefix": {"extracted": 0.0, "rouge_l": 0.21}}, "prompts": 3},
+            "mia": {"loss": {"auc": 0.52}, "zlib": {"auc": 0.5}},
+            "relearn": {
+                "taught_rows": [0, 2, 4, 7],
+                "unlearned": {"best": 0.4, "curve": curve(0.003, 0.1, 0.4)},
+                "control": {"kind": "hold-out", "best": 0.003, "curve": curve(0.002, 0.0025, 0.003)},
+                "not_tested": {"steps_to_half": "no original model was given"},
+            },
+        },
+    },
+    "serving": {
+        "target": "vllm",
+        "rank": 16,
+        "error": {"relative": 0.01},
+        "lines": ["vllm serve /models/small --enable-lora \\\n    --max-lora-rank 16"],
+    },
+    "ledger": {"earlier": [{"reference": "ER-2026-11", "still_forgotten": True, "measures": {"ma": 0.2}}]},
+    "not_tested": {"quantise": "the request does not ask for it"},
+}
+
+
+def facts(**replaced):
+    """Return the facts with some parts replaced; None takes a part away."""
+    found = copy.deepcopy(FACTS) | replaced
+    return {name: part for name, part in found.items() if part is not None}
