@@ -212,7 +212,7 @@ class Run:
 
     @cached_property
     def _options(self) -> dict[str, Any]:
-        """The options of all measures. Extraction Likelihood continues about 400 prefixes of the larger set."""
+        """The options of all measures. Extraction Likelihood continues about ``PREFIXES`` prefixes."""
         prefixes = 0
         for name, rows in (("forget", self.forget), ("holdout", self.holdout or [])):
             tokens = tokenize_dataset(rows, self.tokenizer, name=name) if rows else []
