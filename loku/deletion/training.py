@@ -287,13 +287,16 @@ def _spread(rows: Sequence[Any], most: int) -> list[Any]:
 
 
 def _history(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The step and the measures of each evaluation, without its speed."""
+    """The step and the measures of each evaluation, without its speed, in one order.
+
+    The log that a resumed run reads has another order than the log of a run that was never stopped.
+    """
     speed = ("_runtime", "_samples_per_second", "_steps_per_second")
     return [
         {"step": entry["step"]}
         | {
             name.removeprefix("eval_"): value if math.isfinite(value) else None
-            for name, value in entry.items()
+            for name, value in sorted(entry.items())
             if name.startswith("eval_") and not name.endswith(speed)
         }
         for entry in log
