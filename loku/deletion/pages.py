@@ -61,10 +61,11 @@ def _asked(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Begin of the run", facts["times"]["begin"]
     yield "End of the run", facts["times"]["end"]
     yield "The model", (inputs.get("model") or {}).get("name") or request.get("model") or "not said"
-    selected = (facts.get("rows") or {}).get("selected")
+    rows = facts.get("rows") or {}
+    selected, total = rows.get("selected"), rows.get("total")
     forget = (inputs.get("data") or {}).get("forget") or {}
     source = forget.get("source") or (request.get("forget") or {}).get("data") or "a source that is not said"
-    of = f" of {forget['rows']}" if forget.get("rows") is not None else ""
+    of = "" if total is None else f" of {total}"
     count = "rows" if selected is None else f"{selected}{of} rows"
     yield "What must be forgotten", f"{count} of {source}"
 
@@ -92,11 +93,12 @@ def _done(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _duplicates(near: Mapping[str, Any]) -> str:
-    kinds = Counter(row.get("kind") or "of no kind" for row in near.get("found") or [] if row)
+    kinds = Counter(row.get("kind") or "of no kind" for row in near.get("duplicates") or [] if row)
     if not kinds:
         return "none was found"
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return f"found: {counts}; they were {'' if near.get('included') else 'not '}forgotten, too"
+    along = sum((numbers or {}).get("taken_along") or 0 for numbers in (near.get("sets") or {}).values())
+    return f"found: {counts}; {along or 'none'} of them {'was' if along < 2 else 'were'} forgotten, too"
 
 
 def _serving(serving: Mapping[str, Any]) -> str:

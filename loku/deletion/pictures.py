@@ -61,8 +61,14 @@ def _figures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Figure]]
         caption = "Measures of the model by data set. A dashed line is the limit of the rows to forget."
         yield "measures", "measures", caption, figure
     training = facts.get("training") or {}
-    if figure := _curves({"": training.get("history") or []}, limits, training.get("chosen_step")):
-        caption = "Measures by step of the training. A dashed line is a limit, a dotted one the step kept."
+    floors = ((training.get("utility") or {}).get("floors")) or {}
+    bounds = {f"forget_{name}": limit for name, limit in limits.items()}
+    bounds |= {f"{name}_probability": floor for name, floor in floors.items() if floor is not None}
+    if figure := _curves({"": training.get("history") or []}, bounds, training.get("chosen_step")):
+        caption = (
+            "Measures by step of the training. A dashed line is a limit of the rows to forget, or the floor "
+            "of rows to keep. A dotted line is the step that was kept."
+        )
         yield "training", "training", caption, figure
     attacks = facts.get("attacks") or {}
     for name, title in ATTACK_TITLES.items():
@@ -136,7 +142,7 @@ def _bars(measures: Mapping[str, Any], limits: Mapping[str, float]) -> Figure | 
 
 
 def _curves(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], limits: Mapping[str, float], mark: int | None
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], bounds: Mapping[str, float], mark: int | None
 ) -> Figure | None:
     """A panel for each quantity of some curves, with a line for each curve."""
     lines: dict[str, dict[str, dict[float, float]]] = {}
@@ -152,8 +158,8 @@ def _curves(
     for axes, name in zip(panels, names, strict=True):
         for label, points in lines[name].items():
             axes.plot([*points], [*points.values()], marker="o", markersize=3, label=clean(label) or None)
-        if (limit := _limit(name, limits)) is not None:
-            axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit")
+        if name in bounds:
+            axes.axhline(bounds[name], color="black", linestyle="--", linewidth=1, label="limit or floor")
         if mark is not None:
             axes.axvline(mark, color="black", linestyle=":", linewidth=1, label="step that was kept")
         axes.set_title(_wrapped(name.replace("_", " ").replace(".", ": ")), fontsize="medium")
@@ -170,14 +176,6 @@ def _numbers(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _numbers(value, f"{prefix}{key}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and key not in _NO_QUANTITY:
             yield f"{prefix}{key}", float(value)
-
-
-def _limit(name: str, limits: Mapping[str, float]) -> float | None:
-    """The limit of a quantity, if it is a measure of the forget rows: ``forget_probability``."""
-    for prefix in ("forget_", "forget."):
-        if name.startswith(prefix):
-            return limits.get(name.removeprefix(prefix))
-    return None
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -330,10 +331,10 @@ class Run:
         """The rows of the earlier requests by their numbers in the ledger; None where they are gone."""
         found: dict[int, list[Any] | None] = {}
         for earlier in self.earlier:
-            try:
-                found[earlier.entry.number] = select_rows(earlier.forget, earlier.entry.record).rows
-            except (OSError, ValueError):  # as they should be: the data was to be deleted
-                found[earlier.entry.number] = None
+            found[earlier.entry.number] = None
+            if earlier.forget is not None:
+                with suppress(OSError, ValueError):  # gone, as they should be: the data was to be deleted
+                    found[earlier.entry.number] = select_rows(earlier.forget, earlier.entry.record).rows
         return found
 
     def _earlier_again(self) -> list[dict[str, Any]]:

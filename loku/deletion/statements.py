@@ -13,8 +13,8 @@ OUTCOME_STATEMENTS = {
     "not forgotten": (
         "Not forgotten",
         "No.",
-        "At least one limit of the request is not met. The new model still shows the rows. The deletion is "
-        "not done.",
+        "The new model is not within all limits of the request, so it may still show the rows. The deletion "
+        "is not done.",
     ),
     "undone": (
         "Undone",
@@ -25,8 +25,7 @@ OUTCOME_STATEMENTS = {
     "not known": (
         "Not known",
         "There was nothing to delete from the model.",
-        "The model shows no more of the rows than of texts that it never saw. So nothing was trained, and no "
-        "new model was made.",
+        "No measure shows that the model knows the rows. So nothing was trained, and no new model was made.",
     ),
     "delete the adapter": (
         "Delete the adapter",

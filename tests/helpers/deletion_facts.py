@@ -50,17 +50,23 @@ FACTS = {
     "inputs": {
         "model": {"name": "/models/small", "revision": None, "files": {"model.safetensors": DIGEST}},
         "data": {
-            "forget": {"source": "/data/rows.jsonl", "rows": 400, "selected": 8, "sha256": DIGEST},
-            "holdout": {"source": "/data/others.jsonl", "rows": 40, "selected": 40, "sha256": DIGEST},
+            "forget": {"source": "/data/rows.jsonl", "sha256": DIGEST},
+            "holdout": {"source": "/data/others.jsonl", "sha256": DIGEST},
         },
         "code": {"version": "0.1.0", "sha256": DIGEST},
-        "settings": {"learning_rate": 0.002, "lora_rank": 8},
     },
     "rows": {
         "selected": 8,
+        "total": 400,
+        "indices": [3, 4, 5, 6, 7, 8, 9, 11],
         "near_duplicates": {
-            "included": False,
-            "found": [{"set": "retain", "index": 7, "forget_index": 2, "kind": "near", "similarity": 0.81}],
+            "included": True,
+            "forget_rows": {"asked": 8, "with_near_duplicates": 9},
+            "sets": {"rest": {"rows": 392, "near": 1, "taken_along": 1}, "retain": {"rows": 40, "near": 1}},
+            "duplicates": [
+                {"set": "rest", "index": 17, "forget_index": 2, "kind": "near", "similarity": 0.81},
+                {"set": "retain", "index": 7, "forget_index": 2, "kind": "exact", "similarity": 1.0},
+            ],
         },
     },
     "retain": {"given": 40, "sampled": 32},
@@ -93,10 +99,12 @@ FACTS = {
                 "epoch": step / 5,
                 "forget_memorization_accuracy": 1.0 - step / 13,
                 "forget_extraction_strength": 0.95 - step / 13,
-                "utility": 1.0 - step / 200,
+                "retain_probability": 1.0 - step / 200,
             }
             for step in range(0, 13, 2)
         ],
+        "utility": {"original": {"retain": 0.99}, "floors": {"retain": 0.9}, "kept": 0.96},
+        "training": {"learning_rate": 0.002, "lora_rank": 8},
     },
     "attacks": {
         "before": {"extract": {"greedy": {"prefix": {"extracted": 1.0, "rouge_l": 1.0}}}},
@@ -117,7 +125,17 @@ FACTS = {
         "error": {"relative": 0.01},
         "lines": ["vllm serve /models/small --enable-lora \\\n    --max-lora-rank 16"],
     },
-    "ledger": {"earlier": [{"reference": "ER-2026-11", "still_forgotten": True, "measures": {"ma": 0.2}}]},
+    "ledger": {
+        "earlier": [
+            {
+                "reference": "ER-2026-11",
+                "record": "11-record",
+                "still_forgotten": True,
+                "reason": None,
+                "measures": {"memorization_accuracy": 0.2},
+            }
+        ]
+    },
     "not_tested": {"quantise": "the request does not ask for it"},
 }
 

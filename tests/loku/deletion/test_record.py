@@ -122,7 +122,7 @@ def test_the_first_page_answers_the_questions_of_an_officer(files):
         "| Who asks | A. Example |",
         "| Reference number | ER-2026-17 |",
         "8 of 400 rows of /data/rows.jsonl",
-        "found: 1 near; they were not forgotten, too",
+        "found: 1 exact, 1 near; 1 of them was forgotten, too",
         "12 steps; the weights of step 10 were kept (all limits are met)",
         "| share of tokens that are the first guess (MA) | 1 | 0.25 | 0.3 | yes |",
         "kept 96% of its general ability",
@@ -194,7 +194,7 @@ def test_what_strangers_wrote_is_shown_as_text(tmp_path):
 
 def test_a_long_table_is_cut_on_the_page_alone(tmp_path):
     record = facts(measures=None, attacks=None)
-    record["training"]["history"] = [{"step": step, "utility": 0.5} for step in range(1000)]
+    record["training"]["history"] = [{"step": step, "probability": 0.5} for step in range(1000)]
     record["rows"]["indices"] = [*range(50)]
     files = written(tmp_path / "a", record)
     page = files["record.md"].decode()
@@ -267,9 +267,8 @@ def test_the_pictures_have_the_figures(drawn):
     accuracy, strength, utility = figures["training"].axes
     assert list(accuracy.lines[0].get_xdata()) == [*range(0, 13, 2)]
     assert list(utility.lines[0].get_ydata()) == [1 - step / 200 for step in range(0, 13, 2)]
-    assert [axes.lines[1].get_ydata()[0] for axes in (accuracy, strength)] == [0.3, 0.05]  # the limits
+    assert [axes.lines[1].get_ydata()[0] for axes in (accuracy, strength, utility)] == [0.3, 0.05, 0.9]
     assert [axes.lines[-1].get_xdata()[0] for axes in (accuracy, strength, utility)] == [10, 10, 10]
-    assert len(utility.lines) == 2
     (rest,) = figures["attack_relearn"].axes
     assert {line.get_label(): list(line.get_ydata()) for line in rest.lines} == {
         "unlearned": [0.003, 0.1, 0.4],
@@ -314,8 +313,8 @@ def replaced(path, value):
         ("times.begin", None, "must have a begin and an end"),
         ("times.end", "2026-01-02T03:04:04+00:00", "is before"),
         ("inputs.model.files.x", "A" * 64, r"inputs\.model\.files\.x must be a SHA-256"),
-        ("inputs.data.forget.rows", -1, r"rows must be a whole number"),
-        ("inputs.data.forget.rows", True, r"rows must be a whole number"),
+        ("rows.total", -1, r"rows\.total must be a whole number"),
+        ("rows.total", True, r"rows\.total must be a whole number"),
         ("measures.later", {}, "measures has an unknown field, 'later'"),
         ("measures.after.forget.probability", float("nan"), r"probability must be a finite number"),
         ("measures.after.forget.probability", "0.5", r"probability must be a finite number"),
@@ -331,7 +330,7 @@ def replaced(path, value):
         ("training.note", {1: 2}, r"training\.note has a key that is no text"),
         ("serving.lines", "vllm serve", r"serving\.lines must be a list"),
         ("not_tested.mia", 0, r"not_tested\.mia must be a text"),
-        ("rows.near_duplicates.found.0.index", "7", r"found\.0\.index must be a whole number"),
+        ("rows.near_duplicates.duplicates.0.index", "7", r"duplicates\.0\.index must be a whole number"),
         ("limits.memorization_accuracy.met", False, "met is False, but 0.25 is after"),
         ("limits.memorization_accuracy.after", 0.4, "met is True, but 0.4 is after"),
         ("limits.memorization_accuracy", {"met": False}, "outcome is 'forgotten', but limits"),
