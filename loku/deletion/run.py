@@ -35,7 +35,7 @@ from loku.saving.directories import whole_file
 from loku.trust import load_tokenizer, trusts_code
 
 _RUN = "run.json"  # in the private directory: what identifies the run
-_RETAIN = "retain.json"  # in the private directory: the rows to keep
+_RETAIN = "rows_to_keep.json"  # in the private directory: the rows to keep
 _RECORD = "record"  # in the private directory: the folder of the record, until it is whole
 
 
@@ -358,13 +358,13 @@ class Run:
 
     def _train(self, limits: Mapping[str, float]) -> dict[str, Any]:
         """Unlearn to the limits, and save what will be served."""
-        request, target = self.request, self.request.target
+        request = self.request
+        kind: Any = "merged" if request.target == "merged" else "portable"
         self._held = None  # training loads the model itself
         trained = unlearn_to_limits(
             self.start,
             self.forget,
             self._retain["trained"],
-            self.holdout,
             limits=limits,
             utility_sets=self._retain["measured"],
             utility_floor=request.utility_floor,
@@ -373,13 +373,14 @@ class Run:
             model_arguments=self.arguments if self.start == request.model else self._local_arguments,
             tokenizer=self.tokenizer,
             output_dir=self.work / "training",
+            save_kind=kind,
             progress=self.progress,
         )
         if trained.result is not None:
             self.folder.mkdir(exist_ok=True)
-            kind: Any = "merged" if target == "merged" else "portable"
             trained.result.save(self._served, kind, rank=request.rank)
-        return {**trained.facts, "outcome": trained.outcome}
+        told = {name: value for name, value in trained.facts.items() if name != "seconds"}
+        return {**told, "outcome": trained.outcome}
 
     def _attacks(self, when: str, place: str, names: Sequence[str]) -> dict[str, Any]:
         """Run the attacks of some names on a model, each as a stage."""
