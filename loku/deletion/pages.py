@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from loku.deletion.attack_figures import headlines
 from loku.deletion.markup import Block, Code, Heading, Paragraph, Picture, Table
 from loku.deletion.statements import ATTACK_TITLES, OUTCOME_STATEMENTS, PROOF, measure_title
 
@@ -47,6 +48,7 @@ def _summary(facts: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading(2, "Did it work?")
     yield Paragraph(answer, strong=True)
     yield from _limits(facts)
+    yield from _attacks_in_short(facts.get("attacks") or {})
     yield from _side_effects(facts)
     yield Heading(2, "What was not tested")
     yield from _not_tested(facts)
@@ -129,6 +131,21 @@ def _limits(facts: Mapping[str, Any]) -> Iterator[Block]:
     )
     yield Table(
         ("Measure of the rows to forget", "Before", "After", "Limit", "Within the limit?"), tuple(rows)
+    )
+
+
+def _attacks_in_short(attacks: Mapping[str, Any]) -> Iterator[Block]:
+    rows = headlines(attacks)
+    if not rows:
+        yield Paragraph("No attack was tried on the new model.")
+        return
+    yield Paragraph(
+        "Attacks try to bring the rows back from the model. The last column has the same figure of texts "
+        "that the model never saw, or of a model that never saw the rows."
+    )
+    yield Table(
+        ("Attack", "Before", "After", "Hold-out or control"),
+        tuple((what, *map(_cell, figures)) for what, *figures in rows),
     )
 
 
@@ -255,8 +272,9 @@ def _attacks(attacks: Mapping[str, Any] | None, pictures: Mapping[str, Sequence[
         yield Heading(3, title)
         yield from pictures.get(f"attacks.{name}", ())
         for state, result in results.items():
-            if result:
-                yield from _anything(result, f"On the model {state}", 4)
+            if result:  # the first page has what was not tested
+                told = {key: item for key, item in result.items() if key != "not_tested"}
+                yield from _anything(told, f"On the model {state}", 4)
 
 
 def _serving_details(serving: Mapping[str, Any] | None) -> Iterator[Block]:

@@ -21,6 +21,17 @@ def curve(*probabilities):
     return [{"step": 2 * index, "rest_probability": value} for index, value in enumerate(probabilities)]
 
 
+def extraction(forget, holdout):
+    return {
+        "settings": {"samples": 8},
+        "sets": {
+            name: {"prompt": {"rows": 8, "whole": share / 2}, "any way": {"rows": 8, "whole": share}}
+            for name, share in (("forget", forget), ("holdout", holdout))
+        },
+        "not_tested": {"forget": {"paraphrased": "no row has a paraphrase"}},
+    }
+
+
 FACTS = {
     "schema": 1,
     "outcome": "forgotten",
@@ -107,15 +118,23 @@ FACTS = {
         "training": {"learning_rate": 0.002, "lora_rank": 8},
     },
     "attacks": {
-        "before": {"extract": {"greedy": {"prefix": {"extracted": 1.0, "rouge_l": 1.0}}}},
+        "before": {"extract": extraction(1.0, 0.0), "mia": {"scores": {"loss": {"auc": 0.99}}}},
         "after": {
-            "extract": {"greedy": {"prefix": {"extracted": 0.0, "rouge_l": 0.21}}, "prompts": 3},
-            "mia": {"loss": {"auc": 0.52}, "zlib": {"auc": 0.5}},
+            "extract": extraction(0.125, 0.05),
+            "mia": {"scores": {"loss": {"auc": 0.52}, "zlib": {"auc": None}}},
             "relearn": {
                 "taught_rows": [0, 2, 4, 7],
                 "unlearned": {"best": 0.4, "curve": curve(0.003, 0.1, 0.4)},
                 "control": {"kind": "hold-out", "best": 0.003, "curve": curve(0.002, 0.0025, 0.003)},
                 "not_tested": {"steps_to_half": "no original model was given"},
+            },
+            "quantise": {
+                "roundings": {
+                    "not rounded": {"forget": {"probability": 0.9}, "retain": {"probability": 0.8}},
+                    "8 bits": {"forget": {"probability": 0.03}, "retain": {"probability": 0.79}},
+                    "4 bits": {"forget": {"probability": 0.02}, "retain": {"probability": 0.7}},
+                },
+                "not_tested": {},
             },
         },
     },
@@ -136,7 +155,7 @@ FACTS = {
             }
         ]
     },
-    "not_tested": {"quantise": "the request does not ask for it"},
+    "not_tested": {"control": "no retrained model was given"},
 }
 
 

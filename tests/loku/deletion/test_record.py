@@ -24,11 +24,12 @@ from loku.deletion.record import (
     without_times,
     write_record,
 )
-from loku.deletion.statements import ATTACK_TITLES, OUTCOME_STATEMENTS, PROOF
+from loku.deletion.statements import OUTCOME_STATEMENTS, PROOF
 
 ROOT = Path(__file__).parents[3]
 NAMES = ["record.html", "record.json", "record.md"]
-PICTURES = ["attack_relearn.png", "measures.png", "training.png"]
+ATTACKS = [f"attack_{name}.png" for name in ("extract", "mia", "quantise", "relearn")]
+PICTURES = [*ATTACKS, "measures.png", "training.png"]
 
 
 def contents(directory):
@@ -127,14 +128,23 @@ def test_the_first_page_answers_the_questions_of_an_officer(files):
         "| share of tokens that are the first guess (MA) | 1 | 0.25 | 0.3 | yes |",
         "kept 96% of its general ability",
         "still forgotten: 1 of 1.",
-        f"| {ATTACK_TITLES['quantise']} | the request does not ask for it |",
+        "| control | no retrained model was given |",
+        "| Extraction, forget.paraphrased | no row has a paraphrase |",
+        "word by word | 1 | 0.125 | 0.05 |",
+        "(AUC; 0.5 is a guess) | 0.99 | 0.52 | – |",
+        "trained again | – | 0.4 | 0.003 |",
+        "after rounding | – | 0.03 | – |",
         "| Relearning, steps to half | no original model was given |",
     ):
         assert answer in first
     assert all(paragraph in first for paragraph in PROOF)
     # The parts of the engineer have every number.
     assert "| mean probability of a token of the answer | 0.998 | 0.997 | 0.004 | 0.003 | 0.95 |" in rest
-    assert "| loss | 0.52 |" in rest and "| 10 | 2 | 0.2308 | 0.1808 | 0.95 |" in rest
+    assert (
+        "| loss | 0.52 |" in rest
+        and "steps to half" not in rest
+        and "| 10 | 2 | 0.2308 | 0.1808 | 0.95 |" in rest
+    )
     assert "vllm serve /models/small --enable-lora \\\n    --max-lora-rank 16\n" in rest
 
 
@@ -269,6 +279,13 @@ def test_the_pictures_have_the_figures(drawn):
     assert list(utility.lines[0].get_ydata()) == [1 - step / 200 for step in range(0, 13, 2)]
     assert [axes.lines[1].get_ydata()[0] for axes in (accuracy, strength, utility)] == [0.3, 0.05, 0.9]
     assert [axes.lines[-1].get_xdata()[0] for axes in (accuracy, strength, utility)] == [10, 10, 10]
+    for name, expected in (
+        ("attack_extract", [[0.5, 1.0], [0.0625, 0.125], [0.025, 0.05]]),
+        ("attack_quantise", [[0.9, 0.03, 0.02], [0.8, 0.79, 0.7]]),
+        ("attack_mia", [[0.99], [0.52]]),  # a score that is not defined has no bar
+    ):
+        (axes,) = figures[name].axes
+        assert [[bar.get_height() for bar in bars] for bars in axes.containers] == expected
     (rest,) = figures["attack_relearn"].axes
     assert {line.get_label(): list(line.get_ydata()) for line in rest.lines} == {
         "unlearned": [0.003, 0.1, 0.4],
@@ -280,7 +297,7 @@ def test_nothing_is_drawn_without_numbers(drawn):
     empty = facts(
         measures={"before": {"forget": {"probability": None}}, "after": {}},
         training={"history": [{"step": 0, "utility": None}]},
-        attacks={"after": {"extract": {"figures": []}, "relearn": None}},
+        attacks={"after": {"extract": {"sets": []}, "mia": {"scores": {"loss": 3}}, "relearn": None}},
     )
     assert drawn(empty) == {}
 
@@ -321,9 +338,9 @@ def replaced(path, value):
         ("measures.after.forget.probability", True, r"probability must be a finite number"),
         ("attacks.after.phishing", {}, r"attacks\.after has an unknown field, 'phishing'"),
         (
-            "attacks.after.mia.loss.auc",
+            "attacks.after.mia.scores.loss.auc",
             float("inf"),
-            r"attacks\.after\.mia\.loss\.auc is not a value of JSON",
+            r"mia\.scores\.loss\.auc is not a value of JSON",
         ),
         ("training.history.0", 3, r"training\.history\.0 must be an object"),
         ("training.history.0.loss", Path("x"), r"loss is not a value of JSON"),
