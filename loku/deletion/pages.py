@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from loku.deletion.attack_figures import headlines
+from loku.deletion.attack_figures import figure_at, headlines
 from loku.deletion.markup import Block, Code, Heading, Paragraph, Picture, Table
 from loku.deletion.statements import ATTACK_TITLES, OUTCOME_STATEMENTS, PROOF, measure_title
 
@@ -143,10 +143,21 @@ def _attacks_in_short(attacks: Mapping[str, Any]) -> Iterator[Block]:
         "Attacks try to bring the rows back from the model. The last column has the same figure of texts "
         "that the model never saw, or of a model that never saw the rows."
     )
+    yield from _still_extracted(attacks)
     yield Table(
         ("Attack", "Before", "After", "Hold-out or control"),
         tuple((what, *map(_cell, figures)) for what, *figures in rows),
     )
+
+
+def _still_extracted(attacks: Mapping[str, Any]) -> Iterator[Block]:
+    """What stands out if the outcome says one thing and an attack another."""
+    share = figure_at(attacks.get("after"), "extract", "sets", "forget", "any way", "whole")
+    if share:
+        yield Paragraph(
+            f"Some way of asking still brings {share:.1%} of the rows back from the new model, word by word.",
+            strong=True,
+        )
 
 
 def _side_effects(facts: Mapping[str, Any]) -> Iterator[Block]:

@@ -131,6 +131,7 @@ def test_the_first_page_answers_the_questions_of_an_officer(files):
         "| control | no retrained model was given |",
         "| Extraction, forget.paraphrased | no row has a paraphrase |",
         "word by word | 1 | 0.125 | 0.05 |",
+        "**Some way of asking still brings 12.5% of the rows back from the new model, word by word.**",
         "(AUC; 0.5 is a guess) | 0.99 | 0.52 | – |",
         "trained again | – | 0.4 | 0.003 |",
         "after rounding | – | 0.03 | – |",
@@ -146,6 +147,12 @@ def test_the_first_page_answers_the_questions_of_an_officer(files):
         and "| 10 | 2 | 0.2308 | 0.1808 | 0.95 |" in rest
     )
     assert "vllm serve /models/small --enable-lora \\\n    --max-lora-rank 16\n" in rest
+
+
+def test_an_attack_without_success_is_not_made_much_of(tmp_path):
+    record = facts(measures=None, training=None)
+    record["attacks"]["after"]["extract"]["sets"]["forget"]["any way"]["whole"] = 0.0
+    assert "Some way of asking still" not in written(tmp_path / "a", record)["record.md"].decode()
 
 
 def test_an_earlier_request_that_came_back_is_said(tmp_path):
