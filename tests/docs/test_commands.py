@@ -95,8 +95,8 @@ def run_loku(folder, arguments, monkeypatch):
     if name in READ_ONLY or "locuslab" in " ".join(arguments):
         return read_loku(folder, arguments, monkeypatch)
     monkeypatch.chdir(folder)
-    if "--adapter" in arguments:
-        adapter = arguments[arguments.index("--adapter") + 1]
+    if name == "export" or "--adapter" in arguments:
+        adapter = arguments[1] if name == "export" else arguments[arguments.index("--adapter") + 1]
         if not Path(adapter).exists():
             places = [
                 "--model=MODEL",
