@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import shlex
 import sys
 import time
 import warnings
@@ -275,7 +274,7 @@ def _unlearn(
     summary = _summary(places, config, settings, sizes, result.history, seconds, peaks)
     lines = [summary, *_loss_lines(lost), f"saved to {places['output']}"]
     if kind == "portable":
-        lines += ["To serve it with vLLM:", f"    {_vllm_line(places['output'], base)}"]
+        lines += _vllm_lines(places["output"], base, unwrapped(result.model).config.to_dict())
     loading = _loading_lines(places["output"], kind, base)
     return "\n".join([*lines, "To load it:", *map("    {}".format, loading)])
 
@@ -391,19 +390,16 @@ def _loss_lines(lost: Compression | None) -> list[str]:
     ]
 
 
-_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank from its default on
-
-
-def _vllm_line(output: str, base: str) -> str:
-    """The line by which vLLM serves an adapter."""
+def _vllm_lines(output: str, base: str, model_config: Mapping[str, Any]) -> list[str]:
+    """The line by which vLLM serves an adapter, or why it cannot."""
     from peft.utils import CONFIG_NAME
 
+    from loku.serving import check_target, serving_lines
+    from loku.serving.rules import served_rank
+
     config = json.loads((Path(output) / CONFIG_NAME).read_text(encoding="utf-8"))
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    limit = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
-    if limit is None:
-        return f"# its rank is {rank}, and vLLM takes {_VLLM_RANKS[-1]} at most: see --export_rank"
-    options = ["--enable-lora", "--lora-modules", f"unlearned={shlex.quote(output)}"]
-    if limit > _VLLM_RANKS[0]:
-        options += ["--max-lora-rank", str(limit)]
-    return f"vllm serve {shlex.quote(base)} {' '.join(options)}"
+    problems = check_target("vllm", config, model_config)
+    if problems:
+        return [f"vLLM cannot serve it: {problems[0]}"]
+    line, *_ = serving_lines("vllm", output, base=base, rank=served_rank(config))
+    return ["To serve it with vLLM:", f"    {line}"]

@@ -29,7 +29,11 @@ NOT_RUN = {
 }
 # Commands of ``loku`` whose options are read and no more, by the reason.
 READ_ONLY = {"demo": "tests/loku/test_demo.py runs it"}
-FAST = {"unlearn": ["--max_steps=1", "--fisher_samples=2", "--use_cpu", "--quiet"], "evaluate": ["--quiet"]}
+FAST = {
+    "unlearn": ["--max_steps=1", "--fisher_samples=2", "--use_cpu", "--quiet"],
+    "evaluate": ["--quiet"],
+    "export": ["--quiet"],
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
