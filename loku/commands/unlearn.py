@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from loku.commands.settings import add_fields, joined, read_yaml
 if TYPE_CHECKING:
     from loku.config import UnlearnConfig
     from loku.saving.compression import Compression
+    from loku.unlearning import UnlearnResult
 
 PLACES = ("model", "forget", "retain", "output", "tokenizer")
 # The fields of transformers.TrainingArguments that the help shows.
@@ -53,6 +55,7 @@ KEY_SETTINGS = (
     "per_device_train_batch_size",
     "seed",
 )
+COMPARED_ROWS = 64  # of each set, with the exact and the smaller adapter
 LORA_SETTINGS = ("init", "lora_rank", "lora_alpha", "target_modules")
 
 
@@ -272,9 +275,14 @@ def _unlearn(
     given = getattr(unwrapped(result.model), MERGED_ADAPTER, None)
     base = places["model"] if given is None else given["base_model_name_or_path"] or "BASE"
     summary = _summary(places, config, settings, sizes, result.history, seconds, peaks)
-    lines = [summary, *_loss_lines(lost), f"saved to {places['output']}"]
+    if lost is not None and given is None and config.world_size == 1:
+        lines = _change_lines(result, places["output"], {"forget": forget, "retain": retain}, config)
+    else:
+        lines = []
+    lines = [summary, *_loss_lines(lost), *lines, f"saved to {places['output']}"]
     if kind == "portable":
-        lines += _vllm_lines(places["output"], base, unwrapped(result.model).config.to_dict())
+        causal_lm: Any = unwrapped(result.model)
+        lines += _vllm_lines(places["output"], base, causal_lm.config.to_dict())
     loading = _loading_lines(places["output"], kind, base)
     return "\n".join([*lines, "To load it:", *map("    {}".format, loading)])
 
@@ -387,6 +395,25 @@ def _loss_lines(lost: Compression | None) -> list[str]:
     return [
         f"adapter of rank {lost.rank} in the place of the exact one of rank {lost.exact_rank}: relative "
         f"error {lost.relative_error:.3g} (Frobenius norm), at most {error:.3g}, in {name}"
+    ]
+
+
+def _change_lines(
+    result: UnlearnResult, output: str, sets: Mapping[str, Any], config: UnlearnConfig
+) -> list[str]:
+    """How the saved adapter changes the answers of the model in memory, on the first rows of each set."""
+    from loku.adapter_folders import read_adapter
+    from loku.evaluation.answer_changes import answer_changes
+
+    model: Any = result.model
+    first = {name: list(islice(rows, COMPARED_ROWS)) for name, rows in sets.items()}
+    options: dict[str, Any] = {"max_length": config.max_length, "batch_size": 4, "progress": False}
+    changes = answer_changes(model, *read_adapter(output), result.tokenizer, first, **options)
+    return [
+        f"    {name}: a logit changes by {figures['largest_logit_change']:.3g} at most, and the mean answer "
+        f"probability from {figures['exact_probability']:.3f} to {figures['probability']:.3f} "
+        f"(the first {figures['rows']} rows)"
+        for name, figures in changes.items()
     ]
 
 
