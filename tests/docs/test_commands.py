@@ -36,7 +36,11 @@ READ_ONLY = {
     "demo": "tests/loku/test_demo.py runs it",
     "record": "tests/loku/commands/test_record.py runs it",
 }
-FAST = {"unlearn": ["--max_steps=1", "--fisher_samples=2", "--use_cpu", "--quiet"], "evaluate": ["--quiet"]}
+FAST = {
+    "unlearn": ["--max_steps=1", "--fisher_samples=2", "--use_cpu", "--quiet"],
+    "evaluate": ["--quiet"],
+    "export": ["--quiet"],
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,8 +106,8 @@ def run_loku(folder, arguments, monkeypatch):
     if name in READ_ONLY or "locuslab" in " ".join(arguments):
         return read_loku(folder, arguments, monkeypatch)
     monkeypatch.chdir(folder)
-    if "--adapter" in arguments:
-        adapter = arguments[arguments.index("--adapter") + 1]
+    if name == "export" or "--adapter" in arguments:
+        adapter = arguments[1] if name == "export" else arguments[arguments.index("--adapter") + 1]
         if not Path(adapter).exists():
             places = [
                 "--model=MODEL",

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -204,8 +205,10 @@ def test_an_adapter_at_a_rank_and_the_line_that_serves_it(folder, tmp_path, caps
     assert "relative error" not in printed
     assert unlearn(folder, output, *fila, "--export_rank=16") == 0
     printed = capsys.readouterr().out
-    assert f"    {serve}\n" in printed
+    assert f"    {serve} --max-lora-rank 16\n" in printed
     assert "adapter of rank 16 in the place of the exact one of rank 24: relative error 0." in printed
+    assert re.search(r"forget: a logit changes by 0\.\d+ at most.*\(the first 6 rows\)", printed)
+    assert re.search(r"retain: a logit changes by .*\(the first 8 rows\)", printed)
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 16
     assert unlearn(folder, output, "--lora_rank=4", "--export_rank=16") == 0
     assert "the adapter is exact: its rank is 4" in capsys.readouterr().out
