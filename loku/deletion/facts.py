@@ -9,10 +9,12 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loku.deletion.request import Request
 from loku.file_digests import file_digest, file_digests
+
+if TYPE_CHECKING:
+    from loku.deletion.request import Request
 
 PACKAGES = (
     "loku-kernels",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def _done(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if near is None:
         yield "Search for equal and nearly equal rows", "not done"
     else:
-        yield "Search for equal and nearly equal rows", _sentence(near)
+        yield "Search for equal and nearly equal rows", _duplicates(near)
     knowledge = facts.get("knowledge") or {}
     verdict = knowledge.get("verdict") or "not measured"
     yield "Does the model know the rows?", verdict
@@ -88,6 +89,14 @@ def _done(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Training", f"{training['steps']} steps{kept}{why}"
     serving = facts.get("serving") or {}
     yield "What serves the result", _serving(serving) if serving else "nothing"
+
+
+def _duplicates(near: Mapping[str, Any]) -> str:
+    kinds = Counter(row.get("kind") or "of no kind" for row in near.get("found") or [] if row)
+    if not kinds:
+        return "none was found"
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return f"found: {counts}; they were {'' if near.get('included') else 'not '}forgotten, too"
 
 
 def _serving(serving: Mapping[str, Any]) -> str:
@@ -149,8 +158,8 @@ def _not_tested(facts: Mapping[str, Any]) -> Iterator[Block]:
     for name, attack in done.items():  # what an attack left out
         parts = (attack or {}).get("not_tested")
         if isinstance(parts, dict):
-            left_out = _flattened(parts)
-            rows += [(f"{ATTACK_TITLES[name]} {_title(part)}", _cell(why)) for part, why in left_out.items()]
+            title, left_out = ATTACK_TITLES[name].partition(":")[0], _flattened(parts)
+            rows += [(f"{title}, {_title(part)}", _cell(why)) for part, why in left_out.items()]
     if rows:
         yield Table(("Test", "Why not"), tuple(rows))
     else:

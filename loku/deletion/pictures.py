@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loku.deletion.markup import Picture
+from loku.deletion.markup import Picture, clean
 from loku.deletion.statements import ATTACK_TITLES, measure_title
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _figures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Figure]]
     attacks = facts.get("attacks") or {}
     for name, title in ATTACK_TITLES.items():
         curves = {
-            f"{path} ({state})" if attacks.get("before") else path: curve
+            f"{path} ({state})" if (attacks.get("before") or {}).get(name) else path: curve
             for state in ("before", "after")
             for path, curve in _found_curves((attacks.get(state) or {}).get(name), "")
         }
@@ -123,7 +123,12 @@ def _bars(measures: Mapping[str, Any], limits: Mapping[str, float]) -> Figure | 
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
         axes.margins(y=0.12)
-        axes.set_xticks(range(len(sets)), [group.replace("_", "\n") for group in sets], fontsize="small")
+        axes.set_xlim(-0.5, len(sets) - 0.5)
+        axes.set_xticks(
+            range(len(sets)),
+            [textwrap.fill(clean(group), 12, max_lines=2) for group in sets],
+            fontsize="small",
+        )
         axes.set_title(_wrapped(measure_title(name)), fontsize="medium")
         _finish(axes, drawn)
     _legend(figure, panels)
@@ -146,7 +151,7 @@ def _curves(
     figure, panels = _panels(len(names))
     for axes, name in zip(panels, names, strict=True):
         for label, points in lines[name].items():
-            axes.plot([*points], [*points.values()], marker="o", markersize=3, label=label or None)
+            axes.plot([*points], [*points.values()], marker="o", markersize=3, label=clean(label) or None)
         if (limit := _limit(name, limits)) is not None:
             axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit")
         if mark is not None:
@@ -188,7 +193,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _wrapped(title: str) -> str:
-    return textwrap.fill(title, 30, max_lines=3)
+    return textwrap.fill(clean(title), 30, max_lines=3)
 
 
 def _is_share(values: Sequence[float]) -> bool:

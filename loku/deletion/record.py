@@ -46,8 +46,9 @@ FIELDS = (
     Field("request", "object", "the fields of the request, as they were read from its file"),
     Field("request.reference", "text", "the reference number; empty for none"),
     Field("request.requester", "text", "who asks; empty if it is not said"),
+    Field("request.path", "text", "the file of the request"),
     Field("request.model", "text", "the path or hub name of the model"),
-    Field("request.forget", "object", "the selection of the rows to forget"),
+    Field("request.forget", "object", "where the rows to forget are, and by which conditions they are found"),
     Field("request.attacks", "list", "the attacks that were asked for"),
     Field("times", "object", "the only part that differs between two runs of the same request"),
     Field("times.begin", "time", "the begin of the run, in ISO 8601 with its time zone"),
@@ -79,7 +80,15 @@ FIELDS = (
     Field("inputs.settings", "object", "the settings of the run"),
     Field("rows", "object", "the rows to forget"),
     Field("rows.selected", "count", "the number of rows that the request selects"),
-    Field("rows.near_duplicates", "object", "other rows that are equal or nearly equal to them"),
+    Field("rows.near_duplicates", "object", "the search for rows that are equal or nearly equal to them"),
+    Field("rows.near_duplicates.included", "flag", "whether such rows were forgotten, too"),
+    Field("rows.near_duplicates.found", "list", "these rows"),
+    Field("rows.near_duplicates.found.*", "object", "such a row"),
+    Field("rows.near_duplicates.found.*.set", "text", "the data set that has it"),
+    Field("rows.near_duplicates.found.*.index", "count", "its index there, from 0"),
+    Field("rows.near_duplicates.found.*.forget_index", "count", "the index of the row to forget"),
+    Field("rows.near_duplicates.found.*.kind", "text", "`exact`, `normalised` or `near`"),
+    Field("rows.near_duplicates.found.*.similarity", "number", "their Jaccard similarity"),
     Field("retain", "object", "the rows to keep: their sources and numbers"),
     Field("knowledge", "object", "whether the model knew the rows before the run"),
     Field("knowledge.verdict", "text", "the answer"),
@@ -257,6 +266,8 @@ def _check_times(times: Mapping[str, Any]) -> None:
 
 def _check_limits(facts: Mapping[str, Any]) -> None:
     """A record must not say that the rows are forgotten where its own figures say otherwise."""
+    if facts["outcome"] == "forgotten" and not facts.get("limits"):
+        raise ValueError("the outcome is 'forgotten', but there are no limits that could be met")
     for name, entry in (facts.get("limits") or {}).items():
         limit, after, met = (entry.get(key) if entry else None for key in ("limit", "after", "met"))
         if met is not None and limit is not None and after is not None and met != (after <= limit):

@@ -26,6 +26,7 @@ __all__ = [
     "RetainSource",
     "RowSelection",
     "read_request",
+    "read_forget",
     "request_facts",
     "write_template",
 ]
@@ -191,6 +192,23 @@ def read_request(path: str | os.PathLike) -> Request:
             settings.update(read(value, folder))
     request = Request(**settings, lines=dict(_lines(root)))
     return _consistent(request, given)
+
+
+def read_forget(path: str | os.PathLike, folder: str | os.PathLike) -> RowSelection:
+    """Read which rows the copy of a request forgets. Its other fields are not read.
+
+    Args:
+        path: The copy.
+        folder: The folder of the original, where relative paths begin.
+
+    Raises:
+        ValueError: The file is missing or no YAML, has no such field, or its data is not there any more.
+        OSError: The file cannot be read.
+    """
+    given = read_yaml_values(Path(path)).fields(FIELDS)
+    if "forget" not in given:
+        raise ValueError(f"{path} has no forget")
+    return _selection(given["forget"], Path(folder))
 
 
 def request_facts(request: Request) -> dict[str, Any]:

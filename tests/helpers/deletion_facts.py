@@ -31,10 +31,10 @@ FACTS = {
         "model": "/models/small",
         "forget": {
             "data": "/data/rows.jsonl",
-            "ids": [3, "x"],
+            "ids": 0,
             "id_column": "id",
-            "contains": None,
-            "matches": None,
+            "contains": True,
+            "matches": False,
             "columns": ["question"],
         },
         "utility_floor": 0.9,
@@ -59,8 +59,7 @@ FACTS = {
     "rows": {
         "selected": 8,
         "near_duplicates": {
-            "taken_along": False,
-            "count": 1,
+            "included": False,
             "found": [{"set": "retain", "index": 7, "forget_index": 2, "kind": "near", "similarity": 0.81}],
         },
     },
