@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.commands import CommandParser, Commands, accept_underscores, named_source
+from loku.commands import CommandParser, Commands, accept_underscores, json_object, named_source
 from loku.commands.attacks import add_options, attack_tables, check_options, load_others, run_attacks
 from loku.commands.report_files import check_report_files, write_report_files
 from loku.counts import check_counts, check_max_length
@@ -46,7 +46,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
     parser.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
     parser.add_argument(
         "--model-init-kwargs",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="arguments of from_pretrained, a JSON object",
@@ -231,13 +231,3 @@ def _read_log(path: str) -> Mapping[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     check_forget_section(log, path)
     return log
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value

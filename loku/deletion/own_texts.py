@@ -8,20 +8,25 @@ capitals or in two parts, and a first token such as " Al" begins many words.
 
 from __future__ import annotations
 
+import math
 import random
 import re
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from loku.counts import check_counts
 from loku.data.chats import chat_text
-from loku.data.row_forms import instruction_texts, labelled_column
+from loku.data.row_forms import instruction_texts, labelled_column, question_answer_texts
+from loku.data.rows import tokenize_dataset
 from loku.data.tokens import LabelledText, TextTokenizer
 from loku.deletion.entities import Mentions, row_texts
 from loku.deletion.neighbours import words_of
 from loku.deletion.openings import BEGINNINGS, INSTRUCTIONS
 from loku.evaluation.generation import eos_ids, generate_sampled
+from loku.evaluation.scores import token_scores
 from loku.models import CausalLM
 from loku.probe.ability import MOST_REPETITION, repetition
 from loku.probe.rows import has_chat_template
@@ -33,7 +38,11 @@ NEW_TOKENS = 96  # of a text, at most
 LEAST_TOKENS = 8  # that a text may have
 TEMPERATURE, TOP_P = 0.8, 0.95
 DRAWS = 8  # for each text that is asked for, at most
-FORMS = ("chat", "question", "instruction", "text")
+GIVEN_UP = 4  # draws of a form in one round, of which none was of use
+# Nats a token. A model finds its own texts likelier than that, unless it knows nothing of the kind. The
+# other one is the most by which the median of a form may be above that of the best form.
+MOST_LOSS, MOST_ABOVE = 2.5, 1.5
+FORMS = ("chat", "own question", "question", "instruction", "text")
 
 _SENTENCE_END = re.compile(r"[.!?。！？।؟][\"'”’)»]*(?=\s|$)|[。！？]")
 
@@ -44,7 +53,8 @@ class OwnTexts(NamedTuple):
     Attributes:
         rows: The rows, in a form of ``loku.data.tokenize_dataset``.
         facts: ``asked``, ``rows`` and ``drawn``, the numbers of texts; ``forms``, the number of rows of each
-            form; and ``dropped``, the number of texts that were dropped for each reason.
+            form, 0 for one that was given up; and ``dropped``, the number of texts that were dropped for each
+            reason.
     """
 
     rows: list[dict[str, Any]]
@@ -57,6 +67,11 @@ class _Prompt(NamedTuple):
     ids: list[int]
 
 
+class _Draw(NamedTuple):
+    row: dict[str, Any] | str  # the row, or why there is none
+    loss: float  # the mean loss of its tokens, in nats; inf if there is no text
+
+
 def forms_of(tokenizer: PreTrainedTokenizerBase, forget_rows: Iterable[Any]) -> list[str]:
     """Return the forms in which a model writes, of ``FORMS``: its own, and those of the rows to forget.
 
@@ -64,9 +79,14 @@ def forms_of(tokenizer: PreTrainedTokenizerBase, forget_rows: Iterable[Any]) -> 
         tokenizer: The tokenizer. One with a chat template has the form "chat".
         forget_rows: The rows to forget.
     """
-    of_column = {"answer": "question", "output": "instruction", "text": "text", "completion": "text"}
-    found = {of_column.get(labelled_column(row) or "") for row in forget_rows}
-    found.add("chat" if has_chat_template(tokenizer) else "text")
+    columns = {labelled_column(row) for row in forget_rows}
+    own = "chat" if has_chat_template(tokenizer) else "text"
+    found = {
+        own,
+        *(("own question",) if "answer" in columns else ()),
+        *(("instruction",) if "output" in columns else ()),
+        *(("text",) if columns & {"text", "completion"} else ()),
+    }
     return [form for form in FORMS if form in found]
 
 
@@ -85,14 +105,18 @@ def write_texts(
     """Let a model write texts, and drop those that mention what is to be forgotten.
 
     - "chat": answers to ``INSTRUCTIONS``, as ``messages``;
-    - "question": questions and answers, both its own, after ``"Question:"``;
+    - "own question": questions and answers, both the model's own, after ``"Question:"``; "question", answers
+      to ``INSTRUCTIONS`` in loku's form, if that form is given up;
     - "instruction": answers to ``INSTRUCTIONS`` in Alpaca's form;
-    - "text": texts from their first token, or from ``BEGINNINGS`` if the tokenizer has no token for the
-      beginning or the end of a text.
+    - "text": every second text from its first token, if the tokenizer has a token for the beginning or the
+      end of a text, and the others from ``BEGINNINGS``.
 
-    A text ends with its last whole sentence. A text without one, of fewer than 8 tokens, with more than half
-    of its 4-grams repeated, or that occurs already or among the rows to forget is dropped, too. At most 8
-    texts are drawn for each that is asked for.
+    The forms have equal shares. A form that the model does not know is given up: one of which four draws or
+    more of a round are of no use, or whose median loss in the first round is more than 1.5 nats a token above
+    that of the best form. A text ends with its last whole sentence. A text without one, of fewer than
+    8 tokens, with more than half of its 4-grams repeated, of a mean loss above 2.5 nats a token by the model
+    itself, or that occurs already or among the rows to forget is dropped, too. At most 8 texts are drawn for
+    each that is asked for. Too few texts give a warning.
 
     Args:
         model: The causal LM, on the device where it runs.
@@ -108,22 +132,25 @@ def write_texts(
     Raises:
         ValueError: ``max_length`` leaves fewer than 8 tokens for a text.
     """
+    check_counts(0, count=count)
     writer = _Writer(model, tokenizer, seed, batch_size, max_length, progress)
     known = {tuple(words_of("\n".join(row_texts(row, tokenizer)))) for row in forget_rows}
     forms = forms_of(tokenizer, forget_rows)
     kept: dict[str, list[dict[str, Any]]] = {form: [] for form in forms}
     dropped: Counter[str] = Counter()
-    wanted = {form: len(range(i, count, len(forms))) for i, form in enumerate(forms)}
-    drawn = 0
-    while drawn < DRAWS * count:
-        missing = [form for form in forms for _ in range(wanted[form] - len(kept[form]))]
-        if not missing:
-            break
-        missing = missing[: DRAWS * count - drawn]
-        drawn += len(missing)
-        for form, row in zip(missing, writer.draw(missing), strict=True):
-            if isinstance(row, str):
-                dropped[row] += 1
+    drawn, in_use = 0, list(forms)
+    while in_use and sum(map(len, kept.values())) < count and drawn < DRAWS * count:
+        missing = min(count - sum(map(len, kept.values())), DRAWS * count - drawn)
+        chosen: list[str] = []
+        for _ in range(missing):
+            chosen.append(min(in_use, key=lambda form: len(kept[form]) + chosen.count(form)))
+        drawn += missing
+        before = {form: len(kept[form]) for form in in_use}
+        draws = writer.draw(chosen)
+        unknown = _unknown_forms(chosen, draws) if drawn == missing else set()
+        for form, (row, _) in zip(chosen, draws, strict=True):
+            if isinstance(row, str) or form in unknown:
+                dropped[row if isinstance(row, str) else "incoherent"] += 1
                 continue
             text = "\n".join(row_texts(row, tokenizer))
             key = tuple(words_of(text))
@@ -134,7 +161,12 @@ def write_texts(
             else:
                 known.add(key)
                 kept[form].append(row)
-    rows = [row for form in forms for row in kept[form]]
+        useless = {f for f in in_use if len(kept[f]) == before[f] and chosen.count(f) >= GIVEN_UP}
+        if "own question" in in_use and "own question" in useless | unknown:
+            in_use.append("question")
+            kept["question"] = []
+        in_use = [form for form in in_use if form not in useless | unknown]
+    rows = [row for of_form in kept.values() for row in of_form]
     if len(rows) < count:
         warnings.warn(
             f"the model wrote {len(rows)} of the {count} texts that were asked for: of {drawn} draws "
@@ -145,10 +177,20 @@ def write_texts(
         "asked": count,
         "rows": len(rows),
         "drawn": drawn,
-        "forms": {form: len(kept[form]) for form in forms},
+        "forms": {form: len(of_form) for form, of_form in kept.items()},
         "dropped": dict(sorted(dropped.items())),
     }
     return OwnTexts(rows, facts)
+
+
+def _unknown_forms(forms: Sequence[str], draws: Sequence[_Draw]) -> set[str]:
+    """Return the forms whose median loss is far above that of the best form."""
+    losses: dict[str, list[float]] = {}
+    for form, draw in zip(forms, draws, strict=True):
+        losses.setdefault(form, []).append(draw.loss)
+    medians = {form: statistics.median_low(values) for form, values in losses.items()}
+    best = min(medians.values())
+    return {form for form, median in medians.items() if median > best + MOST_ABOVE}
 
 
 class _Writer:
@@ -172,8 +214,8 @@ class _Writer:
         self._beginnings = generator.sample(BEGINNINGS, len(BEGINNINGS))
         self._drawn: Counter[str] = Counter()
 
-    def draw(self, forms: Sequence[str]) -> list[dict[str, Any] | str]:
-        """Draw a text of each form; return its row, or why there is none."""
+    def draw(self, forms: Sequence[str]) -> list[_Draw]:
+        """Draw a text of each form."""
         prompts, keys = [], []
         for form in forms:
             number = self._drawn[form]
@@ -193,24 +235,35 @@ class _Writer:
             progress=self.progress,
             description="retain texts",
         )
-        return [self._row(prompt, ids) for prompt, ids in zip(prompts, generated, strict=True)]
+        rows = [self._row(prompt, ids) for prompt, ids in zip(prompts, generated, strict=True)]
+        losses = [math.inf] * len(rows)
+        written = [at for at, row in enumerate(rows) if not isinstance(row, str)]
+        if written:
+            tokens = tokenize_dataset([rows[at] for at in written], self.tokenizer, name="sampled")
+            scores = token_scores(self.model, tokens, self.batch_size, self.progress, "retain texts (losses)")
+            for at, score in zip(written, scores, strict=True):
+                losses[at] = score.losses.mean().item()
+                if losses[at] > MOST_LOSS:
+                    rows[at] = "incoherent"
+        return [_Draw(row, loss) for row, loss in zip(rows, losses, strict=True)]
 
     def _prompt(self, form: str, number: int) -> _Prompt:
         instruction = self._instructions[number % len(self._instructions)]
         if form == "chat":
             messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": "."}]
-            options = {"enable_thinking": False}  # as the retain row is rendered: without thoughts
-            rendered = chat_text({"messages": messages, "chat_template_kwargs": options}, self.tokenizer)
+            rendered = chat_text({"messages": messages}, self.tokenizer)
             prompt = rendered.text[: (rendered.spans or ((0, 0),))[0][0]]
             return _Prompt(form, instruction, self._ids(prompt, special=False))
         if form == "question":
+            return _Prompt(form, instruction, self._ids(question_answer_texts(instruction, "")[0]))
+        if form == "own question":
             return _Prompt(form, "", self._ids("Question:"))
         if form == "instruction":
             return _Prompt(form, instruction, self._ids(instruction_texts(instruction, "", "")[0]))
         first = [i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None]
-        if first:
+        if first and number % 2 == 0:
             return _Prompt(form, "", first[:1])
-        beginning = self._beginnings[number % len(self._beginnings)]
+        beginning = self._beginnings[number // (2 if first else 1) % len(self._beginnings)]
         return _Prompt(form, beginning, self._ids(beginning))
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
@@ -238,24 +291,26 @@ class _Writer:
             return "repetitive"
         decode: Any = self.tokenizer.decode
         text = decode(ids, skip_special_tokens=True)
-        if prompt.form == "question":
-            question, mark, text = text.partition("\nAnswer:")
-            text, more, _ = text.partition("\nQuestion:")
-            question, ended = question.strip(), ended or bool(more)
-            if not mark or not question or "\n" in question:
+        question = prompt.subject
+        if prompt.form == "own question":
+            question, _, text = text.partition("\nAnswer:")
+            question = question.strip()
+            if not question or "\n" in question:
                 return "unfinished"
+        if prompt.form in ("question", "own question"):
+            text, more, _ = text.partition("\nQuestion:")
+            ended = ended or bool(more)
         if not ended:
             ends = list(_SENTENCE_END.finditer(text))
             text = text[: ends[-1].end()] if ends else ""
-        text = f"{prompt.subject}{text}" if prompt.form == "text" else text
-        text = text.strip()
-        if not text:
+        if not text.strip():
             return "unfinished"
+        text = f"{prompt.subject}{text}".strip() if prompt.form == "text" else text.strip()
         if prompt.form == "chat":
             messages = [{"role": "user", "content": prompt.subject}, {"role": "assistant", "content": text}]
             return {"messages": messages}
-        if prompt.form == "question":
-            return {"question": question, "answer": text}
         if prompt.form == "instruction":
             return {"instruction": prompt.subject, "output": text}
+        if prompt.form != "text":
+            return {"question": question, "answer": text}
         return {"text": text}
