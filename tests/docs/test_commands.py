@@ -26,9 +26,16 @@ NOT_RUN = {
     "ruff": "CI runs it",
     "clang-format": "CI runs it",
     "mypy": "CI runs it",
+    "openssl": "tests/loku/deletion/test_seal.py runs the same",
+    "sha256sum": "tests/loku/deletion/test_seal.py runs the same",
+    "tail": "tests/loku/deletion/test_ledger.py runs the same",
+    "cd": "changes the folder",
 }
 # Commands of ``loku`` whose options are read and no more, by the reason.
-READ_ONLY = {"demo": "tests/loku/test_demo.py runs it"}
+READ_ONLY = {
+    "demo": "tests/loku/test_demo.py runs it",
+    "record": "tests/loku/commands/test_record.py runs it",
+}
 FAST = {
     "unlearn": ["--max_steps=1", "--fisher_samples=2", "--use_cpu", "--quiet"],
     "evaluate": ["--quiet"],
