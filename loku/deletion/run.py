@@ -38,7 +38,7 @@ from loku.saving.directories import whole_file
 from loku.trust import load_tokenizer, trusts_code
 
 NGRAM = 10  # tokens of the n-grams of Extraction Likelihood
-PREFIXES = 400  # that it continues, about: each costs a greedy text
+PREFIXES = 200  # that it continues, about: each costs a greedy text
 ATTACKED = 16  # rows of the hold-out set, at least, whose extraction shows the level of chance
 _RUN = "run.json"  # in the private directory: what identifies the run
 _RETAIN = "rows_to_keep.json"  # in the private directory: the rows to keep
@@ -99,9 +99,13 @@ class Run:
         return select_rows(self.request.forget, "forget")
 
     @cached_property
-    def holdout(self) -> list[Any] | None:
-        """The hold-out rows, or None if the request has none."""
+    def _given_holdout(self) -> list[Any] | None:
         return None if self.request.holdout is None else select_rows(self.request.holdout, "holdout").rows
+
+    @property
+    def holdout(self) -> list[Any] | None:
+        """The hold-out rows without those that are forgotten, too; None if the request has none."""
+        return self.separated.sets.get("holdout")
 
     @cached_property
     def separated(self) -> Separated:
@@ -111,8 +115,8 @@ class Run:
         for name, selection in (("retain", source.given), ("corpus", source.corpus)):
             if selection is not None:
                 others[name] = select_rows(selection, name).rows
-        if self.holdout is not None:
-            others["holdout"] = self.holdout
+        if self._given_holdout is not None:
+            others["holdout"] = self._given_holdout
         found = find_duplicates(selected.rows, others, self.request.near_duplicate_similarity)
         include = self.request.include_near_duplicates
         return separate(selected.rows, others, found, include, {"rest": selected.rest_indices})
@@ -200,9 +204,9 @@ class Run:
 
     def _find_rows(self) -> dict[str, Any]:
         """Choose the rows, and find what is equal or nearly equal to them."""
-        known: dict[str, Sequence[Any]] = {"forget": self.forget}
         if self.holdout is not None:
-            check_holdout(self.holdout, **known)
+            retain = self.separated.sets.get("retain", [])
+            check_holdout(self.holdout, forget=self.forget, retain=retain)
         selected = self.selected
         return {
             "selected": len(selected.rows),
@@ -300,21 +304,23 @@ class Run:
     def _retain(self) -> dict[str, Any]:
         return json.loads((self.work / _RETAIN).read_text(encoding="utf-8"))
 
-    def _measure_utility(self, place: str) -> dict[str, Any]:
-        """Measure the rows that show what is kept."""
+    def _measure_pass(self, place: str, sets: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Measure sets by one teacher-forced pass each, without Extraction Likelihood."""
         model = self._model(place)
         found = {}
-        for name, rows in self._retain["measured"].items():
+        for name, rows in sets.items():
             tokens = tokenize_dataset(rows, self.tokenizer, name=name, limits=token_limits(model))
             scores = token_scores(model, split_documents(tokens), progress=self.progress, description=name)
             found[name] = {"rows": len(rows), **token_measures(scores)}
         return found
 
     def _measure_all(self, place: str) -> dict[str, Any]:
-        """Measure all sets."""
-        sets = {"forget": self.forget} | ({} if self.holdout is None else {"holdout": self.holdout})
-        found = {name: measures.summary(self._measure_rows(place, rows, name)) for name, rows in sets.items()}
-        return {**found, **self._measure_utility(place)}
+        """Measure all sets. The limits are those of the forget rows, so the others get one pass."""
+        others = dict(self._retain["measured"])
+        if self.holdout is not None:
+            others = {"holdout": self.holdout, **others}
+        forget = measures.summary(self._measure_rows(place, self.forget, "forget"))
+        return {"forget": forget, **self._measure_pass(place, others)}
 
     def _probe(self, place: str) -> dict[str, Any]:
         """Measure the general ability, without the questions about what is forgotten."""
@@ -325,7 +331,9 @@ class Run:
         """Unlearn, measure and attack what came out. Add what was found to ``kept``; return the outcome."""
         kept["retain"] = self.stages("retain", self._keep)
         before = kept["measures"]["before"]
-        before |= self.stages("utility_before", lambda: self._measure_utility(self.start))
+        before |= self.stages(
+            "utility_before", lambda: self._measure_pass(self.start, self._retain["measured"])
+        )
         probe = {"before": self.stages("probe_before", lambda: self._probe(self.start))}
         attacks: dict[str, Any] = {"before": self._attacks("before", self.start, ("extract", "mia"))}
         kept["training"] = trained = self.stages("unlearning", lambda: self._train(kept["limits"]))
