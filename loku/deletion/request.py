@@ -25,8 +25,8 @@ __all__ = [
     "Request",
     "RetainSource",
     "RowSelection",
-    "read_request",
     "read_forget",
+    "read_request",
     "request_facts",
     "write_template",
 ]
