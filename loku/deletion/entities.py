@@ -3,7 +3,8 @@
 No language model finds them: capital letters, digits and what questions and answers share do. That is good
 enough to keep a text out, not to prove that a text tells nothing about a person. The limits:
 
-- A name that is written without a capital letter is found only as a short answer.
+- A name that is written without a capital letter is found only as a short answer. So is one that is a common
+  word, such as Will or May, by itself.
 - A sentence that begins with a rare word gives that word as a name. German nouns count as names, too.
 - A number of fewer than four digits, such as a house number, counts only as a short answer.
 - Scripts without capital letters give their numbers, their short answers, and what a question and its answer

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from loku.adapter_folders import find_adapter, load_on_base
-from loku.data import IGNORE_INDEX, tokenize_dataset
+from loku.data import IGNORE_INDEX, split_documents, token_limits, tokenize_dataset
 from loku.deletion import facts, ledger, measures, record, seal
 from loku.deletion.duplicates import Separated, find_duplicates, separate
 from loku.deletion.entities import entities
@@ -31,6 +31,7 @@ from loku.deletion.serve import check_serving, serve
 from loku.deletion.stages import Stages
 from loku.deletion.texts import row_text
 from loku.deletion.training import unlearn_to_limits
+from loku.evaluation.scores import token_measures, token_scores
 from loku.models import load_model
 from loku.probe import measure_probe, relative_ability
 from loku.saving.directories import whole_file
@@ -212,7 +213,7 @@ class Run:
 
     @cached_property
     def _options(self) -> dict[str, Any]:
-        """The options of all measures. Extraction Likelihood continues about 400 prefixes of the larger set."""
+        """The options of all measures. Extraction Likelihood continues about ``PREFIXES`` prefixes."""
         prefixes = 0
         for name, rows in (("forget", self.forget), ("holdout", self.holdout or [])):
             tokens = tokenize_dataset(rows, self.tokenizer, name=name) if rows else []
@@ -299,14 +300,21 @@ class Run:
     def _retain(self) -> dict[str, Any]:
         return json.loads((self.work / _RETAIN).read_text(encoding="utf-8"))
 
-    def _sets(self) -> dict[str, list[Any]]:
-        """The sets that are measured before and after."""
-        sets = {"forget": self.forget, **self._retain["measured"]}
-        return sets if self.holdout is None else {**sets, "holdout": self.holdout}
+    def _measure_utility(self, place: str) -> dict[str, Any]:
+        """Measure the rows that show what is kept."""
+        model = self._model(place)
+        found = {}
+        for name, rows in self._retain["measured"].items():
+            tokens = tokenize_dataset(rows, self.tokenizer, name=name, limits=token_limits(model))
+            scores = token_scores(model, split_documents(tokens), progress=self.progress, description=name)
+            found[name] = {"rows": len(rows), **token_measures(scores)}
+        return found
 
-    def _measure(self, place: str, *names: str) -> dict[str, Any]:
-        sets = {name: rows for name, rows in self._sets().items() if not names or name in names}
-        return measures.measure_sets(self._model(place), self.tokenizer, sets, **self._options)
+    def _measure_all(self, place: str) -> dict[str, Any]:
+        """Measure all sets."""
+        sets = {"forget": self.forget} | ({} if self.holdout is None else {"holdout": self.holdout})
+        found = {name: measures.summary(self._measure_rows(place, rows, name)) for name, rows in sets.items()}
+        return {**found, **self._measure_utility(place)}
 
     def _probe(self, place: str) -> dict[str, Any]:
         """Measure the general ability, without the questions about what is forgotten."""
@@ -317,7 +325,7 @@ class Run:
         """Unlearn, measure and attack what came out. Add what was found to ``kept``; return the outcome."""
         kept["retain"] = self.stages("retain", self._keep)
         before = kept["measures"]["before"]
-        before |= self.stages("retain_before", lambda: self._measure(self.start, *self._retain["measured"]))
+        before |= self.stages("utility_before", lambda: self._measure_utility(self.start))
         probe = {"before": self.stages("probe_before", lambda: self._probe(self.start))}
         attacks: dict[str, Any] = {"before": self._attacks("before", self.start, ("extract", "mia"))}
         kept["training"] = trained = self.stages("unlearning", lambda: self._train(kept["limits"]))
@@ -327,14 +335,17 @@ class Run:
         if outcome == "undone":
             kept["limits"] = {name: _limit(limit, before, None, name) for name, limit in limits.items()}
             return outcome
-        after = kept["measures"]["after"] = self.stages("measures_after", lambda: self._measure(self._served))
+        after = kept["measures"]["after"] = self.stages(
+            "measures_after", lambda: self._measure_all(self._served)
+        )
         kept["limits"] = {name: _limit(limit, before, after, name) for name, limit in limits.items()}
         probe["after"] = self.stages("probe_after", lambda: self._probe(self._served))
-        probe["relative"] = relative_ability(probe["before"], probe["after"])
+        left = relative_ability(probe["before"], probe["after"])
+        probe |= {"relative": left["least"], "shares": left["shares"], "not_judged": left["not_judged"]}
         attacks["after"] = self._attacks("after", self._served, self.request.attacks)
         if self.request.control is not None:
             control = self.request.control
-            kept["measures"]["control"] = self.stages("control", lambda: self._measure(control))
+            kept["measures"]["control"] = self.stages("control", lambda: self._measure_all(control))
         else:
             self.not_tested["control"] = "no model that was retrained without the rows was given"
         kept["serving"] = self.stages("serving", lambda: serve(self.request, self._served))
@@ -438,7 +449,8 @@ class Run:
                 retain=next(iter(self._retain["measured"].values())),
                 original_model=self._other(place),
             )
-        return attacks.quantisation_attack(model, tokenizer, self._sets(), progress=self.progress)
+        sets = {"forget": forget, **self._retain["measured"]}
+        return attacks.quantisation_attack(model, tokenizer, sets, progress=self.progress)
 
     def _other(self, place: str) -> Any:
         """The model from before the run, as the reference of an attack on what came out; else None."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from loku.saving.kinds import SaveKind
 
 FORGET = "forget"
-PATIENCE = 5  # evaluations in a row under the floor, after which a run is given up: utility may recover
+PATIENCE = 10  # evaluations in a row under the floor, about half a run, after which it is given up
 UTILITY_ROWS = 32  # of the retain rows, if no rows of utility are given
 _LEAST_STEPS = 40  # of a run, if no number of epochs is given
 _EVALUATIONS = 20  # of a run, about
@@ -252,7 +252,8 @@ def _config(fields: Mapping[str, Any], rows: int, directory: Path, progress: boo
         "disable_tqdm": not progress,
     }
     given = {**_DEFAULTS, **fields}
-    config = UnlearnConfig(**{**own, "eval_steps": 1, "save_steps": 1, **given})
+    every = given.get("eval_steps", 1)
+    config = UnlearnConfig(**{**own, **given, "eval_steps": every, "save_steps": every})
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     steps_of_an_epoch = math.ceil(rows / step)
     if "num_train_epochs" not in given and "max_steps" not in given:
@@ -286,13 +287,16 @@ def _spread(rows: Sequence[Any], most: int) -> list[Any]:
 
 
 def _history(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The step and the measures of each evaluation, without its speed."""
+    """The step and the measures of each evaluation, without its speed, in one order.
+
+    The log that a resumed run reads has another order than the log of a run that was never stopped.
+    """
     speed = ("_runtime", "_samples_per_second", "_steps_per_second")
     return [
         {"step": entry["step"]}
         | {
             name.removeprefix("eval_"): value if math.isfinite(value) else None
-            for name, value in entry.items()
+            for name, value in sorted(entry.items())
             if name.startswith("eval_") and not name.endswith(speed)
         }
         for entry in log
