@@ -194,6 +194,27 @@ def read_adapter_config(
     return config
 
 
+def read_adapter(
+    adapter: str, hub: Mapping[str, Any] | None = None, *, use_safetensors: bool = True
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Read an adapter's config and its tensors, without its base.
+
+    Args:
+        adapter: The folder or hub name of the adapter.
+        hub: As for ``read_adapter_config``.
+        use_safetensors: As for ``read_adapter_config``.
+
+    Returns:
+        The config, and the tensors by their names in the file, on the CPU.
+
+    Raises:
+        ValueError: The errors of ``read_adapter_config``, or the file is damaged.
+    """
+    config = read_adapter_config(adapter, hub, use_safetensors=use_safetensors)
+    with loading(adapter):
+        return config, load_peft_weights(adapter, "cpu", **(hub or {}))
+
+
 def put_adapter(
     base: PreTrainedModel,
     adapter: str,

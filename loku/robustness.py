@@ -107,7 +107,7 @@ def relearning_curve(
     Raises:
         ValueError: The model has an adapter, or ``steps``, ``every`` or ``batch_size`` is less than 1.
     """
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     check_counts(steps=steps, every=every, batch_size=batch_size)
     if isinstance(model, PeftModel):
@@ -131,12 +131,14 @@ def relearning_curve(
             use_cpu=model_device(model).type == "cpu",
         )
         options._n_gpu = min(1, options.n_gpu)  # or Trainer would put a replica on each GPU
-        Trainer(
+        trainer = Trainer(
             model=model,
             args=options,
             train_dataset=rows,
             data_collator=partial(collate, pad_token_id=padding_id(tokenizer, model)),
             processing_class=tokenizer,
             callbacks=[gauge],
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints a summary, which is no part of the curve
+        trainer.train()
     return gauge.history

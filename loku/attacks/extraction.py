@@ -20,14 +20,15 @@ from loku.data import (
     tokenize_dataset,
 )
 from loku.data.rows import DataSet
-from loku.evaluation.extraction import greedy_answers
-from loku.evaluation.generation import eos_ids, generate_sampled
+from loku.evaluation.extraction import end_ids, greedy_answers
+from loku.evaluation.generation import generate_sampled
 from loku.evaluation.scores import TokenScores, token_scores
 from loku.models import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LEAST_HOLDOUT_ROWS = 20  # that are asked, if there are so many
 SLACK = 16  # tokens of a generated answer beyond the true one
 NEARLY = 0.5  # least ROUGE-L recall of an answer that nearly comes back
 ANY_WAY = "any way"
@@ -119,7 +120,8 @@ def extraction_attack(
         tokenizer: The tokenizer.
         forget: The forget rows.
         holdout: Rows of the same kind on which the model was never trained, whose figures are the level of
-            chance; None (default) for none.
+            chance; None (default) for none. Of more rows than the forget set and 20, evenly spaced ones are
+            asked.
         samples: The number of samples, 8 by default.
         temperature: The number by which the logits are divided before sampling, > 0; 1 by default.
         top_p: The probability of the nucleus, in (0, 1]; 0.95 by default.
@@ -153,10 +155,11 @@ def extraction_attack(
     preambles = PREAMBLES if preambles is None else preambles
     check_preambles(preambles)
     sets = {"forget": forget} if holdout is None else {"forget": forget, "holdout": holdout}
-    asked = {
-        name: _Questions(tokenizer, rows, name, preambles, max_length, token_limits(model))
-        for name, rows in sets.items()
-    }
+    limits = token_limits(model)
+    asked: dict[str, _Questions] = {}
+    for name, rows in sets.items():
+        most = max(LEAST_HOLDOUT_ROWS, len(asked["forget"].own)) if asked else None
+        asked[name] = _Questions(tokenizer, rows, name, preambles, max_length, limits, most)
     figures: dict[str, dict[str, Any]] = {}
     not_tested: dict[str, dict[str, str]] = {}
     for name, questions in asked.items():
@@ -207,7 +210,7 @@ def extraction_attack(
 
 
 class _Questions:
-    """The targets of a set: the rows' own, with paraphrased questions, and behind preambles.
+    """The targets of at most ``most`` rows of a set: their own, with other questions, and behind preambles.
 
     ``left_out`` is the number of questions that no longer fit into the model's context.
     """
@@ -220,15 +223,20 @@ class _Questions:
         preambles: Mapping[str, str],
         max_length: int | None,
         limits: TokenLimits,
+        most: int | None,
     ):
         self.rows = rows = as_rows(rows, name)
         tokenised = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
         self.context, self.left_out = limits.context, 0
-        self.own = [self._target(index, "", row) for index, row in enumerate(tokenised)]
+        count = len(tokenised)
+        most = count if most is None else min(most, count)
+        indices = [i * count // most for i in range(most)]
+        self.own = [self._target(index, "", tokenised[index]) for index in indices]
         self.paraphrased: list[_Target] = []
         self.behind_preambles: list[_Target] = []
         tokenize = RowTokenizer(tokenizer, None, name)
-        for index, row in enumerate(rows):
+        for index in indices:
+            row = rows[index]
             question = question_of(row)
             if question is None:
                 continue
@@ -279,8 +287,7 @@ class _Ways:
     ):
         self.model, self.tokenizer, self.longest = model, tokenizer, longest
         self.batch_size, self.progress, self.name = batch_size, progress, name
-        own = tokenizer.eos_token_id
-        self.eos = {*eos_ids(model), *([] if own is None else [own])}
+        self.eos = end_ids(model, tokenizer)
 
     def scores(self, targets: Sequence[_Target]) -> list[TokenScores]:
         """Score the answers of some targets."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = list[Mapping[str, Any]]
-MOST_RETAIN_ROWS = 64  # that are measured
+MOST_RETAIN_ROWS = 32  # that are measured
 
 
 def halves(count: int, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -50,7 +50,7 @@ def relearning_attack(
     retain: DataSet | None = None,
     original_model: CausalLM | None = None,
     steps: int = 20,
-    every: int = 1,
+    every: int = 2,
     learning_rate: float = 1e-4,
     batch_size: int = 8,
     seed: int = 0,
@@ -80,11 +80,11 @@ def relearning_attack(
         control_model: A model of the same tokenizer that never saw the forget rows; None (default) for none.
         holdout: Rows that the model was never trained on, for the control without such a model; None
             (default) for none.
-        retain: Rows to measure beside the halves, at most 64 of them, evenly spaced; None (default) for none.
+        retain: Rows to measure beside the halves, at most 32 of them, evenly spaced; None (default) for none.
         original_model: The model before unlearning, whose probability of the half is the mark of
             ``steps_to_half``; None (default) for none.
         steps: The number of optimizer steps, 20 by default.
-        every: The number of steps between measurements, 1 by default.
+        every: The number of steps between measurements, 2 by default.
         learning_rate: The learning rate, 1e-4 by default.
         batch_size: The number of rows in a step, 8 by default.
         seed: The seed of the choice and of the rows' order, 0 by default.

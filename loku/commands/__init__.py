@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,17 @@ def named_source(text: str) -> tuple[str, str]:
     if not (name and equals and source):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SOURCE, such as forget=forget.jsonl")
     return name, source
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read the value of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 Commands = argparse._SubParsersAction  # the argument of ``add``: the commands of the parser of ``loku``

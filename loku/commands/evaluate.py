@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.commands import CommandParser, Commands, accept_underscores, named_source
+from loku.commands import CommandParser, Commands, accept_underscores, json_object, named_source
+from loku.commands.attacks import add_options, attack_tables, check_options, load_others, run_attacks
 from loku.commands.report_files import check_report_files, write_report_files
 from loku.counts import check_counts, check_max_length
 
@@ -22,7 +23,8 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         description="Measure a causal LM on data sets: probability, perplexity, ROUGE-L, truth ratio, forget "
         "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K% "
         "membership inference and dialogue F1, as far as the sets allow. Prints a table, and writes a JSON "
-        "report with TOFU's log and a picture beside it. Runs under torchrun and accelerate launch.",
+        "report with TOFU's log and a picture beside it. Runs under torchrun and accelerate launch. --attack "
+        "attacks the model, too, in one process.",
     )
     parser.add_argument(
         "model",
@@ -44,7 +46,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
     parser.add_argument("--tokenizer", metavar="PATH", help="path or hub name (default: the model's)")
     parser.add_argument(
         "--model-init-kwargs",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="arguments of from_pretrained, a JSON object",
@@ -71,6 +73,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="measure the nine reasoning sets too, by lm-evaluation-harness, which downloads them; needs "
         "pip install 'loku-kernels[lm-eval]'",
     )
+    add_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
     accept_underscores(parser)
@@ -101,6 +104,7 @@ def run(options: argparse.Namespace) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     if len(sources) < len(options.data):
         raise ValueError(f"two data sets have one name: {[name for name, _ in options.data]}")
+    check_options(options, sources, state.num_processes)
     data = {name: read_rows(source) for name, source in sources.items()}
     reference = None
     if options.reference_log is not None:
@@ -112,6 +116,7 @@ def run(options: argparse.Namespace) -> None:
         options.tokenizer or _tokenizer_place(model, base, adapter),
         trust_remote_code=trusts_code(options.model_init_kwargs),
     )
+    others = load_others(options)  # what cannot be loaded is known before the measures, which take long
     model.to(state.device).eval()
     reasoning = None
     if options.reasoning and state.is_main_process:
@@ -129,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
             progress=not options.quiet,
         )
     if state.is_main_process:
-        report = {
+        report: dict[str, Any] = {
             "model": base,
             "adapter": adapter,
             "data": sources,
@@ -141,11 +146,19 @@ def run(options: argparse.Namespace) -> None:
             "whole": result.whole,
             "not_available": result.not_available,
             "reasoning": reasoning,
+            "reference_model": options.reference_model,
+            "control_model": options.control_model,
+            "attacks": {},
         }
-        print(_evaluation_table(report))
-        check_report_files(options.out, read)  # what has come while the model was measured stays, too
-        written = write_report_files(options.out, report, result.log)
-        print(f"\nwritten: {', '.join(map(str, written))}")
+        try:
+            with row_places(sources):
+                for name, found in run_attacks(options, model, tokenizer, data, others, state.device):
+                    report["attacks"][name] = found
+        finally:  # a failed attack does not lose what was measured before it
+            print(_evaluation_table(report))
+            check_report_files(options.out, read)  # what has come while the model was measured stays, too
+            written = write_report_files(options.out, report, result.log)
+            print(f"\nwritten: {', '.join(map(str, written))}")
     state.destroy_process_group()
 
 
@@ -204,7 +217,8 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
     if report["reasoning"] is not None:
         tables.append(format_table({"accuracy": report["reasoning"]}))
     lines = [f"{name} is not available: {reason}" for name, reason in report["not_available"].items()]
-    return "\n\n".join([*tables, "\n".join(lines)]).rstrip()
+    parts = [*tables, "\n".join(lines), attack_tables(report["attacks"])]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _read_log(path: str) -> Mapping[str, Any]:
@@ -217,13 +231,3 @@ def _read_log(path: str) -> Mapping[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     check_forget_section(log, path)
     return log
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value

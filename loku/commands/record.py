@@ -80,8 +80,9 @@ def _ledger(directory: Path, public_key: str | None) -> tuple[list[str], list[st
         ledger = read_ledger(directory)
     except ValueError:  # one of the problems
         return problems, []
+    count = len(ledger.entries)
     lines = [
-        f"{len(ledger.entries)} records of {LEDGER} were checked",
+        f"{count} {'record' if count == 1 else 'records'} of {LEDGER} checked",
         f"the last line has the SHA-256 {ledger.last_digest}; keep it elsewhere, because the ledger cannot "
         "show that lines are missing at its end",
     ]

@@ -2,8 +2,8 @@
 
 ``ledger.jsonl`` has a line for each record. A line has the digest of the ``SHA256SUMS`` of its record, which
 stands for all its files, and the digest of the line before it. So no line and no record can be changed, taken
-out or put in between without a trace. The chain alone does not show that lines are missing at its end. Who
-keeps the digest of the last line elsewhere can tell (``Ledger.last_digest``).
+out or put in between without a trace. The chain alone does not show that lines are missing at its end. A
+reader who keeps the digest of the last line elsewhere can tell (``Ledger.last_digest``).
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loku.deletion.record import MAX_BYTES, RECORD, is_digest, read_record, read_regular
-from loku.deletion.request import RowSelection
 from loku.deletion.seal import SUMS, shown, sums_digest, verify
 
+if TYPE_CHECKING:
+    from loku.deletion.request import RowSelection
+
 LEDGER = "ledger.jsonl"
+REQUEST = "request.yaml"  # in a record: the copy of the request's file
 STATES = ("adapter", "model")  # the folders of a record that hold what the request left
 _LOCK = ".ledger.lock"
 _LONGEST_WAIT = 60.0  # seconds; an append takes less
@@ -69,15 +72,15 @@ class EarlierRequest:
     Attributes:
         entry: Its line.
         record: The folder of its record.
-        request: The copy of its file, ``request.yaml``.
-        forget: The rows that it selects.
+        forget: The rows that it selects; None if they cannot be found any more.
+        reason: Why they cannot be found; "" if they can.
         limits: The greatest value of each measure of its rows, as its record has them.
     """
 
     entry: Entry
     record: Path
-    request: Path
-    forget: RowSelection
+    forget: RowSelection | None
+    reason: str
     limits: Mapping[str, float]
 
 
@@ -223,8 +226,10 @@ def earlier_requests(ledger: str | os.PathLike) -> list[EarlierRequest]:
         ledger: The folder of the ledger. It need not exist.
 
     Raises:
-        ValueError: The ledger is broken, or a record does not verify or does not say which rows it selects.
+        ValueError: The ledger is broken, or a record does not verify.
     """
+    from loku.deletion.request import read_forget  # it imports the settings of a training
+
     found = []
     for entry in _entries(ledger):
         record = Path(ledger) / entry.record
@@ -237,19 +242,13 @@ def earlier_requests(ledger: str | os.PathLike) -> list[EarlierRequest]:
             for name, limit in (facts.get("limits") or {}).items()
             if limit and limit.get("limit") is not None
         }
-        forget = _selection(facts["request"].get("forget"), record)
-        found.append(EarlierRequest(entry, record, record / "request.yaml", forget, limits))
+        forget, reason = None, ""
+        try:
+            forget = read_forget(record / REQUEST, Path(facts["request"].get("path") or record).parent)
+        except (OSError, ValueError) as error:  # the data may be deleted, too, as it should be
+            reason = str(error)
+        found.append(EarlierRequest(entry, record, forget, reason, limits))
     return found
-
-
-def _selection(fields: Any, record: Path) -> RowSelection:
-    names = RowSelection.__dataclass_fields__
-    if not isinstance(fields, dict) or "data" not in fields or not fields.keys() <= names.keys():
-        raise ValueError(f"the record {record} does not say which rows it selects (request.forget)")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
-    return RowSelection(**values)
 
 
 def _state(record: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """A document of a few kinds of blocks, as Markdown and as one HTML file.
 
-What a document quotes may come from anybody: the name of a requester, or that of a file. It is shown as text
-and never as markup. Characters that would hide or turn the text around are replaced.
+A document may quote anybody: the name of a requester, or that of a file. Such a text is shown as it is, and
+never taken for markup. Characters that would hide it or turn it around are replaced.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Paragraph):
         return f"**{_md(block.text)}**" if block.strong else _md(block.text)
     if isinstance(block, Code):
-        lines = [_clean(line) for line in block.lines]
+        lines = [clean(line) for line in block.lines]
         longest = max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
         fence = "`" * max(3, longest + 1)
         return "\n".join([fence, *lines, fence])
@@ -135,7 +135,7 @@ def _html(block: Block, directory: Path) -> str:
         text = _text(block.text)
         return f"<p><strong>{text}</strong></p>" if block.strong else f"<p>{text}</p>"
     if isinstance(block, Code):
-        return f"<pre>{_text(chr(10).join(map(_clean, block.lines)), keep_lines=True)}</pre>"
+        return f"<pre>{_text(chr(10).join(map(clean, block.lines)), keep_lines=True)}</pre>"
     if isinstance(block, Picture):
         data = base64.b64encode((directory / block.file).read_bytes()).decode("ascii")
         caption = _text(block.caption)
@@ -152,10 +152,10 @@ def _row(tag: str, cells: Sequence[str]) -> str:
 
 
 def _text(text: str, keep_lines: bool = False) -> str:
-    return html.escape(text if keep_lines else _clean(text), quote=True)
+    return html.escape(text if keep_lines else clean(text), quote=True)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """A text on one line. Characters that are not seen, such as changes of direction, are marked."""
     return "".join(map(_shown, text))
 
@@ -169,5 +169,5 @@ def _shown(character: str) -> str:
 
 def _md(text: str) -> str:
     """A text that Markdown shows as it is. A single underscore inside of a word needs no escape."""
-    text = re.sub(r"[\\`*\[\]<>#|~&$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", _clean(text))
+    text = re.sub(r"[\\`*\[\]<>#|~&$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", clean(text))
     return re.sub(r"(?i)(?<=http)(?=://)|(?<=https)(?=://)|(?<=www)(?=\.)|(?=@)", r"\\", text)  # no links

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from loku.deletion.attack_figures import figure_at, headlines
 from loku.deletion.markup import Block, Code, Heading, Paragraph, Picture, Table
 from loku.deletion.statements import ATTACK_TITLES, OUTCOME_STATEMENTS, PROOF, measure_title
 
@@ -46,6 +48,7 @@ def _summary(facts: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading(2, "Did it work?")
     yield Paragraph(answer, strong=True)
     yield from _limits(facts)
+    yield from _attacks_in_short(facts.get("attacks") or {})
     yield from _side_effects(facts)
     yield Heading(2, "What was not tested")
     yield from _not_tested(facts)
@@ -60,10 +63,11 @@ def _asked(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Begin of the run", facts["times"]["begin"]
     yield "End of the run", facts["times"]["end"]
     yield "The model", (inputs.get("model") or {}).get("name") or request.get("model") or "not said"
-    selected = (facts.get("rows") or {}).get("selected")
+    rows = facts.get("rows") or {}
+    selected, total = rows.get("selected"), rows.get("total")
     forget = (inputs.get("data") or {}).get("forget") or {}
     source = forget.get("source") or (request.get("forget") or {}).get("data") or "a source that is not said"
-    of = f" of {forget['rows']}" if forget.get("rows") is not None else ""
+    of = "" if total is None else f" of {total}"
     count = "rows" if selected is None else f"{selected}{of} rows"
     yield "What must be forgotten", f"{count} of {source}"
 
@@ -73,7 +77,7 @@ def _done(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if near is None:
         yield "Search for equal and nearly equal rows", "not done"
     else:
-        yield "Search for equal and nearly equal rows", _sentence(near)
+        yield "Search for equal and nearly equal rows", _duplicates(near)
     knowledge = facts.get("knowledge") or {}
     verdict = knowledge.get("verdict") or "not measured"
     yield "Does the model know the rows?", verdict
@@ -88,6 +92,15 @@ def _done(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Training", f"{training['steps']} steps{kept}{why}"
     serving = facts.get("serving") or {}
     yield "What serves the result", _serving(serving) if serving else "nothing"
+
+
+def _duplicates(near: Mapping[str, Any]) -> str:
+    kinds = Counter(row.get("kind") or "of no kind" for row in near.get("duplicates") or [] if row)
+    if not kinds:
+        return "none was found"
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    along = sum((numbers or {}).get("taken_along") or 0 for numbers in (near.get("sets") or {}).values())
+    return f"found: {counts}; {along or 'none'} of them {'was' if along < 2 else 'were'} forgotten, too"
 
 
 def _serving(serving: Mapping[str, Any]) -> str:
@@ -121,6 +134,32 @@ def _limits(facts: Mapping[str, Any]) -> Iterator[Block]:
     )
 
 
+def _attacks_in_short(attacks: Mapping[str, Any]) -> Iterator[Block]:
+    rows = headlines(attacks)
+    if not rows:
+        yield Paragraph("No attack was tried on the new model.")
+        return
+    yield Paragraph(
+        "Attacks try to bring the rows back from the model. The last column has the same figure of texts "
+        "that the model never saw, or of a model that never saw the rows."
+    )
+    yield from _still_extracted(attacks)
+    yield Table(
+        ("Attack", "Before", "After", "Hold-out or control"),
+        tuple((what, *map(_cell, figures)) for what, *figures in rows),
+    )
+
+
+def _still_extracted(attacks: Mapping[str, Any]) -> Iterator[Block]:
+    """What stands out if the outcome says one thing and an attack another."""
+    share = figure_at(attacks.get("after"), "extract", "sets", "forget", "any way", "whole")
+    if share:
+        yield Paragraph(
+            f"Some way of asking still brings {share:.1%} of the rows back from the new model, word by word.",
+            strong=True,
+        )
+
+
 def _side_effects(facts: Mapping[str, Any]) -> Iterator[Block]:
     relative = (facts.get("probe") or {}).get("relative")
     if relative is not None:
@@ -149,8 +188,8 @@ def _not_tested(facts: Mapping[str, Any]) -> Iterator[Block]:
     for name, attack in done.items():  # what an attack left out
         parts = (attack or {}).get("not_tested")
         if isinstance(parts, dict):
-            left_out = _flattened(parts)
-            rows += [(f"{ATTACK_TITLES[name]} {_title(part)}", _cell(why)) for part, why in left_out.items()]
+            title, left_out = ATTACK_TITLES[name].partition(":")[0], _flattened(parts)
+            rows += [(f"{title}, {_title(part)}", _cell(why)) for part, why in left_out.items()]
     if rows:
         yield Table(("Test", "Why not"), tuple(rows))
     else:
@@ -244,8 +283,9 @@ def _attacks(attacks: Mapping[str, Any] | None, pictures: Mapping[str, Sequence[
         yield Heading(3, title)
         yield from pictures.get(f"attacks.{name}", ())
         for state, result in results.items():
-            if result:
-                yield from _anything(result, f"On the model {state}", 4)
+            if result:  # the first page has what was not tested
+                told = {key: item for key, item in result.items() if key != "not_tested"}
+                yield from _anything(told, f"On the model {state}", 4)
 
 
 def _serving_details(serving: Mapping[str, Any] | None) -> Iterator[Block]:

@@ -81,8 +81,8 @@ def forget(
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
         # Two requests of one ledger that ran beside each other would start from one state.
-        for place in filter(None, (work, request.ledger)):
-            locks.enter_context(_locked(Path(place)))
+        for place in (work, *([] if request.ledger is None else [Path(request.ledger)])):
+            locks.enter_context(_locked(place))
         if not (directory / seal.SUMS).is_file():
             Run(request, directory, work, progress).run(key)
         result = _finished(request, directory)

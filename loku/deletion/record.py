@@ -46,8 +46,9 @@ FIELDS = (
     Field("request", "object", "the fields of the request, as they were read from its file"),
     Field("request.reference", "text", "the reference number; empty for none"),
     Field("request.requester", "text", "who asks; empty if it is not said"),
+    Field("request.path", "text", "the file of the request"),
     Field("request.model", "text", "the path or hub name of the model"),
-    Field("request.forget", "object", "the selection of the rows to forget"),
+    Field("request.forget", "object", "where the rows to forget are, and by which conditions they are found"),
     Field("request.attacks", "list", "the attacks that were asked for"),
     Field("times", "object", "the only part that differs between two runs of the same request"),
     Field("times.begin", "time", "the begin of the run, in ISO 8601 with its time zone"),
@@ -70,16 +71,32 @@ FIELDS = (
     Field("inputs.data", "object", "the data sets, by what they were for"),
     Field("inputs.data.*", "object", "a data set"),
     Field("inputs.data.*.source", "text", "its file, folder or hub name"),
-    Field("inputs.data.*.rows", "count", "the number of its rows"),
-    Field("inputs.data.*.selected", "count", "the number of the rows that were used"),
     Field("inputs.data.*.sha256", "digest", "the SHA-256 of the file, or of the list of a folder's digests"),
     Field("inputs.code", "object", "the code of `loku` and `loku_kernels`"),
     Field("inputs.code.version", "text", "its version"),
     Field("inputs.code.sha256", "digest", "the SHA-256 of the list of the digests of its files"),
-    Field("inputs.settings", "object", "the settings of the run"),
     Field("rows", "object", "the rows to forget"),
     Field("rows.selected", "count", "the number of rows that the request selects"),
-    Field("rows.near_duplicates", "object", "other rows that are equal or nearly equal to them"),
+    Field("rows.total", "count", "the number of all rows of their source"),
+    Field("rows.indices", "list", "the indices of the selected rows in the source, from 0"),
+    Field("rows.indices.*", "count", "an index"),
+    Field("rows.near_duplicates", "object", "the search for rows that are equal or nearly equal to them"),
+    Field("rows.near_duplicates.included", "flag", "whether nearly equal rows were forgotten, too"),
+    Field(
+        "rows.near_duplicates.forget_rows", "object", "the number of rows to forget, with and without them"
+    ),
+    Field("rows.near_duplicates.sets", "object", "the number of such rows in each data set"),
+    Field("rows.near_duplicates.sets.*", "object", "the numbers of one data set"),
+    Field(
+        "rows.near_duplicates.sets.*.taken_along", "count", "the number of its rows that are forgotten, too"
+    ),
+    Field("rows.near_duplicates.duplicates", "list", "these rows"),
+    Field("rows.near_duplicates.duplicates.*", "object", "such a row"),
+    Field("rows.near_duplicates.duplicates.*.set", "text", "the data set that has it"),
+    Field("rows.near_duplicates.duplicates.*.index", "count", "its index there, from 0"),
+    Field("rows.near_duplicates.duplicates.*.forget_index", "count", "the index of the row to forget"),
+    Field("rows.near_duplicates.duplicates.*.kind", "text", "`exact`, `normalised` or `near`"),
+    Field("rows.near_duplicates.duplicates.*.similarity", "number", "their Jaccard similarity"),
     Field("retain", "object", "the rows to keep: their sources and numbers"),
     Field("knowledge", "object", "whether the model knew the rows before the run"),
     Field("knowledge.verdict", "text", "the answer"),
@@ -104,6 +121,12 @@ FIELDS = (
     Field("training.history", "list", "the measures by step"),
     Field("training.history.*", "object", "the measures at a `step`"),
     Field("training.reason", "text", "why the training ended"),
+    Field("training.utility", "object", "the utility, as the mean answer probability of rows to keep"),
+    Field("training.utility.original", "object", "its values before the run, by data set"),
+    Field("training.utility.original.*", "number", "the value of a data set"),
+    Field("training.utility.floors", "object", "the least values that are accepted"),
+    Field("training.utility.floors.*", "number", "the least value of a data set"),
+    Field("training.training", "object", "the settings of the training"),
     Field("attacks", "object", "the attacks on the model `before` and `after`"),
     Field("attacks.*", "object", "the attacks on one model"),
     Field("attacks.*.*", "object", "an attack: `extract`, `mia`, `relearn` or `quantise`"),
@@ -117,7 +140,9 @@ FIELDS = (
     Field("ledger.earlier", "list", "the earlier requests, measured again on the new model"),
     Field("ledger.earlier.*", "object", "an earlier request"),
     Field("ledger.earlier.*.reference", "text", "its reference number"),
+    Field("ledger.earlier.*.record", "text", "the folder of its record in the ledger"),
     Field("ledger.earlier.*.still_forgotten", "flag", "whether its rows are still at or under their limits"),
+    Field("ledger.earlier.*.reason", "text", "why its rows were not measured"),
     Field("ledger.earlier.*.measures", "object", "the measures of its rows on the new model"),
     Field("not_tested", "object", "what was not tested, and why"),
     Field("not_tested.*", "text", "the reason"),
@@ -257,6 +282,8 @@ def _check_times(times: Mapping[str, Any]) -> None:
 
 def _check_limits(facts: Mapping[str, Any]) -> None:
     """A record must not say that the rows are forgotten where its own figures say otherwise."""
+    if facts["outcome"] == "forgotten" and not facts.get("limits"):
+        raise ValueError("the outcome is 'forgotten', but there are no limits that could be met")
     for name, entry in (facts.get("limits") or {}).items():
         limit, after, met = (entry.get(key) if entry else None for key in ("limit", "after", "met"))
         if met is not None and limit is not None and after is not None and met != (after <= limit):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loku.deletion.places import data_place, folder_place, model_place
+from loku.deletion.places import data_place, folder_place, model_place, path_of
 from loku.deletion.template import write_template
 from loku.deletion.texts import expression
 from loku.deletion.yaml_values import YamlValue, read_yaml_values
@@ -25,6 +25,7 @@ __all__ = [
     "Request",
     "RetainSource",
     "RowSelection",
+    "read_forget",
     "read_request",
     "request_facts",
     "write_template",
@@ -193,6 +194,23 @@ def read_request(path: str | os.PathLike) -> Request:
     return _consistent(request, given)
 
 
+def read_forget(path: str | os.PathLike, folder: str | os.PathLike) -> RowSelection:
+    """Read which rows the copy of a request forgets. Its other fields are not read.
+
+    Args:
+        path: The copy.
+        folder: The folder of the original, where relative paths begin.
+
+    Raises:
+        ValueError: The file is missing or no YAML, has no such field, or its data is not there any more.
+        OSError: The file cannot be read.
+    """
+    given = read_yaml_values(Path(path)).fields(FIELDS)
+    if "forget" not in given:
+        raise ValueError(f"{path} has no forget")
+    return _selection(given["forget"], Path(folder))
+
+
 def request_facts(request: Request) -> dict[str, Any]:
     """Return the fields of a request for its record.
 
@@ -282,7 +300,7 @@ def _selection_of(value: YamlValue, given: Mapping[str, YamlValue], folder: Path
     for name, read in (
         ("ids", YamlValue.texts),
         ("id_column", YamlValue.text),
-        ("contains", YamlValue.text),
+        ("contains", _searched),
         ("matches", _expression),
         ("columns", YamlValue.texts),
     ):
@@ -297,8 +315,14 @@ def _selection_of(value: YamlValue, given: Mapping[str, YamlValue], folder: Path
     return RowSelection(**found)
 
 
+def _searched(value: YamlValue) -> str:
+    if value.is_null:  # a name, or no condition
+        raise value.error(f"write '{value.node.value}' in quotes for the word, or take the line out")
+    return value.text()
+
+
 def _expression(value: YamlValue) -> str:
-    text = value.text()
+    text = _searched(value)
     try:
         expression(text)
     except ValueError as error:
@@ -404,7 +428,7 @@ def _serving(value: YamlValue, folder: Path) -> dict[str, Any]:
 
 
 def _ledger(value: YamlValue, folder: Path) -> dict[str, Any]:
-    path = folder / Path(value.text()).expanduser()
+    path = path_of(value, folder)
     if path.exists() and not path.is_dir():
         raise value.error(f"{path} is a file; name the folder of the ledger")
     return {"ledger": str(path)}

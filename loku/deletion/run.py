@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,22 +20,28 @@ from typing import Any
 import torch
 
 from loku.adapter_folders import find_adapter, load_on_base
+from loku.data import IGNORE_INDEX, split_documents, token_limits, tokenize_dataset
 from loku.deletion import facts, ledger, measures, record, seal
 from loku.deletion.duplicates import Separated, find_duplicates, separate
 from loku.deletion.entities import entities
 from loku.deletion.request import ATTACKS, Request, request_facts
 from loku.deletion.retain import build_retain, split_for_utility
 from loku.deletion.selection import SelectedRows, check_holdout, select_rows
+from loku.deletion.serve import check_serving, serve
 from loku.deletion.stages import Stages
 from loku.deletion.texts import row_text
 from loku.deletion.training import unlearn_to_limits
+from loku.evaluation.scores import token_measures, token_scores
 from loku.models import load_model
 from loku.probe import measure_probe, relative_ability
 from loku.saving.directories import whole_file
 from loku.trust import load_tokenizer, trusts_code
 
+NGRAM = 10  # tokens of the n-grams of Extraction Likelihood
+PREFIXES = 400  # that it continues, about: each costs a greedy text
+ATTACKED = 16  # rows of the hold-out set, at least, whose extraction shows the level of chance
 _RUN = "run.json"  # in the private directory: what identifies the run
-_RETAIN = "retain.json"  # in the private directory: the rows to keep
+_RETAIN = "rows_to_keep.json"  # in the private directory: the rows to keep
 _RECORD = "record"  # in the private directory: the folder of the record, until it is whole
 
 
@@ -57,6 +64,7 @@ class Run:
 
     def run(self, key: str | os.PathLike | None) -> None:
         """Run all stages that have not run, and put the sealed record into its place."""
+        check_serving(self.request)
         begin = self._identify()
         rows = self.stages("rows", self._find_rows)
         kept: dict[str, Any] = {"rows": rows, **self._measure_before()}
@@ -203,8 +211,18 @@ class Run:
             "near_duplicates": self.separated.facts,
         }
 
+    @cached_property
+    def _options(self) -> dict[str, Any]:
+        """The options of all measures. Extraction Likelihood continues about ``PREFIXES`` prefixes."""
+        prefixes = 0
+        for name, rows in (("forget", self.forget), ("holdout", self.holdout or [])):
+            tokens = tokenize_dataset(rows, self.tokenizer, name=name) if rows else []
+            lengths = (sum(label != IGNORE_INDEX for label in row["labels"]) for row in tokens)
+            prefixes = max(prefixes, sum(max(0, length - NGRAM) for length in lengths))
+        return {"n": NGRAM, "stride": max(1, round(prefixes / PREFIXES)), "progress": self.progress}
+
     def _measure_rows(self, place: str, rows: Sequence[Any], name: str) -> measures.RowMeasures:
-        return measures.measure_rows(self._model(place), self.tokenizer, rows, name, progress=self.progress)
+        return measures.measure_rows(self._model(place), self.tokenizer, rows, name, **self._options)
 
     def _measure_before(self) -> dict[str, Any]:
         """Measure the rows under the model, and decide whether there is anything to forget."""
@@ -282,14 +300,21 @@ class Run:
     def _retain(self) -> dict[str, Any]:
         return json.loads((self.work / _RETAIN).read_text(encoding="utf-8"))
 
-    def _sets(self) -> dict[str, list[Any]]:
-        """The sets that are measured before and after."""
-        sets = {"forget": self.forget, **self._retain["measured"]}
-        return sets if self.holdout is None else {**sets, "holdout": self.holdout}
+    def _measure_utility(self, place: str) -> dict[str, Any]:
+        """Measure the rows that show what is kept."""
+        model = self._model(place)
+        found = {}
+        for name, rows in self._retain["measured"].items():
+            tokens = tokenize_dataset(rows, self.tokenizer, name=name, limits=token_limits(model))
+            scores = token_scores(model, split_documents(tokens), progress=self.progress, description=name)
+            found[name] = {"rows": len(rows), **token_measures(scores)}
+        return found
 
-    def _measure(self, place: str, *names: str) -> dict[str, Any]:
-        sets = {name: rows for name, rows in self._sets().items() if not names or name in names}
-        return measures.measure_sets(self._model(place), self.tokenizer, sets, progress=self.progress)
+    def _measure_all(self, place: str) -> dict[str, Any]:
+        """Measure all sets."""
+        sets = {"forget": self.forget} | ({} if self.holdout is None else {"holdout": self.holdout})
+        found = {name: measures.summary(self._measure_rows(place, rows, name)) for name, rows in sets.items()}
+        return {**found, **self._measure_utility(place)}
 
     def _probe(self, place: str) -> dict[str, Any]:
         """Measure the general ability, without the questions about what is forgotten."""
@@ -300,7 +325,7 @@ class Run:
         """Unlearn, measure and attack what came out. Add what was found to ``kept``; return the outcome."""
         kept["retain"] = self.stages("retain", self._keep)
         before = kept["measures"]["before"]
-        before |= self.stages("retain_before", lambda: self._measure(self.start, *self._retain["measured"]))
+        before |= self.stages("utility_before", lambda: self._measure_utility(self.start))
         probe = {"before": self.stages("probe_before", lambda: self._probe(self.start))}
         attacks: dict[str, Any] = {"before": self._attacks("before", self.start, ("extract", "mia"))}
         kept["training"] = trained = self.stages("unlearning", lambda: self._train(kept["limits"]))
@@ -310,16 +335,20 @@ class Run:
         if outcome == "undone":
             kept["limits"] = {name: _limit(limit, before, None, name) for name, limit in limits.items()}
             return outcome
-        after = kept["measures"]["after"] = self.stages("measures_after", lambda: self._measure(self._served))
+        after = kept["measures"]["after"] = self.stages(
+            "measures_after", lambda: self._measure_all(self._served)
+        )
         kept["limits"] = {name: _limit(limit, before, after, name) for name, limit in limits.items()}
         probe["after"] = self.stages("probe_after", lambda: self._probe(self._served))
-        probe["relative"] = relative_ability(probe["before"], probe["after"])
+        left = relative_ability(probe["before"], probe["after"])
+        probe |= {"relative": left["least"], "shares": left["shares"], "not_judged": left["not_judged"]}
         attacks["after"] = self._attacks("after", self._served, self.request.attacks)
         if self.request.control is not None:
             control = self.request.control
-            kept["measures"]["control"] = self.stages("control", lambda: self._measure(control))
+            kept["measures"]["control"] = self.stages("control", lambda: self._measure_all(control))
         else:
             self.not_tested["control"] = "no model that was retrained without the rows was given"
+        kept["serving"] = self.stages("serving", lambda: serve(self.request, self._served))
         if self.earlier:
             kept["ledger"] = {"earlier": self.stages("earlier_requests", self._earlier_again)}
         met = all(limit["met"] for limit in kept["limits"].values())
@@ -330,10 +359,10 @@ class Run:
         """The rows of the earlier requests by their numbers in the ledger; None where they are gone."""
         found: dict[int, list[Any] | None] = {}
         for earlier in self.earlier:
-            try:
-                found[earlier.entry.number] = select_rows(earlier.forget, earlier.entry.record).rows
-            except (OSError, ValueError):  # as they should be: the data was to be deleted
-                found[earlier.entry.number] = None
+            found[earlier.entry.number] = None
+            if earlier.forget is not None:
+                with suppress(OSError, ValueError):  # the data was to be deleted, so it may be gone
+                    found[earlier.entry.number] = select_rows(earlier.forget, earlier.entry.record).rows
         return found
 
     def _earlier_again(self) -> list[dict[str, Any]]:
@@ -344,7 +373,7 @@ class Run:
             entry: dict[str, Any] = {"reference": earlier.entry.reference, "record": earlier.entry.record}
             if rows is None:
                 entry["still_forgotten"] = None
-                entry["reason"] = "its rows are not there any more"
+                entry["reason"] = earlier.reason or "its rows are not there any more"
             else:
                 found = measures.summary(self._measure_rows(self._served, rows, earlier.entry.record))
                 entry["measures"] = found
@@ -357,13 +386,13 @@ class Run:
 
     def _train(self, limits: Mapping[str, float]) -> dict[str, Any]:
         """Unlearn to the limits, and save what will be served."""
-        request, target = self.request, self.request.target
+        request = self.request
+        kind: Any = "merged" if request.target == "merged" else "portable"
         self._held = None  # training loads the model itself
         trained = unlearn_to_limits(
             self.start,
             self.forget,
             self._retain["trained"],
-            self.holdout,
             limits=limits,
             utility_sets=self._retain["measured"],
             utility_floor=request.utility_floor,
@@ -372,13 +401,14 @@ class Run:
             model_arguments=self.arguments if self.start == request.model else self._local_arguments,
             tokenizer=self.tokenizer,
             output_dir=self.work / "training",
+            save_kind=kind,
             progress=self.progress,
         )
         if trained.result is not None:
             self.folder.mkdir(exist_ok=True)
-            kind: Any = "merged" if target == "merged" else "portable"
             trained.result.save(self._served, kind, rank=request.rank)
-        return {**trained.facts, "outcome": trained.outcome}
+        told = {name: value for name, value in trained.facts.items() if name != "seconds"}
+        return {**told, "outcome": trained.outcome}
 
     def _attacks(self, when: str, place: str, names: Sequence[str]) -> dict[str, Any]:
         """Run the attacks of some names on a model, each as a stage."""
@@ -399,6 +429,9 @@ class Run:
 
         model, tokenizer, forget, holdout = self._model(place), self.tokenizer, self.forget, self.holdout
         if name == "extract":
+            if holdout is not None:  # as many as the forget rows show the level of chance
+                step = max(1, len(holdout) // max(ATTACKED, len(forget)))
+                holdout = holdout[::step]
             return attacks.extraction_attack(model, tokenizer, forget, holdout, progress=self.progress)
         if name == "mia":
             assert holdout is not None
@@ -416,7 +449,8 @@ class Run:
                 retain=next(iter(self._retain["measured"].values())),
                 original_model=self._other(place),
             )
-        return attacks.quantisation_attack(model, tokenizer, self._sets(), progress=self.progress)
+        sets = {"forget": forget, **self._retain["measured"]}
+        return attacks.quantisation_attack(model, tokenizer, sets, progress=self.progress)
 
     def _other(self, place: str) -> Any:
         """The model from before the run, as the reference of an attack on what came out; else None."""

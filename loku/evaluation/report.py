@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COLORS = {"forget": "tab:red", "retain": "tab:blue"}
 BOUNDED = (
     "probability",
     "rouge",
@@ -74,11 +76,13 @@ def plot_probabilities(path: str | os.PathLike, history: Iterable[Mapping[str, A
         ValueError: The history has no such entry.
     """
     figure, axes = _figure(6, 3.8)
-    for name, color, marker in [("forget", "tab:red", "o"), ("retain", "tab:blue", "s")]:
+    for name, marker in [("forget", "o"), ("retain", "s")]:
         key = f"{name}_probability"
         points = {entry["step"]: entry[key] for entry in history if entry.get(key) is not None}
         if points:
-            axes.plot([*points], [*points.values()], color=color, marker=marker, ms=4, label=f"{name} set")
+            axes.plot(
+                [*points], [*points.values()], color=COLORS[name], marker=marker, ms=4, label=f"{name} set"
+            )
     if not axes.lines:
         raise ValueError("the history holds no 'forget_probability' or 'retain_probability' to plot")
     axes.set(
@@ -122,6 +126,38 @@ def plot_measures(path: str | os.PathLike, sets: Mapping[str, Mapping[str, float
     axes.set_axisbelow(True)
     figure.suptitle("Measures of the model by data set")
     figure.legend(loc="outside lower center", ncols=min(6, len(sets)))
+    _write_png(figure, path)
+
+
+def plot_rank_errors(path: str | os.PathLike, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Draw what an adapter loses by its rank: the relative error, and the largest change of a logit.
+
+    Args:
+        path: The PNG file to write; its directory is made if it is missing.
+        lines: A dict for each rank with ``rank`` and ``relative_error``, and perhaps ``sets``, the figures of
+            ``loku.evaluation.answer_changes`` by data set.
+    """
+    ranks = [line["rank"] for line in lines]
+    figure, axes = _figure(6, 3.8)
+    errors = [line["relative_error"] for line in lines]
+    axes.plot(ranks, errors, color="black", marker="o", ms=4, label="relative error of the adapter")
+    axes.set(
+        title="What an adapter loses at a smaller rank",
+        xlabel="rank",
+        ylabel="relative error (Frobenius norm)",
+        ylim=(-0.02, max(1.02 * max(errors), 0.1)),
+    )
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    names = dict.fromkeys(name for line in lines for name in line.get("sets", ()))
+    if names:
+        right = axes.twinx()
+        for name, marker in zip(names, itertools.cycle("s^vD"), strict=False):
+            changes = [line["sets"][name]["largest_logit_change"] for line in lines]
+            color = COLORS.get(name)
+            right.plot(ranks, changes, "--", color=color, marker=marker, ms=4, label=f"logits, {name} set")
+        right.set(ylabel="largest change of a logit", ylim=(-0.02 * right.get_ylim()[1], right.get_ylim()[1]))
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     _write_png(figure, path)
 
 

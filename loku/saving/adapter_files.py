@@ -118,7 +118,7 @@ def _auto_mapping(peft_model: PeftModel, config: Any) -> dict[str, str] | None:
 
 
 def write_adapter(
-    peft_model: PeftModel,
+    peft_model: PeftModel | None,
     config: Any,
     state: dict[str, Tensor],
     directory: Path,
@@ -128,7 +128,8 @@ def write_adapter(
     """Write an adapter's two files. The config has the fields of ``standardise_config_``.
 
     Args:
-        peft_model: The model with the adapter.
+        peft_model: The model with the adapter. None is for an adapter that was read from a file: its config
+            has ``auto_mapping`` already.
         config: The adapter's ``peft.LoraConfig``, which is changed.
         state: The adapter's state dict.
         directory: The directory, which exists.
@@ -140,5 +141,6 @@ def write_adapter(
         save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     else:
         torch.save(tensors, directory / WEIGHTS_NAME)
-    config.save_pretrained(directory, auto_mapping_dict=_auto_mapping(peft_model, config))
+    mapping = config.auto_mapping if peft_model is None else _auto_mapping(peft_model, config)
+    config.save_pretrained(directory, auto_mapping_dict=mapping)
     standardise_config_(directory / CONFIG_NAME, config)

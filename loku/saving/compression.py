@@ -115,14 +115,22 @@ def loss_facts(lost: Compression | None) -> dict[str, str | None]:
     }
 
 
-class _Module(NamedTuple):
-    """The adapter of one module: B (E, d, n) with the scaling and A (E, n, k), float64, of E experts or 1."""
+class AdapterModule(NamedTuple):
+    """The adapter of one module of E experts, or of E = 1.
+
+    Attributes:
+        B: (E, d, n) float64, with the scaling.
+        A: (E, n, k) float64.
+        scaling: The scaling in B.
+        ends: The ends of the names of B and A in the file.
+        pattern_names: The names by which peft looks up its rank.
+    """
 
     B: Tensor
     A: Tensor
     scaling: float
-    letters: Mapping[str, str]
-    pattern_names: list[str]  # by which peft looks up its rank
+    ends: Mapping[str, str]
+    pattern_names: list[str]
 
 
 def check_compressible(config: Any) -> None:
@@ -150,10 +158,22 @@ def check_compressible(config: Any) -> None:
         )
 
 
-def _adapter_modules(
+def adapter_modules(
     config: Any, state: Mapping[str, Tensor], parameter_names: Mapping[str, str]
-) -> dict[str, _Module]:
-    """The modules of an adapter, by their names in the file without the prefix."""
+) -> dict[str, AdapterModule]:
+    """Read the factors of an adapter.
+
+    Args:
+        config: The ``peft.LoraConfig``.
+        state: The tensors by their names in an adapter's file.
+        parameter_names: As for ``compressed_adapter``.
+
+    Returns:
+        The modules by their names in the base model.
+
+    Raises:
+        ValueError: A factor is not that of a linear module, an embedding or experts, or is not of the config.
+    """
     found: dict[str, dict[str, str]] = {}
     for key in state:
         if ".lora_" not in key or key.endswith(_BIAS):
@@ -178,7 +198,7 @@ def _module(
     prefix: str,
     letters: Mapping[str, str],
     parameter_names: Mapping[str, str],
-) -> _Module:
+) -> AdapterModule:
     name = prefix.removeprefix(PREFIX)
     B, A = (state.get(f"{prefix}{letters[letter]}") for letter in "BA")
     if B is None or A is None or B.dim() != 2 or A.dim() != 2 or len(A) != B.shape[1]:
@@ -208,7 +228,7 @@ def _module(
         )
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     B = B.view(-1, rank, experts).permute(2, 0, 1)
-    return _Module(B * scaling, A.view(experts, rank, -1), scaling, letters, pattern_names)
+    return AdapterModule(B * scaling, A.view(experts, rank, -1), scaling, letters, pattern_names)
 
 
 def _parameters(config: Any, module: str) -> list[str]:
@@ -244,7 +264,7 @@ def _decomposed(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U * signs, torch.where(S > noise, S, 0.0), V * signs
 
 
-def _losses(module: _Module, S: Tensor, rank: int) -> ModuleCompression:
+def _losses(module: AdapterModule, S: Tensor, rank: int) -> ModuleCompression:
     exact_rank = module.A.shape[1]
     error = S[:, rank:].square().sum().sqrt().item() if rank < exact_rank else 0.0
     return ModuleCompression(exact_rank, min(rank, exact_rank), S.square().sum().sqrt().item(), error)
@@ -273,7 +293,7 @@ def errors_by_rank(
     for rank in ranks:
         check_counts(rank=rank)
     check_compressible(config)
-    modules = _adapter_modules(config, state, parameter_names or {})
+    modules = adapter_modules(config, state, parameter_names or {})
     values = {name: _decomposed(module.B, module.A)[1] for name, module in modules.items()}
     exact_rank = max(module.A.shape[1] for module in modules.values())
     return [
@@ -295,7 +315,7 @@ def compressed_adapter(
     A module of at most this rank stays exact. In a module with experts (3-D parameters) each expert has the
     rank. Every scaling becomes 1: ``lora_alpha`` is the rank, and ``use_rslora`` is false. The two factors
     get equal singular values. Biases, modules that were trained whole and trained tokens stay as they are.
-    An adapter whose modules all have at most this rank stays as it is, with its config.
+    An adapter whose modules all have at most this rank and the scaling 1 stays as it is, with its config.
 
     Args:
         config: The ``peft.LoraConfig``, which is not changed.
@@ -314,7 +334,7 @@ def compressed_adapter(
     """
     check_counts(rank=rank)
     check_compressible(config)
-    modules = _adapter_modules(config, state, parameter_names or {})
+    modules = adapter_modules(config, state, parameter_names or {})
     exact_rank = max(module.A.shape[1] for module in modules.values())
     new: dict[str, Tensor] = {key: tensor for key, tensor in state.items() if ".lora_" not in key}
     losses, ranks = {}, {}
@@ -328,13 +348,13 @@ def compressed_adapter(
             root = S[:, None, :kept].sqrt()
             B, A = U[:, :, :kept] * root, (V[:, :, :kept] * root).mT
         parts = {"B": B.permute(1, 2, 0).flatten(1), "A": A.flatten(0, 1)}
-        for letter, end in module.letters.items():
+        for letter, end in module.ends.items():
             new[f"{PREFIX}{name}{end}"] = parts[letter].float().contiguous()
         bias = state.get(f"{PREFIX}{name}{_BIAS}")
         if bias is not None:
             new[f"{PREFIX}{name}{_BIAS}"] = (bias.double() * module.scaling).float()
     compression = Compression(rank, exact_rank, losses)
-    if exact_rank <= rank:
+    if exact_rank <= rank and all(module.scaling == 1 for module in modules.values()):
         return copy.deepcopy(config), dict(state), compression
     config = copy.deepcopy(config)
     unit_scaling_(config, ranks)

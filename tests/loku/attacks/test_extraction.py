@@ -308,3 +308,14 @@ def test_bad_arguments_are_refused_by_name(knows, tokenizer, monkeypatch):
     monkeypatch.setattr("loku.attacks.copies.rank_and_size", lambda: (0, 2))
     with pytest.raises(ValueError, match="extraction runs in one process, and there are 2"):
         extraction_attack(knows, tokenizer, FORGET)
+
+
+def test_a_large_hold_out_set_is_asked_in_part(tokenizer):
+    """Evenly spaced rows count, under their own indices."""
+    holdout = [{"question": f"N{i}?", "answer": f"it is {i:03}"} for i in range(60)]
+    knows = teach_(small_llama(tokenizer), tokenizer, [holdout[33]], steps=60)
+    result = extraction_attack(knows, tokenizer, FORGET, holdout, preambles={}, samples=1)
+    figures = result["sets"]["holdout"]["prompt"]
+    assert figures["rows"] == 20 and figures["whole"] == len(figures["rows_whole"]) / 20
+    assert 33 in figures["rows_whole"]
+    assert {*figures["rows_whole"], *figures["rows_nearly"]} <= set(range(0, 60, 3))

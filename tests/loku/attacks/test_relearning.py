@@ -62,7 +62,7 @@ def test_figures_are_those_of_the_curve(make):
         merged,
         None,
         [FORGET[i] for i in taught],
-        {"taught": [FORGET[i] for i in taught], "rest": [FORGET[i] for i in rest], "retain": RETAIN[::3]},
+        {"taught": [FORGET[i] for i in taught], "rest": [FORGET[i] for i in rest], "retain": RETAIN[::5]},
         **FAST,
     )
     unlearned = result["unlearned"]

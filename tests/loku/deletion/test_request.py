@@ -139,7 +139,8 @@ def test_a_text_is_taken_as_it_is_written(read, written):
     """YAML would read each of them as something else."""
     request = read(BASE + f"reference: {written}\nrequester: {written}\n")
     assert request.reference == request.requester == written
-    selected = read(forgetting(f"{{data: forget.txt, contains: {written}, ids: [{written}]}}"))
+    quoted = f"'{written}'" if written == "Null" else written  # which could mean no condition
+    selected = read(forgetting(f"{{data: forget.txt, contains: {quoted}, ids: [{written}]}}"))
     assert selected.forget.contains == written
     assert selected.forget.ids == (written,)
 
@@ -254,6 +255,13 @@ MISTAKES = [
     (forgetting("{data: forget.txt, id_column: n}"), "line 2: forget.id_column: there are no ids"),
     (forgetting("{data: forget.txt, columns: [n]}"), "line 2: forget.columns: they are searched by"),
     (forgetting("\n  data: forget.txt\n  matches: '(a'"), r"line 4: forget.matches: '\(a' is no regular"),
+    (
+        forgetting("{data: forget.txt, contains: null}"),
+        "line 2: forget.contains: write 'null' in quotes for the word",
+    ),
+    (forgetting("{data: forget.txt, matches: ~}"), "line 2: forget.matches: write '~' in quotes"),
+    (forgetting("~nobody-here/forget.txt"), "line 2: forget: it can be no path: "),
+    (with_model("a" * 5000), "line 1: model: it can be no path: .*too long"),
     # of the retain set
     (BASE + "retain: {contains: a}\n", "line 4: retain.contains: there is no data that it selects from"),
     (BASE + "retain: {neighbours: 3}\n", "line 4: retain.neighbours: they are taken from a corpus"),

@@ -60,11 +60,12 @@ def test_it_is_the_truncated_svd_of_the_formed_product(d, k, n, rank, rslora, se
     assert (module.exact_rank, module.rank) == (n, min(rank, n))
     assert errors_by_rank(config, state, [rank]) == [lost]
 
-    if rank >= n:  # as it is
-        assert new_config == config and new.keys() == state.keys()
-        assert all(torch.equal(new[key], state[key]) for key in state)
+    kept = min(rank, n)
+    assert (new_config.r, new_config.lora_alpha, new_config.use_rslora) == (kept, kept, False)
+    if rank >= n:  # exact, with the scaling in B
+        assert torch.equal(new[f"{NAME}.lora_A.weight"], A.float())
+        assert torch.equal(new[f"{NAME}.lora_B.weight"], (scaling * B).float())
         return
-    assert (new_config.r, new_config.lora_alpha, new_config.use_rslora) == (rank, rank, False)
     assert {tensor.dtype for tensor in new.values()} == {torch.float32}
     best = U[:, :rank] * S[:rank] @ Vh[:rank]
     stored = product(new)
