@@ -32,12 +32,7 @@ def answers(run: Run) -> str:
 def figures(run: Run) -> str:
     """Return a table of the limits, the utility and the general ability, and a line about the run."""
     lines = [
-        [
-            f"{name} of the forget rows",
-            _figure(limit["before"]),
-            _figure(limit["limit"]),
-            _figure(limit["after"]),
-        ]
+        [f"{name} of the forget rows", *(_figure(limit[key]) for key in ("before", "limit", "after"))]
         for name, limit in run["limits"].items()
     ]
     before, after = (run["measures"][when] for when in ("before", "after"))
@@ -50,11 +45,11 @@ def figures(run: Run) -> str:
             lines.append([f"share of the general ability: {kind}", "1.00", "-", _figure(share)])
     steps = run["training"]
     minutes = sum(run["seconds"].values()) / 60
-    return (
-        markdown_table(["measure", "before", "limit", "after"], lines)
-        + f'\n\nThe outcome was "{run["outcome"]}". Training took {steps["steps"]} steps, and the weights of '
-        f"step {steps['chosen_step']} were kept. The whole run took {minutes:.0f} minutes."
+    told = (
+        f"The outcome was `{run['outcome']}`. Training took {steps['steps']} steps, and the weights of step "
+        f"{steps['chosen_step']} were kept. The whole run took {minutes:.0f} minutes."
     )
+    return markdown_table(["measure", "before", "limit", "after"], lines) + f"\n\n{told}"
 
 
 def attacks(run: Run) -> str:
