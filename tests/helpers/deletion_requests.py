@@ -12,7 +12,8 @@ FORGET_ROWS = 3
 
 def rows_of_authors():
     """Return rows that the embedded model knows, and rows that it has never seen."""
-    known = [{name: row[name] for name in ("question", "answer")} for row in sum(load_rows(), [])]
+    forget, retain = load_rows()
+    known = [{name: row[name] for name in ("question", "answer")} for row in (*retain, *forget)]
     with open(EMBEDDED / "holdout.jsonl", encoding="utf-8") as file:
         return known, [json.loads(line) for line in file]
 
