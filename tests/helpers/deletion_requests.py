@@ -41,7 +41,7 @@ def write_request(directory, name="request", forget=None, **fields):
         "retain": {"data": "retain.jsonl", "sampled": 0},
         "holdout": "holdout.jsonl",
         "attacks": [],
-        "training": {"max_steps": 24, "fisher_samples": 8, "target_modules": "qv"},
+        "training": {"max_steps": 30, "fisher_samples": 8, "learning_rate": 0.003},
         "limits": {"memorization_accuracy": 0.5, "extraction_likelihood_10": 0.2},
         "utility_floor": 0.5,
         **fields,
