@@ -104,8 +104,9 @@ def _duplicates(near: Mapping[str, Any]) -> str:
 
 
 def _serving(serving: Mapping[str, Any]) -> str:
-    rank = serving.get("rank")
-    return f"{serving.get('target') or 'not said'}{'' if rank is None else f', rank {rank}'}"
+    rank, problems = serving.get("rank"), serving.get("problems")
+    target = f"{serving.get('target') or 'not said'}{'' if rank is None else f', rank {rank}'}"
+    return f"{target}, which cannot serve it: {'; '.join(map(_cell, problems))}" if problems else target
 
 
 def _sentence(part: Mapping[str, Any]) -> str:

@@ -134,6 +134,8 @@ FIELDS = (
     Field("serving.target", "text", "`peft`, `vllm`, `gguf` or `merged`"),
     Field("serving.rank", "count", "the rank of the served adapter"),
     Field("serving.error", "object", "the error of the served adapter against the exact one"),
+    Field("serving.problems", "list", "the reasons for which the target cannot serve it; empty for none"),
+    Field("serving.problems.*", "text", "a reason"),
     Field("serving.lines", "list", "the lines that serve it"),
     Field("serving.lines.*", "text", "a line"),
     Field("ledger", "object", "the earlier requests of the ledger"),

@@ -402,7 +402,7 @@ def test_export_rank(tmp_path, capsys):
     forget, retain = demo.load_rows()
     for name, rows in [("forget", forget[:2]), ("retain", retain[:9])]:
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = LoraConfig(r=5, target_modules=["q_proj"], init_lora_weights=False)
+    config = LoraConfig(r=5, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(tiny_model("llama", len(tokenizer)), config).save_pretrained(tmp_path / "adapter")
     importlib.import_module("export_rank").main(
         [

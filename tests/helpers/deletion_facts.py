@@ -141,7 +141,8 @@ FACTS = {
     "serving": {
         "target": "vllm",
         "rank": 16,
-        "error": {"relative": 0.01},
+        "error": {"relative_frobenius": 0.01},
+        "problems": [],
         "lines": ["vllm serve /models/small --enable-lora \\\n    --max-lora-rank 16"],
     },
     "ledger": {
