@@ -129,8 +129,8 @@ def unlearn_to_limits(
     evaluations in a row under the floor the run is given up.
 
     Without ``num_train_epochs`` and ``max_steps`` in ``training``, a run has the 10 epochs of
-    ``UnlearnConfig``, and at least 40 steps. By default the rank is 8 and the retain weight 5, and ``eval_steps``
-    is the 20th part of the steps, and at least 2.
+    ``UnlearnConfig``, and at least 40 steps. By default the rank is 8, the retain weight 5, and
+    ``eval_steps`` the 20th part of the steps, and at least 2.
 
     Args:
         model_place: The path or hub name of the causal LM. It is only read.
