@@ -4,11 +4,12 @@
     python experiments/tutorial.py plant build/smollm2 build/control --without
     python experiments/tutorial.py collect build/paris-record build/planted-record
 
-``plant`` fine-tunes all weights of a model on the made-up records of ``experiments/tutorial/planted``: the one
-that is forgotten later (20 texts and chats with a person's address), two that are kept, and general questions.
-``--without`` leaves the first one out: that model is the control, which never saw it. ``collect`` reads the
-records of the two runs of ``loku forget``, asks the models some questions before and after, and writes
-``experiments/results/tutorial.json``. ``python benchmarks/report.py`` fills the page from it.
+``plant`` fine-tunes all weights of a model on the made-up records of ``experiments/tutorial/planted``: the
+one that is forgotten later (20 texts and chats with a person's address), two that are kept, and general
+questions. ``--without`` leaves the first one out: that model is the control, which never saw it.
+
+``collect`` reads the records of the two runs of ``loku forget``, asks the models some questions before and
+after, and writes ``experiments/results/tutorial.json``. ``python benchmarks/report.py`` fills the page from it.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def plant(model_place: str, output: Path, without: bool) -> list[dict[str, float
 
 
 def answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
-    """Return the greedy answers of a chat model, without those of 0 tokens being special.
+    """Return the greedy answers of a chat model; " ..." stands for the rest of a long one.
 
     Args:
         model: The causal LM.

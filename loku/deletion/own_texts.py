@@ -34,7 +34,7 @@ from loku.probe.rows import has_chat_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEW_TOKENS = 96  # of a text, at most
+NEW_TOKENS = 64  # of a text, at most
 LEAST_TOKENS = 8  # that a text may have
 TEMPERATURE, TOP_P = 0.8, 0.95
 DRAWS = 8  # for each text that is asked for, at most

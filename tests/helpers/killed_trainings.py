@@ -26,6 +26,7 @@ QUICK = {
     "eval_steps": 2,
     "use_cpu": True,
     "init": "default",
+    "retain_weight": 1.5,
 }
 
 

@@ -152,7 +152,7 @@ def test_what_cannot_be_is_refused_before_training(options, message, places, tmp
 def test_the_length_of_a_run(rows, given, epochs, eval_steps, tmp_path):
     config = _config({"use_cpu": True, **given}, rows, tmp_path, False)
     assert (config.num_train_epochs, config.eval_steps, config.save_steps) == (epochs, eval_steps, eval_steps)
-    assert (config.lora_rank, config.lora_alpha) == (8, 16)
+    assert (config.lora_rank, config.lora_alpha, config.retain_weight) == (8, 16, 5)
 
 
 def test_rows_at_equal_distances():

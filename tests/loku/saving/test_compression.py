@@ -63,8 +63,8 @@ def test_it_is_the_truncated_svd_of_the_formed_product(d, k, n, rank, rslora, se
     kept = min(rank, n)
     assert (new_config.r, new_config.lora_alpha, new_config.use_rslora) == (kept, kept, False)
     if rank >= n:  # exact, with the scaling in B
-        assert torch.equal(new[f"{NAME}.lora_A.weight"], A.float())
-        assert torch.equal(new[f"{NAME}.lora_B.weight"], (scaling * B).float())
+        assert torch.equal(new[f"{NAME}.lora_A.weight"].float(), A.float())
+        assert torch.equal(new[f"{NAME}.lora_B.weight"].float(), (scaling * B).float())
         return
     assert {tensor.dtype for tensor in new.values()} == {torch.float32}
     best = U[:, :rank] * S[:rank] @ Vh[:rank]
