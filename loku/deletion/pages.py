@@ -81,7 +81,7 @@ def _done(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     knowledge = facts.get("knowledge") or {}
     verdict = knowledge.get("verdict") or "not measured"
     yield "Does the model know the rows?", verdict
-    yield "Rows to keep", _sentence(facts["retain"]) if facts.get("retain") else "none"
+    yield "Rows to keep", _kept(facts.get("retain") or {})
     training = facts.get("training") or {}
     if training.get("steps") is None:
         yield "Training", "nothing was trained"
@@ -109,10 +109,11 @@ def _serving(serving: Mapping[str, Any]) -> str:
     return f"{target}, which cannot serve it: {'; '.join(map(_cell, problems))}" if problems else target
 
 
-def _sentence(part: Mapping[str, Any]) -> str:
-    """The plain values of a part of a record, on one line."""
-    plain = [f"{_title(key)}: {_cell(value)}" for key, value in part.items() if not _is_nested(value)]
-    return "; ".join(plain) or "see below"
+def _kept(retain: Mapping[str, Any]) -> str:
+    rows, trained = retain.get("rows"), retain.get("trained")
+    if rows is None:
+        return "see below" if retain else "none"
+    return f"{rows} rows" if trained is None else f"{rows} rows, of which {trained} were trained on"
 
 
 def _limits(facts: Mapping[str, Any]) -> Iterator[Block]:

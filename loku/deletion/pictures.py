@@ -154,8 +154,15 @@ def _grouped_bars(axis: str, series: Mapping[str, Mapping[str, float]]) -> Figur
 def _labelled_bars(axes: Axes, at: list[float], heights: list[float], width: float, **looks: Any) -> None:
     """Bars with their heights above them. NaN is no bar."""
     drawn = axes.bar(at, heights, width, **looks)
-    labels = ["" if math.isnan(y) else f"{y:.2g}" if y < 100 else f"{y:.0f}" for y in heights]
-    axes.bar_label(drawn, labels, fontsize="x-small")
+    axes.bar_label(drawn, list(map(_height, heights)), fontsize="x-small")
+
+
+def _height(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    if 0 < value < 0.001:
+        return "<0.001"
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
 def _curves(
@@ -168,7 +175,7 @@ def _curves(
             for name, value in _numbers(entry):
                 if isinstance(entry.get("step"), (int, float)):
                     lines.setdefault(name, {}).setdefault(label, {})[entry["step"]] = value
-    names = list(lines)[:_MOST_PANELS]
+    names = sorted(lines, key=lambda name: name not in bounds)[:_MOST_PANELS]  # those that decide come first
     if not names:
         return None
     figure, panels = _panels(len(names))

@@ -98,6 +98,8 @@ FIELDS = (
     Field("rows.near_duplicates.duplicates.*.kind", "text", "`exact`, `normalised` or `near`"),
     Field("rows.near_duplicates.duplicates.*.similarity", "number", "their Jaccard similarity"),
     Field("retain", "object", "the rows to keep: their sources and numbers"),
+    Field("retain.rows", "count", "the number of rows"),
+    Field("retain.trained", "count", "the number of rows that were trained on; the others were measured"),
     Field("knowledge", "object", "whether the model knew the rows before the run"),
     Field("knowledge.verdict", "text", "the answer"),
     Field("knowledge.reasons", "list", "the measures that decided it"),

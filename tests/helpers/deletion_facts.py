@@ -80,7 +80,7 @@ FACTS = {
             ],
         },
     },
-    "retain": {"given": 40, "sampled": 32},
+    "retain": {"rows": 72, "trained": 58, "given": {"rows": 40}, "sampled": {"rows": 32}},
     "knowledge": {"verdict": "known", "reasons": ["probability 0.998 > 0.05"]},
     "measures": {
         "before": {

@@ -124,6 +124,7 @@ def test_the_first_page_answers_the_questions_of_an_officer(files):
         "| Reference number | ER-2026-17 |",
         "8 of 400 rows of /data/rows.jsonl",
         "found: 1 exact, 1 near; 1 of them was forgotten, too",
+        "| Rows to keep | 72 rows, of which 58 were trained on |",
         "12 steps; the weights of step 10 were kept (all limits are met)",
         "| share of tokens that are the first guess (MA) | 1 | 0.25 | 0.3 | yes |",
         "kept 96% of its general ability",
