@@ -122,7 +122,9 @@ class Run:
         }
         self.inputs = {
             "model": facts.model_digests(
-                self.models.start, revision=request.revision, model_arguments=request.model_arguments
+                self.models.start,
+                revision=request.revision if self.models.start == request.model else None,
+                model_arguments=self.models.arguments(self.models.start),
             ),
             "data": {
                 name: {"source": selection.data, "sha256": facts.data_digest(selection.data)}
