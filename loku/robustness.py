@@ -112,9 +112,13 @@ def relearning_curve(
     check_counts(steps=steps, every=every, batch_size=batch_size)
     if isinstance(model, PeftModel):
         raise ValueError("only the adapter would train; pass model.merge_and_unload()")
-    rows = tokenize_dataset(taught, tokenizer, name="taught", limits=token_limits(model))
+    limits = token_limits(model)
+    rows = tokenize_dataset(taught, tokenizer, name="taught", limits=limits)
+    sets = {
+        name: tokenize_dataset(data, tokenizer, name=name, limits=limits) for name, data in measured.items()
+    }
     model.requires_grad_(True)
-    gauge = ProbabilityGauge(measured, every)
+    gauge = ProbabilityGauge(sets, every)
     with tempfile.TemporaryDirectory() as directory:
         options = TrainingArguments(
             output_dir=directory,
@@ -136,7 +140,6 @@ def relearning_curve(
             args=options,
             train_dataset=rows,
             data_collator=partial(collate, pad_token_id=padding_id(tokenizer, model)),
-            processing_class=tokenizer,
             callbacks=[gauge],
         )
         trainer.remove_callback(PrinterCallback)  # it prints a summary, which is no part of the curve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from loku.data import (
 )
 from loku.data.rows import DataSet
 from loku.evaluation.extraction import end_ids, greedy_answers
-from loku.evaluation.generation import generate_sampled
+from loku.evaluation.generation import generate_sampled, until_eos
 from loku.evaluation.scores import TokenScores, token_scores
 from loku.models import CausalLM
 
@@ -155,15 +156,15 @@ def extraction_attack(
     preambles = PREAMBLES if preambles is None else preambles
     check_preambles(preambles)
     sets = {"forget": forget} if holdout is None else {"forget": forget, "holdout": holdout}
-    limits = token_limits(model)
+    limits, ends = token_limits(model), end_ids(model, tokenizer)
     asked: dict[str, _Questions] = {}
     for name, rows in sets.items():
         most = max(LEAST_HOLDOUT_ROWS, len(asked["forget"].own)) if asked else None
-        asked[name] = _Questions(tokenizer, rows, name, preambles, max_length, limits, most)
+        asked[name] = _Questions(tokenizer, rows, name, preambles, max_length, limits, ends, most)
     figures: dict[str, dict[str, Any]] = {}
     not_tested: dict[str, dict[str, str]] = {}
     for name, questions in asked.items():
-        ways = _Ways(model, tokenizer, max_new_tokens, batch_size, progress, name)
+        ways = _Ways(model, tokenizer, ends, max_new_tokens, batch_size, progress, name)
         figures[name] = found = {}
         own = questions.own
         scores = ways.scores(own)
@@ -223,11 +224,12 @@ class _Questions:
         preambles: Mapping[str, str],
         max_length: int | None,
         limits: TokenLimits,
+        ends: set[int],
         most: int | None,
     ):
         self.rows = rows = as_rows(rows, name)
         tokenised = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
-        self.context, self.left_out = limits.context, 0
+        self.context, self.ends, self.left_out = limits.context, ends, 0
         count = len(tokenised)
         most = count if most is None else min(most, count)
         indices = [i * count // most for i in range(most)]
@@ -270,7 +272,8 @@ class _Questions:
                     spans.append((document, at, at + 1))
         document, begin, end = spans[-1] if chat else max(spans, key=lambda span: span[2] - span[1])
         text = begin == document + 1 and (labels[document] != IGNORE_INDEX or "position_ids" in row)
-        return _Target(index, kind, ids[document:end], begin - document, text)
+        answer = until_eos(ids[begin:end], self.ends)  # a chat template may go on after it
+        return _Target(index, kind, [*ids[document:begin], *answer], begin - document, text)
 
 
 class _Ways:
@@ -280,14 +283,14 @@ class _Ways:
         self,
         model: CausalLM,
         tokenizer: PreTrainedTokenizerBase,
+        ends: set[int],
         longest: int,
         batch_size: int,
         progress: bool,
         name: str,
     ):
-        self.model, self.tokenizer, self.longest = model, tokenizer, longest
+        self.model, self.tokenizer, self.eos, self.longest = model, tokenizer, ends, longest
         self.batch_size, self.progress, self.name = batch_size, progress, name
-        self.eos = end_ids(model, tokenizer)
 
     def scores(self, targets: Sequence[_Target]) -> list[TokenScores]:
         """Score the answers of some targets."""
@@ -400,8 +403,8 @@ class _Ways:
 def compare_words(generated: str, true: str) -> tuple[float, bool]:
     """Compare a generated text with the true one by their words.
 
-    A word is a run of letters and digits of any script, in lower case; of a script without spaces, a
-    character.
+    A word is a run of letters and digits of any script, whose case does not count; of a script without
+    spaces, it is a character.
 
     Args:
         generated: The generated text.
@@ -425,7 +428,7 @@ def compare_words(generated: str, true: str) -> tuple[float, bool]:
 
 def words(text: str) -> list[str]:
     """Return the words of a text, as ``compare_words`` defines them."""
-    return _WORD.findall(text.lower())
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 class _Words:

@@ -116,7 +116,8 @@ def run_attacks(
 
     more: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length}
     show = not options.quiet
-    forget, holdout, retain = (data.get(name) for name in ("forget", "holdout", "retain"))
+    forget: Any = data.get("forget")  # check_options has seen to the sets that an attack needs
+    holdout: Any = data.get("holdout")
     reference, control = (
         None if other is None else other.to(target).eval() for other in map(others.get, _USERS)
     )
@@ -134,7 +135,7 @@ def run_attacks(
                 forget,
                 control_model=control,
                 holdout=holdout,
-                retain=retain,
+                retain=data.get("retain"),
                 original_model=reference,
                 max_length=options.max_length,
             )

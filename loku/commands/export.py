@@ -355,6 +355,6 @@ def _write(
             tokenizer.save_pretrained(directory)
     if lost.rank >= lost.exact_rank:
         print(
-            f"its rank is {lost.exact_rank}, which is not above {lost.rank}: it is saved as it is",
+            f"its rank is {lost.exact_rank}, which is not above {lost.rank}: it stays exact",
             file=sys.stderr,
         )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import shlex
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ from loku.commands.settings import add_fields, joined, read_yaml
 if TYPE_CHECKING:
     from loku.config import UnlearnConfig
     from loku.saving.compression import Compression
+    from loku.unlearning import UnlearnResult
 
 PLACES = ("model", "forget", "retain", "output", "tokenizer")
 # The fields of transformers.TrainingArguments that the help shows.
@@ -54,6 +55,7 @@ KEY_SETTINGS = (
     "per_device_train_batch_size",
     "seed",
 )
+COMPARED_ROWS = 64  # of each set, with the exact and the smaller adapter
 LORA_SETTINGS = ("init", "lora_rank", "lora_alpha", "target_modules")
 
 
@@ -273,9 +275,14 @@ def _unlearn(
     given = getattr(unwrapped(result.model), MERGED_ADAPTER, None)
     base = places["model"] if given is None else given["base_model_name_or_path"] or "BASE"
     summary = _summary(places, config, settings, sizes, result.history, seconds, peaks)
-    lines = [summary, *_loss_lines(lost), f"saved to {places['output']}"]
+    if lost is not None and given is None and config.world_size == 1:
+        lines = _change_lines(result, places["output"], {"forget": forget, "retain": retain}, config)
+    else:
+        lines = []
+    lines = [summary, *_loss_lines(lost), *lines, f"saved to {places['output']}"]
     if kind == "portable":
-        lines += ["To serve it with vLLM:", f"    {_vllm_line(places['output'], base)}"]
+        causal_lm: Any = unwrapped(result.model)
+        lines += _vllm_lines(places["output"], base, causal_lm.config.to_dict())
     loading = _loading_lines(places["output"], kind, base)
     return "\n".join([*lines, "To load it:", *map("    {}".format, loading)])
 
@@ -391,19 +398,35 @@ def _loss_lines(lost: Compression | None) -> list[str]:
     ]
 
 
-_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank from its default on
+def _change_lines(
+    result: UnlearnResult, output: str, sets: Mapping[str, Any], config: UnlearnConfig
+) -> list[str]:
+    """How the saved adapter changes the answers of the model in memory, on the first rows of each set."""
+    from loku.adapter_folders import read_adapter
+    from loku.evaluation.answer_changes import answer_changes
+
+    model: Any = result.model
+    first = {name: list(islice(rows, COMPARED_ROWS)) for name, rows in sets.items()}
+    options: dict[str, Any] = {"max_length": config.max_length, "batch_size": 4, "progress": False}
+    changes = answer_changes(model, *read_adapter(output), result.tokenizer, first, **options)
+    return [
+        f"    {name}: a logit changes by {figures['largest_logit_change']:.3g} at most, and the mean answer "
+        f"probability from {figures['exact_probability']:.3f} to {figures['probability']:.3f} "
+        f"(the first {figures['rows']} rows)"
+        for name, figures in changes.items()
+    ]
 
 
-def _vllm_line(output: str, base: str) -> str:
-    """The line by which vLLM serves an adapter."""
+def _vllm_lines(output: str, base: str, model_config: Mapping[str, Any]) -> list[str]:
+    """The line by which vLLM serves an adapter, or why it cannot."""
     from peft.utils import CONFIG_NAME
 
+    from loku.serving import check_target, serving_lines
+    from loku.serving.rules import served_rank
+
     config = json.loads((Path(output) / CONFIG_NAME).read_text(encoding="utf-8"))
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    limit = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
-    if limit is None:
-        return f"# its rank is {rank}, and vLLM takes {_VLLM_RANKS[-1]} at most: see --export_rank"
-    options = ["--enable-lora", "--lora-modules", f"unlearned={shlex.quote(output)}"]
-    if limit > _VLLM_RANKS[0]:
-        options += ["--max-lora-rank", str(limit)]
-    return f"vllm serve {shlex.quote(base)} {' '.join(options)}"
+    problems = check_target("vllm", config, model_config)
+    if problems:
+        return [f"vLLM cannot serve it: {problems[0]}"]
+    line, *_ = serving_lines("vllm", output, base=base, rank=served_rank(config))
+    return ["To serve it with vLLM:", f"    {line}"]

@@ -3,7 +3,8 @@
 No language model finds them: capital letters, digits and what questions and answers share do. That is good
 enough to keep a text out, not to prove that a text tells nothing about a person. The limits:
 
-- A name that is written without a capital letter is found only as a short answer.
+- A name that is written without a capital letter is found only as a short answer. So is one that is a common
+  word, such as Will or May, by itself.
 - A sentence that begins with a rare word gives that word as a name. German nouns count as names, too.
 - A number of fewer than four digits, such as a house number, counts only as a short answer.
 - Scripts without capital letters give their numbers, their short answers, and what a question and its answer
@@ -79,7 +80,8 @@ def row_texts(row: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> tup
     if labelled == "messages":
         messages = chat_of(columns).messages
         texts = [(m["role"] == "assistant", str(m.get("content") or "")) for m in messages]
-        return tuple("\n".join(text for own, text in texts if own == answer) for answer in (False, True))  # type: ignore[return-value]
+        theirs, ours = ("\n".join(text for own, text in texts if own is is_own) for is_own in (False, True))
+        return theirs, ours
     if labelled == "input_ids":
         if tokenizer is None:
             raise BadRow("it has 'input_ids' and no text; pass the tokenizer, which decodes them")
@@ -88,7 +90,7 @@ def row_texts(row: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> tup
         asked = [token for token, label in zip(ids, labels, strict=True) if label == -100]
         answered = [token for token, label in zip(ids, labels, strict=True) if label != -100]
         decode: Any = tokenizer.decode
-        return tuple(decode(part, skip_special_tokens=True) for part in (asked, answered))  # type: ignore[return-value]
+        return decode(asked, skip_special_tokens=True), decode(answered, skip_special_tokens=True)
     if labelled is None:
         raise BadRow(f"it has values in the columns {list(columns)}, which are no known form of a row")
     asked_columns = {"completion": ("prompt",), "answer": ("question",), "output": ("instruction", "input")}

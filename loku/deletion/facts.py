@@ -9,12 +9,9 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from loku.file_digests import file_digest, file_digests
-
-if TYPE_CHECKING:
-    from loku.deletion.request import Request
 
 PACKAGES = (
     "loku-kernels",
@@ -35,22 +32,6 @@ PACKAGES = (
 # The folders beside the files of a model that a load reads, and those of a residual save of this package.
 _FOLDERS = ("additional_chat_templates", "base", "adapter", "reference")
 _MOST_BASES = 4
-
-
-class Selected(Protocol):
-    """The rows of a data set that were used, as ``loku.deletion.selection.select_rows`` returns them."""
-
-    @property
-    def indices(self) -> Any:
-        """Their indices in the source."""
-
-    @property
-    def total(self) -> int:
-        """The number of all rows of the source."""
-
-    @property
-    def source(self) -> str:
-        """The file, the folder or the hub name."""
 
 
 def cpu_name() -> str:
@@ -218,41 +199,3 @@ def rows_digest(rows: Iterable[Any]) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
-
-
-def input_digests(
-    request: Request, data: Mapping[str, Selected], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what a run reads, for its record: the model, the data sets, the code and the settings.
-
-    Every file is read whole, at about 1 GB a second.
-
-    Args:
-        request: The request.
-        data: The data sets by what they are for: "forget", "holdout", "retain" and so on.
-        settings: The settings of the run.
-
-    Raises:
-        ValueError: The model or a data set has no files.
-        OSError: A file cannot be read.
-    """
-    found: dict[str, Any] = {
-        "model": model_digests(
-            request.model, revision=request.revision, model_arguments=request.model_arguments
-        ),
-        "data": {
-            name: {
-                "source": selected.source,
-                "rows": selected.total,
-                "selected": len(selected.indices),
-                "sha256": data_digest(selected.source),
-            }
-            for name, selected in data.items()
-        },
-        "code": code_digest(),
-        "settings": json.loads(json.dumps(settings, sort_keys=True, default=str)),
-    }
-    for name, place in (("tokenizer", request.tokenizer), ("control", request.control)):
-        if place is not None:
-            found[name] = model_digests(place)
-    return found

@@ -2,8 +2,8 @@
 
 ``ledger.jsonl`` has a line for each record. A line has the digest of the ``SHA256SUMS`` of its record, which
 stands for all its files, and the digest of the line before it. So no line and no record can be changed, taken
-out or put in between without a trace. The chain alone does not show that lines are missing at its end. Who
-keeps the digest of the last line elsewhere can tell (``Ledger.last_digest``).
+out or put in between without a trace. The chain alone does not show that lines are missing at its end. A
+reader who keeps the digest of the last line elsewhere can tell (``Ledger.last_digest``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A document of a few kinds of blocks, as Markdown and as one HTML file.
 
-What a document quotes may come from anybody: the name of a requester, or that of a file. It is shown as text
-and never as markup. Characters that would hide or turn the text around are replaced.
+A document may quote anybody: the name of a requester, or that of a file. Such a text is shown as it is, and
+never taken for markup. Characters that would hide it or turn it around are replaced.
 """
 
 from __future__ import annotations

@@ -34,13 +34,13 @@ from loku.probe.rows import has_chat_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEW_TOKENS = 96  # of a text, at most
+NEW_TOKENS = 64  # of a text, at most
 LEAST_TOKENS = 8  # that a text may have
 TEMPERATURE, TOP_P = 0.8, 0.95
 DRAWS = 8  # for each text that is asked for, at most
 GIVEN_UP = 4  # draws of a form in one round, of which none was of use
-# Nats a token. A model finds its own texts likelier than that, unless it knows nothing of the kind. The second
-# is the most by which the median of a form may be above that of the best form.
+# Nats a token. A model finds its own texts likelier than that, unless it knows nothing of the kind. The
+# other one is the most by which the median of a form may be above that of the best form.
 MOST_LOSS, MOST_ABOVE = 2.5, 1.5
 FORMS = ("chat", "own question", "question", "instruction", "text")
 

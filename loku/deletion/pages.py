@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from loku.deletion.attack_figures import figure_at, headlines
 from loku.deletion.markup import Block, Code, Heading, Paragraph, Picture, Table
 from loku.deletion.statements import ATTACK_TITLES, OUTCOME_STATEMENTS, PROOF, measure_title
 
@@ -47,6 +48,7 @@ def _summary(facts: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading(2, "Did it work?")
     yield Paragraph(answer, strong=True)
     yield from _limits(facts)
+    yield from _attacks_in_short(facts.get("attacks") or {})
     yield from _side_effects(facts)
     yield Heading(2, "What was not tested")
     yield from _not_tested(facts)
@@ -61,10 +63,11 @@ def _asked(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Begin of the run", facts["times"]["begin"]
     yield "End of the run", facts["times"]["end"]
     yield "The model", (inputs.get("model") or {}).get("name") or request.get("model") or "not said"
-    selected = (facts.get("rows") or {}).get("selected")
+    rows = facts.get("rows") or {}
+    selected, total = rows.get("selected"), rows.get("total")
     forget = (inputs.get("data") or {}).get("forget") or {}
     source = forget.get("source") or (request.get("forget") or {}).get("data") or "a source that is not said"
-    of = f" of {forget['rows']}" if forget.get("rows") is not None else ""
+    of = "" if total is None else f" of {total}"
     count = "rows" if selected is None else f"{selected}{of} rows"
     yield "What must be forgotten", f"{count} of {source}"
 
@@ -78,7 +81,7 @@ def _done(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     knowledge = facts.get("knowledge") or {}
     verdict = knowledge.get("verdict") or "not measured"
     yield "Does the model know the rows?", verdict
-    yield "Rows to keep", _sentence(facts["retain"]) if facts.get("retain") else "none"
+    yield "Rows to keep", _kept(facts.get("retain") or {})
     training = facts.get("training") or {}
     if training.get("steps") is None:
         yield "Training", "nothing was trained"
@@ -92,22 +95,25 @@ def _done(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _duplicates(near: Mapping[str, Any]) -> str:
-    kinds = Counter(row.get("kind") or "of no kind" for row in near.get("found") or [] if row)
+    kinds = Counter(row.get("kind") or "of no kind" for row in near.get("duplicates") or [] if row)
     if not kinds:
         return "none was found"
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return f"found: {counts}; they were {'' if near.get('included') else 'not '}forgotten, too"
+    along = sum((numbers or {}).get("taken_along") or 0 for numbers in (near.get("sets") or {}).values())
+    return f"found: {counts}; {along or 'none'} of them {'was' if along < 2 else 'were'} forgotten, too"
 
 
 def _serving(serving: Mapping[str, Any]) -> str:
-    rank = serving.get("rank")
-    return f"{serving.get('target') or 'not said'}{'' if rank is None else f', rank {rank}'}"
+    rank, problems = serving.get("rank"), serving.get("problems")
+    target = f"{serving.get('target') or 'not said'}{'' if rank is None else f', rank {rank}'}"
+    return f"{target}, which cannot serve it: {'; '.join(map(_cell, problems))}" if problems else target
 
 
-def _sentence(part: Mapping[str, Any]) -> str:
-    """The plain values of a part of a record, on one line."""
-    plain = [f"{_title(key)}: {_cell(value)}" for key, value in part.items() if not _is_nested(value)]
-    return "; ".join(plain) or "see below"
+def _kept(retain: Mapping[str, Any]) -> str:
+    rows, trained = retain.get("rows"), retain.get("trained")
+    if rows is None:
+        return "see below" if retain else "none"
+    return f"{rows} rows" if trained is None else f"{rows} rows, of which {trained} were trained on"
 
 
 def _limits(facts: Mapping[str, Any]) -> Iterator[Block]:
@@ -128,6 +134,32 @@ def _limits(facts: Mapping[str, Any]) -> Iterator[Block]:
     yield Table(
         ("Measure of the rows to forget", "Before", "After", "Limit", "Within the limit?"), tuple(rows)
     )
+
+
+def _attacks_in_short(attacks: Mapping[str, Any]) -> Iterator[Block]:
+    rows = headlines(attacks)
+    if not rows:
+        yield Paragraph("No attack was tried on the new model.")
+        return
+    yield Paragraph(
+        "Attacks try to bring the rows back from the model. The last column has the same figure of texts "
+        "that the model never saw, or of a model that never saw the rows."
+    )
+    yield from _still_extracted(attacks)
+    yield Table(
+        ("Attack", "Before", "After", "Hold-out or control"),
+        tuple((what, *map(_cell, figures)) for what, *figures in rows),
+    )
+
+
+def _still_extracted(attacks: Mapping[str, Any]) -> Iterator[Block]:
+    """What stands out if the outcome says one thing and an attack another."""
+    share = figure_at(attacks.get("after"), "extract", "sets", "forget", "any way", "whole")
+    if share:
+        yield Paragraph(
+            f"Some way of asking still brings {share:.1%} of the rows back from the new model, word by word.",
+            strong=True,
+        )
 
 
 def _side_effects(facts: Mapping[str, Any]) -> Iterator[Block]:
@@ -253,8 +285,9 @@ def _attacks(attacks: Mapping[str, Any] | None, pictures: Mapping[str, Sequence[
         yield Heading(3, title)
         yield from pictures.get(f"attacks.{name}", ())
         for state, result in results.items():
-            if result:
-                yield from _anything(result, f"On the model {state}", 4)
+            if result:  # the first page has what was not tested
+                told = {key: item for key, item in result.items() if key != "not_tested"}
+                yield from _anything(told, f"On the model {state}", 4)
 
 
 def _serving_details(serving: Mapping[str, Any] | None) -> Iterator[Block]:

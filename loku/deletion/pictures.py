@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loku.deletion.attack_figures import bars
 from loku.deletion.markup import Picture, clean
 from loku.deletion.statements import ATTACK_TITLES, measure_title
 
@@ -61,10 +62,17 @@ def _figures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Figure]]
         caption = "Measures of the model by data set. A dashed line is the limit of the rows to forget."
         yield "measures", "measures", caption, figure
     training = facts.get("training") or {}
-    if figure := _curves({"": training.get("history") or []}, limits, training.get("chosen_step")):
-        caption = "Measures by step of the training. A dashed line is a limit, a dotted one the step kept."
+    floors = ((training.get("utility") or {}).get("floors")) or {}
+    bounds = {f"forget_{name}": limit for name, limit in limits.items()}
+    bounds |= {f"{name}_probability": floor for name, floor in floors.items() if floor is not None}
+    if figure := _curves({"": training.get("history") or []}, bounds, training.get("chosen_step")):
+        caption = (
+            "Measures by step of the training. A dashed line is a limit of the rows to forget, or the floor "
+            "of rows to keep. A dotted line is the step that was kept."
+        )
         yield "training", "training", caption, figure
     attacks = facts.get("attacks") or {}
+    groups = bars(attacks)
     for name, title in ATTACK_TITLES.items():
         curves = {
             f"{path} ({state})" if (attacks.get("before") or {}).get(name) else path: curve
@@ -73,6 +81,8 @@ def _figures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Figure]]
         }
         if figure := _curves(curves, {}, None):
             yield f"attacks.{name}", f"attack_{name}", title, figure
+        elif name in groups:
+            yield f"attacks.{name}", f"attack_{name}", title, _grouped_bars(*groups[name])
 
 
 def _found_curves(value: Any, path: str) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
@@ -107,15 +117,7 @@ def _bars(measures: Mapping[str, Any], limits: Mapping[str, float]) -> Figure | 
         for index, state in enumerate(states):
             heights = [values.get((state, group, name), math.nan) for group in sets]
             at = [place + (index - (len(states) - 1) / 2) * width for place in range(len(sets))]
-            bars = axes.bar(at, heights, width, color=_COLORS[state], label=_STATES[state])
-            axes.bar_label(
-                bars,
-                [
-                    "" if math.isnan(height) else f"{height:.2g}" if height < 100 else f"{height:.0f}"
-                    for height in heights
-                ],
-                fontsize="x-small",
-            )
+            _labelled_bars(axes, at, heights, width, color=_COLORS[state], label=_STATES[state])
         if name in limits:
             axes.axhline(limits[name], color="black", linestyle="--", linewidth=1, label="limit")
         drawn = [value for key, value in values.items() if key[2] == name]
@@ -124,19 +126,47 @@ def _bars(measures: Mapping[str, Any], limits: Mapping[str, float]) -> Figure | 
             axes.yaxis.set_major_formatter("{x:g}")
         axes.margins(y=0.12)
         axes.set_xlim(-0.5, len(sets) - 0.5)
-        axes.set_xticks(
-            range(len(sets)),
-            [textwrap.fill(clean(group), 12, max_lines=2) for group in sets],
-            fontsize="small",
-        )
+        axes.set_xticks(range(len(sets)), [_wrapped(group.replace("_", " "), 12) for group in sets])
         axes.set_title(_wrapped(measure_title(name)), fontsize="medium")
         _finish(axes, drawn)
     _legend(figure, panels)
     return figure
 
 
+def _grouped_bars(axis: str, series: Mapping[str, Mapping[str, float]]) -> Figure:
+    """One panel with the bars of each series, side by side in groups."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for held in series.values() for name in held))
+    figure = Figure(figsize=(max(4.6, 2 + 1.3 * len(names)), 3.4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    for index, (label, held) in enumerate(series.items()):
+        at = [place + (index - (len(series) - 1) / 2) * width for place in range(len(names))]
+        _labelled_bars(axes, at, [held.get(name, math.nan) for name in names], width, label=clean(label))
+    axes.set_xticks(range(len(names)), [_wrapped(name.replace("_", " "), 14) for name in names])
+    axes.set_ylabel(axis, fontsize="small")
+    _finish(axes, [value for held in series.values() for value in held.values()])
+    _legend(figure, [axes])
+    return figure
+
+
+def _labelled_bars(axes: Axes, at: list[float], heights: list[float], width: float, **looks: Any) -> None:
+    """Bars with their heights above them. NaN is no bar."""
+    drawn = axes.bar(at, heights, width, **looks)
+    axes.bar_label(drawn, list(map(_height, heights)), fontsize="x-small")
+
+
+def _height(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    if 0 < value < 0.001:
+        return "<0.001"
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
+
+
 def _curves(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], limits: Mapping[str, float], mark: int | None
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], bounds: Mapping[str, float], mark: int | None
 ) -> Figure | None:
     """A panel for each quantity of some curves, with a line for each curve."""
     lines: dict[str, dict[str, dict[float, float]]] = {}
@@ -145,15 +175,15 @@ def _curves(
             for name, value in _numbers(entry):
                 if isinstance(entry.get("step"), (int, float)):
                     lines.setdefault(name, {}).setdefault(label, {})[entry["step"]] = value
-    names = list(lines)[:_MOST_PANELS]
+    names = sorted(lines, key=lambda name: name not in bounds)[:_MOST_PANELS]  # those that decide come first
     if not names:
         return None
     figure, panels = _panels(len(names))
     for axes, name in zip(panels, names, strict=True):
         for label, points in lines[name].items():
             axes.plot([*points], [*points.values()], marker="o", markersize=3, label=clean(label) or None)
-        if (limit := _limit(name, limits)) is not None:
-            axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit")
+        if name in bounds:
+            axes.axhline(bounds[name], color="black", linestyle="--", linewidth=1, label="limit or floor")
         if mark is not None:
             axes.axvline(mark, color="black", linestyle=":", linewidth=1, label="step that was kept")
         axes.set_title(_wrapped(name.replace("_", " ").replace(".", ": ")), fontsize="medium")
@@ -172,14 +202,6 @@ def _numbers(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", float(value)
 
 
-def _limit(name: str, limits: Mapping[str, float]) -> float | None:
-    """The limit of a quantity, if it is a measure of the forget rows: ``forget_probability``."""
-    for prefix in ("forget_", "forget."):
-        if name.startswith(prefix):
-            return limits.get(name.removeprefix(prefix))
-    return None
-
-
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
@@ -192,8 +214,8 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, panels[:count]
 
 
-def _wrapped(title: str) -> str:
-    return textwrap.fill(clean(title), 30, max_lines=3)
+def _wrapped(title: str, width: int = 30) -> str:
+    return textwrap.fill(clean(title), width, max_lines=3)
 
 
 def _is_share(values: Sequence[float]) -> bool:

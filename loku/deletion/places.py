@@ -8,6 +8,24 @@ from loku.data.files import check_may_be_on_hub
 from loku.deletion.yaml_values import YamlValue
 
 
+def path_of(value: YamlValue, folder: Path) -> Path:
+    """Return the absolute path that a text stands for.
+
+    Args:
+        value: The value of the field.
+        folder: The folder where relative paths begin.
+
+    Raises:
+        ValueError: It can be no path: it is too long, or begins at the home of nobody.
+    """
+    try:
+        path = folder / Path(value.text()).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise value.error(f"it can be no path: {error!s:.200}") from error
+    return path
+
+
 def model_place(value: YamlValue, folder: Path) -> str:
     """Return the absolute path of a model's folder, or its name on the hub.
 
@@ -18,8 +36,7 @@ def model_place(value: YamlValue, folder: Path) -> str:
     Raises:
         ValueError: It looks like a path, and no folder is there.
     """
-    name = value.text()
-    path = folder / Path(name).expanduser()
+    name, path = value.text(), path_of(value, folder)
     if path.is_dir():
         return str(path)
     if path.exists():
@@ -42,8 +59,7 @@ def folder_place(value: YamlValue, folder: Path, wanted: str) -> str:
     Raises:
         ValueError: There is no such folder.
     """
-    name = value.text()
-    path = folder / Path(name).expanduser()
+    name, path = value.text(), path_of(value, folder)
     if not path.is_dir():
         raise value.error(f"there is no folder {path}{_where(name, folder)}")
     if not (path / wanted).is_file():
@@ -61,8 +77,7 @@ def data_place(value: YamlValue, folder: Path) -> str:
     Raises:
         ValueError: It looks like a path, and nothing is there.
     """
-    name = value.text()
-    path = folder / Path(name).expanduser()
+    name, path = value.text(), path_of(value, folder)
     if path.exists():
         return str(path)
     try:

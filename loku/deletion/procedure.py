@@ -106,6 +106,8 @@ def _directory(request: Request, output: str | os.PathLike | None) -> Path:
     if output is None:
         return Path(request.ledger or os.getcwd()) / f"{request.path.stem}-record"
     directory = Path(os.path.abspath(output))
+    if directory.name.startswith("."):
+        raise ValueError(f"--output {os.fspath(output)}: the name of a record does not begin with a point")
     if request.ledger is not None and directory.parent != Path(request.ledger):
         raise ValueError(
             f"--output {os.fspath(output)} is not in the ledger {request.ledger}, and a ledger is a folder "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loku.deletion.places import data_place, folder_place, model_place
+from loku.deletion.places import data_place, folder_place, model_place, path_of
 from loku.deletion.template import write_template
 from loku.deletion.texts import expression
 from loku.deletion.yaml_values import YamlValue, read_yaml_values
@@ -25,8 +25,8 @@ __all__ = [
     "Request",
     "RetainSource",
     "RowSelection",
-    "read_request",
     "read_forget",
+    "read_request",
     "request_facts",
     "write_template",
 ]
@@ -300,7 +300,7 @@ def _selection_of(value: YamlValue, given: Mapping[str, YamlValue], folder: Path
     for name, read in (
         ("ids", YamlValue.texts),
         ("id_column", YamlValue.text),
-        ("contains", YamlValue.text),
+        ("contains", _searched),
         ("matches", _expression),
         ("columns", YamlValue.texts),
     ):
@@ -315,8 +315,14 @@ def _selection_of(value: YamlValue, given: Mapping[str, YamlValue], folder: Path
     return RowSelection(**found)
 
 
+def _searched(value: YamlValue) -> str:
+    if value.is_null:  # a name, or no condition
+        raise value.error(f"write '{value.node.value}' in quotes for the word, or take the line out")
+    return value.text()
+
+
 def _expression(value: YamlValue) -> str:
-    text = value.text()
+    text = _searched(value)
     try:
         expression(text)
     except ValueError as error:
@@ -422,7 +428,7 @@ def _serving(value: YamlValue, folder: Path) -> dict[str, Any]:
 
 
 def _ledger(value: YamlValue, folder: Path) -> dict[str, Any]:
-    path = folder / Path(value.text()).expanduser()
+    path = path_of(value, folder)
     if path.exists() and not path.is_dir():
         raise value.error(f"{path} is a file; name the folder of the ledger")
     return {"ledger": str(path)}

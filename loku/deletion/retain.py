@@ -16,6 +16,7 @@ from loku.deletion.own_texts import write_texts
 from loku.deletion.request import RetainSource
 from loku.fingerprints import texts_fingerprint
 from loku.models import CausalLM
+from loku.process_state import random_states_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,23 @@ def build_retain(
             "there are no rows to keep, and without them unlearning spoils the whole model: give retain "
             "rows, a corpus whose neighbours are kept, or let the model write texts (sampled: 32)"
         )
+    with random_states_kept():  # reading data may load libraries that draw numbers
+        return _built(
+            model, tokenizer, source, forget_rows, seed, batch_size, max_length, progress, wants_neighbours
+        )
+
+
+def _built(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    source: RetainSource,
+    forget_rows: Sequence[Any],
+    seed: int,
+    batch_size: int,
+    max_length: int | None,
+    progress: bool,
+    wants_neighbours: bool,
+) -> tuple[list[Any], dict[str, Any]]:
     mentions = Mentions(names := entities(forget_rows, tokenizer))
     facts: dict[str, Any] = {"seed": seed, "entities": len(names)}
     rows: list[Any] = []

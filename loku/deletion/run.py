@@ -17,13 +17,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from loku.adapter_folders import find_adapter, load_on_base
-from loku.data import IGNORE_INDEX, tokenize_dataset
+from loku.data import IGNORE_INDEX, split_documents, token_limits, tokenize_dataset
 from loku.deletion import facts, ledger, measures, record, seal
 from loku.deletion.duplicates import Separated, find_duplicates, separate
 from loku.deletion.entities import entities
+from loku.deletion.measured_models import MeasuredModels
 from loku.deletion.request import ATTACKS, Request, request_facts
 from loku.deletion.retain import build_retain, split_for_utility
 from loku.deletion.selection import SelectedRows, check_holdout, select_rows
@@ -31,13 +29,12 @@ from loku.deletion.serve import check_serving, serve
 from loku.deletion.stages import Stages
 from loku.deletion.texts import row_text
 from loku.deletion.training import unlearn_to_limits
-from loku.models import load_model
+from loku.evaluation.scores import token_measures, token_scores
 from loku.probe import measure_probe, relative_ability
 from loku.saving.directories import whole_file
-from loku.trust import load_tokenizer, trusts_code
 
 NGRAM = 10  # tokens of the n-grams of Extraction Likelihood
-PREFIXES = 400  # that it continues, about: each costs a greedy text
+PREFIXES = 200  # that it continues, about: each costs a greedy text
 ATTACKED = 16  # rows of the hold-out set, at least, whose extraction shows the level of chance
 _RUN = "run.json"  # in the private directory: what identifies the run
 _RETAIN = "rows_to_keep.json"  # in the private directory: the rows to keep
@@ -59,7 +56,7 @@ class Run:
         self.folder = work / _RECORD
         self.stages = Stages(work, progress)
         self.not_tested: dict[str, str] = {}
-        self._held: tuple[str, Any] | None = None
+        self.models = MeasuredModels(request, self.folder)
 
     def run(self, key: str | os.PathLike | None) -> None:
         """Run all stages that have not run, and put the sealed record into its place."""
@@ -75,32 +72,18 @@ class Run:
     # What the run works on.
 
     @cached_property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of ``from_pretrained`` for the model of the request."""
-        given = {"dtype": "auto", **self.request.model_arguments}
-        return given if self.request.revision is None else {**given, "revision": self.request.revision}
-
-    @cached_property
-    def start(self) -> str:
-        """The state from which unlearning starts: the newest of the ledger, or the model of the request."""
-        newest = None if self.request.ledger is None else ledger.latest_state(self.request.ledger)
-        return self.request.model if newest is None else str(newest)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the request."""
-        place = self.request.tokenizer or self.request.model
-        return load_tokenizer(place, trust_remote_code=trusts_code(self.arguments))
-
-    @cached_property
     def selected(self) -> SelectedRows:
         """The rows that the request names."""
         return select_rows(self.request.forget, "forget")
 
     @cached_property
-    def holdout(self) -> list[Any] | None:
-        """The hold-out rows, or None if the request has none."""
+    def _given_holdout(self) -> list[Any] | None:
         return None if self.request.holdout is None else select_rows(self.request.holdout, "holdout").rows
+
+    @property
+    def holdout(self) -> list[Any] | None:
+        """The hold-out rows without those that are forgotten, too; None if the request has none."""
+        return self.separated.sets.get("holdout")
 
     @cached_property
     def separated(self) -> Separated:
@@ -110,8 +93,8 @@ class Run:
         for name, selection in (("retain", source.given), ("corpus", source.corpus)):
             if selection is not None:
                 others[name] = select_rows(selection, name).rows
-        if self.holdout is not None:
-            others["holdout"] = self.holdout
+        if self._given_holdout is not None:
+            others["holdout"] = self._given_holdout
         found = find_duplicates(selected.rows, others, self.request.near_duplicate_similarity)
         include = self.request.include_near_duplicates
         return separate(selected.rows, others, found, include, {"rest": selected.rest_indices})
@@ -126,32 +109,6 @@ class Run:
         """The requests that the ledger holds already."""
         return [] if self.request.ledger is None else ledger.earlier_requests(self.request.ledger)
 
-    def _model(self, place: str) -> Any:
-        """Load a model for measuring. The last one stays in memory."""
-        if self._held is None or self._held[0] != place:
-            self._held = None
-            arguments = self.arguments if place == self.request.model else self._local_arguments
-            # An adapter stays unmerged, because a merge rounds to the dtype of the base.
-            adapter = find_adapter(place, arguments) if place == self._served else None
-            loaded: Any = (
-                load_model(place, arguments) if adapter is None else load_on_base(adapter, arguments)[0]
-            )
-            device = torch.accelerator.current_accelerator() or torch.device("cpu")
-            self._held = place, loaded.to(device).eval()
-        return self._held[1]
-
-    @property
-    def _local_arguments(self) -> dict[str, Any]:
-        """The arguments for what the procedure itself has saved."""
-        return {
-            name: value for name, value in self.arguments.items() if name not in ("revision", "subfolder")
-        }
-
-    @property
-    def _served(self) -> str:
-        """The folder of what will be served, while it is not yet in its place."""
-        return str(self.folder / ("model" if self.request.target == "merged" else "adapter"))
-
     # The stages.
 
     def _identify(self) -> str:
@@ -165,7 +122,9 @@ class Run:
         }
         self.inputs = {
             "model": facts.model_digests(
-                self.start, revision=request.revision, model_arguments=request.model_arguments
+                self.models.start,
+                revision=request.revision if self.models.start == request.model else None,
+                model_arguments=self.models.arguments(self.models.start),
             ),
             "data": {
                 name: {"source": selection.data, "sha256": facts.data_digest(selection.data)}
@@ -199,9 +158,9 @@ class Run:
 
     def _find_rows(self) -> dict[str, Any]:
         """Choose the rows, and find what is equal or nearly equal to them."""
-        known: dict[str, Sequence[Any]] = {"forget": self.forget}
         if self.holdout is not None:
-            check_holdout(self.holdout, **known)
+            retain = self.separated.sets.get("retain", [])
+            check_holdout(self.holdout, forget=self.forget, retain=retain)
         selected = self.selected
         return {
             "selected": len(selected.rows),
@@ -212,20 +171,22 @@ class Run:
 
     @cached_property
     def _options(self) -> dict[str, Any]:
-        """The options of all measures. Extraction Likelihood continues about 400 prefixes of the larger set."""
+        """The options of all measures. Extraction Likelihood continues about ``PREFIXES`` prefixes."""
         prefixes = 0
         for name, rows in (("forget", self.forget), ("holdout", self.holdout or [])):
-            tokens = tokenize_dataset(rows, self.tokenizer, name=name) if rows else []
+            tokens = tokenize_dataset(rows, self.models.tokenizer, name=name) if rows else []
             lengths = (sum(label != IGNORE_INDEX for label in row["labels"]) for row in tokens)
             prefixes = max(prefixes, sum(max(0, length - NGRAM) for length in lengths))
         return {"n": NGRAM, "stride": max(1, round(prefixes / PREFIXES)), "progress": self.progress}
 
     def _measure_rows(self, place: str, rows: Sequence[Any], name: str) -> measures.RowMeasures:
-        return measures.measure_rows(self._model(place), self.tokenizer, rows, name, **self._options)
+        return measures.measure_rows(
+            self.models.held(place), self.models.tokenizer, rows, name, **self._options
+        )
 
     def _measure_before(self) -> dict[str, Any]:
         """Measure the rows under the model, and decide whether there is anything to forget."""
-        found = self.stages("measures_before", lambda: self._knowledge(self.start))
+        found = self.stages("measures_before", lambda: self._knowledge(self.models.start))
         if found.pop("known"):
             return {**found, "outcome": None}
         outcome = "not known"
@@ -261,8 +222,8 @@ class Run:
         """Build the retain set, and keep its rows in the run's directory: the model writes some of them."""
         forgotten = [row for earlier in self._earlier_rows.values() if earlier for row in earlier]
         rows, told = build_retain(
-            self._model(self.start),
-            self.tokenizer,
+            self.models.held(self.models.start),
+            self.models.tokenizer,
             self.request.retain,
             [*self.forget, *forgotten],
             progress=self.progress,
@@ -299,27 +260,40 @@ class Run:
     def _retain(self) -> dict[str, Any]:
         return json.loads((self.work / _RETAIN).read_text(encoding="utf-8"))
 
-    def _sets(self) -> dict[str, list[Any]]:
-        """The sets that are measured before and after."""
-        sets = {"forget": self.forget, **self._retain["measured"]}
-        return sets if self.holdout is None else {**sets, "holdout": self.holdout}
+    def _measure_pass(self, place: str, sets: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Measure sets by one teacher-forced pass each, without Extraction Likelihood."""
+        model = self.models.held(place)
+        found = {}
+        for name, rows in sets.items():
+            tokens = tokenize_dataset(rows, self.models.tokenizer, name=name, limits=token_limits(model))
+            scores = token_scores(model, split_documents(tokens), progress=self.progress, description=name)
+            found[name] = {"rows": len(rows), **token_measures(scores)}
+        return found
 
-    def _measure(self, place: str, *names: str) -> dict[str, Any]:
-        sets = {name: rows for name, rows in self._sets().items() if not names or name in names}
-        return measures.measure_sets(self._model(place), self.tokenizer, sets, **self._options)
+    def _measure_all(self, place: str) -> dict[str, Any]:
+        """Measure all sets. The limits are those of the forget rows, so the others get one pass."""
+        others = dict(self._retain["measured"])
+        if self.holdout is not None:
+            others = {"holdout": self.holdout, **others}
+        forget = measures.summary(self._measure_rows(place, self.forget, "forget"))
+        return {"forget": forget, **self._measure_pass(place, others)}
 
     def _probe(self, place: str) -> dict[str, Any]:
         """Measure the general ability, without the questions about what is forgotten."""
-        names = entities(self.forget, self.tokenizer)
-        return measure_probe(self._model(place), self.tokenizer, exclude=names, progress=self.progress)
+        names = entities(self.forget, self.models.tokenizer)
+        return measure_probe(
+            self.models.held(place), self.models.tokenizer, exclude=names, progress=self.progress
+        )
 
     def _unlearn(self, kept: dict[str, Any]) -> str:
         """Unlearn, measure and attack what came out. Add what was found to ``kept``; return the outcome."""
         kept["retain"] = self.stages("retain", self._keep)
         before = kept["measures"]["before"]
-        before |= self.stages("retain_before", lambda: self._measure(self.start, *self._retain["measured"]))
-        probe = {"before": self.stages("probe_before", lambda: self._probe(self.start))}
-        attacks: dict[str, Any] = {"before": self._attacks("before", self.start, ("extract", "mia"))}
+        before |= self.stages(
+            "utility_before", lambda: self._measure_pass(self.models.start, self._retain["measured"])
+        )
+        probe = {"before": self.stages("probe_before", lambda: self._probe(self.models.start))}
+        attacks: dict[str, Any] = {"before": self._attacks("before", self.models.start, ("extract", "mia"))}
         kept["training"] = trained = self.stages("unlearning", lambda: self._train(kept["limits"]))
         kept |= {"probe": probe, "attacks": attacks}
         outcome = trained.pop("outcome")
@@ -327,17 +301,20 @@ class Run:
         if outcome == "undone":
             kept["limits"] = {name: _limit(limit, before, None, name) for name, limit in limits.items()}
             return outcome
-        after = kept["measures"]["after"] = self.stages("measures_after", lambda: self._measure(self._served))
+        after = kept["measures"]["after"] = self.stages(
+            "measures_after", lambda: self._measure_all(self.models.served)
+        )
         kept["limits"] = {name: _limit(limit, before, after, name) for name, limit in limits.items()}
-        probe["after"] = self.stages("probe_after", lambda: self._probe(self._served))
-        probe["relative"] = relative_ability(probe["before"], probe["after"])
-        attacks["after"] = self._attacks("after", self._served, self.request.attacks)
+        probe["after"] = self.stages("probe_after", lambda: self._probe(self.models.served))
+        left = relative_ability(probe["before"], probe["after"])
+        probe |= {"relative": left["least"], "shares": left["shares"], "not_judged": left["not_judged"]}
+        attacks["after"] = self._attacks("after", self.models.served, self.request.attacks)
         if self.request.control is not None:
             control = self.request.control
-            kept["measures"]["control"] = self.stages("control", lambda: self._measure(control))
+            kept["measures"]["control"] = self.stages("control", lambda: self._measure_all(control))
         else:
             self.not_tested["control"] = "no model that was retrained without the rows was given"
-        kept["serving"] = self.stages("serving", lambda: serve(self.request, self._served))
+        kept["serving"] = self.stages("serving", lambda: serve(self.request, self.models.served))
         if self.earlier:
             kept["ledger"] = {"earlier": self.stages("earlier_requests", self._earlier_again)}
         met = all(limit["met"] for limit in kept["limits"].values())
@@ -364,7 +341,7 @@ class Run:
                 entry["still_forgotten"] = None
                 entry["reason"] = earlier.reason or "its rows are not there any more"
             else:
-                found = measures.summary(self._measure_rows(self._served, rows, earlier.entry.record))
+                found = measures.summary(self._measure_rows(self.models.served, rows, earlier.entry.record))
                 entry["measures"] = found
                 entry["limits"] = dict(earlier.limits)
                 entry["still_forgotten"] = all(
@@ -377,9 +354,9 @@ class Run:
         """Unlearn to the limits, and save what will be served."""
         request = self.request
         kind: Any = "merged" if request.target == "merged" else "portable"
-        self._held = None  # training loads the model itself
+        self.models.release()  # training loads the model itself
         trained = unlearn_to_limits(
-            self.start,
+            self.models.start,
             self.forget,
             self._retain["trained"],
             limits=limits,
@@ -387,15 +364,15 @@ class Run:
             utility_floor=request.utility_floor,
             minutes=request.minutes,
             training=request.training,
-            model_arguments=self.arguments if self.start == request.model else self._local_arguments,
-            tokenizer=self.tokenizer,
+            model_arguments=self.models.arguments(self.models.start),
+            tokenizer=self.models.tokenizer,
             output_dir=self.work / "training",
             save_kind=kind,
             progress=self.progress,
         )
         if trained.result is not None:
             self.folder.mkdir(exist_ok=True)
-            trained.result.save(self._served, kind, rank=request.rank)
+            trained.result.save(self.models.served, kind, rank=request.rank)
         told = {name: value for name, value in trained.facts.items() if name != "seconds"}
         return {**told, "outcome": trained.outcome}
 
@@ -416,7 +393,10 @@ class Run:
     def _attack(self, name: str, place: str) -> dict[str, Any]:
         from loku import attacks
 
-        model, tokenizer, forget, holdout = self._model(place), self.tokenizer, self.forget, self.holdout
+        model, tokenizer = self.models.held(place), self.models.tokenizer
+        forget, holdout, start = self.forget, self.holdout, self.models.start
+        compares = name in ("mia", "relearn") and place != start
+        original = self.models.load(start) if compares else None
         if name == "extract":
             if holdout is not None:  # as many as the forget rows show the level of chance
                 step = max(1, len(holdout) // max(ATTACKED, len(forget)))
@@ -425,7 +405,7 @@ class Run:
         if name == "mia":
             assert holdout is not None
             return attacks.membership_attack(
-                model, tokenizer, forget, holdout, self._other(place), progress=self.progress
+                model, tokenizer, forget, holdout, original, progress=self.progress
             )
         if name == "relearn":
             control = self.request.control
@@ -433,21 +413,13 @@ class Run:
                 model,
                 tokenizer,
                 forget,
-                control_model=None if control is None else load_model(control, {"dtype": "auto"}),
+                control_model=None if control is None else self.models.load(control),
                 holdout=holdout,
                 retain=next(iter(self._retain["measured"].values())),
-                original_model=self._other(place),
+                original_model=original,
             )
-        return attacks.quantisation_attack(model, tokenizer, self._sets(), progress=self.progress)
-
-    def _other(self, place: str) -> Any:
-        """The model from before the run, as the reference of an attack on what came out; else None."""
-        if place == self.start:
-            return None
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        arguments = self.arguments if self.start == self.request.model else self._local_arguments
-        original: Any = load_model(self.start, arguments)
-        return original.to(device).eval()
+        sets = {"forget": forget, **self._retain["measured"]}
+        return attacks.quantisation_attack(model, tokenizer, sets, progress=self.progress)
 
     def _write(self, kept: dict[str, Any], outcome: str, begin: str, key: str | os.PathLike | None) -> None:
         """Write the record, seal it, and move the folder into its place."""

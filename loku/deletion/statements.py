@@ -13,8 +13,8 @@ OUTCOME_STATEMENTS = {
     "not forgotten": (
         "Not forgotten",
         "No.",
-        "At least one limit of the request is not met. The new model still shows the rows. The deletion is "
-        "not done.",
+        "The new model is not within all limits of the request, so it may still show the rows. The deletion "
+        "is not done.",
     ),
     "undone": (
         "Undone",
@@ -25,8 +25,7 @@ OUTCOME_STATEMENTS = {
     "not known": (
         "Not known",
         "There was nothing to delete from the model.",
-        "The model shows no more of the rows than of texts that it never saw. So nothing was trained, and no "
-        "new model was made.",
+        "No measure shows that the model knows the rows. So nothing was trained, and no new model was made.",
     ),
     "delete the adapter": (
         "Delete the adapter",
@@ -48,15 +47,14 @@ PROOF = (
     "brought it to 0.066. A model that had never seen the answers reached 0.001 by training on the other "
     "half. Rounding the weights to 8 or 4 bits did not bring the answers back: the probability of all of "
     "them was 0.0185 before it and at most 0.0192 after it.",
-    "The base model is not changed. Whoever has the base model without the new adapter, or an older copy of "
-    "the model, has the rows. Deletion of the old copies is a step of its own, which this procedure does not "
-    "do.",
+    "The base model is not changed. A person who has the base model without the new adapter, or an older "
+    "copy of the model, has the rows. This procedure does not delete the old copies.",
     "Everything beside the model is outside of this record: the data sets themselves, copies and backups, "
     "logs, caches, search indices and vector stores, and other models that were trained on the same rows or "
     "on the outputs of the model.",
     "The tests show what they tried. Rows that no test extracted may be extracted by a test that nobody has "
-    "tried. The limits are those of the request. Whether they are strict enough for the law or for the "
-    "person who asked is a decision of the reader, not a result of the run.",
+    "tried. The limits are those of the request. The reader must decide whether they are strict enough for "
+    "the law and for the person who asked.",
     "The digests show that no file was changed since the record was sealed. A signature shows who sealed it. "
     "Neither shows that the statements in it are true.",
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ class YamlValue:
         return value
 
     def plain(self) -> Any:
-        """Return the value as JSON has it: a date is the text that is written.
+        """Return the value as JSON has it: a date and a time are the texts that are written.
 
         Raises:
             ValueError: A field is there twice, or a value is tagged as one of another program.
@@ -192,7 +193,12 @@ class YamlValue:
         if self.is_list:
             return [YamlValue(self.file, node, self.name).plain() for node in self.node.value]
         self._check_tag()
-        if self.node.tag.rpartition(":")[2] in ("int", "float", "bool", "null"):
+        if (
+            self.node.tag.rpartition(":")[2] in ("int", "float", "bool", "null")
+            and ":" not in self.node.value
+        ):
+            if re.fullmatch(r"[-+]?0[0-9_]+", self.node.value):
+                raise self.error(f"{self.node.value} is octal in YAML; write it without the leading 0")
             try:
                 value = yaml.constructor.SafeConstructor().construct_object(self.node)
             except ValueError:  # such as an integer of 10000 digits

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loku.adapters import adapter_layers
+from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_layers, reference_factors
 from loku.counts import check_counts
 from loku.data import IGNORE_INDEX, collate, token_limits, tokenize_dataset
 from loku.models import evaluating, model_device
@@ -34,11 +35,13 @@ def answer_changes(
 ) -> dict[str, dict[str, int | float]]:
     """Compare a model with the exact adapter and with the adapter of a smaller rank, on the same tokens.
 
-    Both run on one base. The smaller factors take the places of the exact ones, filled up with zeros, and the
-    exact factors come back after each batch.
+    Both run on one base. The smaller factors take the places of the exact ones, and the exact factors come
+    back after each batch. A model after FILA stands on the residual: there the smaller factors come together
+    with the initial ones, so that no second model is needed.
 
     Args:
-        peft_model: The model with the exact adapter "default", not merged.
+        peft_model: The model with the exact adapter "default", not merged: on its untouched base, or the
+            result of ``loku.unlearn``. It is not sharded.
         config: The config of the smaller adapter, by ``loku.saving.compression.compressed_adapter``.
         state: Its tensors.
         tokenizer: The tokenizer; None if all rows have ``input_ids``.
@@ -54,7 +57,8 @@ def answer_changes(
         adapter. ``largest_probability_change`` is its largest difference in a row.
 
     Raises:
-        ValueError: A set is empty, or ``batch_size`` is no positive integer. Or the errors of
+        ValueError: A set is empty, or ``batch_size`` is no positive integer. The two adapters are not of the
+            same modules, or the base holds an earlier adapter. Or the errors of
             ``loku.data.tokenize_dataset``.
         FloatingPointError: A logit is NaN or Inf with either adapter.
     """
@@ -76,25 +80,36 @@ def _filled_factors(
     peft_model: PeftModel, config: Any, state: Mapping[str, Tensor]
 ) -> list[tuple[Any, Tensor]]:
     """The parameters of the exact factors, and the values that make them those of a smaller adapter."""
+    if hasattr(peft_model.get_base_model(), MERGED_ADAPTER):
+        raise ValueError(
+            "the model was an adapter that was merged into its base, which the saved adapters replace: load "
+            "the exact adapter on the untouched base, and compare there (loku export --data does)"
+        )
     layers = adapter_layers(peft_model, "default")
     names = {name: layer.parameter_name for name, layer in layers.items() if hasattr(layer, "parameter_name")}
-    modules = adapter_modules(config, state, names)
-    if modules.keys() != layers.keys():
-        other = sorted(modules.keys() ^ layers.keys())[0]
+    modules, initial = adapter_modules(config, state, names), reference_factors(peft_model)
+    if modules.keys() != layers.keys() or not initial.keys() <= layers.keys():
+        other = sorted((modules.keys() | initial.keys()) ^ layers.keys())[0]
         raise ValueError(f"{other}: it has an adapter in one of the model and the smaller adapter alone")
     filled = []
     for name, layer in layers.items():
-        module, rank = modules[name], layer.r["default"]
-        B, A = module.B / layer.scaling["default"], module.A
-        missing = rank - A.shape[1]
-        B = torch.nn.functional.pad(B, (0, missing)).permute(1, 2, 0).flatten(1)
-        A = torch.nn.functional.pad(A, (0, 0, 0, missing)).flatten(0, 1)
+        B, A, scaling = modules[name].B, modules[name].A, layer.scaling["default"]
+        missing = layer.r["default"] - A.shape[1]
+        if name in initial:  # the smaller adapter fits the untouched base, that is, the residual + B0 A0
+            B0, A0 = (factor.double().cpu() for factor in initial[name])
+            B = torch.cat([B, layer.scaling[REFERENCE_ADAPTER] * B0[None]], dim=2)
+            A = torch.cat([A, A0[None]], dim=1)
+        elif missing < 0:
+            raise ValueError(f"{name}: the smaller adapter has rank {A.shape[1]}, and that of the model less")
+        else:  # experts need the factors of the exact rank
+            B, A = F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing))
         if "default" in layer.lora_A:
             parameters = layer.lora_B["default"].weight, layer.lora_A["default"].weight
         else:
             parameters = layer.lora_embedding_B["default"], layer.lora_embedding_A["default"]
-        for parameter, value in zip(parameters, (B, A), strict=True):
-            filled.append((parameter, value.to(parameter.device, parameter.dtype).view(parameter.shape)))
+        values = B.permute(1, 2, 0).flatten(1) / scaling, A.flatten(0, 1)
+        for parameter, value in zip(parameters, values, strict=True):
+            filled.append((parameter, value.to(parameter.device, parameter.dtype).contiguous()))
     return filled
 
 
@@ -126,7 +141,7 @@ def _changes(
     for start in tqdm(starts, desc=f"comparing {name}", disable=not progress, leave=False):
         chosen = [rows[i] for i in order[start : start + batch_size]]
         batch = {key: value.to(device) for key, value in collate(chosen, pad_token_id=0).items()}
-        labels = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
         labelled = labels != IGNORE_INDEX
         exact = peft_model(**batch, use_cache=False).logits[labelled]
         with _in_place_of_the_exact(factors):

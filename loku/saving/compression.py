@@ -315,7 +315,7 @@ def compressed_adapter(
     A module of at most this rank stays exact. In a module with experts (3-D parameters) each expert has the
     rank. Every scaling becomes 1: ``lora_alpha`` is the rank, and ``use_rslora`` is false. The two factors
     get equal singular values. Biases, modules that were trained whole and trained tokens stay as they are.
-    An adapter whose modules all have at most this rank stays as it is, with its config.
+    An adapter whose modules all have at most this rank and the scaling 1 stays as it is, with its config.
 
     Args:
         config: The ``peft.LoraConfig``, which is not changed.
@@ -354,7 +354,7 @@ def compressed_adapter(
         if bias is not None:
             new[f"{PREFIX}{name}{_BIAS}"] = (bias.double() * module.scaling).float()
     compression = Compression(rank, exact_rank, losses)
-    if exact_rank <= rank:
+    if exact_rank <= rank and all(module.scaling == 1 for module in modules.values()):
         return copy.deepcopy(config), dict(state), compression
     config = copy.deepcopy(config)
     unit_scaling_(config, ranks)

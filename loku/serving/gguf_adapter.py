@@ -188,6 +188,6 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """What peft multiplies B A by, for a module of some rank."""
     from peft.utils.other import get_pattern_key
 
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), module), float(config["lora_alpha"]))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -26,10 +26,21 @@ NOT_RUN = {
     "ruff": "CI runs it",
     "clang-format": "CI runs it",
     "mypy": "CI runs it",
+    "openssl": "tests/loku/deletion/test_seal.py runs the same",
+    "sha256sum": "tests/loku/deletion/test_seal.py runs the same",
+    "tail": "tests/loku/deletion/test_ledger.py runs the same",
+    "cd": "changes the folder",
 }
 # Commands of ``loku`` whose options are read and no more, by the reason.
-READ_ONLY = {"demo": "tests/loku/test_demo.py runs it"}
-FAST = {"unlearn": ["--max_steps=1", "--fisher_samples=2", "--use_cpu", "--quiet"], "evaluate": ["--quiet"]}
+READ_ONLY = {
+    "demo": "tests/loku/test_demo.py runs it",
+    "record": "tests/loku/commands/test_record.py runs it",
+}
+FAST = {
+    "unlearn": ["--max_steps=1", "--fisher_samples=2", "--use_cpu", "--quiet"],
+    "evaluate": ["--quiet"],
+    "export": ["--quiet"],
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,8 +106,8 @@ def run_loku(folder, arguments, monkeypatch):
     if name in READ_ONLY or "locuslab" in " ".join(arguments):
         return read_loku(folder, arguments, monkeypatch)
     monkeypatch.chdir(folder)
-    if "--adapter" in arguments:
-        adapter = arguments[arguments.index("--adapter") + 1]
+    if name == "export" or "--adapter" in arguments:
+        adapter = arguments[1] if name == "export" else arguments[arguments.index("--adapter") + 1]
         if not Path(adapter).exists():
             places = [
                 "--model=MODEL",

@@ -393,3 +393,45 @@ def test_robustness(tmp_path, capsys):
     assert steps.keys() == {"step 0", "step 1"}
     assert steps["step 1"]["forget_rest_probability"] != steps["step 0"]["forget_rest_probability"]
     assert "4 bits, by channel" in capsys.readouterr().out
+
+
+def test_export_rank(tmp_path, capsys):
+    _, tokenizer = demo.load_model()
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    forget, retain = demo.load_rows()
+    for name, rows in [("forget", forget[:2]), ("retain", retain[:9])]:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = LoraConfig(r=5, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model("llama", len(tokenizer)), config).save_pretrained(tmp_path / "adapter")
+    importlib.import_module("export_rank").main(
+        [
+            *("--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter")),
+            *("--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")),
+            *("--json", str(tmp_path / "result.json")),
+        ]
+    )
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["rank 2", "rank 4", "rank 5"]
+    for measure in ("relative_error", "forget_largest_logit_change", "retain_largest_logit_change"):
+        assert rows[0][measure] > rows[1][measure] > rows[2][measure] == 0
+    assert rows[2]["forget_probability"] == rows[2]["forget_exact_probability"]
+    assert rows[0]["forget_probability_of_the_original"] != rows[0]["forget_exact_probability"]
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert "rank 4" in capsys.readouterr().out
+
+
+def test_the_committed_loss_by_rank():
+    rows = json.loads((RESULTS / "export_rank.json").read_text())["rows"]
+    errors = [row["relative_error"] for row in rows]
+    assert [row["name"] for row in rows] == [f"rank {rank}" for rank in range(2, 17, 2)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] == 0
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    for row in rows:
+        cells = (
+            *(f"{row[key]:.3f}" for key in ("relative_error", "worst_relative_error")),
+            *(f"{row[f'{name}_largest_logit_change']:.2f}" for name in ("forget", "retain")),
+            *(f"{row[f'{name}_probability']:.3f}" for name in ("forget", "retain")),
+        )
+        assert f"| {row['name'].removeprefix('rank ')} | {' | '.join(cells)} |" in guide
+    assert (RESULTS / "export_rank.png").is_file()

@@ -21,6 +21,17 @@ def curve(*probabilities):
     return [{"step": 2 * index, "rest_probability": value} for index, value in enumerate(probabilities)]
 
 
+def extraction(forget, holdout):
+    return {
+        "settings": {"samples": 8},
+        "sets": {
+            name: {"prompt": {"rows": 8, "whole": share / 2}, "any way": {"rows": 8, "whole": share}}
+            for name, share in (("forget", forget), ("holdout", holdout))
+        },
+        "not_tested": {"forget": {"paraphrased": "no row has a paraphrase"}},
+    }
+
+
 FACTS = {
     "schema": 1,
     "outcome": "forgotten",
@@ -50,20 +61,26 @@ FACTS = {
     "inputs": {
         "model": {"name": "/models/small", "revision": None, "files": {"model.safetensors": DIGEST}},
         "data": {
-            "forget": {"source": "/data/rows.jsonl", "rows": 400, "selected": 8, "sha256": DIGEST},
-            "holdout": {"source": "/data/others.jsonl", "rows": 40, "selected": 40, "sha256": DIGEST},
+            "forget": {"source": "/data/rows.jsonl", "sha256": DIGEST},
+            "holdout": {"source": "/data/others.jsonl", "sha256": DIGEST},
         },
         "code": {"version": "0.1.0", "sha256": DIGEST},
-        "settings": {"learning_rate": 0.002, "lora_rank": 8},
     },
     "rows": {
         "selected": 8,
+        "total": 400,
+        "indices": [3, 4, 5, 6, 7, 8, 9, 11],
         "near_duplicates": {
-            "included": False,
-            "found": [{"set": "retain", "index": 7, "forget_index": 2, "kind": "near", "similarity": 0.81}],
+            "included": True,
+            "forget_rows": {"asked": 8, "with_near_duplicates": 9},
+            "sets": {"rest": {"rows": 392, "near": 1, "taken_along": 1}, "retain": {"rows": 40, "near": 1}},
+            "duplicates": [
+                {"set": "rest", "index": 17, "forget_index": 2, "kind": "near", "similarity": 0.81},
+                {"set": "retain", "index": 7, "forget_index": 2, "kind": "exact", "similarity": 1.0},
+            ],
         },
     },
-    "retain": {"given": 40, "sampled": 32},
+    "retain": {"rows": 72, "trained": 58, "given": {"rows": 40}, "sampled": {"rows": 32}},
     "knowledge": {"verdict": "known", "reasons": ["probability 0.998 > 0.05"]},
     "measures": {
         "before": {
@@ -93,32 +110,53 @@ FACTS = {
                 "epoch": step / 5,
                 "forget_memorization_accuracy": 1.0 - step / 13,
                 "forget_extraction_strength": 0.95 - step / 13,
-                "utility": 1.0 - step / 200,
+                "retain_probability": 1.0 - step / 200,
             }
             for step in range(0, 13, 2)
         ],
+        "utility": {"original": {"retain": 0.99}, "floors": {"retain": 0.9}, "kept": 0.96},
+        "training": {"learning_rate": 0.002, "lora_rank": 8},
     },
     "attacks": {
-        "before": {"extract": {"greedy": {"prefix": {"extracted": 1.0, "rouge_l": 1.0}}}},
+        "before": {"extract": extraction(1.0, 0.0), "mia": {"scores": {"loss": {"auc": 0.99}}}},
         "after": {
-            "extract": {"greedy": {"prefix": {"extracted": 0.0, "rouge_l": 0.21}}, "prompts": 3},
-            "mia": {"loss": {"auc": 0.52}, "zlib": {"auc": 0.5}},
+            "extract": extraction(0.125, 0.05),
+            "mia": {"scores": {"loss": {"auc": 0.52}, "zlib": {"auc": None}}},
             "relearn": {
                 "taught_rows": [0, 2, 4, 7],
                 "unlearned": {"best": 0.4, "curve": curve(0.003, 0.1, 0.4)},
                 "control": {"kind": "hold-out", "best": 0.003, "curve": curve(0.002, 0.0025, 0.003)},
                 "not_tested": {"steps_to_half": "no original model was given"},
             },
+            "quantise": {
+                "roundings": {
+                    "not rounded": {"forget": {"probability": 0.9}, "retain": {"probability": 0.8}},
+                    "8 bits": {"forget": {"probability": 0.03}, "retain": {"probability": 0.79}},
+                    "4 bits": {"forget": {"probability": 0.02}, "retain": {"probability": 0.7}},
+                },
+                "not_tested": {},
+            },
         },
     },
     "serving": {
         "target": "vllm",
         "rank": 16,
-        "error": {"relative": 0.01},
+        "error": {"relative_frobenius": 0.01},
+        "problems": [],
         "lines": ["vllm serve /models/small --enable-lora \\\n    --max-lora-rank 16"],
     },
-    "ledger": {"earlier": [{"reference": "ER-2026-11", "still_forgotten": True, "measures": {"ma": 0.2}}]},
-    "not_tested": {"quantise": "the request does not ask for it"},
+    "ledger": {
+        "earlier": [
+            {
+                "reference": "ER-2026-11",
+                "record": "11-record",
+                "still_forgotten": True,
+                "reason": None,
+                "measures": {"memorization_accuracy": 0.2},
+            }
+        ]
+    },
+    "not_tested": {"control": "no retrained model was given"},
 }
 
 

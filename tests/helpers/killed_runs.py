@@ -86,7 +86,7 @@ def write_half(tensors, path, **kwargs):
 
 
 def save_half(peft_model, path, kind, tokenizer):
-    with patch("loku.saving.adapter.save_file", write_half):
+    with patch("loku.saving.adapter_files.save_file", write_half):
         loku.saving.kinds.save(peft_model, path, kind, tokenizer=tokenizer)
 
 
@@ -102,7 +102,7 @@ STAGES = {
 # The steps of writing the second checkpoint and of deleting the first, by the number of the call.
 WRITES = {
     "training arguments": ("torch.save", 5),
-    "portable adapter": ("loku.saving.adapter.save_file", 2),
+    "portable adapter": ("loku.saving.adapter_files.save_file", 2),
     "trained": ("loku.checkpoint_factors.save_file", 3),
     "initial factors": ("loku.checkpoint_factors.save_file", 4),
     "scheduler": ("torch.save", 7),

@@ -165,6 +165,10 @@ def evaluate(folder, model, *more):
     return ["evaluate", str(folder / model), "--data", data, f"--out={folder / 'report.json'}", *more]
 
 
+def export(folder, adapter, *more):
+    return ["export", str(folder / adapter), "--ranks", "--data", f"forget={folder / 'rows.jsonl'}", *more]
+
+
 def test_code_runs_by_the_users_own_argument_alone(folder, run):
     tokenizer = f"--tokenizer={folder / 'own_tokenizer'}"
     refused = {
@@ -178,6 +182,12 @@ def test_code_runs_by_the_users_own_argument_alone(folder, run):
             evaluate(folder, "own_model", f"--adapter={folder / 'adapter'}"),
             "own_model",
         ),
+        "export an adapter": (export(folder, "own_adapter"), "own_model"),
+        "export with a tokenizer": (export(folder, "adapter", tokenizer), "own_tokenizer"),
+        "export merged": (
+            ["export", str(folder / "own_adapter"), "--merged", f"--output={folder / 'merged'}"],
+            "own_model",
+        ),
     }
     trusted = {
         "trust in unlearn": unlearn(folder, "own_model", "--model_init_kwargs", TRUST),
@@ -188,6 +198,7 @@ def test_code_runs_by_the_users_own_argument_alone(folder, run):
     importing = {
         "import by unlearn": unlearn(folder, "importing_adapter"),
         "import by evaluate": evaluate(folder, "plain", f"--adapter={folder / 'importing_adapter'}"),
+        "import by export": export(folder, "importing_adapter"),
     }
     # transformers has the class of this one, which is taken in place of the repository's.
     known = {"known model": evaluate(folder, "known_model")}

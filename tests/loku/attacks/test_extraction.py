@@ -187,6 +187,7 @@ def test_the_model_and_the_process_stay(knows, tokenizer):
         ("她住在布里尔。", "住在布里尔", 1, True),
         ("Она живёт в Москве", "в Москве", 1, True),
         ("Müller", "Miller", 0, False),
+        ("Mu\u0308ller", "MÜLLER", 1, True),
         ("", "Paris", 0, False),
         ("...", "...", 0, False),
     ],
@@ -319,3 +320,17 @@ def test_a_large_hold_out_set_is_asked_in_part(tokenizer):
     assert figures["rows"] == 20 and figures["whole"] == len(figures["rows_whole"]) / 20
     assert 33 in figures["rows_whole"]
     assert {*figures["rows_whole"], *figures["rows_nearly"]} <= set(range(0, 60, 3))
+
+
+def test_what_a_chat_template_writes_after_the_answer_does_not_count(tokenizer):
+    """The EOS ends the answer; a line end follows it, as in ChatML."""
+    chatml = copy.deepcopy(tokenizer)
+    chatml.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>\n{% endfor %}"
+    chatml.chat_template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    rows = [{"messages": MESSAGES[1:3]}]
+    ids = tokenize_dataset(rows, chatml)[0]["input_ids"]
+    assert chatml.decode(ids[-4:]) == "yo</s>\n"
+    taught = [{"input_ids": ids[:-1], "labels": [*[-100] * (len(ids) - 4), *ids[-4:-1]]}]
+    knows = teach_(small_llama(tokenizer), tokenizer, taught)  # the line end is not learnt
+    forget = extraction_attack(knows, chatml, rows, preambles={}, samples=1)["sets"]["forget"]
+    assert forget["prompt"]["rows_whole"] == [0] and forget["from its first half"]["rows_whole"] == [0]

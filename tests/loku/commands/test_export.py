@@ -227,6 +227,8 @@ def test_a_foreign_directory_is_refused_and_an_earlier_export_makes_way(folder, 
         assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == int(rank)
     assert (tmp_path / "notes.txt").read_text() == "a user's"
     assert cli.main([*line, "50"]) == 0  # the exact one
-    assert "it is saved as it is" in capsys.readouterr().err
+    assert "it stays exact" in capsys.readouterr().err
     exact, saved = (on_base(folder, path) for path in (folder / "adapter", tmp_path))
-    assert torch.equal(logits(exact), logits(saved))
+    assert (logits(exact) - logits(saved)).abs().max() <= 0.02 * logits(exact).abs().max()  # bfloat16
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 6 and config["rank_pattern"] == config["alpha_pattern"]

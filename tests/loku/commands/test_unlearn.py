@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -204,8 +205,45 @@ def test_an_adapter_at_a_rank_and_the_line_that_serves_it(folder, tmp_path, caps
     assert "relative error" not in printed
     assert unlearn(folder, output, *fila, "--export_rank=16") == 0
     printed = capsys.readouterr().out
-    assert f"    {serve}\n" in printed
+    assert f"    {serve} --max-lora-rank 16\n" in printed
     assert "adapter of rank 16 in the place of the exact one of rank 24: relative error 0." in printed
+    assert re.search(r"forget: a logit changes by 0\.\d+ at most.*\(the first 6 rows\)", printed)
+    assert re.search(r"retain: a logit changes by .*\(the first 8 rows\)", printed)
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 16
     assert unlearn(folder, output, "--lora_rank=4", "--export_rank=16") == 0
     assert "the adapter is exact: its rank is 4" in capsys.readouterr().out
+
+
+def test_evaluation_sets_are_named_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
+    """Each has its own file, also one that has the name of a training set."""
+    measured = []
+
+    def measure(trainer, *args, **kwargs):
+        measured.append(trainer.eval_dataset)
+        return {}
+
+    monkeypatch.setattr("loku.trainer_evaluation.EvaluatingTrainer.evaluate", measure)
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "Another text."}) + "\n")
+    sets = (f"forget={folder / 'forget.jsonl'}", f"what else={other}")
+    steps = ("--eval_strategy=steps", "--eval_steps=1")
+    assert unlearn(folder, tmp_path / "new", *steps, "--eval_dataset", *sets) == 0
+    assert {name: len(rows) for name, rows in measured[-1].items()} == {"forget": 6, "what else": 1}
+
+    capsys.readouterr()
+    other.write_text('{"text": "A text."}\n{"text": ""}\n')
+    assert unlearn(folder, tmp_path / "new", *steps, "--eval_dataset", f"forget={other}") == 2
+    assert f"{other}, line 2: row 1 of the forget set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--eval_dataset", "a={folder}/forget.jsonl"), "--eval_dataset has no effect without evaluation"),
+        (("--eval-dataset", "a=x.jsonl", "a=y.jsonl"), "two data sets have one name: ['a', 'a']"),
+    ],
+)
+def test_evaluation_sets_without_effect_are_refused(more, message, folder, tmp_path, no_rows, capsys):
+    more = [text.format(folder=folder) for text in more]
+    assert unlearn(folder, tmp_path / "new", *more) == 2
+    assert message in capsys.readouterr().err

@@ -7,7 +7,6 @@ import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import loku
 import loku_kernels
 from loku.deletion import facts
 from loku.deletion.record import validate_record
-from loku.deletion.request import Request, RowSelection
 from loku.demo import EMBEDDED
 from loku.file_digests import file_digest
 
@@ -176,22 +174,16 @@ def test_data_of_the_hub_has_the_digest_of_its_rows(monkeypatch):
     assert facts.rows_digest(["a"]) == sha256(b'"a"\n')
 
 
-def test_the_inputs_of_a_request(tmp_path):
+def test_the_facts_are_of_the_schema(tmp_path):
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(f'{{"id": {index}, "text": "text {index}"}}\n' for index in range(5)))
-    forget = RowSelection(str(data), ids=("3", "4"))
-    request = Request(tmp_path / "r.yaml", str(EMBEDDED), forget, control=str(EMBEDDED))
-    selected = SimpleNamespace(indices=[3, 4], total=5, source=str(data))
-    settings = {"lora_rank": 8, "output_dir": tmp_path, "betas": (0.9, 0.95)}
-    found = facts.input_digests(request, {"forget": selected}, settings)
-    assert found["model"] == found["control"] == facts.model_digests(EMBEDDED)
-    assert found["data"] == {
-        "forget": {"source": str(data), "rows": 5, "selected": 2, "sha256": file_digest(data)}
+    data.write_text('{"text": "a"}\n')
+    inputs = {
+        "model": facts.model_digests(EMBEDDED),
+        "data": {"forget": {"source": str(data), "sha256": facts.data_digest(data)}},
+        "code": facts.code_digest(),
     }
-    assert found["code"] == facts.code_digest()
-    assert found["settings"] == {"betas": [0.9, 0.95], "lora_rank": 8, "output_dir": str(tmp_path)}
     times = {"begin": "2026-01-02T03:04:05+00:00", "end": "2026-01-02T03:04:05+00:00"}
     least = {"schema": 1, "outcome": "not known", "request": {"reference": ""}, "times": times}
     validate_record(
-        {**least, "inputs": found, "machine": facts.machine_facts(), "versions": facts.versions()}
+        {**least, "inputs": inputs, "machine": facts.machine_facts(), "versions": facts.versions()}
     )

@@ -77,6 +77,8 @@ def test_a_line_has_the_facts_of_its_record(ledger):
             "time": facts()["times"]["end"],
         }
     found = read_ledger(ledger)
+    last = subprocess.run(f"tail -n 1 {LEDGER} | sha256sum", shell=True, cwd=ledger, capture_output=True)
+    assert last.stdout.decode().split() == [digests[-1], "-"]  # as the documentation says
     assert found.last_digest == digests[-1] and [entry.number for entry in found.entries] == [1, 2, 3]
     assert verify_ledger(ledger) == []
 

@@ -24,11 +24,12 @@ from loku.deletion.record import (
     without_times,
     write_record,
 )
-from loku.deletion.statements import ATTACK_TITLES, OUTCOME_STATEMENTS, PROOF
+from loku.deletion.statements import OUTCOME_STATEMENTS, PROOF
 
 ROOT = Path(__file__).parents[3]
 NAMES = ["record.html", "record.json", "record.md"]
-PICTURES = ["attack_relearn.png", "measures.png", "training.png"]
+ATTACKS = [f"attack_{name}.png" for name in ("extract", "mia", "quantise", "relearn")]
+PICTURES = [*ATTACKS, "measures.png", "training.png"]
 
 
 def contents(directory):
@@ -122,20 +123,44 @@ def test_the_first_page_answers_the_questions_of_an_officer(files):
         "| Who asks | A. Example |",
         "| Reference number | ER-2026-17 |",
         "8 of 400 rows of /data/rows.jsonl",
-        "found: 1 near; they were not forgotten, too",
+        "found: 1 exact, 1 near; 1 of them was forgotten, too",
+        "| Rows to keep | 72 rows, of which 58 were trained on |",
         "12 steps; the weights of step 10 were kept (all limits are met)",
         "| share of tokens that are the first guess (MA) | 1 | 0.25 | 0.3 | yes |",
         "kept 96% of its general ability",
         "still forgotten: 1 of 1.",
-        f"| {ATTACK_TITLES['quantise']} | the request does not ask for it |",
+        "| control | no retrained model was given |",
+        "| Extraction, forget.paraphrased | no row has a paraphrase |",
+        "word by word | 1 | 0.125 | 0.05 |",
+        "**Some way of asking still brings 12.5% of the rows back from the new model, word by word.**",
+        "(AUC; 0.5 is a guess) | 0.99 | 0.52 | – |",
+        "trained again | – | 0.4 | 0.003 |",
+        "after rounding | – | 0.03 | – |",
         "| Relearning, steps to half | no original model was given |",
     ):
         assert answer in first
     assert all(paragraph in first for paragraph in PROOF)
     # The parts of the engineer have every number.
     assert "| mean probability of a token of the answer | 0.998 | 0.997 | 0.004 | 0.003 | 0.95 |" in rest
-    assert "| loss | 0.52 |" in rest and "| 10 | 2 | 0.2308 | 0.1808 | 0.95 |" in rest
+    assert (
+        "| loss | 0.52 |" in rest
+        and "steps to half" not in rest
+        and "| 10 | 2 | 0.2308 | 0.1808 | 0.95 |" in rest
+    )
     assert "vllm serve /models/small --enable-lora \\\n    --max-lora-rank 16\n" in rest
+
+
+def test_a_result_that_cannot_be_served_is_said(tmp_path):
+    record = facts(measures=None, training=None, attacks=None)
+    record["serving"] |= {"problems": ["vLLM knows no such module"], "lines": None}
+    page = written(tmp_path / "a", record)["record.md"].decode()
+    assert "| vllm, rank 16, which cannot serve it: vLLM knows no such module |" in page
+
+
+def test_an_attack_without_success_is_not_made_much_of(tmp_path):
+    record = facts(measures=None, training=None)
+    record["attacks"]["after"]["extract"]["sets"]["forget"]["any way"]["whole"] = 0.0
+    assert "Some way of asking still" not in written(tmp_path / "a", record)["record.md"].decode()
 
 
 def test_an_earlier_request_that_came_back_is_said(tmp_path):
@@ -194,7 +219,7 @@ def test_what_strangers_wrote_is_shown_as_text(tmp_path):
 
 def test_a_long_table_is_cut_on_the_page_alone(tmp_path):
     record = facts(measures=None, attacks=None)
-    record["training"]["history"] = [{"step": step, "utility": 0.5} for step in range(1000)]
+    record["training"]["history"] = [{"step": step, "probability": 0.5} for step in range(1000)]
     record["rows"]["indices"] = [*range(50)]
     files = written(tmp_path / "a", record)
     page = files["record.md"].decode()
@@ -267,9 +292,15 @@ def test_the_pictures_have_the_figures(drawn):
     accuracy, strength, utility = figures["training"].axes
     assert list(accuracy.lines[0].get_xdata()) == [*range(0, 13, 2)]
     assert list(utility.lines[0].get_ydata()) == [1 - step / 200 for step in range(0, 13, 2)]
-    assert [axes.lines[1].get_ydata()[0] for axes in (accuracy, strength)] == [0.3, 0.05]  # the limits
+    assert [axes.lines[1].get_ydata()[0] for axes in (accuracy, strength, utility)] == [0.3, 0.05, 0.9]
     assert [axes.lines[-1].get_xdata()[0] for axes in (accuracy, strength, utility)] == [10, 10, 10]
-    assert len(utility.lines) == 2
+    for name, expected in (
+        ("attack_extract", [[0.5, 1.0], [0.0625, 0.125], [0.025, 0.05]]),
+        ("attack_quantise", [[0.9, 0.03, 0.02], [0.8, 0.79, 0.7]]),
+        ("attack_mia", [[0.99], [0.52]]),  # a score that is not defined has no bar
+    ):
+        (axes,) = figures[name].axes
+        assert [[bar.get_height() for bar in bars] for bars in axes.containers] == expected
     (rest,) = figures["attack_relearn"].axes
     assert {line.get_label(): list(line.get_ydata()) for line in rest.lines} == {
         "unlearned": [0.003, 0.1, 0.4],
@@ -281,7 +312,7 @@ def test_nothing_is_drawn_without_numbers(drawn):
     empty = facts(
         measures={"before": {"forget": {"probability": None}}, "after": {}},
         training={"history": [{"step": 0, "utility": None}]},
-        attacks={"after": {"extract": {"figures": []}, "relearn": None}},
+        attacks={"after": {"extract": {"sets": []}, "mia": {"scores": {"loss": 3}}, "relearn": None}},
     )
     assert drawn(empty) == {}
 
@@ -314,24 +345,24 @@ def replaced(path, value):
         ("times.begin", None, "must have a begin and an end"),
         ("times.end", "2026-01-02T03:04:04+00:00", "is before"),
         ("inputs.model.files.x", "A" * 64, r"inputs\.model\.files\.x must be a SHA-256"),
-        ("inputs.data.forget.rows", -1, r"rows must be a whole number"),
-        ("inputs.data.forget.rows", True, r"rows must be a whole number"),
+        ("rows.total", -1, r"rows\.total must be a whole number"),
+        ("rows.total", True, r"rows\.total must be a whole number"),
         ("measures.later", {}, "measures has an unknown field, 'later'"),
         ("measures.after.forget.probability", float("nan"), r"probability must be a finite number"),
         ("measures.after.forget.probability", "0.5", r"probability must be a finite number"),
         ("measures.after.forget.probability", True, r"probability must be a finite number"),
         ("attacks.after.phishing", {}, r"attacks\.after has an unknown field, 'phishing'"),
         (
-            "attacks.after.mia.loss.auc",
+            "attacks.after.mia.scores.loss.auc",
             float("inf"),
-            r"attacks\.after\.mia\.loss\.auc is not a value of JSON",
+            r"mia\.scores\.loss\.auc is not a value of JSON",
         ),
         ("training.history.0", 3, r"training\.history\.0 must be an object"),
         ("training.history.0.loss", Path("x"), r"loss is not a value of JSON"),
         ("training.note", {1: 2}, r"training\.note has a key that is no text"),
         ("serving.lines", "vllm serve", r"serving\.lines must be a list"),
         ("not_tested.mia", 0, r"not_tested\.mia must be a text"),
-        ("rows.near_duplicates.found.0.index", "7", r"found\.0\.index must be a whole number"),
+        ("rows.near_duplicates.duplicates.0.index", "7", r"duplicates\.0\.index must be a whole number"),
         ("limits.memorization_accuracy.met", False, "met is False, but 0.25 is after"),
         ("limits.memorization_accuracy.after", 0.4, "met is True, but 0.4 is after"),
         ("limits.memorization_accuracy", {"met": False}, "outcome is 'forgotten', but limits"),
@@ -405,6 +436,8 @@ def test_the_documented_schema_is_that_of_the_code():
 def test_the_facts_of_the_tests_know_every_field():
     """The pages are tested with all of them."""
     for field in FIELDS:
+        if field.path == "serving.problems.*":  # a test of its own
+            continue
         level = [FACTS]
         for name in field.path.split("."):
             level = [

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import random
 import re
+from collections import Counter
 
 import pytest
 import yaml
@@ -25,6 +27,36 @@ from loku.deletion.template import REQUEST
 from loku.demo import EMBEDDED
 
 BASE = "model: owner/name\nforget: forget.txt\nholdout: holdout.txt\n"
+
+EVERY_FIELD = """\
+version: 1
+reference: "DSR 12"
+requester: Jane Doe
+model:
+  {name: owner/name, revision: v2, tokenizer: ./model,
+   arguments: {dtype: bfloat16, a: [1, 2.5, null], b: 1:30}}
+trained_adapter: adapter
+forget:
+  {data: forget.txt, ids: [7, "x", 07], id_column: number, contains: Doe, matches: '\\bDoe\\b',
+   columns: [a, b]}
+retain:
+  data: retain.txt
+  contains: keep
+  corpus: {data: corpus.txt, matches: a|b}
+  neighbours: 12
+  sampled: 0
+holdout: holdout.txt
+control: owner/retrained
+limits: {memorization_accuracy: holdout, extraction_likelihood_5: 0.25}
+utility_floor: 0.8
+minutes: 2.5
+near_duplicates: {similarity: 0.9, include: yes}
+training: {learning_rate: 1e-3, lora_rank: 4, target_modules: [q_proj, v_proj], init: pissa}
+attacks: [quantise, extract]
+serving: {target: vllm, rank: 16}
+ledger: records
+"""
+DAMAGE = b"{}[]:,#&*!|>'\"%@`-?~ \n\t\\09.eaE_\xff\xc3\xa9\x00"
 
 
 def forgetting(rows):
@@ -70,32 +102,7 @@ def test_the_shortest_request_has_the_defaults(read, folder):
 
 
 def test_every_field_is_read(read, folder):
-    request = read("""\
-version: 1
-reference: "DSR 12"
-requester: Jane Doe
-model: {name: owner/name, revision: v2, tokenizer: ./model, arguments: {dtype: bfloat16, a: [1, 2.5, null]}}
-trained_adapter: adapter
-forget:
-  {data: forget.txt, ids: [7, "x", 07], id_column: number, contains: Doe, matches: '\\bDoe\\b',
-   columns: [a, b]}
-retain:
-  data: retain.txt
-  contains: keep
-  corpus: {data: corpus.txt, matches: a|b}
-  neighbours: 12
-  sampled: 0
-holdout: holdout.txt
-control: owner/retrained
-limits: {memorization_accuracy: holdout, extraction_likelihood_5: 0.25}
-utility_floor: 0.8
-minutes: 2.5
-near_duplicates: {similarity: 0.9, include: yes}
-training: {learning_rate: 1e-3, lora_rank: 4, target_modules: [q_proj, v_proj], init: pissa}
-attacks: [quantise, extract]
-serving: {target: vllm, rank: 16}
-ledger: records
-""")
+    request = read(EVERY_FIELD)
     path = str(folder)
     assert request == Request(
         path=folder / "request.yaml",
@@ -104,7 +111,7 @@ ledger: records
         model="owner/name",
         revision="v2",
         tokenizer=f"{path}/model",
-        model_arguments={"dtype": "bfloat16", "a": [1, 2.5, None]},
+        model_arguments={"dtype": "bfloat16", "a": [1, 2.5, None], "b": "1:30"},
         trained_adapter=f"{path}/adapter",
         forget=RowSelection(f"{path}/forget.txt", ("7", "x", "07"), "number", "Doe", r"\bDoe\b", ("a", "b")),
         retain=RetainSource(
@@ -131,7 +138,7 @@ ledger: records
         rank=16,
         ledger=f"{path}/records",
     )
-    assert request.lines["retain.corpus.matches"] == 12
+    assert request.lines["retain.corpus.matches"] == 14
 
 
 @pytest.mark.parametrize("written", ["0042", "no", "2026-01-31", "1e3", "0x10", "1_000", "Null", "12:30"])
@@ -139,7 +146,8 @@ def test_a_text_is_taken_as_it_is_written(read, written):
     """YAML would read each of them as something else."""
     request = read(BASE + f"reference: {written}\nrequester: {written}\n")
     assert request.reference == request.requester == written
-    selected = read(forgetting(f"{{data: forget.txt, contains: {written}, ids: [{written}]}}"))
+    quoted = f"'{written}'" if written == "Null" else written  # which could mean no condition
+    selected = read(forgetting(f"{{data: forget.txt, contains: {quoted}, ids: [{written}]}}"))
     assert selected.forget.contains == written
     assert selected.forget.ids == (written,)
 
@@ -254,6 +262,13 @@ MISTAKES = [
     (forgetting("{data: forget.txt, id_column: n}"), "line 2: forget.id_column: there are no ids"),
     (forgetting("{data: forget.txt, columns: [n]}"), "line 2: forget.columns: they are searched by"),
     (forgetting("\n  data: forget.txt\n  matches: '(a'"), r"line 4: forget.matches: '\(a' is no regular"),
+    (
+        forgetting("{data: forget.txt, contains: null}"),
+        "line 2: forget.contains: write 'null' in quotes for the word",
+    ),
+    (forgetting("{data: forget.txt, matches: ~}"), "line 2: forget.matches: write '~' in quotes"),
+    (forgetting("~nobody-here/forget.txt"), "line 2: forget: it can be no path: "),
+    (with_model("a" * 5000), "line 1: model: it can be no path: .*too long"),
     # of the retain set
     (BASE + "retain: {contains: a}\n", "line 4: retain.contains: there is no data that it selects from"),
     (BASE + "retain: {neighbours: 3}\n", "line 4: retain.neighbours: they are taken from a corpus"),
@@ -334,6 +349,7 @@ def test_a_mistake_is_named_with_its_line(read, text, message):
         ("{method: sgd}", "training.method: method must be one of"),
         ("{tuning: full}", "training: tuning full leaves no adapter for peft; write `serving: merged`"),
         ("[a]", "training: is a list"),
+        ("{lora_rank: 010}", "training.lora_rank: 010 is octal in YAML; write it without the leading 0"),
     ],
 )
 def test_a_wrong_setting_of_training_is_named_with_its_line(read, training, message):
@@ -348,6 +364,25 @@ def test_the_settings_that_a_request_may_not_make_exist():
     from loku import UnlearnConfig
 
     assert set(module.NO_TRAINING) <= read_fields(UnlearnConfig).keys()
+
+
+def test_a_damaged_request_is_read_or_refused_by_name(read):
+    """Whatever stands in the file: no other error, and nothing that takes long."""
+    rng = random.Random(0)
+    whole = re.sub("(?m)^training.*\n", "", EVERY_FIELD).encode()  # its check would take most of the time
+    outcomes = Counter()
+    for _ in range(120):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            place = rng.randrange(len(damaged))
+            damaged[place : place + rng.randrange(4)] = rng.choices(DAMAGE, k=rng.randrange(1, 4))
+        try:
+            read(bytes(damaged))
+            outcomes["read"] += 1
+        except ValueError as error:
+            assert "request.yaml" in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes["read"], outcomes["refused"]) > 2
 
 
 def test_without_a_holdout_limits_are_numbers_and_no_membership_is_tested(read):

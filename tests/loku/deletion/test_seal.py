@@ -231,7 +231,7 @@ def test_a_signature_is_that_of_the_trusted_key(record, keys):
 
 
 def test_a_forger_needs_the_key(record, keys, tmp_path):
-    """Whoever seals a changed record again is found by the key alone."""
+    """A changed record that was sealed again is found by the key alone."""
     key, trusted, _ = keys
     seal(record, key)
     (record / "record.md").write_text("All is well.")

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from fila_models import initialized, train
+from fila_models import make_base as fila_base
 from peft import PeftModel
 from saved_models import EXPERTS, make_base, make_peft, perturb
 
 import loku
+from loku.adapter_folders import read_adapter
 from loku.evaluation.answer_changes import answer_changes
 from loku.evaluation.report import plot_rank_errors
 from loku.saving.adapter import plain_adapter
@@ -70,6 +73,32 @@ def test_it_is_that_of_the_saved_adapters(kind, options, tmp_path):
             abs=1e-6,
         )
         assert found[name]["largest_logit_change"] > 1e-2
+
+
+def test_on_the_residual_base_of_fila(tmp_path):
+    """The same as on the untouched base, without a second model."""
+    model = initialized("llama", use_rslora=True, lora_alpha=3)
+    train(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loku.save_portable_adapter(model, tmp_path / "exact")
+    loku.save_portable_adapter(model, tmp_path / "small", rank=5)
+    exact = PeftModel.from_pretrained(fila_base("llama"), tmp_path / "exact")
+    config, state = read_adapter(tmp_path / "small")
+    ours, theirs = (
+        answer_changes(each, config, state, None, SETS, progress=False)["forget"] for each in (model, exact)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5) and ours["largest_logit_change"] > 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_adapters_of_other_modules_are_refused():
+    model = make_peft("llama", target_modules=["q_proj"])
+    other = make_peft("llama", target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="v_proj: it has an adapter in one of the model"):
+        answer_changes(model, *plain_adapter(other, "default"), None, SETS)
+    larger = make_peft("llama", target_modules=["q_proj"], r=6)
+    with pytest.raises(ValueError, match="has rank 6, and that of the model less"):
+        answer_changes(model, *plain_adapter(larger, "default"), None, SETS)
 
 
 def test_an_exact_adapter_changes_nothing_and_nan_is_no_measure():

@@ -60,11 +60,12 @@ def test_it_is_the_truncated_svd_of_the_formed_product(d, k, n, rank, rslora, se
     assert (module.exact_rank, module.rank) == (n, min(rank, n))
     assert errors_by_rank(config, state, [rank]) == [lost]
 
-    if rank >= n:  # as it is
-        assert new_config == config and new.keys() == state.keys()
-        assert all(torch.equal(new[key], state[key]) for key in state)
+    kept = min(rank, n)
+    assert (new_config.r, new_config.lora_alpha, new_config.use_rslora) == (kept, kept, False)
+    if rank >= n:  # exact, with the scaling in B
+        assert torch.equal(new[f"{NAME}.lora_A.weight"].float(), A.float())
+        assert torch.equal(new[f"{NAME}.lora_B.weight"].float(), (scaling * B).float())
         return
-    assert (new_config.r, new_config.lora_alpha, new_config.use_rslora) == (rank, rank, False)
     assert {tensor.dtype for tensor in new.values()} == {torch.float32}
     best = U[:, :rank] * S[:rank] @ Vh[:rank]
     stored = product(new)
@@ -147,6 +148,36 @@ def test_a_rank_that_the_adapter_has_keeps_the_exact_bytes(tmp_path):
         assert lost.relative_error == 0 and lost.exact_rank == 8
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             assert (tmp_path / str(rank) / file).read_bytes() == (tmp_path / "exact" / file).read_bytes()
+
+
+def test_the_sum_of_several_unlearnings_becomes_one_adapter_of_the_rank(tmp_path):
+    """A second run on the adapter of the first: the sum of both, for the untouched base."""
+    make_base("llama").save_pretrained(tmp_path / "base")
+    model, ranks = tmp_path / "base", []
+    for name, start in (("first", 3), ("second", 30)):
+        rows = [{"input_ids": [start, start + i, 5, 7 + i, 11]} for i in range(4)]
+        config = loku.UnlearnConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=2,
+            learning_rate=1e-2,
+            lora_rank=3,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        result = loku.unlearn(model, rows[:2], rows[2:], config=config)
+        result.save(model := tmp_path / name)
+        ranks.append(result.save(tmp_path / f"{name} small", rank=4))
+    assert [(lost.exact_rank, lost.rank) for lost in ranks] == [(6, 4), (12, 4)]
+    exact, small = (
+        PeftModel.from_pretrained(make_base("llama"), tmp_path / name) for name in ("second", "second small")
+    )
+    assert_close(logits(exact), logits(result.model), 1e-4)
+    layers = adapter_layers(small, "default")
+    for name, layer in adapter_layers(exact, "default").items():
+        delta, kept = (each.get_delta_weight("default").double() for each in (layer, layers[name]))
+        S = torch.linalg.svdvals(delta)
+        assert (delta - kept).norm() <= S[4:].norm() + 1e-5 * S.norm()
+        assert layers[name].r["default"] == 4
 
 
 CASES = {

@@ -204,7 +204,7 @@ def test_a_failed_save_keeps_the_earlier_one(kind, moment, tmp_path, monkeypatch
         parameter.data += 1
     if moment == "writing":
         target = (
-            "loku.saving.adapter.save_file"
+            "loku.saving.adapter_files.save_file"
             if kind != "merged"
             else "transformers.LlamaForCausalLM.save_pretrained"
         )
