@@ -9,7 +9,8 @@ one that is forgotten later (20 texts and chats with a person's address), two th
 questions. ``--without`` leaves the first one out: that model is the control, which never saw it.
 
 ``collect`` reads the records of the two runs of ``loku forget``, asks the models some questions before and
-after, and writes ``experiments/results/tutorial.json``. ``python benchmarks/report.py`` fills the page from it.
+after, and writes ``experiments/results/tutorial.json``. ``python benchmarks/report.py`` fills the page from
+it.
 """
 
 import argparse
@@ -105,8 +106,10 @@ def answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
         )["input_ids"]
         for question in questions
     ]
-    eos = eos_ids(model)
-    generated = generate_greedy(model, prompts, [NEW_TOKENS] * len(prompts), len(prompts), eos)
+    eos = set(eos_ids(model))
+    generated = generate_greedy(
+        model, prompts, [NEW_TOKENS] * len(prompts), len(prompts), eos, progress=False
+    )
     return [
         tokenizer.decode(ids, skip_special_tokens=True).strip() + ("" if set(ids) & eos else " ...")
         for ids in generated
