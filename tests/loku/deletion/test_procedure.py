@@ -56,7 +56,7 @@ def test_what_is_served_is_what_was_measured(forgotten):
     from loku.deletion.measures import measure_sets
 
     known, _ = rows_of_authors()
-    base = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype="auto")
     served = PeftModel.from_pretrained(base, result.served)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     measured = measure_sets(served, tokenizer, {"forget": known[-FORGET_ROWS:]})["forget"]
@@ -135,8 +135,6 @@ def test_a_model_that_loses_its_utility_is_undone(tmp_path, capsys):
 
 def test_an_adapter_that_alone_knows_the_rows_is_to_be_deleted(tmp_path):
     """The base of the adapter has forgotten rows that the adapter brings back."""
-    from loku.deletion.procedure import Forgotten  # noqa: F401
-
     run(write_request(tmp_path, serving="merged"), tmp_path / "first")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "model", dtype="float32")
     adapter = _adapter_that_learns(base, tmp_path / "adapter", rows_of_authors()[0][-FORGET_ROWS:])
