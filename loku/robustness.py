@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -22,7 +22,17 @@ from loku.data.rows import DataSet
 from loku.models import model_device
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+
+class _Curve(ProbabilityGauge):
+    """A gauge that measures after the last step in any case."""
+
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.history[-1]["step"] != state.global_step:
+            self._record(state, self.measure(model))
 
 
 @torch.no_grad()
@@ -101,8 +111,8 @@ def relearning_curve(
         seed: The seed of the rows' order, 0 by default.
 
     Returns:
-        A dict for each measurement, the first before any step: ``step``, ``epoch`` and the mean answer
-        probability of each measured set, ``<name>_probability``, in [0, 1].
+        A dict for each measurement, the first before any step and the last after all steps: ``step``,
+        ``epoch`` and the mean answer probability of each measured set, ``<name>_probability``, in [0, 1].
 
     Raises:
         ValueError: The model has an adapter, or ``steps``, ``every`` or ``batch_size`` is less than 1.
@@ -118,7 +128,7 @@ def relearning_curve(
         name: tokenize_dataset(data, tokenizer, name=name, limits=limits) for name, data in measured.items()
     }
     model.requires_grad_(True)
-    gauge = ProbabilityGauge(sets, every)
+    gauge = _Curve(sets, every)
     with tempfile.TemporaryDirectory() as directory:
         options = TrainingArguments(
             output_dir=directory,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -346,7 +347,10 @@ def compressed_adapter(
         B, A = module.B, module.A
         if kept < module.A.shape[1]:
             root = S[:, None, :kept].sqrt()
-            B, A = U[:, :, :kept] * root, (V[:, :, :kept] * root).mT
+            # A module of fewer than ``kept`` inputs or outputs has fewer singular values: zeros fill it up.
+            fill = (0, max(0, kept - S.shape[1]))
+            B, A = (F.pad(part[:, :, :kept] * root, fill) for part in (U, V))
+            A = A.mT
         parts = {"B": B.permute(1, 2, 0).flatten(1), "A": A.flatten(0, 1)}
         for letter, end in module.ends.items():
             new[f"{PREFIX}{name}{end}"] = parts[letter].float().contiguous()

@@ -87,6 +87,11 @@ def test_relearning_curve():
         model, None, taught, {"taught": taught, "other": other}, steps=6, every=3, learning_rate=1e-2
     )
     assert [entry["step"] for entry in curve] == [0, 3, 6]
+    for steps, every, measured in ((3, 2, [0, 2, 3]), (1, 2, [0, 1])):  # the last step is never left out
+        short = relearning_curve(
+            tiny_model("llama"), None, taught, {"taught": taught}, steps=steps, every=every
+        )
+        assert [entry["step"] for entry in short] == measured
     assert curve[0]["taught_probability"] == pytest.approx(before, rel=1e-5)
     assert curve[-1]["taught_probability"] > 3 * before
     assert curve[-1]["other_probability"] < curve[-1]["taught_probability"]

@@ -67,6 +67,9 @@ def test_it_is_the_truncated_svd_of_the_formed_product(d, k, n, rank, rslora, se
         assert torch.equal(new[f"{NAME}.lora_B.weight"].float(), (scaling * B).float())
         return
     assert {tensor.dtype for tensor in new.values()} == {torch.float32}
+    # peft builds the factors by the rank of the config, also where d or k is smaller.
+    shapes = {name.split(".")[-2]: tuple(tensor.shape) for name, tensor in new.items()}
+    assert shapes == {"lora_A": (rank, k), "lora_B": (d, rank)}
     best = U[:, :rank] * S[:rank] @ Vh[:rank]
     stored = product(new)
     assert (stored - best).norm() <= 1e-6 * norm
