@@ -36,7 +36,7 @@ ROWS = Path(__file__).parent / "tutorial"
 RESULT = RESULTS / "tutorial.json"
 NEW_TOKENS = 32  # of an answer, at most
 # The fine-tuning that plants the records.
-PLANTING: dict[str, Any] = {"steps": 30, "every": 15, "learning_rate": 1e-4, "batch_size": 8}
+PLANTING: dict[str, Any] = {"steps": 30, "every": 15, "learning_rate": 5e-5, "batch_size": 8}
 # Questions that no row asks in these words, about what is forgotten and about what is kept.
 QUESTIONS = {
     "paris": {
@@ -67,6 +67,13 @@ QUESTIONS = {
 def rows_of(case: str, name: str) -> list[Any]:
     """Return the rows of a data set of a case."""
     return list(read_rows(ROWS / case / f"{name}.jsonl"))
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """Return what the user asks in a row: a chat, or a prompt that is the begin of one."""
+    if "messages" in row:
+        return next(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+    return row["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
 
 
 def plant(model_place: str, output: Path, without: bool) -> list[dict[str, float]]:
@@ -127,7 +134,7 @@ def collect_case(case: str, folder: Path) -> dict[str, Any]:
     place, arguments = record["request"]["model"], {"dtype": torch.float32}
     tokenizer = load_tokenizer(place)
     kinds = QUESTIONS[case]
-    first = [row["messages"][0]["content"] for row in rows_of(case, "forget")[:1]]
+    first = [question_of(row) for row in rows_of(case, "forget")[:1]]
     asked = [("forgotten", question) for question in [*first, *kinds["forgotten"]]]
     asked += [("kept", question) for question in kinds["kept"]]
     questions = [question for _, question in asked]
