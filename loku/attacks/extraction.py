@@ -39,8 +39,11 @@ PREFIXES: Mapping[str, Callable[[int], int]] = {
     "from its first quarter": lambda tokens: tokens // 4,
     "from its first half": lambda tokens: tokens // 2,
 }
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # scripts without spaces: one character, a word
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+# Scripts without spaces: one character is a word. Thai to Khmer, then those of East Asia.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+# The vowels of Hindi or Arabic are marks, which \w leaves out.
+_MARKS = "".join(chr(code) for code in range(0x10000) if unicodedata.category(chr(code)).startswith("M"))
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:[^\W_{_UNSPACED}][{_MARKS}]*)+")
 
 
 class _Target(NamedTuple):
@@ -403,8 +406,8 @@ class _Ways:
 def compare_words(generated: str, true: str) -> tuple[float, bool]:
     """Compare a generated text with the true one by their words.
 
-    A word is a run of letters and digits of any script, whose case does not count; of a script without
-    spaces, it is a character.
+    A word is a run of letters, their marks and digits of any script, whose case does not count. In a script
+    without spaces, a word is a character.
 
     Args:
         generated: The generated text.

@@ -188,6 +188,10 @@ def test_the_model_and_the_process_stay(knows, tokenizer):
         ("Она живёт в Москве", "в Москве", 1, True),
         ("Müller", "Miller", 0, False),
         ("Mu\u0308ller", "MÜLLER", 1, True),
+        ("It is _Paris_.", "Paris", 1, True),
+        ("वह दिल्ली में", "दिल्ली", 1, True),
+        ("की", "कि", 0, False),  # Hindi's vowels are marks
+        ("เขาอยู่กรุงเทพ", "กรุงเทพ", 1, True),
         ("", "Paris", 0, False),
         ("...", "...", 0, False),
     ],
