@@ -196,6 +196,14 @@ def _summary(kept: Mapping[str, Any], directory: Path) -> str:
             met = "at most" if limit["met"] else "OVER"
             now, then = f"{limit['after']:.3f} after", f"{limit['before']:.3f} before"
             lines.append(f"  {name}: {then}, {now}, {met} {limit['limit']:.3f}")
+    found = (kept.get("rows") or {}).get("near_duplicates") or {}
+    for name, of_set in () if found.get("included") else (found.get("sets") or {}).items():
+        if name in ("retain", "rest") and of_set["near"]:
+            where = "the retain set" if name == "retain" else "the data of the forget rows"
+            lines.append(
+                f"  near duplicates in {where}: {of_set['near']}, which were NOT forgotten "
+                "(--include-near-duplicates)"
+            )
     for earlier in (kept.get("ledger") or {}).get("earlier", ()):
         state = {True: "is still forgotten", False: "CAME BACK", None: "could not be checked"}
         name = earlier["reference"] or earlier["record"]

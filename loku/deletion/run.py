@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -254,11 +255,17 @@ class Run:
         # and a row of the corpus may be in the hold-out set.
         barred = (*self.forget, *forgotten, *self.separated.left_out, *(self._given_holdout or ()))
         texts = {compared_text(row) for row in barred}
+        tokenizer = self.models.tokenizer  # a row of another form may have the same tokens
+        same = {tuple(row["input_ids"]) for row in tokenize_dataset(self.forget, tokenizer, name="forget")}
+        tokens = tokenize_dataset(rows, tokenizer, name="retain") if rows else []
+        keep = [
+            compared_text(row) not in texts and tuple(ids["input_ids"]) not in same
+            for row, ids in zip(rows, tokens, strict=True)
+        ]
         own = sum(told.get(part, {}).get("rows", 0) for part in ("given", "neighbours"))
-        parts = {"retain": rows[:own], "general": rows[own:]}
         parts = {
-            name: [row for row in of_part if compared_text(row) not in texts]
-            for name, of_part in parts.items()
+            "retain": [*compress(rows[:own], keep)],
+            "general": [*compress(rows[own:], keep[own:])],
         }
         told["left_out"] = len(rows) - sum(map(len, parts.values()))
         trained, measured = [], {}

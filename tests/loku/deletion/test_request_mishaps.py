@@ -207,3 +207,28 @@ def test_an_earlier_request_is_not_still_forgotten_by_what_was_not_measured(tmp_
         assert told["still_forgotten"] is still, (limits, sha256)
         assert ("reason" in told) is (still is None)
     assert measured == [10, 10, 5, 5, 10]
+
+
+def test_the_summary_tells_of_near_duplicates_that_stay(tmp_path, unknown):
+    """The same row in another form works against forgetting."""
+    request = write_request(tmp_path)
+    known, _ = rows_of_authors()
+    restated = {"text": f"Question: {known[-1]['question']}\nAnswer: {known[-1]['answer']}"}
+    write_rows(tmp_path / "retain.jsonl", [*known[:5], restated])
+    told = run(request, tmp_path / "out").summary
+    assert "near duplicates in the retain set: 1, which were NOT forgotten" in told
+    write_rows(tmp_path / "retain.jsonl", known[:5])
+    assert "near duplicates" not in run(request, tmp_path / "other").summary
+
+
+def test_a_retain_row_with_the_tokens_of_a_forget_row_is_not_trained_on(tmp_path):
+    request = write_request(tmp_path)
+    known, _ = rows_of_authors()
+    question, answer = known[-1]["question"], known[-1]["answer"]
+    restated = {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
+    write_rows(tmp_path / "retain.jsonl", [*known[:5], restated])
+    (tmp_path / "work").mkdir()
+    this = Run(read_request(request), tmp_path / "out", tmp_path / "work", False)
+    this.models.held = lambda place: None
+    assert this._keep()["left_out"] == 1
+    assert restated not in [*this._retain["trained"], *this._retain["measured"]["retain"]]
