@@ -15,7 +15,7 @@ _QUESTIONS = {"answer": "question", "completion": "prompt", "output": "instructi
 
 
 def question_of(row: Any) -> str | None:
-    """Return the question of a row: its question, prompt or instruction, or the user's last message of a chat.
+    """Return the question of a row: its question, prompt or instruction, or the last message of the user.
 
     A message after the last one of the assistant does not count.
 
