@@ -40,7 +40,7 @@ def figures(run: Run) -> str:
         if name in before and name in after:
             cells = (before[name]["probability"], None, after[name]["probability"])
             lines.append([f"probability of the {name} rows", *map(_figure, cells)])
-    for kind, share in run["probe"]["relative"]["shares"].items():
+    for kind, share in run["probe"]["shares"].items():
         if share is not None:
             lines.append([f"share of the general ability: {kind}", "1.00", "-", _figure(share)])
     steps = run["training"]

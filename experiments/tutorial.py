@@ -9,7 +9,8 @@ one that is forgotten later (20 texts and chats with a person's address), two th
 questions. ``--without`` leaves the first one out: that model is the control, which never saw it.
 
 ``collect`` reads the records of the two runs of ``loku forget``, asks the models some questions before and
-after, and writes ``experiments/results/tutorial.json``. ``python benchmarks/report.py`` fills the page from it.
+after, and writes ``experiments/results/tutorial.json``. ``python benchmarks/report.py`` fills the page from
+it.
 """
 
 import argparse
@@ -35,7 +36,7 @@ ROWS = Path(__file__).parent / "tutorial"
 RESULT = RESULTS / "tutorial.json"
 NEW_TOKENS = 32  # of an answer, at most
 # The fine-tuning that plants the records.
-PLANTING: dict[str, Any] = {"steps": 60, "every": 20, "learning_rate": 5e-5, "batch_size": 8}
+PLANTING: dict[str, Any] = {"steps": 30, "every": 15, "learning_rate": 5e-5, "batch_size": 8}
 # Questions that no row asks in these words, about what is forgotten and about what is kept.
 QUESTIONS = {
     "paris": {
@@ -66,6 +67,13 @@ QUESTIONS = {
 def rows_of(case: str, name: str) -> list[Any]:
     """Return the rows of a data set of a case."""
     return list(read_rows(ROWS / case / f"{name}.jsonl"))
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """Return what the user asks in a row: a chat, or a prompt that is the begin of one."""
+    if "messages" in row:
+        return next(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+    return row["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
 
 
 def plant(model_place: str, output: Path, without: bool) -> list[dict[str, float]]:
@@ -105,8 +113,10 @@ def answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
         )["input_ids"]
         for question in questions
     ]
-    eos = eos_ids(model)
-    generated = generate_greedy(model, prompts, [NEW_TOKENS] * len(prompts), len(prompts), eos)
+    eos = set(eos_ids(model))
+    generated = generate_greedy(
+        model, prompts, [NEW_TOKENS] * len(prompts), len(prompts), eos, progress=False
+    )
     return [
         tokenizer.decode(ids, skip_special_tokens=True).strip() + ("" if set(ids) & eos else " ...")
         for ids in generated
@@ -124,7 +134,7 @@ def collect_case(case: str, folder: Path) -> dict[str, Any]:
     place, arguments = record["request"]["model"], {"dtype": torch.float32}
     tokenizer = load_tokenizer(place)
     kinds = QUESTIONS[case]
-    first = [row["messages"][0]["content"] for row in rows_of(case, "forget")[:1]]
+    first = [question_of(row) for row in rows_of(case, "forget")[:1]]
     asked = [("forgotten", question) for question in [*first, *kinds["forgotten"]]]
     asked += [("kept", question) for question in kinds["kept"]]
     questions = [question for _, question in asked]

@@ -431,7 +431,7 @@ def _other_class(folder: Path, kind: str, llama_cpp: Path) -> Facts:
     name = type(model).__name__
     return {
         "check": f"`{name}`, tiny and random, adapter with rsLoRA, `rank_pattern` and `alpha_pattern`",
-        "result": f"{text}; the adapter changes a logit by up to {_figure(without)}",
+        "result": f"{text}; the adapter changes a logit by up to {_figure(without)} of it",
     }
 
 

@@ -25,12 +25,12 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
     """Add the parser of the command, and return it."""
     parser = commands.add_parser(
         "export",
-        help="save an adapter at a smaller rank, or merged into its base",
-        usage="loku export ADAPTER (--rank R | --merged) --output DIR [--data NAME=SOURCE ...]\n"
+        help="save an adapter at a smaller rank, merged into its base, or as GGUF",
+        usage="loku export ADAPTER (--rank R | --merged | --gguf) --output DIR [--data NAME=SOURCE ...]\n"
         "       loku export ADAPTER --ranks [R ...] [--picture FILE] [--data NAME=SOURCE ...]",
         description="Save a LoRA adapter, of loku or of peft, at a smaller rank: in each module the best "
         "approximation of B A in the Frobenius norm. Or show what it loses at several ranks. Or save its "
-        "base with the adapter merged into it.",
+        "base with the adapter merged into it, or the adapter as GGUF for llama.cpp and Ollama.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder or hub name of the adapter")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -47,6 +47,11 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         action="store_true",
         help="save the base with the adapter merged into it, in the dtype of the base, with its tokenizer, "
         "chat template and generation config",
+    )
+    what.add_argument(
+        "--gguf",
+        action="store_true",
+        help="save the adapter as adapter.gguf, with Ollama's Modelfile and the lines that serve it",
     )
     parser.add_argument("--output", metavar="DIR", help="directory to save to")
     parser.add_argument(
@@ -103,10 +108,15 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.adapter} is a model, not an adapter: there is nothing to export")
     if options.output is not None:
         places = {"adapter": options.adapter, "model": options.model, "tokenizer": options.tokenizer}
-        check_destination(options.output, "merged" if options.merged else "portable", **places)
+        if options.gguf:
+            _check_empty(options.output, **places)
+        else:
+            check_destination(options.output, "merged" if options.merged else "portable", **places)
     sets = {name: read_rows(source) for name, source in sources.items()}
     if options.merged:
         _export_merged(adapter, options)
+    elif options.gguf:
+        _export_gguf(adapter, options)
     else:
         _export_ranks(adapter, sets, sources, options)
 
@@ -120,8 +130,9 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError("--ranks saves no adapter, so it takes no --output: pass --rank R")
     if options.picture and saves:
         raise ValueError("--picture draws the error of several ranks: pass --ranks")
-    if options.merged and (options.data or options.report):
-        raise ValueError("--merged loses nothing but a rounding, so it takes no --data and no --report")
+    for name in ("merged", "gguf"):
+        if getattr(options, name) and (options.data or options.report):
+            raise ValueError(f"--{name} loses nothing but a rounding, so it takes no --data and no --report")
     for rank in [options.rank] if options.rank is not None else options.ranks or []:
         check_counts(rank=rank)
     check_counts(**{"--batch-size": options.batch_size})
@@ -213,6 +224,30 @@ def _export_merged(adapter: str, options: argparse.Namespace) -> None:
     save_merged_model(model, options.output, tokenizer=tokenizer)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     print(f"{base} with {adapter} merged into it ({dtype}), saved to {options.output}")
+
+
+def _check_empty(output: str, **places: str | None) -> None:
+    """Refuse a directory that holds something, or that is read."""
+    from loku.saving.destinations import check_writable, refuse_overlap
+
+    refuse_overlap(output, **places)
+    directory = Path(output)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"--output {output} is there already, and not empty; pass another directory")
+    check_writable(directory)
+
+
+def _export_gguf(adapter: str, options: argparse.Namespace) -> None:
+    from loku.adapter_folders import read_adapter_config
+    from loku.serving.gguf_adapter import check_gguf_adapter
+    from loku.serving.lines import write_serving_files
+
+    base = options.model or read_adapter_config(adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter} does not name its base: pass --model BASE")
+    check_gguf_adapter(adapter, base)
+    written = write_serving_files(options.output, "gguf", adapter, base=base)
+    print(f"written: {', '.join(map(str, written))}")
 
 
 def _export_ranks(

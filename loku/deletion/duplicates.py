@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -56,11 +56,13 @@ class Separated:
         forget: The forget rows, with those that are taken along at the end.
         sets: The other sets by their names, without the rows that are left out.
         facts: What was found and done, as JSON has it: numbers and indices, and no text.
+        left_out: The rows that were left out of "retain" and "corpus".
     """
 
     forget: list[Any]
     sets: dict[str, list[Any]]
     facts: dict[str, Any]
+    left_out: list[Any] = field(default_factory=list)
 
 
 def find_duplicates(
@@ -103,9 +105,11 @@ def separate(
 ) -> Separated:
     """Take the duplicates along with the forget rows, or leave them where they are.
 
-    A row that is kept works against forgetting a row that it equals. So a row with exactly the text of a
-    forget row leaves every set, whatever ``include`` is. With ``include`` all other duplicates leave their
-    sets, too, and those of "rest" and "retain" are forgotten. Without it they stay, and the facts list them.
+    A row that is kept works against forgetting a row that it equals, and a hold-out row that the model knows
+    makes the limits too high. So a row with the text of a forget row, but for case, punctuation, white space
+    and Unicode form, leaves every set, whatever ``include`` is. With ``include`` the near duplicates leave
+    their sets, too, and all duplicates of "rest" and "retain" are forgotten. Without it near duplicates stay,
+    and the facts list them.
 
     Args:
         forget: The forget rows.
@@ -123,12 +127,12 @@ def separate(
     for duplicate in duplicates:
         found[duplicate.set][duplicate.index] = duplicate
     left_out = {
-        name: {index for index, duplicate in of_set.items() if include or duplicate.kind == "exact"}
+        name: {index for index, duplicate in of_set.items() if include or duplicate.kind != "near"}
         for name, of_set in found.items()
     }
     texts = {row_text(row) for row in forget}
     along: dict[str, list[Any]] = {name: [] for name in others}
-    for name in TAKEN_ALONG:
+    for name in TAKEN_ALONG if include else ():
         for index in sorted(left_out.get(name, ())):
             row = others[name][index]
             if (text := row_text(row)) not in texts:
@@ -152,7 +156,8 @@ def separate(
         },
         "duplicates": [_told(duplicate, indices or {}) for duplicate in duplicates],
     }
-    return Separated(total, sets, facts)
+    dropped = [others[name][index] for name in ("retain", "corpus") for index in left_out.get(name, ())]
+    return Separated(total, sets, facts, dropped)
 
 
 def _set_facts(

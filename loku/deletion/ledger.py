@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,7 @@ class EarlierRequest:
         forget: The rows that it selects; None if they cannot be found any more.
         reason: Why they cannot be found; "" if they can.
         limits: The greatest value of each measure of its rows, as its record has them.
+        data_digest: The digest of the data from which they were selected; None if its record has none.
     """
 
     entry: Entry
@@ -82,6 +83,7 @@ class EarlierRequest:
     forget: RowSelection | None
     reason: str
     limits: Mapping[str, float]
+    data_digest: str | None = None
 
 
 def append(ledger: str | os.PathLike, record: str | os.PathLike) -> Entry:
@@ -178,13 +180,18 @@ def verify_ledger(ledger: str | os.PathLike, public_key: str | os.PathLike | Non
             continue
         wrong = verify(record, public_key) or _contradictions(entry, record)
         problems += [f"{shown(entry.record)}: {problem}" for problem in wrong]
+    problems += [f"the record {shown(name)} is not in {LEDGER}" for name in _unlisted(ledger, entries)]
+    return problems
+
+
+def _unlisted(ledger: Path, entries: Iterable[Entry]) -> list[str]:
+    """The names of the folders with a record that no line has."""
     listed = {entry.record for entry in entries}
-    problems += [
-        f"the record {shown(name)} is not in {LEDGER}"
+    return [
+        name
         for name in sorted(os.listdir(ledger))
         if name not in listed and any(os.path.lexists(ledger / name / file) for file in (RECORD, SUMS))
     ]
-    return problems
 
 
 def _contradictions(entry: Entry, record: Path) -> list[str]:
@@ -209,9 +216,16 @@ def latest_state(ledger: str | os.PathLike) -> Path | None:
         The folder, or None if no record has one.
 
     Raises:
-        ValueError: The ledger is broken, or the record does not verify.
+        ValueError: The ledger is broken, the record does not verify, or a record of the folder has no line.
     """
-    for entry in reversed(_entries(ledger)):
+    entries = _entries(ledger)
+    if os.path.isdir(ledger) and (unlisted := _unlisted(Path(ledger), entries)):
+        # Its run was stopped before its line, or lines are missing: what it forgot would come back.
+        raise ValueError(
+            f"the record {shown(unlisted[0])} in {ledger} is not in {LEDGER}. Nothing was started; start its "
+            "request again, which adds the line, or restore the lines, or move the record away"
+        )
+    for entry in reversed(entries):
         record = Path(ledger) / entry.record
         _refuse_broken(entry, record)  # also one without a state: somebody may have deleted it
         if (state := _state(record)) is not None:
@@ -247,8 +261,28 @@ def earlier_requests(ledger: str | os.PathLike) -> list[EarlierRequest]:
             forget = read_forget(record / REQUEST, Path(facts["request"].get("path") or record).parent)
         except (OSError, ValueError) as error:  # the data may be deleted, too, as it should be
             reason = str(error)
-        found.append(EarlierRequest(entry, record, forget, reason, limits))
+        data = ((facts.get("inputs") or {}).get("data") or {}).get("forget") or {}
+        found.append(EarlierRequest(entry, record, forget, reason, limits, data.get("sha256")))
     return found
+
+
+def check_model(first: EarlierRequest, model: Mapping[str, Any]) -> None:
+    """Refuse another model than that with which a ledger began: its states are changes of that one.
+
+    Args:
+        first: The first request of the ledger.
+        model: The ``loku.deletion.facts.model_digests`` of the model of the next request.
+
+    Raises:
+        ValueError: The files of the model, or of its base, differ.
+    """
+    began = (read_record(first.record).get("inputs") or {}).get("model") or {}
+    if began and any(began.get(name) != model.get(name) for name in ("files", "base")):
+        raise ValueError(
+            f"the ledger {first.record.parent} began with the model {began.get('name')}, and its requests go "
+            f"on from one another. The files of the model {model['name']} differ from those it began with. "
+            "Nothing was started; name that model, or another ledger"
+        )
 
 
 def _state(record: Path) -> Path | None:

@@ -160,6 +160,12 @@ def likelihood_name(measures: Iterable[str]) -> str:
     return next(name for name in measures if name.startswith(LIKELIHOOD))
 
 
+def ngram_of(limits: Iterable[str], default: int = 10) -> int:
+    """Return the n of the Extraction Likelihood that limits name; the default if they name none."""
+    named = [name for name in limits if name.startswith(LIKELIHOOD)]
+    return int(named[0].removeprefix(LIKELIHOOD)) if named else default
+
+
 def limits_of(
     requested: Mapping[str, float | str],
     holdout: Mapping[str, float | None] | None,

@@ -8,11 +8,11 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loku.deletion import ledger, record, seal
+from loku.deletion import facts, ledger, record, seal
 from loku.deletion.request import Request, request_facts
 from loku.deletion.run import Run
 from loku.directory_lock import DirectoryLock
@@ -78,18 +78,28 @@ def forget(
     work = directory.parent / f".{directory.name}.running"  # private to the run
     if not (directory / seal.SUMS).is_file():
         _check_folder(directory, request)
-    work.mkdir(parents=True, exist_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(mode=0o700, exist_ok=True)  # it has rows
     with ExitStack() as locks:
+        locks.callback(_remove_if_empty, work)  # of a request that was refused
         # Two requests of one ledger that ran beside each other would start from one state.
         for place in (work, *([] if request.ledger is None else [Path(request.ledger)])):
             locks.enter_context(_locked(place))
         if not (directory / seal.SUMS).is_file():
             Run(request, directory, work, progress).run(key)
-        result = _finished(request, directory)
+            result = _finished(request, directory)
+        else:
+            result = _finished(request, directory)
+            _check_inputs(request, directory)
         if request.ledger is not None:
             ledger.append(request.ledger, directory)  # a record is entered once, also after a kill
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 @contextmanager
@@ -104,10 +114,12 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _directory(request: Request, output: str | os.PathLike | None) -> Path:
     if output is None:
-        return Path(request.ledger or os.getcwd()) / f"{request.path.stem}-record"
+        output = Path(request.ledger or os.getcwd()) / f"{request.path.stem}-record"
     directory = Path(os.path.abspath(output))
     if directory.name.startswith("."):
-        raise ValueError(f"--output {os.fspath(output)}: the name of a record does not begin with a point")
+        raise ValueError(
+            f"{directory}: the name of a record does not begin with a point; pass another --output"
+        )
     if request.ledger is not None and directory.parent != Path(request.ledger):
         raise ValueError(
             f"--output {os.fspath(output)} is not in the ledger {request.ledger}, and a ledger is a folder "
@@ -125,7 +137,32 @@ def _check_folder(directory: Path, request: Request) -> None:
             f"{directory} exists, and is no finished record of loku forget. Nothing was started; pass "
             "another --output"
         )
+    if directory.is_symlink() or os.path.ismount(directory):  # the record could not be moved there
+        kind = "a symbolic link" if directory.is_symlink() else "a mount point"
+        raise ValueError(
+            f"{directory} is {kind}. Nothing was started; pass a folder in it, such as {directory / 'record'}"
+        )
     check_writable(directory)
+
+
+def _check_inputs(request: Request, directory: Path) -> None:
+    """Refuse to answer with an outcome that is that of other data or of another model."""
+    inputs = record.read_record(directory).get("inputs") or {}
+    changed = [
+        f"the data of {name}, {data['source']}"
+        for name, data in (inputs.get("data") or {}).items()
+        if facts.data_digest(data["source"]) != data["sha256"]
+    ]
+    if request.ledger is None and "model" in inputs:  # else it is an earlier state, which is sealed
+        arguments = request.model_arguments
+        now = facts.model_digests(request.model, revision=request.revision, model_arguments=arguments)
+        if any(now.get(name) != inputs["model"].get(name) for name in ("files", "base")):
+            changed.append(f"the model {request.model}")
+    if changed:
+        raise ValueError(
+            f"{directory} is the finished record of this request, but {changed[0]} has changed since. "
+            "Nothing was started; pass another --output to do the request on what is there now"
+        )
 
 
 def _finished(request: Request, directory: Path) -> Forgotten:

@@ -27,15 +27,16 @@ from loku.deletion.retain import build_retain, split_for_utility
 from loku.deletion.selection import SelectedRows, check_holdout, select_rows
 from loku.deletion.serve import check_serving, serve
 from loku.deletion.stages import Stages
-from loku.deletion.texts import row_text
+from loku.deletion.texts import compared_text
 from loku.deletion.training import unlearn_to_limits
 from loku.evaluation.scores import token_measures, token_scores
 from loku.probe import measure_probe, relative_ability
 from loku.saving.directories import whole_file
 
-NGRAM = 10  # tokens of the n-grams of Extraction Likelihood
 PREFIXES = 200  # that it continues, about: each costs a greedy text
 ATTACKED = 16  # rows of the hold-out set, at least, whose extraction shows the level of chance
+_FIRST = "rows"  # the first stage
+_REQUEST = "request.yaml"  # in the private directory: the copy of the request's file
 _RUN = "run.json"  # in the private directory: what identifies the run
 _RETAIN = "rows_to_keep.json"  # in the private directory: the rows to keep
 _RECORD = "record"  # in the private directory: the folder of the record, until it is whole
@@ -61,8 +62,10 @@ class Run:
     def run(self, key: str | os.PathLike | None) -> None:
         """Run all stages that have not run, and put the sealed record into its place."""
         check_serving(self.request)
+        if not Path(self.models.start).is_dir():
+            self.models.held(self.models.start)  # so that all its files are here, and are hashed
         begin = self._identify()
-        rows = self.stages("rows", self._find_rows)
+        rows = self.stages(_FIRST, self._find_rows)
         kept: dict[str, Any] = {"rows": rows, **self._measure_before()}
         outcome = kept.pop("outcome")
         if outcome is None:
@@ -133,6 +136,17 @@ class Run:
             },
             "code": facts.code_digest(),
         }
+        for name, place in (
+            ("tokenizer", request.tokenizer),
+            ("trained_adapter", request.trained_adapter),
+            ("control", request.control),
+        ):
+            if place is not None and Path(place).is_dir():
+                self.inputs[name] = facts.model_digests(place)
+        if self.earlier:
+            arguments = self.models.arguments(request.model)
+            now = facts.model_digests(request.model, revision=request.revision, model_arguments=arguments)
+            ledger.check_model(self.earlier[0], now)
         self.machine, self.versions = facts.machine_facts(), facts.versions()
         identity = {
             "request": request_facts(request),
@@ -141,7 +155,8 @@ class Run:
             "versions": self.versions,
         }
         file = self.work / _RUN
-        if not file.is_file():
+        if not file.is_file() or not (self.work / f"{_FIRST}.json").is_file():
+            shutil.copyfile(request.path, self.work / _REQUEST)  # the file may change while the run goes on
             with whole_file(file) as new:
                 begin = _now()
                 new.write_text(json.dumps({"begin": begin, "identity": identity}), encoding="utf-8")
@@ -158,9 +173,14 @@ class Run:
 
     def _find_rows(self) -> dict[str, Any]:
         """Choose the rows, and find what is equal or nearly equal to them."""
-        if self.holdout is not None:
-            retain = self.separated.sets.get("retain", [])
-            check_holdout(self.holdout, forget=self.forget, retain=retain)
+        if self._given_holdout is not None:
+            check_holdout(self._given_holdout, forget=self.selected.rows)
+            check_holdout(self._given_holdout, retain=self.separated.sets.get("retain", []))
+            if not self.holdout:
+                raise ValueError(
+                    "holdout: all of its rows are nearly the same as a forget row. It must be unknown to the "
+                    "model; name others"
+                )
         selected = self.selected
         return {
             "selected": len(selected.rows),
@@ -172,16 +192,18 @@ class Run:
     @cached_property
     def _options(self) -> dict[str, Any]:
         """The options of all measures. Extraction Likelihood continues about ``PREFIXES`` prefixes."""
-        prefixes = 0
+        prefixes, n = 0, measures.ngram_of(self.request.limits)
         for name, rows in (("forget", self.forget), ("holdout", self.holdout or [])):
             tokens = tokenize_dataset(rows, self.models.tokenizer, name=name) if rows else []
             lengths = (sum(label != IGNORE_INDEX for label in row["labels"]) for row in tokens)
-            prefixes = max(prefixes, sum(max(0, length - NGRAM) for length in lengths))
-        return {"n": NGRAM, "stride": max(1, round(prefixes / PREFIXES)), "progress": self.progress}
+            prefixes = max(prefixes, sum(max(0, length - n) for length in lengths))
+        return {"n": n, "stride": max(1, round(prefixes / PREFIXES)), "progress": self.progress}
 
-    def _measure_rows(self, place: str, rows: Sequence[Any], name: str) -> measures.RowMeasures:
+    def _measure_rows(
+        self, place: str, rows: Sequence[Any], name: str, **options: Any
+    ) -> measures.RowMeasures:
         return measures.measure_rows(
-            self.models.held(place), self.models.tokenizer, rows, name, **self._options
+            self.models.held(place), self.models.tokenizer, rows, name, **{**self._options, **options}
         )
 
     def _measure_before(self) -> dict[str, Any]:
@@ -228,12 +250,15 @@ class Run:
             [*self.forget, *forgotten],
             progress=self.progress,
         )
-        # A row of the user's may equal one that is forgotten, too, since near duplicates were taken along.
-        texts = {row_text(row) for row in (*self.forget, *forgotten)}
+        # A row of the user's may equal one that is forgotten, too, since near duplicates were taken along;
+        # and a row of the corpus may be in the hold-out set.
+        barred = (*self.forget, *forgotten, *self.separated.left_out, *(self._given_holdout or ()))
+        texts = {compared_text(row) for row in barred}
         own = sum(told.get(part, {}).get("rows", 0) for part in ("given", "neighbours"))
         parts = {"retain": rows[:own], "general": rows[own:]}
         parts = {
-            name: [row for row in of_part if row_text(row) not in texts] for name, of_part in parts.items()
+            name: [row for row in of_part if compared_text(row) not in texts]
+            for name, of_part in parts.items()
         }
         told["left_out"] = len(rows) - sum(map(len, parts.values()))
         trained, measured = [], {}
@@ -337,16 +362,25 @@ class Run:
         for earlier in self.earlier:
             rows = self._earlier_rows[earlier.entry.number]
             entry: dict[str, Any] = {"reference": earlier.entry.reference, "record": earlier.entry.record}
-            if rows is None:
+            # Other rows may be in the place of those that were to be deleted.
+            if (
+                rows is None
+                or not earlier.forget
+                or facts.data_digest(earlier.forget.data) != earlier.data_digest
+            ):
                 entry["still_forgotten"] = None
-                entry["reason"] = earlier.reason or "its rows are not there any more"
+                entry["reason"] = earlier.reason or "its data is not there any more, or has changed"
             else:
-                found = measures.summary(self._measure_rows(self.models.served, rows, earlier.entry.record))
+                name, n = earlier.entry.record, measures.ngram_of(earlier.limits)
+                found = measures.summary(self._measure_rows(self.models.served, rows, name, n=n))
                 entry["measures"] = found
                 entry["limits"] = dict(earlier.limits)
-                entry["still_forgotten"] = all(
-                    (found.get(name) or 0.0) <= limit for name, limit in earlier.limits.items()
-                )
+                values = [(found.get(name), limit) for name, limit in earlier.limits.items()]
+                within = [value <= limit for value, limit in values if value is not None]
+                entry["still_forgotten"] = all(within)
+                if not within or (all(within) and len(within) < len(values)):
+                    entry["still_forgotten"] = None
+                    entry["reason"] = "a measure that its record limits does not exist for its rows"
             told.append(entry)
         return told
 
@@ -424,7 +458,7 @@ class Run:
     def _write(self, kept: dict[str, Any], outcome: str, begin: str, key: str | os.PathLike | None) -> None:
         """Write the record, seal it, and move the folder into its place."""
         self.folder.mkdir(exist_ok=True)
-        shutil.copyfile(self.request.path, self.folder / "request.yaml")
+        shutil.copyfile(self.work / _REQUEST, self.folder / ledger.REQUEST)
         record.write_record(
             self.folder,
             {

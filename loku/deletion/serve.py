@@ -29,7 +29,7 @@ def check_serving(request: Request) -> None:
     """
     if request.target == "gguf":
         require_gguf()
-    problems = check_target(request.target, {}, _model_config(request), request.rank)
+    problems = check_target(request.target, {}, _model_config(request, request.model), request.rank)
     if problems:
         raise ValueError(f"serving: {problems[0]}")
 
@@ -52,24 +52,26 @@ def serve(request: Request, place: str | os.PathLike) -> dict[str, Any]:
         "target": request.target,
         "error": {"relative_frobenius": float(save.get("relative_error", 0.0))},
     }
-    rank = None
+    rank, base = None, request.model
     if request.target != "merged":
         config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+        # An adapter as the model, or a merged state of the ledger: the result stands on another base.
+        base = config.get("base_model_name_or_path") or base
         told["rank"] = rank = served_rank(config)
-        told["problems"] = check_target(request.target, config, _model_config(request), rank)
+        told["problems"] = check_target(request.target, config, _model_config(request, base), rank)
     if not told.get("problems"):
         folder = place.parent / FOLDER
-        write_serving_files(folder, request.target, place, base=request.model, rank=rank)
-        told["lines"] = serving_lines(
-            request.target, place.name, base=request.model, rank=rank, files=folder.name
-        )
+        write_serving_files(folder, request.target, place, base=base, rank=rank)
+        told["lines"] = serving_lines(request.target, place.name, base=base, rank=rank, files=folder.name)
     return told
 
 
-def _model_config(request: Request) -> dict[str, Any]:
-    """The config of the model of a request, as it stands in its file."""
+def _model_config(request: Request, place: str) -> dict[str, Any]:
+    """The config of the model of a request, or of another base, as it stands in its file."""
     hub = {name: value for name, value in request.model_arguments.items() if name in HUB_ARGUMENTS}
-    if request.revision is not None:
+    if place != request.model:
+        hub = {name: value for name, value in hub.items() if name != "subfolder"}
+    elif request.revision is not None:
         hub["revision"] = request.revision
-    file = find_file(request.model, "config.json", hub)
+    file = find_file(place, "config.json", hub)
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))

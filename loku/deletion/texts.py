@@ -132,6 +132,16 @@ def row_text(row: Any) -> str:
     return "\n".join(text for value in values for text in texts_in(value))
 
 
+def compared_text(row: Any) -> str:
+    """Return the text by which two rows are the same: the normal form of ``row_text``.
+
+    Args:
+        row: The row.
+    """
+    text = row_text(row)
+    return normal_form(text) or text  # punctuation alone has no normal form
+
+
 def folded(text: str) -> str:
     """Return a text without what a person does not see when searching for words.
 

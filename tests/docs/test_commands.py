@@ -33,6 +33,7 @@ NOT_RUN = {
 }
 # Commands of ``loku`` whose options are read and no more, by the reason.
 READ_ONLY = {
+    "forget": "tests/docs/test_tutorial.py runs it",
     "demo": "tests/loku/test_demo.py runs it",
     "record": "tests/loku/commands/test_record.py runs it",
 }

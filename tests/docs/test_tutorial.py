@@ -45,7 +45,7 @@ def test_the_short_form_forgets(tmp_path, monkeypatch, capsys):
     record = json.loads(Path("example/record/record.json").read_text(encoding="utf-8"))
     assert record["outcome"] == "forgotten"
     assert all(limit["after"] <= limit["limit"] < limit["before"] for limit in record["limits"].values())
-    assert list(record["attacks"]["after"]) == ["extract"]
+    assert list(record["attacks"]["after"]) == ["mia", "quantise"]
     assert Path("example/record/adapter/adapter_model.safetensors").is_file()
     assert cli.main(verify) == 0
     Path("example/record/record.md").write_text("changed", encoding="utf-8")

@@ -32,7 +32,7 @@ def write_request(directory, name="request", forget=None, **fields):
     directory = Path(directory)
     write_rows(directory / f"{name}-forget.jsonl", known[-FORGET_ROWS:] if forget is None else forget)
     write_rows(directory / "retain.jsonl", known[:600:40])
-    write_rows(directory / "holdout.jsonl", unseen[:24:3])
+    write_rows(directory / "holdout.jsonl", unseen[:24:6])
     request = {
         "version": 1,
         "reference": name,

@@ -173,10 +173,25 @@ def test_merged(folder, tmp_path):
             assert torch.equal(merged.get_submodule(name).weight, weight.to(torch.bfloat16))
 
 
+def test_gguf(folder, tmp_path, capsys):
+    gguf = pytest.importorskip("gguf")
+    output = tmp_path / "gguf"
+    command = ["export", str(folder / "adapter"), "--gguf", f"--output={output}"]
+    assert cli.main(command) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["Modelfile", "adapter.gguf", "lines.txt"]
+    names = {tensor.name for tensor in gguf.GGUFReader(output / "adapter.gguf").tensors}
+    assert "blk.0.attn_q.weight.lora_a" in names
+    before = contents(output)
+    assert cli.main(command) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert contents(output) == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--rank=2"], "there is no --output"),
+        (["--gguf", "--output={new}", "--report={new}.json"], "takes no --data and no --report"),
         (["--merged"], "there is no --output"),
         (["--rank=0", "--output={new}"], "rank must be an integer >= 1, got 0"),
         (["--ranks", "2", "0"], "rank must be an integer >= 1, got 0"),

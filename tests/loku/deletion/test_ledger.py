@@ -17,6 +17,7 @@ from loku.deletion import ledger as ledgers
 from loku.deletion.ledger import (
     LEDGER,
     append,
+    check_model,
     earlier_requests,
     latest_state,
     read_ledger,
@@ -322,3 +323,25 @@ def test_the_digest_of_a_record_is_that_of_its_list(ledger):
     record = ledger / "first"
     assert read_ledger(ledger).entries[0].sha256 == sums_digest(record)
     assert Path(record / RECORD).is_file()
+
+
+def test_no_request_starts_beside_a_record_that_has_no_line(ledger):
+    """Its run was stopped before its line, or the list was cut: what it forgot would come back."""
+    make_record(ledger, "fourth", "adapter")
+    with pytest.raises(ValueError, match=r"the record fourth in .* is not in ledger\.jsonl"):
+        latest_state(ledger)
+    append(ledger, ledger / "fourth")
+    assert latest_state(ledger) == ledger / "fourth" / "adapter"
+    (ledger / LEDGER).unlink()
+    with pytest.raises(ValueError, match="the record first in"):
+        latest_state(ledger)
+
+
+def test_another_model_than_that_of_the_ledger_is_refused(tmp_path):
+    ledger = tmp_path / "ledger"
+    append(ledger, make_record(ledger, "first", "adapter"))
+    [first] = earlier_requests(ledger)
+    model = facts()["inputs"]["model"]
+    check_model(first, {**model, "name": "moved"})
+    with pytest.raises(ValueError, match="differ from those it began with"):
+        check_model(first, {**model, "files": {**model["files"], "model.safetensors": "0" * 64}})

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from deletion_requests import FORGET_ROWS, rows_of_authors, write_request, write_rows
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import main
+from loku.data import collate, tokenize_dataset
 from loku.deletion.ledger import read_ledger, verify_ledger
 from loku.deletion.procedure import forget
 from loku.deletion.record import read_record, without_times
@@ -56,7 +58,7 @@ def test_what_is_served_is_what_was_measured(forgotten):
     from loku.deletion.measures import measure_sets
 
     known, _ = rows_of_authors()
-    base = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype="auto")
     served = PeftModel.from_pretrained(base, result.served)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     measured = measure_sets(served, tokenizer, {"forget": known[-FORGET_ROWS:]})["forget"]
@@ -134,27 +136,18 @@ def test_a_model_that_loses_its_utility_is_undone(tmp_path, capsys):
 
 
 def test_an_adapter_that_alone_knows_the_rows_is_to_be_deleted(tmp_path):
-    """The base of the adapter has forgotten rows that the adapter brings back."""
-    from loku.deletion.procedure import Forgotten  # noqa: F401
-
-    run(write_request(tmp_path, serving="merged"), tmp_path / "first")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "model", dtype="float32")
-    adapter = _adapter_that_learns(base, tmp_path / "adapter", rows_of_authors()[0][-FORGET_ROWS:])
-    request = write_request(
-        tmp_path, "second", model=str(tmp_path / "first" / "model"), trained_adapter=str(adapter)
-    )
+    _, unseen = rows_of_authors()
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype="float32")
+    adapter = _adapter_that_learns(base, tmp_path / "adapter", unseen[-FORGET_ROWS:])
+    request = write_request(tmp_path, forget=unseen[-FORGET_ROWS:], trained_adapter=str(adapter))
     result = run(request, tmp_path / "out")
-    assert result.outcome == "delete the adapter"
-    assert result.served is None
+    assert (result.outcome, result.served) == ("delete the adapter", None)
     assert "delete the adapter" in result.summary
+    record = read_record(tmp_path / "out")
+    assert record["measures"]["before"]["forget"]["extracted"] == 0
 
 
 def _adapter_that_learns(base, place, rows):
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from loku.data import collate, tokenize_dataset
-
     torch.manual_seed(0)
     peft_model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     tokens = tokenize_dataset(rows, AutoTokenizer.from_pretrained(EMBEDDED))
