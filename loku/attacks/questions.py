@@ -17,6 +17,8 @@ _QUESTIONS = {"answer": "question", "completion": "prompt", "output": "instructi
 def question_of(row: Any) -> str | None:
     """Return the question of a row: its question, prompt or instruction, or the last message of the user.
 
+    A message after the last one of the assistant does not count.
+
     Args:
         row: The row, which ``loku.data.tokenize_dataset`` takes.
 
@@ -51,9 +53,11 @@ def with_question(row: Mapping[str, Any], question: str) -> dict[str, Any]:
 
 
 def _last_user(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int | None]:
-    """Return the messages of a chat, and the index of the last one of the user before the completion."""
+    """Return the messages of a chat, and the index of the user's last one before the asked answer."""
     messages, begin = chat_of(without_missing(columns_of(row)))
-    end = len(messages) if begin is None else begin
+    # A chat may go on after its last answer, and what comes then is no part of the prompt.
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    end = max(answers, default=0) if begin is None else begin
     users = [i for i, message in enumerate(messages[:end]) if message["role"] == "user"]
     return messages, users[-1] if users else None
 

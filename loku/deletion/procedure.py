@@ -210,6 +210,6 @@ def _summary(kept: Mapping[str, Any], directory: Path) -> str:
         lines.append(f"  earlier request {name}: {state[earlier['still_forgotten']]}")
     serving = (kept.get("serving") or {}).get("lines") or ()
     if serving:
-        lines += ["to serve it:", *(f"    {line}" for line in serving)]
+        lines += [f"to serve it, in {directory}:", *(f"    {line}" for line in serving)]
     lines.append(f"record: {directory / 'record.html'}; loku record verify {shlex.quote(str(directory))}")
     return "\n".join(lines)

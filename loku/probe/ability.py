@@ -32,6 +32,9 @@ LEAST_SCORE = 0.15  # the mean of accuracy and probability; a digit among ten is
 LEAST_QUALITY = 0.6  # of the openings
 MOST_BITS_PER_BYTE = 2.0  # of the sentences: a model that counts letters in a row of three has more
 
+# A sign and a fraction belong to a number: 4 is in neither -4 nor 3.4, but in 4.0.
+_WORD = re.compile(r"(?:(?<!\w)[-\u2212](?=\d))?[^\W_]+(?:(?<=\d)(?!\.0+\b)[.,]\d+)*")
+
 
 def measure_probe(
     model: CausalLM,
@@ -148,7 +151,7 @@ def has_answer(text: str, row: Mapping[str, Any]) -> bool:
 
 
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _answers(

@@ -241,10 +241,15 @@ MESSAGES = [
             },
         ),
         ({"messages": [MESSAGES[0], MESSAGES[4]]}, None, None),
+        (
+            {"messages": MESSAGES[1:4]},
+            "hi",
+            {"messages": [{"role": "user", "content": "X"}, *MESSAGES[2:4]]},
+        ),
     ],
     ids=[
         *("string", "text", "tokens", "question", "prompt", "instruction", "chat", "chat in two parts"),
-        *("ShareGPT", "no user"),
+        *("ShareGPT", "no user", "user at the end"),
     ],
 )
 def test_the_question_of_a_row(row, question, changed):

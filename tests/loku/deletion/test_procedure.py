@@ -42,6 +42,7 @@ def forgotten(tmp_path_factory):
 def test_a_request_is_forgotten_and_its_record_verifies(forgotten):
     folder, result = forgotten
     assert (result.outcome, result.done) == ("forgotten", True)
+    assert f"to serve it, in {folder / 'record'}:" in result.summary  # the lines have paths from there
     assert verify(folder / "record") == []
     record = read_record(folder / "record")
     assert all(limit["met"] and limit["before"] > limit["limit"] for limit in record["limits"].values())
