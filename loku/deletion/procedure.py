@@ -142,6 +142,12 @@ def _check_folder(directory: Path, request: Request) -> None:
         raise ValueError(
             f"{directory} is {kind}. Nothing was started; pass a folder in it, such as {directory / 'record'}"
         )
+    sealed = next((folder for folder in directory.parents if (folder / seal.SUMS).is_file()), None)
+    if sealed is not None:
+        raise ValueError(
+            f"{directory} lies in {sealed}, a finished record, which would not verify any more. Nothing was "
+            "started; pass another --output"
+        )
     check_writable(directory)
 
 

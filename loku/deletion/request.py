@@ -157,6 +157,8 @@ class Request:
     lines: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"the rank of the served adapter must be at least 1, got {self.rank}")
         if self.rank is not None and self.target == "merged":
             raise ValueError("a merged model has no adapter, and so no rank: leave the rank out")
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from deletion_requests import FORGET_ROWS, rows_of_authors, write_request, write_rows
 
+from loku.cli import main
 from loku.deletion import ledger, serve
 from loku.deletion.procedure import forget
 from loku.deletion.record import read_record
@@ -150,6 +151,22 @@ def test_places_that_could_not_take_the_record_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="does not begin with a point"):
         run(hidden)
     assert not (tmp_path / "ledger").exists()
+
+
+def test_no_record_is_written_into_another(tmp_path, unknown):
+    request = write_request(tmp_path)
+    run(request, tmp_path / "out")
+    for place in ("out/inner", "out/pictures/inner"):
+        with pytest.raises(ValueError, match="a finished record, which would not verify"):
+            run(request, tmp_path / place)
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_rank_below_1_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("loku.deletion.run.Run.run", lambda *args: pytest.fail("it ran"))
+    arguments = ["forget", str(write_request(tmp_path)), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--export-rank", "0"]) == 2
+    assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_the_adapter_that_is_to_be_deleted_and_the_control_are_identified(tmp_path, unknown):
