@@ -109,8 +109,8 @@ def run(options: argparse.Namespace) -> None:
         if find_file(options.adapter, "config.json", {}):
             raise ValueError(f"{options.adapter} is a model, not an adapter: there is nothing to export")
         raise ValueError(
-            f"{options.adapter} is neither the folder of an adapter nor the name of one on the hub: it has no "
-            "adapter_config.json"
+            f"{options.adapter} is neither the folder of an adapter nor the name of one on the hub: it has "
+            "no adapter_config.json"
         )
     if options.output is not None:
         places = {"adapter": options.adapter, "model": options.model, "tokenizer": options.tokenizer}
