@@ -122,9 +122,10 @@ def membership_attack(
         of_set["min_k_plus_plus"] = [_mean_of_least(score.standardised, min_k_share) for score in scores]
         if reference is not None:
             theirs = _row_scores(reference, documents, batch_size, progress, f"{name}: reference")
-            of_set["reference"] = [
-                -score.log_probabilities.mean().item() - loss
-                for score, loss in zip(theirs, losses, strict=True)
+            references = [-score.log_probabilities.mean().item() for score in theirs]
+            of_set["reference"] = [  # infinite losses are equal, too, and inf - inf is NaN
+                0.0 if reference_loss == loss else reference_loss - loss
+                for reference_loss, loss in zip(references, losses, strict=True)
             ]
         found[name] = of_set
     if tokenizer is None:

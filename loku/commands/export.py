@@ -100,12 +100,18 @@ def run(options: argparse.Namespace) -> None:
     from loku.adapter_folders import find_adapter
     from loku.data import read_rows
     from loku.saving.destinations import check_destination
+    from loku.trust import find_file
 
     if options.quiet:
         transformers.logging.disable_progress_bar()
     adapter = find_adapter(options.adapter, options.model_init_kwargs)
     if adapter is None:
-        raise ValueError(f"{options.adapter} is a model, not an adapter: there is nothing to export")
+        if find_file(options.adapter, "config.json", {}):
+            raise ValueError(f"{options.adapter} is a model, not an adapter: there is nothing to export")
+        raise ValueError(
+            f"{options.adapter} is neither the folder of an adapter nor the name of one on the hub: it has "
+            "no adapter_config.json"
+        )
     if options.output is not None:
         places = {"adapter": options.adapter, "model": options.model, "tokenizer": options.tokenizer}
         if options.gguf:

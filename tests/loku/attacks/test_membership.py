@@ -149,6 +149,17 @@ def test_a_certain_model_has_no_deviation(model, tokenizer):
     assert scores.standardised[0] == 0 and scores.standardised[1] < -1e300
 
 
+def test_words_without_probability_give_numbers(tokenizer):
+    def forbid(module, arguments, output):
+        output.logits[..., tokenizer.convert_tokens_to_ids("t")] = -math.inf  # as padding of the vocabulary
+
+    model = small_llama(tokenizer)
+    model.register_forward_hook(forbid)
+    scores = membership_attack(model, tokenizer, FORGET, HOLDOUT, model)["scores"]
+    assert all(math.isfinite(scores[name][figure]) for name in scores for figure in ("auc", "auc_low"))
+    assert scores["reference"]["auc"] == 0.5  # the model is its own reference
+
+
 def test_bad_arguments_are_refused_by_name(model, tokenizer, monkeypatch):
     for arguments, words in (
         ({"resamples": 0}, "resamples"),

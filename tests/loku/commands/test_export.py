@@ -221,6 +221,8 @@ def test_a_model_and_other_adapters_are_refused(folder, tmp_path, capsys):
     output = f"--output={tmp_path / 'new'}"
     assert cli.main(["export", str(folder / "base"), "--rank=2", output]) == 2
     assert "is a model, not an adapter" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path), "--rank=2", output]) == 2
+    assert "neither the folder of an adapter nor the name of one" in capsys.readouterr().err
     for options, message in (({"use_dora": True}, "use_dora"), ({"init_lora_weights": "pissa"}, "'pissa'")):
         base = AutoModelForCausalLM.from_pretrained(folder / "base").float()
         adapter = tmp_path / message.strip("'")
