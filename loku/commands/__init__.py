@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -23,6 +24,23 @@ class CommandParser(argparse.ArgumentParser):
             add_later, self.add_later = self.add_later, None
             add_later()
         return super().parse_known_args(*args, **kwargs)
+
+
+def check_local(option: str, name: str) -> None:
+    """Refuse the path of a directory that is not there. A name that is no path is left to the hub.
+
+    Args:
+        option: The option or argument, for the message.
+        name: The path or hub name.
+
+    Raises:
+        ValueError: It is a path, and no directory is there.
+    """
+    path = Path(name)
+    in_a_folder = "/" in name and path.parent.is_dir()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or in_a_folder
+    if looks_local and not path.is_dir():
+        raise ValueError(f"{name}, the {option}, is not a directory")
 
 
 def accept_underscores(parser: argparse.ArgumentParser) -> None:

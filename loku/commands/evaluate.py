@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.commands import CommandParser, Commands, accept_underscores, json_object, named_source
+from loku.commands import CommandParser, Commands, accept_underscores, check_local, json_object, named_source
 from loku.commands.attacks import add_options, attack_tables, check_options, load_others, run_attacks
 from loku.commands.report_files import check_report_files, write_report_files
 from loku.counts import check_counts, check_max_length
@@ -82,6 +82,10 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
+    check_local("MODEL", options.model)
+    for name in ("adapter", "tokenizer"):
+        if getattr(options, name):
+            check_local(f"--{name}", getattr(options, name))
     sources = dict(options.data)
     read = [*sources.values(), options.reference_log or ""]
     check_report_files(options.out, read)

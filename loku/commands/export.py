@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loku.commands import CommandParser, Commands, accept_underscores, json_object, named_source
+from loku.commands import CommandParser, Commands, accept_underscores, check_local, json_object, named_source
 from loku.counts import check_counts, check_max_length
 
 if TYPE_CHECKING:
@@ -92,6 +92,10 @@ def run(options: argparse.Namespace) -> None:
     sources = dict(options.data)
     if len(sources) < len(options.data):
         raise ValueError(f"two data sets have one name: {[name for name, _ in options.data]}")
+    check_local("ADAPTER", options.adapter)
+    for name in ("model", "tokenizer"):
+        if getattr(options, name):
+            check_local(f"--{name}", getattr(options, name))
     read = [options.adapter, options.model, options.tokenizer, *sources.values()]
     _check_files(options.report, options.picture, read)
 

@@ -17,8 +17,8 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         "It checks that the model knows the rows, unlearns them to the limits of the request, attacks what "
         "came out, and writes record.json, record.md and record.html beside the adapter or the model. A run "
         "that was stopped goes on if it is started again.",
-        epilog="The exit code is 0 if nothing of the request is left to do, and 1 if the rows are not "
-        "forgotten. loku record verify DIR checks the folder.",
+        epilog="The exit code is 0 if nothing of the request is left to do, and 1 if its rows or those of an "
+        "earlier request of the ledger are not forgotten. loku record verify DIR checks the folder.",
     )
     parser.add_argument("request", nargs="?", metavar="REQUEST.yaml", help="the request")
     parser.add_argument("--init", metavar="DIR", help="write a commented example of a request, and exit")

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from loku.commands import CommandParser, Commands, named_source
+from loku.commands import CommandParser, Commands, check_local, named_source
 from loku.commands.settings import add_fields, joined, read_yaml
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
     settings["disable_tqdm"] = settings.get("disable_tqdm", False) or options.quiet
     for name in ("model", "tokenizer"):
         if places[name]:
-            _check_local(name, places[name])
+            check_local(f"--{name}", places[name])
     output = Path(places["output"])
 
     import transformers
@@ -178,15 +178,6 @@ def run(options: argparse.Namespace) -> None:
     if config.process_index == 0:
         print(summary)
     PartialState().destroy_process_group()
-
-
-def _check_local(option: str, name: str) -> None:
-    """Refuse the path of a directory that is not there. A name that is no path is left to the hub."""
-    path = Path(name)
-    in_a_folder = "/" in name and path.parent.is_dir()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or in_a_folder
-    if looks_local and not path.is_dir():
-        raise ValueError(f"{name}, the --{option}, is not a directory")
 
 
 def _check_rank(rank: int | None, config: UnlearnConfig, kind: str) -> None:

@@ -30,17 +30,19 @@ class Forgotten:
         directory: The folder of the record.
         served: The folder of the adapter or model that is served, or None if none was made.
         summary: The outcome and what follows from it, in a few lines.
+        came_back: The references of earlier requests of the ledger whose rows are over their limits now.
     """
 
     outcome: str
     directory: Path
     served: Path | None
     summary: str
+    came_back: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:
         """Whether nothing of the request is left to do."""
-        return self.outcome not in ("not forgotten", "undone")
+        return self.outcome not in ("not forgotten", "undone") and not self.came_back
 
 
 def forget(
@@ -182,7 +184,9 @@ def _finished(request: Request, directory: Path) -> Forgotten:
     if kept["request"] != json.loads(json.dumps(request_facts(request))):
         raise ValueError(f"{directory} is the record of another request; pass another --output")
     served = next((directory / name for name in ledger.STATES if (directory / name).is_dir()), None)
-    return Forgotten(kept["outcome"], directory, served, _summary(kept, directory))
+    earlier = (kept.get("ledger") or {}).get("earlier") or ()
+    back = tuple(one["reference"] or one["record"] for one in earlier if one["still_forgotten"] is False)
+    return Forgotten(kept["outcome"], directory, served, _summary(kept, directory), back)
 
 
 _OUTCOMES = {
@@ -200,8 +204,8 @@ def _summary(kept: Mapping[str, Any], directory: Path) -> str:
     for name, limit in (kept.get("limits") or {}).items():
         if limit["after"] is not None:
             met = "at most" if limit["met"] else "OVER"
-            now, then = f"{limit['after']:.3f} after", f"{limit['before']:.3f} before"
-            lines.append(f"  {name}: {then}, {now}, {met} {limit['limit']:.3f}")
+            now, then = f"{limit['after']:.3g} after", f"{limit['before']:.3g} before"
+            lines.append(f"  {name}: {then}, {now}, {met} {limit['limit']:.3g}")
     found = (kept.get("rows") or {}).get("near_duplicates") or {}
     for name, of_set in () if found.get("included") else (found.get("sets") or {}).items():
         if name in ("retain", "rest") and of_set["near"]:

@@ -184,7 +184,8 @@ def test_three_requests_of_a_ledger_keep_all_forgotten_or_say_which_came_back(tm
         end = len(known) - 20 * number
         name = f"request{number}"
         request = write_request(tmp_path, name, known[end - FORGET_ROWS : end], ledger="ledger")
-        assert run(request).directory == tmp_path / "ledger" / f"{name}-record"
+        result = run(request)
+        assert result.directory == tmp_path / "ledger" / f"{name}-record"
     entries = read_ledger(tmp_path / "ledger").entries
     assert [entry.reference for entry in entries] == ["request0", "request1", "request2"]
     assert verify_ledger(tmp_path / "ledger") == []
@@ -194,6 +195,7 @@ def test_three_requests_of_a_ledger_keep_all_forgotten_or_say_which_came_back(tm
     for entry in earlier:
         within = all(entry["measures"][name] <= limit for name, limit in entry["limits"].items())
         assert entry["still_forgotten"] is within
+        assert (entry["reference"] in result.came_back) is not within
     # The last adapter holds the sum of all three, for the untouched model.
     config = json.loads((tmp_path / "ledger/request2-record/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(EMBEDDED)
