@@ -8,27 +8,23 @@ disk.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from loku.data import IGNORE_INDEX, split_documents, token_limits, tokenize_dataset
 from loku.deletion import facts, ledger, measures, record, seal
-from loku.deletion.duplicates import Separated, find_duplicates, separate
 from loku.deletion.entities import entities
 from loku.deletion.measured_models import MeasuredModels
 from loku.deletion.request import ATTACKS, Request, request_facts
-from loku.deletion.retain import build_retain, split_for_utility
-from loku.deletion.selection import SelectedRows, check_holdout, select_rows
+from loku.deletion.request_rows import RequestRows
 from loku.deletion.serve import check_serving, serve
 from loku.deletion.stages import Stages
-from loku.deletion.texts import compared_text
 from loku.deletion.training import unlearn_to_limits
 from loku.evaluation.scores import token_measures, token_scores
 from loku.probe import measure_probe, relative_ability
@@ -59,6 +55,7 @@ class Run:
         self.stages = Stages(work, progress)
         self.not_tested: dict[str, str] = {}
         self.models = MeasuredModels(request, self.folder)
+        self.rows = RequestRows(request)
 
     def run(self, key: str | os.PathLike | None) -> None:
         """Run all stages that have not run, and put the sealed record into its place."""
@@ -66,52 +63,12 @@ class Run:
         if not Path(self.models.start).is_dir():
             self.models.held(self.models.start)  # so that all its files are here, and are hashed
         begin = self._identify()
-        rows = self.stages(_FIRST, self._find_rows)
+        rows = self.stages(_FIRST, self.rows.found)
         kept: dict[str, Any] = {"rows": rows, **self._measure_before()}
         outcome = kept.pop("outcome")
         if outcome is None:
             outcome = self._unlearn(kept)
         self._write(kept, outcome, begin, key)
-
-    # What the run works on.
-
-    @cached_property
-    def selected(self) -> SelectedRows:
-        """The rows that the request names."""
-        return select_rows(self.request.forget, "forget")
-
-    @cached_property
-    def _given_holdout(self) -> list[Any] | None:
-        return None if self.request.holdout is None else select_rows(self.request.holdout, "holdout").rows
-
-    @property
-    def holdout(self) -> list[Any] | None:
-        """The hold-out rows without those that are forgotten, too; None if the request has none."""
-        return self.separated.sets.get("holdout")
-
-    @cached_property
-    def separated(self) -> Separated:
-        """The rows to forget, and what else is equal or nearly equal to them."""
-        selected, source = self.selected, self.request.retain
-        others: dict[str, Any] = {"rest": selected.rest}
-        for name, selection in (("retain", source.given), ("corpus", source.corpus)):
-            if selection is not None:
-                others[name] = select_rows(selection, name).rows
-        if self._given_holdout is not None:
-            others["holdout"] = self._given_holdout
-        found = find_duplicates(selected.rows, others, self.request.near_duplicate_similarity)
-        include = self.request.include_near_duplicates
-        return separate(selected.rows, others, found, include, {"rest": selected.rest_indices})
-
-    @property
-    def forget(self) -> list[Any]:
-        """The rows to forget, with the near duplicates that are taken along."""
-        return self.separated.forget
-
-    @cached_property
-    def earlier(self) -> list[ledger.EarlierRequest]:
-        """The requests that the ledger holds already."""
-        return [] if self.request.ledger is None else ledger.earlier_requests(self.request.ledger)
 
     # The stages.
 
@@ -144,10 +101,10 @@ class Run:
         ):
             if place is not None and Path(place).is_dir():
                 self.inputs[name] = facts.model_digests(place)
-        if self.earlier:
+        if self.rows.earlier:
             arguments = self.models.arguments(request.model)
             now = facts.model_digests(request.model, revision=request.revision, model_arguments=arguments)
-            ledger.check_model(self.earlier[0], now)
+            ledger.check_model(self.rows.earlier[0], now)
         self.machine, self.versions = facts.machine_facts(), facts.versions()
         identity = {
             "request": request_facts(request),
@@ -172,29 +129,11 @@ class Run:
             )
         return kept["begin"]
 
-    def _find_rows(self) -> dict[str, Any]:
-        """Choose the rows, and find what is equal or nearly equal to them."""
-        if self._given_holdout is not None:
-            check_holdout(self._given_holdout, forget=self.selected.rows)
-            check_holdout(self._given_holdout, retain=self.separated.sets.get("retain", []))
-            if not self.holdout:
-                raise ValueError(
-                    "holdout: all of its rows are nearly the same as a forget row. It must be unknown to the "
-                    "model; name others"
-                )
-        selected = self.selected
-        return {
-            "selected": len(selected.rows),
-            "total": selected.total,
-            "indices": selected.indices,
-            "near_duplicates": self.separated.facts,
-        }
-
     @cached_property
     def _options(self) -> dict[str, Any]:
         """The options of all measures. Extraction Likelihood continues about ``PREFIXES`` prefixes."""
         prefixes, n = 0, measures.ngram_of(self.request.limits)
-        for name, rows in (("forget", self.forget), ("holdout", self.holdout or [])):
+        for name, rows in (("forget", self.rows.forget), ("holdout", self.rows.holdout or [])):
             tokens = tokenize_dataset(rows, self.models.tokenizer, name=name) if rows else []
             lengths = (sum(label != IGNORE_INDEX for label in row["labels"]) for row in tokens)
             prefixes = max(prefixes, sum(max(0, length - n) for length in lengths))
@@ -222,11 +161,11 @@ class Run:
         return {**found, "limits": {}, "outcome": outcome}
 
     def _knowledge(self, place: str) -> dict[str, Any]:
-        forget = self._measure_rows(place, self.forget, "forget")
+        forget = self._measure_rows(place, self.rows.forget, "forget")
         before = {"forget": measures.summary(forget)}
         holdout = None
-        if self.holdout is not None:
-            holdout = self._measure_rows(place, self.holdout, "holdout")
+        if self.rows.holdout is not None:
+            holdout = self._measure_rows(place, self.rows.holdout, "holdout")
             before["holdout"] = measures.summary(holdout)
         verdict = measures.known(forget, holdout, self.request.limits)
         return {
@@ -242,50 +181,11 @@ class Run:
         }
 
     def _keep(self) -> dict[str, Any]:
-        """Build the retain set, and keep its rows in the run's directory: the model writes some of them."""
-        forgotten = [row for earlier in self._earlier_rows.values() if earlier for row in earlier]
-        rows, told = build_retain(
-            self.models.held(self.models.start),
-            self.models.tokenizer,
-            self.request.retain,
-            [*self.forget, *forgotten],
-            progress=self.progress,
-        )
-        # A row of the user's may equal one that is forgotten, too, since near duplicates were taken along;
-        # and a row of the corpus may be in the hold-out set.
-        barred = (*self.forget, *forgotten, *self.separated.left_out, *(self._given_holdout or ()))
-        texts = {compared_text(row) for row in barred}
-        tokenizer = self.models.tokenizer  # a row of another form may have the same tokens
-        same = {tuple(row["input_ids"]) for row in tokenize_dataset(self.forget, tokenizer, name="forget")}
-        tokens = tokenize_dataset(rows, tokenizer, name="retain") if rows else []
-        keep = [
-            compared_text(row) not in texts and tuple(ids["input_ids"]) not in same
-            for row, ids in zip(rows, tokens, strict=True)
-        ]
-        own = sum(told.get(part, {}).get("rows", 0) for part in ("given", "neighbours"))
-        parts = {
-            "retain": [*compress(rows[:own], keep)],
-            "general": [*compress(rows[own:], keep[own:])],
-        }
-        told["left_out"] = len(rows) - sum(map(len, parts.values()))
-        trained, measured = [], {}
-        for name, of_part in parts.items():
-            if len(of_part) > 1:
-                of_training, measured[name] = split_for_utility(of_part)
-                trained += of_training
-            else:
-                trained += of_part
-        if not measured:
-            raise ValueError(
-                f"retain: {len(trained)} rows are too few, because some of them measure what is kept: give "
-                "at least 2 rows, or let the model write texts (sampled: 32)"
-            )
-        told["trained"] = len(trained)
-        told["measured"] = {name: len(of_part) for name, of_part in measured.items()}
+        """Build the retain set, and note its rows, some of which the model writes."""
+        models = self.models
+        rows, told = self.rows.to_keep(models.held(models.start), models.tokenizer, self.progress)
         with whole_file(self.work / _RETAIN) as new:
-            new.write_text(
-                json.dumps({"trained": trained, "measured": measured}, default=str), encoding="utf-8"
-            )
+            new.write_text(json.dumps(rows, default=str), encoding="utf-8")
         return told
 
     @cached_property
@@ -299,20 +199,21 @@ class Run:
         for name, rows in sets.items():
             tokens = tokenize_dataset(rows, self.models.tokenizer, name=name, limits=token_limits(model))
             scores = token_scores(model, split_documents(tokens), progress=self.progress, description=name)
-            found[name] = {"rows": len(rows), **token_measures(scores)}
+            measured = {"rows": len(rows), **token_measures(scores)}
+            found[name] = {key: value if math.isfinite(value) else None for key, value in measured.items()}
         return found
 
     def _measure_all(self, place: str) -> dict[str, Any]:
         """Measure all sets. The limits are those of the forget rows, so the others get one pass."""
         others = dict(self._retain["measured"])
-        if self.holdout is not None:
-            others = {"holdout": self.holdout, **others}
-        forget = measures.summary(self._measure_rows(place, self.forget, "forget"))
+        if self.rows.holdout is not None:
+            others = {"holdout": self.rows.holdout, **others}
+        forget = measures.summary(self._measure_rows(place, self.rows.forget, "forget"))
         return {"forget": forget, **self._measure_pass(place, others)}
 
     def _probe(self, place: str) -> dict[str, Any]:
         """Measure the general ability, without the questions about what is forgotten."""
-        names = entities(self.forget, self.models.tokenizer)
+        names = entities(self.rows.forget, self.models.tokenizer)
         return measure_probe(
             self.models.held(place), self.models.tokenizer, exclude=names, progress=self.progress
         )
@@ -332,6 +233,7 @@ class Run:
         limits = kept["limits"]
         if outcome == "undone":
             kept["limits"] = {name: _limit(limit, before, None, name) for name, limit in limits.items()}
+            self.not_tested |= dict.fromkeys(ATTACKS, "no new model came out")
             return outcome
         after = kept["measures"]["after"] = self.stages(
             "measures_after", lambda: self._measure_all(self.models.served)
@@ -347,27 +249,16 @@ class Run:
         else:
             self.not_tested["control"] = "no model that was retrained without the rows was given"
         kept["serving"] = self.stages("serving", lambda: serve(self.request, self.models.served))
-        if self.earlier:
+        if self.rows.earlier:
             kept["ledger"] = {"earlier": self.stages("earlier_requests", self._earlier_again)}
         met = all(limit["met"] for limit in kept["limits"].values())
         return "forgotten" if met and outcome == "forgotten" else "not forgotten"
 
-    @cached_property
-    def _earlier_rows(self) -> dict[int, list[Any] | None]:
-        """The rows of the earlier requests by their numbers in the ledger; None where they are gone."""
-        found: dict[int, list[Any] | None] = {}
-        for earlier in self.earlier:
-            found[earlier.entry.number] = None
-            if earlier.forget is not None:
-                with suppress(OSError, ValueError):  # the data was to be deleted, so it may be gone
-                    found[earlier.entry.number] = select_rows(earlier.forget, earlier.entry.record).rows
-        return found
-
     def _earlier_again(self) -> list[dict[str, Any]]:
         """Measure the rows of the earlier requests on what is served now."""
         told = []
-        for earlier in self.earlier:
-            rows = self._earlier_rows[earlier.entry.number]
+        for earlier in self.rows.earlier:
+            rows = self.rows.earlier_rows[earlier.entry.number]
             entry: dict[str, Any] = {"reference": earlier.entry.reference, "record": earlier.entry.record}
             # Other rows may be in the place of those that were to be deleted.
             if (
@@ -398,7 +289,7 @@ class Run:
         self.models.release()  # training loads the model itself
         trained = unlearn_to_limits(
             self.models.start,
-            self.forget,
+            self.rows.forget,
             self._retain["trained"],
             limits=limits,
             utility_sets=self._retain["measured"],
@@ -425,7 +316,7 @@ class Run:
                 if when == "after":
                     self.not_tested[name] = "the request did not ask for it"
                 continue
-            if name == "mia" and self.holdout is None:
+            if name == "mia" and self.rows.holdout is None:
                 self.not_tested[name] = "there is no hold-out set"
                 continue
             done[name] = self.stages(f"attack_{name}_{when}", partial(self._attack, name, place))
@@ -434,10 +325,11 @@ class Run:
     def _attack(self, name: str, place: str) -> dict[str, Any]:
         from loku import attacks
 
-        model, tokenizer = self.models.held(place), self.models.tokenizer
-        forget, holdout, start = self.forget, self.holdout, self.models.start
+        models = self.models
+        model, tokenizer = models.held(place), models.tokenizer
+        forget, holdout, start = self.rows.forget, self.rows.holdout, models.start
         compares = name in ("mia", "relearn") and place != start
-        original = self.models.load(start) if compares else None
+        original = models.load(start) if compares else None
         if name == "extract":
             if holdout is not None:  # as many as the forget rows show the level of chance
                 step = max(1, len(holdout) // max(ATTACKED, len(forget)))
@@ -454,7 +346,7 @@ class Run:
                 model,
                 tokenizer,
                 forget,
-                control_model=None if control is None else self.models.load(control),
+                control_model=None if control is None else models.load(control),
                 holdout=holdout,
                 retain=next(iter(self._retain["measured"].values())),
                 original_model=original,

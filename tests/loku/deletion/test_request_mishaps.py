@@ -48,13 +48,13 @@ def test_rows_that_are_the_same_but_for_their_case_neither_train_nor_set_the_lim
     write_rows(tmp_path / "holdout.jsonl", [*unseen[:5], same])
     (tmp_path / "work").mkdir()
     this = Run(read_request(request), tmp_path / "out", tmp_path / "work", False)
-    assert this.holdout == unseen[:5]
+    assert this.rows.holdout == unseen[:5]
     this.models.held = lambda place: None  # no text is sampled
     told = this._keep()
     assert told["left_out"] == 1
     kept = this._retain
     assert same not in [*kept["trained"], *kept["measured"]["retain"]]
-    assert len(this.forget) == FORGET_ROWS
+    assert len(this.rows.forget) == FORGET_ROWS
     write_rows(tmp_path / "holdout.jsonl", [same])
     with pytest.raises(ValueError, match="holdout: all of its rows"):
         run(request, tmp_path / "out")
@@ -219,7 +219,7 @@ def test_an_earlier_request_is_not_still_forgotten_by_what_was_not_measured(tmp_
         ({"memorization_accuracy": 0.4}, "other data", None),
     ):
         this = Run(read_request(write_request(tmp_path)), tmp_path / "out", tmp_path / "work", False)
-        this.earlier = [earlier(limits, sha256)]
+        this.rows.earlier = [earlier(limits, sha256)]
         [told] = this._earlier_again()
         assert told["still_forgotten"] is still, (limits, sha256)
         assert ("reason" in told) is (still is None)
