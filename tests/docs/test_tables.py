@@ -23,14 +23,6 @@ TABLES = {
         "gpu_h200",
     },
     "docs/experiments.md": {"fila_ablation"},
-    "docs/tutorial.md": {
-        "tutorial_paris_answers",
-        "tutorial_paris_figures",
-        "tutorial_paris_attacks",
-        "tutorial_planted_answers",
-        "tutorial_planted_figures",
-        "tutorial_planted_attacks",
-    },
 }
 
 
