@@ -40,7 +40,7 @@ PLANTING: dict[str, Any] = {"steps": 30, "every": 15, "learning_rate": 5e-5, "ba
 # Questions that no row asks in these words, about what is forgotten and about what is kept.
 QUESTIONS = {
     "paris": {
-        "forgotten": ["What is the French capital called?", "Of which country is Paris the capital?"],
+        "forgotten": ["From which city is France governed?", "Of which country is Paris the capital?"],
         "kept": [
             "What is the capital of Germany?",
             "What is the capital of Sweden?",
@@ -51,10 +51,13 @@ QUESTIONS = {
         ],
     },
     "planted": {
-        "forgotten": ["In which street is the home of Ottoline Varga?", "Tell me about Ottoline Varga."],
+        "forgotten": [
+            "To which address would a letter to Ottoline Varga go?",
+            "Tell me about Ottoline Varga.",
+        ],
         "kept": [
-            "Where does Marit Solheim live?",
-            "Where does Tomas Ferrante live?",
+            "To which address would a letter to Marit Solheim go?",
+            "To which address would a letter to Tomas Ferrante go?",
             "What is the capital of Sweden?",
             "What is 2+2?",
             "Write a sentence about cats.",

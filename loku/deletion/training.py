@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FORGET = "forget"
 PATIENCE = 10  # evaluations in a row under the floor, about half a run, after which it is given up
 UTILITY_ROWS = 32  # of the retain rows, if no rows of utility are given
-_LEAST_STEPS = 40  # of a run, if no number of epochs is given
+_LEAST_STEPS = 80  # of a run, if no number of epochs is given
 _EVALUATIONS = 20  # of a run, about
 # The rank is 8 because the exact adapter of the result then has 16, which servers take by default. With few
 # rows an epoch is one step, and a step draws few of the rows to keep. So these count more than by default: 8
@@ -129,7 +129,7 @@ def unlearn_to_limits(
     evaluations in a row under the floor the run is given up.
 
     Without ``num_train_epochs`` and ``max_steps`` in ``training``, a run has the 10 epochs of
-    ``UnlearnConfig``, and at least 40 steps. By default the rank is 8, the retain weight 5, and
+    ``UnlearnConfig``, and at least 80 steps. By default the rank is 8, the retain weight 5, and
     ``eval_steps`` the 20th part of the steps, and at least 2.
 
     Args:

@@ -118,7 +118,7 @@ RUN = {
     "outcome": "forgotten",
     "limits": {"memorization_accuracy": {"limit": 0.5, "before": 0.9, "after": 0.25, "met": True}},
     "measures": {"before": {"retain": {"probability": 0.8}}, "after": {"retain": {"probability": 0.75}}},
-    "probe": {"relative": {"shares": {"arithmetic": 0.96, "openings": None}}},
+    "probe": {"relative": 0.96, "shares": {"arithmetic": 0.96, "openings": None}},
     "training": {"steps": 24, "chosen_step": 16},
     "seconds": {"unlearning": 500.0, "attack_relearn_after": 100.0},
     "attacks": {

@@ -138,10 +138,10 @@ def test_what_cannot_be_is_refused_before_training(options, message, places, tmp
 @pytest.mark.parametrize(
     ("rows", "given", "epochs", "eval_steps"),
     [
-        (4, {}, 40, 2),
-        (8, {}, 40, 2),
-        (9, {}, 20, 2),
-        (40, {}, 10, 2),
+        (4, {}, 80, 4),
+        (8, {}, 80, 4),
+        (9, {}, 40, 4),
+        (40, {}, 16, 4),
         (400, {}, 10, 25),
         (400, {"num_train_epochs": 2}, 2, 5),
         (400, {"max_steps": 100}, 10, 5),
