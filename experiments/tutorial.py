@@ -178,14 +178,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     planting.add_argument("--without", action="store_true", help="leave out the record that is forgotten")
     collecting = commands.add_parser("collect", help="collect the figures of the two runs of loku forget")
     collecting.add_argument("paris", type=Path, help="the record of experiments/tutorial/paris/request.yaml")
-    collecting.add_argument("planted", type=Path, help="that of experiments/tutorial/planted/request.yaml")
+    collecting.add_argument(
+        "planted",
+        type=Path,
+        nargs="?",
+        help="that of experiments/tutorial/planted/request.yaml, if it has run",
+    )
     collecting.add_argument("--json", type=Path, default=RESULT, help=f"result file (default: {RESULT})")
     options = parser.parse_args(argv)
     if options.command == "plant":
         for entry in plant(options.model, options.output, options.without):
             print(entry)
     else:
-        collect({"paris": options.paris, "planted": options.planted}, options.json)
+        given = {"paris": options.paris, "planted": options.planted}
+        collect({case: folder for case, folder in given.items() if folder is not None}, options.json)
 
 
 if __name__ == "__main__":
