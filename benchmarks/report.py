@@ -19,9 +19,11 @@ from gpu_tables import gpu
 from result_files import RESULTS, read_result
 from scaling_picture import draw
 from summary_table import summary
+from tutorial_tables import TABLES as TUTORIAL
 
 ROOT = Path(__file__).parents[1]
 ABLATION = ROOT / "experiments" / "results" / "fila_ablation.jsonl"
+TUTORIAL_RUNS = ROOT / "experiments" / "results" / "tutorial.json"
 SUMMARISED = [f"{name}_cpu.json" for name in ("ihl_kernel", "linear", "unlearn", "fisher", "fila")]
 # name -> the function that makes the table, and the result files whose contents it takes
 TABLES: dict[str, tuple[Callable[..., str], Sequence[str | Path]]] = {
@@ -39,12 +41,15 @@ TABLES: dict[str, tuple[Callable[..., str], Sequence[str | Path]]] = {
     "demo": (tables.demo, ["demo.json"]),
     "gpu_h200": (gpu, ["gpu_h200.json"]),
     "fila_ablation": (fila_ablation, [ABLATION]),
+    **{name: (make, [TUTORIAL_RUNS]) for name, make in TUTORIAL.items()},
 }
 PAGES = {
     "README.md": ["forgetting", "summary"],
-    "docs/benchmarks.md": [name for name in TABLES if name not in ("forgetting", "summary", "fila_ablation")],
     "docs/experiments.md": ["fila_ablation"],
+    "docs/tutorial.md": [name for name in TUTORIAL if name.startswith("tutorial_paris_")],
 }
+_ELSEWHERE = {name for names in PAGES.values() for name in names} | TUTORIAL.keys()
+PAGES["docs/benchmarks.md"] = [name for name in TABLES if name not in _ELSEWHERE]
 
 
 def render(text: str, results: Path = RESULTS) -> str:

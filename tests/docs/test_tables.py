@@ -23,6 +23,11 @@ TABLES = {
         "gpu_h200",
     },
     "docs/experiments.md": {"fila_ablation"},
+    "docs/tutorial.md": {
+        "tutorial_paris_answers",
+        "tutorial_paris_figures",
+        "tutorial_paris_attacks",
+    },
 }
 
 
