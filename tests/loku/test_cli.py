@@ -157,7 +157,8 @@ def test_every_field_is_an_option_and_help_shows_the_chosen(capsys):
     fields, inherited = read_fields(UnlearnConfig), read_fields(TrainingArguments)
     own = fields.keys() - inherited.keys()
     assert {"method", "lora_rank", "fisher_damping"} <= own and set(COMMON) <= inherited.keys()
-    assert shown == own | set(COMMON) | set(PLACES) | {"config", "export_rank", "quiet", "save"}
+    further = {"config", "eval_dataset", "export_rank", "quiet", "save"}
+    assert shown == own | set(COMMON) | set(PLACES) | further
     for name in own:
         assert re.search(rf"^  --{name} \S.*(\n +)?  +\w", text, re.M), f"{name} is not described"
     for field in fields.values():
