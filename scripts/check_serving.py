@@ -96,7 +96,7 @@ class _Subject:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32, trust_remote_code=False)
         return PeftModel.from_pretrained(base, self.adapter).eval()
 
     def logits(self, model: Any) -> list[Any]:
@@ -168,7 +168,9 @@ def check_peft(folder: Path) -> list[Facts]:
         loaded = subject.peft_model()
         served = loaded.peft_config["default"].r
         error = _largest(subject.logits(loaded), expected) / size
-        merged = AutoModelForCausalLM.from_pretrained(subject.merged, dtype=torch.float32).eval()
+        merged = AutoModelForCausalLM.from_pretrained(
+            subject.merged, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         merged_error = _largest(subject.logits(merged), expected) / size
         result_text = (
             f"largest error of a logit {_figure(error)} of the largest, of the merged save "
@@ -349,7 +351,9 @@ def check_llama_cpp(folder: Path, llama_cpp: Path) -> list[Facts]:
         check = f"embedded Llama, base + adapter of rank {written['rank']}"
         row = {"server": "llama.cpp", "version": version}
         facts.append({**row, "check": check, "result": f"{_same_tensors(ours, theirs)}; {text}"})
-    merged = AutoModelForCausalLM.from_pretrained(subject.merged, dtype=torch.float32).eval()
+    merged = AutoModelForCausalLM.from_pretrained(
+        subject.merged, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     expected, answers = subject.logits(merged), subject.greedy(merged)
     model = _converted(llama_cpp, place / "merged", folder / "merged.gguf")
     text = _agreement(subject, _llama(subject, model, None), expected, answers)

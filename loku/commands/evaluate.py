@@ -82,10 +82,6 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
-    check_local("MODEL", options.model)
-    for name in ("adapter", "tokenizer"):
-        if getattr(options, name):
-            check_local(f"--{name}", getattr(options, name))
     sources = dict(options.data)
     read = [*sources.values(), options.reference_log or ""]
     check_report_files(options.out, read)
@@ -113,6 +109,10 @@ def run(options: argparse.Namespace) -> None:
     reference = None
     if options.reference_log is not None:
         reference = _read_log(options.reference_log)
+    check_local("MODEL", options.model)
+    for name in ("adapter", "tokenizer"):
+        if getattr(options, name):
+            check_local(f"--{name}", getattr(options, name))
     model, base, adapter = _load(options.model, options.adapter, options.model_init_kwargs)
     if options.adapter is None and adapter is not None and state.is_main_process:
         print(f"{adapter} is an adapter; its base is {base}", file=sys.stderr)

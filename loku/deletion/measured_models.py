@@ -63,14 +63,14 @@ class MeasuredModels:
         """
         if self._held is None or self._held[0] != place:
             self.release()
-            self._held = place, self.load(place)
+            self._held = place, self.fresh(place)
         return self._held[1]
 
     def release(self) -> None:
         """Hold no model any more."""
         self._held = None
 
-    def load(self, place: str) -> Any:
+    def fresh(self, place: str) -> Any:
         """Load a model in evaluation mode, on the accelerator if there is one.
 
         Args:

@@ -329,7 +329,7 @@ class Run:
         model, tokenizer = models.held(place), models.tokenizer
         forget, holdout, start = self.rows.forget, self.rows.holdout, models.start
         compares = name in ("mia", "relearn") and place != start
-        original = models.load(start) if compares else None
+        original = models.fresh(start) if compares else None
         if name == "extract":
             if holdout is not None:  # as many as the forget rows show the level of chance
                 step = max(1, len(holdout) // max(ATTACKED, len(forget)))
@@ -346,7 +346,7 @@ class Run:
                 model,
                 tokenizer,
                 forget,
-                control_model=None if control is None else models.load(control),
+                control_model=None if control is None else models.fresh(control),
                 holdout=holdout,
                 retain=next(iter(self._retain["measured"].values())),
                 original_model=original,

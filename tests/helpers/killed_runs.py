@@ -85,9 +85,9 @@ def write_half(tensors, path, **kwargs):
     kill()
 
 
-def save_half(peft_model, path, kind, tokenizer):
+def save_half(peft_model, path, kind, tokenizer, rank):
     with patch("loku.saving.adapter_files.save_file", write_half):
-        loku.saving.kinds.save(peft_model, path, kind, tokenizer=tokenizer)
+        loku.saving.kinds.save(peft_model, path, kind, tokenizer=tokenizer, rank=rank)
 
 
 # By stage: the patch that kills the first run, its callbacks, and whether it leaves a checkpoint.
