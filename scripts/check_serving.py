@@ -385,7 +385,7 @@ def _tiny(kind: str) -> Any:
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.mul_(8)

@@ -328,7 +328,9 @@ def test_every_loader_says_whether_code_may_run():
             given = {keyword.arg for keyword in call.keywords}
             of_peft = ast.unparse(call.func).startswith(("PeftModel.", "PeftConfig."))
             assert of_peft or "trust_remote_code" in given, f"{path}:{call.lineno}"
-            assert not of_peft or path == "loku/adapter_folders.py", f"{path}:{call.lineno}"
+            # scripts/check_serving.py loads its own adapters as a server does that has peft alone.
+            own = ("loku/adapter_folders.py", "scripts/check_serving.py")
+            assert not of_peft or path in own, f"{path}:{call.lineno}"
             found.setdefault(path, []).append(call.lineno)
     assert len(found) >= 6
 
