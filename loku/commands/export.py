@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loku.commands import CommandParser, Commands, accept_underscores, check_local, json_object, named_source
+from loku.commands.report_files import read_earlier_report
 from loku.counts import check_counts, check_max_length
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from loku.saving.compression import Compression
 
 _KEYS = {"adapter", "base", "data", "exact_rank", "ranks"}  # of every report
-_MAX_REPORT_BYTES = 64 << 20
 
 
 def add(commands: Commands[CommandParser]) -> CommandParser:
@@ -154,7 +153,7 @@ def _check_files(report: str | None, picture: str | None, read: Iterable[str | N
     from loku.saving.destinations import check_writable
 
     inputs = {Path(name).resolve() for name in read if name}
-    earlier = _earlier_report(report)
+    earlier = None if report is None else read_earlier_report(report, _KEYS)
     for option, name in (("--report", report), ("--picture", picture)):
         if name is None:
             continue
@@ -177,16 +176,6 @@ def _is_ours(file: Path, option: str, earlier: Mapping[str, Any] | None) -> bool
     if earlier is None:
         return False
     return option == "--report" or earlier.get("picture_sha256") == file_digest(file)
-
-
-def _earlier_report(report: str | None) -> dict[str, Any] | None:
-    try:
-        if report is None or not Path(report).is_file() or Path(report).stat().st_size > _MAX_REPORT_BYTES:
-            return None
-        found = json.loads(Path(report).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and found.keys() >= _KEYS else None
 
 
 def _load(adapter: str, options: argparse.Namespace) -> tuple[Any, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def check_report_files(out: str | os.PathLike, inputs: Iterable[str | os.PathLik
     files = report_files(out)
     real = [os.path.realpath(file) for file in files]
     read = {os.path.realpath(name): name for name in inputs if name and os.path.exists(name)}
-    earlier = _earlier_report(out)
+    earlier = read_earlier_report(out, _KEYS)
     for role, file, place in zip(("report", "log", "picture"), files, real, strict=True):
         if place in read:
             raise ValueError(f"--out {out} would write {file}, which is read; pass another --out")
@@ -72,14 +72,24 @@ def check_report_files(out: str | os.PathLike, inputs: Iterable[str | os.PathLik
     check_writable(out.parent)
 
 
-def _earlier_report(out: Path) -> dict[str, Any] | None:
+def read_earlier_report(file: str | os.PathLike, keys: Set[str]) -> dict[str, Any] | None:
+    """Read a report of an earlier run.
+
+    Args:
+        file: Its path.
+        keys: The keys that every report of its kind has.
+
+    Returns:
+        The report; None if there is no file, or if it is no such report.
+    """
+    file = Path(file)
     try:
-        if not out.is_file() or out.stat().st_size > _MAX_REPORT_BYTES:
+        if not file.is_file() or file.stat().st_size > _MAX_REPORT_BYTES:
             return None
-        report = json.loads(out.read_text(encoding="utf-8"))
+        report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return report if isinstance(report, dict) and report.keys() >= _KEYS else None
+    return report if isinstance(report, dict) and report.keys() >= keys else None
 
 
 def write_report_files(

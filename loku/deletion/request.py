@@ -48,16 +48,21 @@ FIELDS = (
 SELECTION_FIELDS = ("data", "ids", "id_column", "contains", "matches", "columns")
 RETAIN_FIELDS = (*SELECTION_FIELDS, "corpus", "neighbours", "sampled")
 MODEL_FIELDS = ("name", "revision", "tokenizer", "arguments")
-# The fields of loku.UnlearnConfig that a request does not set, with the reason.
+# The fields of loku.UnlearnConfig that ``loku.deletion.training`` sets itself.
+OWN_FIELDS = (
+    *("output_dir", "resume_from_checkpoint", "model_init_kwargs", "disable_tqdm"),
+    *("eval_strategy", "eval_delay", "eval_on_start", "eval_limits", "eval_floors", "prediction_loss_only"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
+# The fields that a request does not set, with the reason.
 _STAGES, _SECRET = "the procedure sets it", "a secret is no part of a request, which the record keeps"
 NO_TRAINING = {
+    **dict.fromkeys(OWN_FIELDS, _STAGES),
     "output_dir": "the procedure keeps its checkpoints in its own folder",
     "resume_from_checkpoint": "the procedure goes on by itself when it is started again",
-    **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval"), _STAGES),
-    **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit", "save_only_model"), _STAGES),
-    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _STAGES),
-    **dict.fromkeys(("do_train", "do_predict", "disable_tqdm", "save_on_each_node"), _STAGES),
     "model_init_kwargs": "write the arguments of from_pretrained to model.arguments",
+    **dict.fromkeys(("eval_steps", "do_eval", "do_train", "do_predict", "save_on_each_node"), _STAGES),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy"), "upload the result after it is judged"),
     "hub_token": _SECRET,
 }

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loku.config import UnlearnConfig
 from loku.data import as_rows
+from loku.deletion.request import OWN_FIELDS
 from loku.distributed import from_main_process, is_main_process
 from loku.eval_bounds import JOINT_MEASURE
 from loku.evaluation.scores import mean_answer_probability, spread_token_scores
@@ -45,28 +46,6 @@ _EVALUATIONS = 20  # of a run, about
 # rows were forgotten from the embedded model in bfloat16 with 0.90 of its utility at a weight of 5, and not
 # over 0.88 at 1.5 and at 3.
 _DEFAULTS: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16, "retain_weight": 5.0, "report_to": "none"}
-# The fields that the procedure sets itself.
-OWN_FIELDS = frozenset(
-    {
-        "disable_tqdm",
-        "eval_delay",
-        "eval_floors",
-        "eval_limits",
-        "eval_on_start",
-        "eval_strategy",
-        "greater_is_better",
-        "load_best_model_at_end",
-        "metric_for_best_model",
-        "model_init_kwargs",
-        "output_dir",
-        "prediction_loss_only",
-        "resume_from_checkpoint",
-        "save_only_model",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-    }
-)
 _SHOWN = (
     "method",
     "tuning",

@@ -11,24 +11,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from forks import forked
 from transformers import TrainerCallback  # noqa: F401  # imported before the forks
 
 from loku.deletion import ledger, procedure, run, stages
 from loku.deletion.request import read_request
-
-
-def in_fork(act):
-    """Run a function in a fork, and return the signal or the exit code that ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            act()
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
 def kill(*args, **kwargs):
@@ -62,8 +49,8 @@ def main():
     }
     for name, fault in faults.items():
         with fault:
-            ends[name] = in_fork(lambda: forget(request, folder / "killed"))
-    ends["last"] = in_fork(lambda: forget(request, folder / "killed"))
+            ends[name] = forked(lambda: forget(request, folder / "killed"))
+    ends["last"] = forked(lambda: forget(request, folder / "killed"))
     ends["left"] = work.exists()
     print(json.dumps(ends))
 

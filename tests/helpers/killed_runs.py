@@ -11,12 +11,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from forks import forked
 from tiny_models import tiny_model
 from transformers import TrainerCallback
 
@@ -126,22 +126,6 @@ VARIANTS = {
     },
     "kl": {"method": "kl", "tuning": "full", "learning_rate": 1e-3},
 }
-
-
-def forked(function):
-    """Call ``function`` in a child process and return its exit status, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def saved(directory):

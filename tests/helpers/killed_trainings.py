@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from forks import forked
 from tiny_models import tiny_model
 
 from loku.deletion import training
@@ -80,23 +81,6 @@ def _run(folder, output_dir, forget, retain, kill_at, stage):
     facts = {name: value for name, value in done.facts.items() if name != "seconds"}
     (output_dir / "facts.json").write_text(json.dumps({"outcome": done.outcome, **facts}))
     save(done.result.model, output_dir / "saved", "portable", tokenizer=None)
-
-
-def forked(function, *arguments):
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            function(*arguments)
-            code = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def result(directory):

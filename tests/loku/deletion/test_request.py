@@ -341,6 +341,8 @@ def test_a_mistake_is_named_with_its_line(read, text, message):
             "{eval_strategy: epoch}",
             "training.eval_strategy: a request does not set it: the procedure sets it",
         ),
+        ("{eval_limits: {}}", "training.eval_limits: a request does not set it: the procedure sets it"),
+        ("{prediction_loss_only: true}", "training.prediction_loss_only: a request does not set it"),
         ("{hub_token: a}", "training.hub_token: a request does not set it: a secret"),
         ("{model_init_kwargs: {}}", "training.model_init_kwargs: .*model.arguments"),
         ("{lora_rank: many}", "training.lora_rank: 'many' is not a whole number"),
