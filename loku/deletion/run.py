@@ -30,8 +30,7 @@ from loku.evaluation.scores import token_measures, token_scores
 from loku.probe import measure_probe, relative_ability
 from loku.saving.directories import whole_file
 
-PREFIXES = 200  # that it continues, about: each costs a greedy text
-ATTACKED = 16  # rows of the hold-out set, at least, whose extraction shows the level of chance
+PREFIXES = 200  # Extraction Likelihood continues about so many; each costs a greedy text
 _FIRST = "rows"  # the first stage
 _REQUEST = "request.yaml"  # in the private directory: the copy of the request's file
 _RUN = "run.json"  # in the private directory: what identifies the run
@@ -331,9 +330,6 @@ class Run:
         compares = name in ("mia", "relearn") and place != start
         original = models.fresh(start) if compares else None
         if name == "extract":
-            if holdout is not None:  # as many as the forget rows show the level of chance
-                step = max(1, len(holdout) // max(ATTACKED, len(forget)))
-                holdout = holdout[::step]
             return attacks.extraction_attack(model, tokenizer, forget, holdout, progress=self.progress)
         if name == "mia":
             assert holdout is not None
