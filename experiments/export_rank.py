@@ -8,7 +8,6 @@ by data set the largest change of a logit and the mean answer probability, besid
 and of the original model. The picture is beside the result file.
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from grid import RESULTS
 from shared import result_files
+from unlearned_models import parsed, unlearned_model_parser
 
 from loku.adapter_folders import put_adapter, read_adapter
 from loku.data import tokenize_dataset
@@ -69,21 +69,8 @@ def lines_by_rank(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", metavar="PATH", help="the original model (default: the embedded one)")
-    parser.add_argument("--adapter", metavar="PATH", help="with --model: the adapter that unlearned it")
-    parser.add_argument("--forget", metavar="FILE", help="with --model: a data set, as for loku evaluate")
-    parser.add_argument("--retain", metavar="FILE", help="with --model: a data set, as for loku evaluate")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--json", metavar="FILE", help="result file (default: experiments/results/export_rank.json)"
-    )
-    options = parser.parse_args(argv)
-    if options.model is not None and None in (options.adapter, options.forget, options.retain):
-        parser.error("--model needs --adapter, --forget and --retain")
-
+    parser = unlearned_model_parser(__doc__, "experiments/results/export_rank.json")
+    options = parsed(parser, argv)
     with tempfile.TemporaryDirectory() as directory:
         adapter = options.adapter
         if options.model is None:

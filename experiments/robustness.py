@@ -18,6 +18,7 @@ from typing import Any
 
 from grid import RESULTS
 from shared import result_files
+from unlearned_models import parsed, unlearned_model_parser
 
 from loku.adapter_folders import put_adapter, read_adapter_config
 from loku.data import tokenize_dataset
@@ -107,24 +108,12 @@ def models_and_rows(options: argparse.Namespace) -> tuple[Any, Any, Any, list[An
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", metavar="PATH", help="the original model (default: the embedded one)")
-    parser.add_argument("--adapter", metavar="PATH", help="with --model: the adapter that unlearned it")
-    parser.add_argument("--forget", metavar="FILE", help="with --model: a data set, as for loku evaluate")
-    parser.add_argument("--retain", metavar="FILE", help="with --model: a data set, as for loku evaluate")
+    parser = unlearned_model_parser(__doc__, "experiments/results/robustness_cpu.json")
     parser.add_argument("--control", metavar="PATH", help="a model that never saw the forget set")
     parser.add_argument("--steps", type=int, default=20, help="steps of fine-tuning")
     parser.add_argument("--every", type=int, default=2, help="steps between measurements")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the fine-tuning")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--json", metavar="FILE", help="result file (default: experiments/results/robustness_cpu.json)"
-    )
-    options = parser.parse_args(argv)
-    if options.model is not None and None in (options.adapter, options.forget, options.retain):
-        parser.error("--model needs --adapter, --forget and --retain")
+    options = parsed(parser, argv)
 
     original, unlearned, tokenizer, forget, retain = models_and_rows(options)
     sets = {"forget": forget, "retain": retain[::RETAIN_STRIDE]}
