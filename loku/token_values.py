@@ -37,30 +37,19 @@ class TokenValues(NamedTuple):
     positions: dict[str, Tensor]
 
 
-def quantity_positions(
-    quantity: Quantity, rows: Tensor, labels: Tensor, attention_mask: Tensor | None = None
-) -> Tensor:
-    """The mask (B, T), bool, of the positions of a quantity in a batch.
+def positions_of(
+    needed: Sequence[RowsOf], labels: Tensor, attention_mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The mask (B, T), bool, of the positions of each quantity in a batch, by its name.
 
     Args:
-        quantity: The quantity.
-        rows: The mask (B,), bool, of the rows that have it.
+        needed: The quantities, each with the mask of the rows that have it.
         labels: The labels (B, T), int64.
         attention_mask: The attention mask (B, T), int64. None (default) for packed rows.
-
-    Raises:
-        ValueError: All tokens of packed rows are asked for, whose padding is not marked.
     """
-    if quantity.positions == "label":
-        return rows[:, None] & (next_token_labels(labels) != IGNORE_INDEX)
-    if quantity.positions == "labelled":
-        return rows[:, None] & (labels != IGNORE_INDEX)
-    if attention_mask is None:
-        raise ValueError(
-            f"{quantity.name} is of all tokens, and rows have several documents (position_ids): give each "
-            "document a row"
-        )
-    return rows[:, None] & attention_mask.bool()
+    return {
+        quantity.name: rows[:, None] & quantity.positions(labels, attention_mask) for quantity, rows in needed
+    }
 
 
 @uninterrupted_context
@@ -139,20 +128,17 @@ def token_values(
 
     Raises:
         ValueError: The output embedding or the positions of a quantity cannot be handled; see
-            ``loku.head.output_embedding`` and ``quantity_positions``.
+            ``loku.head.output_embedding`` and ``Quantity.positions``.
     """
     next_labels = next_token_labels(labels)
-    attention = tokens.get("attention_mask")
-    positions = [
-        (quantity, quantity_positions(quantity, rows, labels, attention)) for quantity, rows in needed
-    ]
+    positions = positions_of(needed, labels, tokens.get("attention_mask"))
     with _outputs(model, [quantity for quantity, _ in needed]) as outputs:
 
         def compute(hidden: Tensor, head: nn.Linear, **post: Any) -> Tensor:
             triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **post)
             channels = [triplet]
-            for quantity, where in positions:
-                output = outputs.get(quantity.name)
+            for quantity, _ in needed:
+                where, output = positions[quantity.name], outputs.get(quantity.name)
                 at = _at(quantity, where, next_labels, (hidden, head, post), output, original_head)
                 numbers = quantity.of_model(at, (originals or {}).get(quantity.name))
                 zeros = torch.zeros_like(triplet[..., 0])
@@ -164,7 +150,7 @@ def token_values(
         output[..., :3],
         next_labels != IGNORE_INDEX,
         {quantity.name: output[..., 3 + number] for number, (quantity, _) in enumerate(needed)},
-        {quantity.name: where for quantity, where in positions},
+        positions,
     )
 
 
@@ -182,17 +168,14 @@ def original_values(
     Returns:
         The ``Quantity.of_original`` (n, ...) of each quantity, by its name, row by row.
     """
-    attention = tokens.get("attention_mask")
-    positions = [
-        (quantity, quantity_positions(quantity, rows, labels, attention)) for quantity, rows in needed
-    ]
+    positions = positions_of(needed, labels, tokens.get("attention_mask"))
     next_labels = next_token_labels(labels)
     kept: dict[str, Tensor] = {}
     with torch.no_grad(), _outputs(model, [quantity for quantity, _ in needed]) as outputs:
 
         def compute(hidden: Tensor, head: nn.Linear, **post: Any) -> Tensor:
-            for quantity, where in positions:
-                output = outputs.get(quantity.name)
+            for quantity, _ in needed:
+                where, output = positions[quantity.name], outputs.get(quantity.name)
                 at = _at(quantity, where, next_labels, (hidden, head, post), output)
                 kept[quantity.name] = quantity.of_original(at)
             return hidden.new_zeros((*hidden.shape[:-1], 3), dtype=torch.float32)

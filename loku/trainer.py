@@ -67,7 +67,7 @@ from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
 from loku.target_modules import check_lora_config
 from loku.text_decoder import check_causal_lm
-from loku.token_values import Head, RowsOf, original_values, quantity_positions, token_values
+from loku.token_values import Head, RowsOf, original_values, positions_of, token_values
 from loku.torch_defaults import torch_defaults
 from loku.trainer_callbacks import LossBar, SetEpoch
 from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
@@ -314,11 +314,10 @@ class UnlearnTrainer(EvaluatingTrainer):
             needed = self._compared({kind: mask.to(self.args.device) for kind, mask in masks.items()})
             with evaluating(self.model):
                 values = original_values(self.model, needed=needed, **tokens)
+            positions = positions_of(needed, tokens["labels"], tokens.get("attention_mask"))
             for quantity, concerned in needed:
-                where = quantity_positions(
-                    quantity, concerned, tokens["labels"], tokens.get("attention_mask")
-                )
-                parts = values[quantity.name].cpu().split(where.sum(1)[concerned].tolist())
+                counts = positions[quantity.name].sum(1)[concerned].tolist()
+                parts = values[quantity.name].cpu().split(counts)
                 chosen = (key for key, chosen in zip(keys, concerned.tolist(), strict=True) if chosen)
                 for key, part in zip(chosen, parts, strict=True):
                     dataset.originals.setdefault(key, {})[quantity.name] = part.clone()
@@ -403,10 +402,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         labels, attention = batch["labels"], batch.get("attention_mask")
         masks = {kind: batch[f"is_{kind}"] for kind in self.objective.kinds}
         counted = next_token_labels(labels) != IGNORE_INDEX
-        positions = {
-            quantity.name: quantity_positions(quantity, rows, labels, attention)
-            for quantity, rows in self.objective.rows_of(masks)
-        }
+        positions = positions_of(self.objective.rows_of(masks), labels, attention)
         kinds = {kind: counted[mask] for kind, mask in masks.items()}
         of_kinds = {
             kind: {name: where[mask] for name, where in positions.items()} for kind, mask in masks.items()

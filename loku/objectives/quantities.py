@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from loku.data.tokens import IGNORE_INDEX
+from loku.head import next_token_labels
 from loku_kernels import cross_entropy, linear_kl_divergence_loss, linear_softmax_triplet
 
 
@@ -45,8 +47,6 @@ class Quantity:
 
     Class attributes:
         name: The name in ``Rows.values``.
-        positions: The positions that have a number: those that predict a "label" (default), those of the
-            "labelled" tokens themselves, or those of all "tokens" without padding.
         compares: Whether the original model is needed, False by default. If so, ``of_original`` is called.
         needs_head: Whether ``At.original_head`` is needed, False by default. A model that changes in place
             then keeps a copy of its output embedding.
@@ -56,10 +56,17 @@ class Quantity:
     compares: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
 
-    @property
-    def positions(self) -> Literal["label", "labelled", "tokens"]:
-        """The positions that have a number."""
-        return "label"
+    def positions(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The mask (B, T), bool, of the positions that have a number: by default those that predict a label.
+
+        Args:
+            labels: The labels (B, T), int64, aligned with the tokens; -100 is ignored.
+            attention_mask: The mask (B, T), int64, that is 0 in the padding. None for packed rows.
+
+        Raises:
+            ValueError: The positions of packed rows are not known.
+        """
+        return next_token_labels(labels) != IGNORE_INDEX
 
     def module(self, model: nn.Module) -> nn.Module | None:
         """The module of a causal LM whose output is needed; None (default) for none.
@@ -122,10 +129,20 @@ class Divergence(Quantity):
 
     over: Literal["label", "tokens"] = "label"
 
-    @property
-    def positions(self) -> Literal["label", "tokens"]:
-        """The positions that have a number."""
-        return self.over
+    def positions(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The mask (B, T), bool, of the positions that have a number.
+
+        Raises:
+            ValueError: All tokens of packed rows are asked for.
+        """
+        if self.over == "label":
+            return super().positions(labels, attention_mask)
+        if attention_mask is None:
+            raise ValueError(
+                'divergence_over="tokens" takes rows of one document: packed rows do not mark their padding. '
+                "Give each document a row"
+            )
+        return attention_mask.bool()
 
     def of_original(self, at: At) -> Tensor:
         """The last hidden states (n, D). The distributions would be V numbers each."""
