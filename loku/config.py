@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from loku.counts import check_counts, check_max_length
 from loku.eval_bounds import JOINT_MEASURE, check_bounds
 from loku.fila.row_scales import FilaConfig
-from loku.objectives import OBJECTIVES
+from loku.objectives import OBJECTIVES, Objective, described_methods, resolved
 from loku.target_modules import check_patterns
 
 # The fields that may differ between a run and the run that goes on from its checkpoint, with the reason.
@@ -162,8 +162,10 @@ class UnlearnConfig(TrainingArguments):
         logging_nan_inf_filter: Not used. The trainer stops at the first loss that is NaN or Inf.
         tf32: Whether float32 products on CUDA are multiplied in TF32. None (default) does so in training if
             the card has TF32 and the model float32 weights without autocast, and the log then has ``tf32``.
-        method: The method, a key of ``loku.objectives.OBJECTIVES``: "ihl" (default), "ga", "gd", "kl", "dpo",
-            "npo" or "idk".
+        method: The method, a key of ``loku.objectives.OBJECTIVES``; "ihl" by default. The error of "list" has
+            a line about each.
+        method_args: The further arguments of the method, ``{name: value}``; None (default) for the defaults.
+            ``Objective.arguments`` of the method documents them.
         tuning: The parameters that are trained. "lora" (default) trains adapters. "full" trains all
             parameters that require a gradient, and ignores ``init``, the LoRA fields and ``target_modules``.
         init: The initialisation of LoRA. "fila" (default) uses the Fisher information of the two sets,
@@ -181,7 +183,8 @@ class UnlearnConfig(TrainingArguments):
             products and adds into their outputs, True by default. False leaves the products to peft, which
             casts the inputs to the adapters' dtype. See ``loku.lora_linear``.
         retain_weight: The factor of the retain loss beside the forget loss, 1.5 by default; Eq. 3 has 1.
-        beta: The inverse temperature of DPO and NPO, 0.1 by default.
+        beta: The beta of the method, such as the inverse temperature of DPO and NPO. None (default) stands
+            for the method's own default. Methods without one refuse it.
         refusals: The refusals of DPO and IDK: a list of strings, or the path of a file with one on each line.
             None (default) stands for TOFU's 100. Each epoch draws one for every forget row.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
@@ -209,6 +212,7 @@ class UnlearnConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar = [  # type: ignore[misc]  # TrainingArguments has it without ClassVar
         *TrainingArguments._VALID_DICT_FIELDS,
+        "method_args",
         "eval_limits",
         "eval_floors",
         "model_init_kwargs",
@@ -256,7 +260,13 @@ class UnlearnConfig(TrainingArguments):
         metadata={"help": "Multiply float32 in TF32; by default in training, on cards that have it."},
     )
 
-    method: str = field(default="ihl", metadata={"help": "The method: ihl, ga, gd, kl, dpo, npo or idk."})
+    method: str = field(
+        default="ihl",
+        metadata={"help": f"The method: {', '.join(OBJECTIVES)}; list shows a line about each."},
+    )
+    method_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The further arguments of the method, a JSON object."}
+    )
     tuning: Literal["lora", "full"] = field(
         default="lora", metadata={"help": "Train LoRA adapters, or the full model."}
     )
@@ -283,7 +293,10 @@ class UnlearnConfig(TrainingArguments):
         metadata={"help": "Multiply the adapters in the dtype of the model's products, in training."},
     )
     retain_weight: float = field(default=1.5, metadata={"help": "The factor of the retain loss."})
-    beta: float = field(default=0.1, metadata={"help": "The inverse temperature of DPO and NPO."})
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "The beta of the method, such as that of DPO and NPO; its own by default."},
+    )
     refusals: list[str] | str | None = field(
         default=None,
         metadata={
@@ -333,6 +346,8 @@ class UnlearnConfig(TrainingArguments):
         self.remove_unused_columns = False  # the columns are pairs of rows, not arguments of the model
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # a forward uses all trained parameters
+        if self.method == "list":
+            raise ValueError(f"method must be one of\n{described_methods()}")
         if self.method not in OBJECTIVES:
             raise ValueError(f"method must be one of {sorted(OBJECTIVES)}, got {self.method!r}")
         if self.tuning not in ("lora", "full"):
@@ -354,6 +369,7 @@ class UnlearnConfig(TrainingArguments):
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device for which to pin
         _check_ranges(self)
+        self.objective()  # it checks beta and method_args
         self.fila_config()  # it checks its own
         self.eval_limits = check_bounds("eval_limits", self.eval_limits)
         self.eval_floors = check_bounds("eval_floors", self.eval_floors)
@@ -365,6 +381,26 @@ class UnlearnConfig(TrainingArguments):
         joint = (self.metric_for_best_model or "").removeprefix("eval_") == JOINT_MEASURE
         if joint and not self.greater_is_better:
             raise ValueError(f"a greater {JOINT_MEASURE} is better: leave greater_is_better out")
+
+    def method_arguments(self) -> tuple[float | None, dict[str, Any]]:
+        """The beta of the method, or None if it has none, and the values of its further arguments.
+
+        Raises:
+            ValueError: The method has no beta but one is given, or ``method_args`` are wrong.
+        """
+        objective, given = OBJECTIVES[self.method], self.method_args
+        if self.beta is not None and objective.beta is None:
+            raise ValueError(f"method {self.method!r} has no beta (Objective.beta): leave it out")
+        beta = objective.beta if self.beta is None else self.beta
+        return beta, resolved(self.method, objective.arguments, given)  # type: ignore[arg-type]  # JSON is parsed
+
+    def objective(self) -> Objective:
+        """The method with its arguments.
+
+        Raises:
+            ValueError: As of ``method_arguments``.
+        """
+        return OBJECTIVES[self.method].configured(*self.method_arguments())
 
     def fila_config(self) -> FilaConfig:
         """The settings of the row scales, as ``loku.get_fila_state_dict`` takes them."""
@@ -401,4 +437,6 @@ class UnlearnConfig(TrainingArguments):
         free = self.FREE_FIELDS if self.metric_for_best_model is not None else self.FREE_FIELDS | _EVALUATION
         names = [f.name for f in dataclasses.fields(self) if f.init and f.name not in free]
         settings = {name: getattr(self, name) for name in names}
+        beta, arguments = self.method_arguments()
+        settings |= {"beta": beta, "method_args": arguments}
         return {**settings, "world_size": self.world_size, "n_gpu": self.n_gpu}

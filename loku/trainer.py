@@ -48,19 +48,16 @@ from loku.fingerprints import given_adapter_fingerprint
 from loku.head import (
     check_head,
     check_packing,
-    label_hidden_states,
     model_tokens,
     next_token_labels,
     output_embedding,
-    token_triplets,
-    token_triplets_and_divergence,
 )
 from loku.interrupts import uninterrupted
 from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
-from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
+from loku.objectives import Batch, Objective, Rows, answer_probability
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.process_state import torch_modes_kept
@@ -70,22 +67,11 @@ from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
 from loku.target_modules import check_lora_config
 from loku.text_decoder import check_causal_lm
+from loku.token_values import Head, RowsOf, original_values, positions_of, token_values
 from loku.torch_defaults import torch_defaults
 from loku.trainer_callbacks import LossBar, SetEpoch
 from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
 from loku_kernels import reduce_loss
-
-
-def _reference_values(model: nn.Module, tokens: Mapping[str, Any], reference: str | None) -> Tensor:
-    """The original model's values that an objective needs, from a model that computes as the original.
-
-    For "log_probability" they are the log-probability (B,) of each row. For "divergence" they are the hidden
-    states (n, D) of the n labelled tokens.
-    """
-    with evaluating(model):
-        if reference == "divergence":
-            return label_hidden_states(model, **tokens)
-        return Rows(*token_triplets(model, **tokens)).log_probability()
 
 
 class UnlearnTrainer(EvaluatingTrainer):
@@ -157,7 +143,7 @@ class UnlearnTrainer(EvaluatingTrainer):
     ) -> None:
         args = UnlearnConfig() if args is None else args
         check_trainer_arguments(args, kwargs)
-        self.objective = OBJECTIVES[args.method]
+        self.objective, self._method_arguments = args.objective(), args.method_arguments()
         model = load_model(model, args.init_arguments())
         check_causal_lm(model)
         refresh_merged_adapter_(model)
@@ -224,9 +210,9 @@ class UnlearnTrainer(EvaluatingTrainer):
         # must not divide again.
         self.model_accepts_loss_kwargs = True
         self._given: Reference | None = None
-        compares = self.objective.reference is not None and args.should_save
+        compares = self.objective.compares and args.should_save
         self._given_adapter = given_adapter_fingerprint(model) if compares else None
-        self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._original_head: Head | None = None  # None stands for the model's own
         self._step_log = StepLog()
         self.add_callback(self._step_log)
         self._first_log: dict[str, float] = {}
@@ -283,21 +269,21 @@ class UnlearnTrainer(EvaluatingTrainer):
 
     def _keep_original(self) -> None:
         """Keep what the objective needs of the model that the first train was given."""
-        if self.objective.reference is None or self._given is not None or self.train_dataset.references:
+        if not self.objective.compares or self._given is not None or self.train_dataset.originals:
             return
         self._given = snapshot_reference(self.model)
         if self._given is None:
             with self.accelerator.autocast():  # in the precision of training
-                self._keep_references()
+                self._keep_originals()
 
     def _original_model(self) -> AbstractContextManager[None]:
-        """A context in which ``_reference`` has the values of the model that the first train was given."""
+        """A context in which ``_originals`` are those of the model that the first train was given."""
         peft_model: Any = self.model
         return nullcontext() if self._given is None else reference_adapter(peft_model, self._given)
 
-    def _keep_references(self) -> None:
-        """Run the original model on every row that will be drawn, and keep the values of the objective."""
-        dataset, reference = self.train_dataset, self.objective.reference
+    def _keep_originals(self) -> None:
+        """Run the original model on every row that will be drawn, and keep what the quantities need of it."""
+        dataset = self.train_dataset
         steps = self._steps_of_an_epoch()
         epochs = self.args.max_steps / steps if self.args.max_steps > 0 else self.args.num_train_epochs
         drawn: dict[tuple[str, Any], None] = {}  # an ordered set
@@ -319,32 +305,53 @@ class UnlearnTrainer(EvaluatingTrainer):
             leave=False,
         ):
             keys = everything[begin : begin + size]
-            batch = collate(
-                [dataset.row(*key) for key in keys], padding_id(self.processing_class, self.model)
-            )
-            values = _reference_values(self.model, self._prepare_inputs(batch), reference)
-            counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
-            sizes = counts if reference == "divergence" else [1] * len(keys)
-            for key, value in zip(keys, values.cpu().split(sizes), strict=True):
-                dataset.references[key] = value.clone()
-        if reference == "divergence":
+            rows = [dataset.row(*key) for key in keys]
+            tokens = self._prepare_inputs(collate(rows, padding_id(self.processing_class, self.model)))
+            masks = {
+                kind: torch.tensor([key[0] == kind for key in keys], dtype=torch.bool)
+                for kind in self.objective.kinds
+            }
+            needed = self._compared({kind: mask.to(self.args.device) for kind, mask in masks.items()})
+            with evaluating(self.model):
+                values = original_values(self.model, needed=needed, **tokens)
+            positions = positions_of(needed, tokens["labels"], tokens.get("attention_mask"))
+            for quantity, concerned in needed:
+                counts = positions[quantity.name].sum(1)[concerned].tolist()
+                parts = values[quantity.name].cpu().split(counts)
+                chosen = (key for key, chosen in zip(keys, concerned.tolist(), strict=True) if chosen)
+                for key, part in zip(chosen, parts, strict=True):
+                    dataset.originals.setdefault(key, {})[quantity.name] = part.clone()
+        if self.objective.needs_head:
             head = output_embedding(self.model)
             bias = None if head.bias is None else head.bias.detach().clone()
-            self._reference_head = head.weight.detach().clone(), bias
+            self._original_head = head.weight.detach().clone(), bias
 
-    def _reference(self, model: nn.Module, inputs: Mapping[str, Tensor], concerned: Tensor) -> Tensor:
-        """The ``_reference_values`` of the rows where ``concerned`` (B,), bool, is true."""
-        if "reference" in inputs:
-            return inputs["reference"]
+    def _compared(self, masks: Mapping[str, Tensor]) -> list[RowsOf]:
+        """The quantities that compare with the original model, each with its rows.
+
+        ``masks`` (B,), bool, are those of each kind of rows.
+        """
+        return [(quantity, rows) for quantity, rows in self.objective.rows_of(masks) if quantity.compares]
+
+    def _originals(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the quantities need of the original model for the rows of a batch, by their names."""
+        needed = self._compared(masks)
+        kept = {quantity.name: inputs.get(f"original_{quantity.name}") for quantity, _ in needed}
+        if all(value is not None for value in kept.values()):
+            return kept
         peft_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if not isinstance(peft_model, PeftModel):
             raise ValueError(
                 f"method {self.args.method!r} without an adapter needs the original model's values, which "
                 "only train() has, for the rows that it draws"
             )
+        concerned = torch.stack([rows for _, rows in needed]).any(0)
         tokens = {name: value[concerned] for name, value in model_tokens(inputs).items()}
-        with reference_model(peft_model):
-            return _reference_values(model, tokens, self.objective.reference)
+        needed = [(quantity, rows[concerned]) for quantity, rows in needed]
+        with reference_model(peft_model), evaluating(model):
+            return original_values(model, needed=needed, **tokens)
 
     def _batch(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Batch, Tensor]:
         """Run the model, and before it the original model if the objective needs it.
@@ -352,30 +359,25 @@ class UnlearnTrainer(EvaluatingTrainer):
         Returns:
             The ``Batch`` and the triplets (B, T, 3) of all its rows.
         """
-        tokens, needed = model_tokens(inputs), self.objective.reference
         masks = {kind: inputs[f"is_{kind}"] for kind in self.objective.kinds}
-        log_probability = divergence = None
-        if needed is not None:
-            concerned = torch.stack([masks[kind] for kind in self.objective.reference_kinds]).any(0)
-            reference = self._reference(model, inputs, concerned)
-        if needed == "divergence":
-            triplet, counted, divergence = token_triplets_and_divergence(
-                model,
-                diverging=concerned,
-                reference_hidden=reference,
-                reference_head=self._reference_head,
-                **tokens,
+        found = token_values(
+            model,
+            needed=self.objective.rows_of(masks),
+            originals=self._originals(model, inputs, masks),
+            original_head=self._original_head,
+            **model_tokens(inputs),
+        )
+        rows = {
+            kind: Rows(
+                found.triplet[mask],
+                found.counted[mask],
+                {name: value[mask] for name, value in found.values.items()},
+                {name: where[mask] for name, where in found.positions.items()},
             )
-        else:
-            triplet, counted = token_triplets(model, **tokens)
-        if needed == "log_probability":
-            log_probability = torch.zeros_like(triplet[:, 0, 0]).masked_scatter(concerned, reference)
-        values = (triplet, counted, log_probability, divergence)
-        rows = {}
-        for kind, mask in masks.items():
-            of_kind: list[Any] = [None if value is None else value[mask] for value in values]
-            rows[kind] = Rows(*of_kind)
-        return Batch(**rows, beta=self.args.beta), triplet
+            for kind, mask in masks.items()
+        }
+        beta, arguments = self._method_arguments
+        return Batch(**rows, beta=beta, arguments=arguments), found.triplet  # type: ignore[arg-type]
 
     def _first_module_not_finite(self, inputs: Mapping[str, Tensor]) -> str | None:
         if self.is_fsdp_enabled:
@@ -395,21 +397,24 @@ class UnlearnTrainer(EvaluatingTrainer):
             multiple=1 if one else together,
         )
 
-    def _counts(self, counted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The number of tokens or rows that each metric of the log is a mean over.
-
-        ``counted`` is the mask (B, T), bool, of each kind of rows.
-        """
-        rows = {f"{kind}_probability": counted[kind].any(1).sum() for kind in self.objective.kinds}
-        return {**self.objective.counts(counted), **rows}
+    def _counts(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The number of tokens or rows of a batch that each metric of the log is a mean over."""
+        labels, attention = batch["labels"], batch.get("attention_mask")
+        masks = {kind: batch[f"is_{kind}"] for kind in self.objective.kinds}
+        counted = next_token_labels(labels) != IGNORE_INDEX
+        positions = positions_of(self.objective.rows_of(masks), labels, attention)
+        kinds = {kind: counted[mask] for kind, mask in masks.items()}
+        of_kinds = {
+            kind: {name: where[mask] for name, where in positions.items()} for kind, mask in masks.items()
+        }
+        rows = {f"{kind}_probability": kinds[kind].any(1).sum() for kind in self.objective.kinds}
+        return {**self.objective.counts(kinds, of_kinds), **rows}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
         """The ``_counts`` of a step, summed over its micro-batches and over processes."""
         totals: Any = 0
         for batch in batch_samples:
-            counted = next_token_labels(batch["labels"]) != IGNORE_INDEX
-            kinds = {kind: counted[batch[f"is_{kind}"]] for kind in self.objective.kinds}
-            counts = self._counts(kinds)
+            counts = self._counts(batch)
             totals = totals + torch.stack(list(counts.values())).to(device)
         if not batch_samples:
             return None
@@ -447,12 +452,11 @@ class UnlearnTrainer(EvaluatingTrainer):
                 rows = getattr(batch, kind)
                 probability = answer_probability(rows.triplet.detach(), rows.counted)
                 measured[f"{kind}_probability"] = reduce_loss(probability, rows.labelled(), "mean")
-            counted = {kind: getattr(batch, kind).counted for kind in self.objective.kinds}
-            counts = self._counts(counted)
+            counts = self._counts(inputs)
             totals = num_items_in_batch or counts
             shares = {name: counts[name].double() / totals[name].clamp(min=1) for name in measured}
             self._step_log.add(measured, shares)
-            labels = torch.stack([mask.sum() for mask in counted.values()]).sum()
+            labels = (next_token_labels(inputs["labels"]) != IGNORE_INDEX).sum()
             self._step_log.count(inputs["token_count"].sum(), labels)
         loss = measured["forget_loss"] * shares["forget_loss"]
         if "retain_loss" in measured:

@@ -56,7 +56,8 @@ class PairedDataset(Dataset):
         self.forget, self.retain, self.refusals = forget, retain, refusals
         self.seed, self.kinds = seed, kinds
         self.streams_retain = isinstance(retain, StreamedRows)
-        self.references: dict[tuple[str, Any], torch.Tensor] = {}  # the original model's, by (kind, key)
+        # What quantities keep of the original model, by (kind, key) and the quantity's name.
+        self.originals: dict[tuple[str, Any], dict[str, torch.Tensor]] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
         self.set_epoch(0)
 
@@ -100,7 +101,7 @@ class PairedDataset(Dataset):
         return draw.row if kind == "forget" else (draw.row, int(self._refusal_indices[draw.row]))
 
     def row(self, kind: str, key: Any) -> Mapping[str, Any]:
-        """Return a tokenised row, with its ``reference`` if it has one.
+        """Return a tokenised row, with its ``originals`` if it has them.
 
         Args:
             kind: The kind of the row.
@@ -111,8 +112,8 @@ class PairedDataset(Dataset):
         else:
             sets: Any = {"forget": self.forget, "retain": self.retain, "refusal": self.refusals}
             row = sets[kind][key]
-        reference = self.references.get((kind, key))
-        return row if reference is None else {**row, "reference": reference}
+        originals = self.originals.get((kind, key))
+        return row if originals is None else {**row, "originals": originals}
 
     def length(self, draw: Draw) -> int:
         """Return the number of tokens of the longest row of an item; the rows of a stream do not count."""

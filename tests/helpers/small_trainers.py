@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.data.pairs import Draw
+from loku.objectives import OBJECTIVES
 from loku.target_modules import default_target_modules
 
 METHODS = ["ihl", "ga", "gd", "kl", "dpo", "npo", "idk"]
@@ -61,7 +62,7 @@ def trainer_of(model, method, tmp_path, **options):
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
         "retain_weight": RETAIN_WEIGHT,
-        "beta": BETA,
+        "beta": BETA if OBJECTIVES[method].beta else None,
         "disable_tqdm": True,
         "use_cpu": True,
         "dataloader_pin_memory": False,

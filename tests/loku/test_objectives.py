@@ -25,14 +25,18 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.data import collate_pairs
 from loku.head import next_token_labels
-from loku.objectives import OBJECTIVES, Batch, Objective, Rows, lm_loss, retain_loss
+from loku.objectives import OBJECTIVES, Batch, Divergence, Objective, Rows, lm_loss, retain_loss
 from loku_kernels import softmax_triplet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def token_log_probabilities(logits, labels):
+    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # an ignored token adds 0
+
+
 def sequence_log_probability(logits, labels):
-    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # an ignored token adds 0
+    return token_log_probabilities(logits, labels).sum(1)
 
 
 def plain_losses(method, logits, reference, labels):
@@ -87,10 +91,12 @@ def batch_of(method, logits, reference, labels):
     rows = {}
     for kind in OBJECTIVES[method].kinds:
         triplet, _ = softmax_triplet(logits[kind], labels[kind])
-        log_probability = sequence_log_probability(reference[kind], labels[kind])
+        log_probabilities = token_log_probabilities(reference[kind], labels[kind])
         log_p, log_q = log_softmax(logits[kind], -1), log_softmax(reference[kind], -1)
         divergence = kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-        rows[kind] = Rows(triplet, labels[kind] != -100, log_probability, divergence)
+        counted = labels[kind] != -100
+        values = {"original_log_probability": log_probabilities, "divergence": divergence}
+        rows[kind] = Rows(triplet, counted, values, dict.fromkeys(values, counted))
     return Batch(**rows, beta=BETA)
 
 
@@ -272,8 +278,13 @@ def test_errors(tmp_path):
     for options, message in [
         ({"rows": ("retain",)}, '"forget" and "refusal"'),
         ({"rows": ()}, '"forget" and "refusal"'),
-        ({"reference": "logits"}, '"log_probability" or "divergence"'),
-        ({"reference": "divergence", "retain": None}, "it needs retain"),
+        ({"retain_on": "refusal"}, '"retain" or one of rows'),
+        ({"quantities": {"retain": (Divergence(),)}, "retain": None}, r"run, \('forget',\), got 'retain'"),
+        ({"forget_over": "logits"}, '"tokens", "rows" or a quantity of the forget rows'),
+        (
+            {"quantities": {"forget": (Divergence(),), "retain": (Divergence("tokens"),)}},
+            "two different quantities 'divergence'",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             Objective(retain_loss, **options)
