@@ -169,6 +169,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         **kwargs: Any,
     ) -> None:
         keep_differentiable_(model)
+        self.objective.check(unwrapped(model))
         rows = prepare_rows(model, forget, retain, args, processing_class, refusals)
         forget, retain, refusals, processing_class = rows
         self._check_rows(model, args, forget, retain)
@@ -223,13 +224,18 @@ class UnlearnTrainer(EvaluatingTrainer):
     def _check_rows(self, model: nn.Module, args: UnlearnConfig, forget: Any, retain: Any) -> None:
         if isinstance(retain, StreamedRows) and args.dataloader_num_workers > 0:
             raise ValueError("a retain set without a length is read by one process: dataloader_num_workers=0")
-        packed = any("position_ids" in row for row in forget)
-        if packed and self.objective.forget_over == "rows":
-            raise ValueError(
-                f"method {args.method!r} compares whole answers; give each document of the forget set a row"
-            )
         listed = isinstance(retain, list) and "retain" in self.objective.kinds
-        if packed or any("position_ids" in row for row in (retain if listed else [])):
+        packed = {
+            name: any("position_ids" in row for row in rows)
+            for name, rows in (("forget", forget), ("retain", retain if listed else []))
+        }
+        for name, over in (("forget", self.objective.forget_over), ("retain", self.objective.retain_over)):
+            if packed[name] and over == "rows":
+                raise ValueError(
+                    f"method {args.method!r} compares whole answers; give each document of the {name} set "
+                    "a row"
+                )
+        if any(packed.values()):
             check_packing(model)
         twice = duplicate_rows(forget, retain) if listed else []
         if twice:

@@ -15,6 +15,8 @@ from loku.objectives.losses import (
 )
 from loku.objectives.objective import Objective
 from loku.objectives.quantities import Divergence, OriginalLogProbability
+from loku.objectives.rmu import RMU
+from loku.objectives.undial import LoweredDivergence, undial_loss
 
 _ORIGINAL = (OriginalLogProbability(),)
 _DIVERGENCE_OVER = {
@@ -38,6 +40,11 @@ _DIVERGENCE: dict[str, Any] = {
     "arguments": _DIVERGENCE_OVER,
     "configure": _over_positions,
 }
+
+
+def _lowered_by_beta(objective: Objective, values: Mapping[str, Any]) -> Objective:
+    return replace(objective, quantities={"forget": (LoweredDivergence(values["beta"]),)})
+
 
 OBJECTIVES: dict[str, Objective] = {
     "ihl": Objective(
@@ -75,6 +82,14 @@ OBJECTIVES: dict[str, Objective] = {
         rows=("refusal",),
         summary="LM loss of refusals; LM loss on retain rows (Maini et al., 2024)",
     ),
+    "undial": Objective(
+        undial_loss,
+        quantities={"forget": (LoweredDivergence(),)},
+        beta=10.0,
+        configure=_lowered_by_beta,
+        summary="KL from the original with lowered labels; LM loss on retain rows (Dong et al., 2025)",
+    ),
+    "rmu": RMU,
 }
 
 
