@@ -53,9 +53,12 @@ def positions_of(
 
 
 @uninterrupted_context
-def _outputs(model: nn.Module, quantities: Sequence[Quantity]) -> Iterator[dict[str, Tensor]]:
-    """A context that gathers the output (B, T, D') of each quantity's module, by the quantity's name."""
-    found: dict[str, Tensor] = {}
+def _outputs(model: nn.Module, quantities: Sequence[Quantity]) -> Iterator[dict[str, Tensor | None]]:
+    """A context that gathers the output (B, T, D') of each quantity's module, by the quantity's name.
+
+    A quantity without a module has no entry, and a module that was not called yet has None.
+    """
+    found: dict[str, Tensor | None] = {}
     base: Any = unwrapped(model)
 
     def keeper(name: str) -> Any:
@@ -68,6 +71,7 @@ def _outputs(model: nn.Module, quantities: Sequence[Quantity]) -> Iterator[dict[
         for quantity in quantities:
             module = quantity.module(base)
             if module is not None:
+                found[quantity.name] = None
                 stack.callback(module.register_forward_hook(keeper(quantity.name)).remove)
         yield found
 
@@ -77,14 +81,20 @@ def _at(
     where: Tensor,
     labels: Tensor,
     states: tuple[Tensor, nn.Linear, Mapping[str, Any]],
-    output: Tensor | None,
+    outputs: Mapping[str, Tensor | None],
     original_head: Head | None = None,
 ) -> At:
     """The model at the positions ``where`` (B, T) of a quantity, from inside its output embedding's forward.
 
     ``states`` are the arguments of that forward: the hidden states, the embedding and the post-processing.
+    ``outputs`` are those of ``_outputs``.
     """
     hidden, head, postprocessing = states
+    output = outputs.get(quantity.name)
+    if quantity.name in outputs and output is None:
+        raise RuntimeError(
+            f"the forward did not call the module of {quantity.name} before the output embedding"
+        )
     if output is not None and output.shape[:-1] != where.shape:
         raise RuntimeError(
             f"the module of {quantity.name} has an output of shape {tuple(output.shape)} for tokens of shape "
@@ -138,8 +148,8 @@ def token_values(
             triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **post)
             channels = [triplet]
             for quantity, _ in needed:
-                where, output = positions[quantity.name], outputs.get(quantity.name)
-                at = _at(quantity, where, next_labels, (hidden, head, post), output, original_head)
+                states, where = (hidden, head, post), positions[quantity.name]
+                at = _at(quantity, where, next_labels, states, outputs, original_head)
                 numbers = quantity.of_model(at, (originals or {}).get(quantity.name))
                 zeros = torch.zeros_like(triplet[..., 0])
                 channels.append(zeros.masked_scatter(where, numbers.to(triplet.dtype))[..., None])
@@ -175,8 +185,8 @@ def original_values(
 
         def compute(hidden: Tensor, head: nn.Linear, **post: Any) -> Tensor:
             for quantity, _ in needed:
-                where, output = positions[quantity.name], outputs.get(quantity.name)
-                at = _at(quantity, where, next_labels, (hidden, head, post), output)
+                where = positions[quantity.name]
+                at = _at(quantity, where, next_labels, (hidden, head, post), outputs)
                 kept[quantity.name] = quantity.of_original(at)
             return hidden.new_zeros((*hidden.shape[:-1], 3), dtype=torch.float32)
 

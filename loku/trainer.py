@@ -171,6 +171,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         **kwargs: Any,
     ) -> None:
         keep_differentiable_(model)
+        self.objective.check(unwrapped(model))
         rows = prepare_rows(model, forget, retain, args, processing_class, refusals)
         forget, retain, refusals, processing_class = rows
         self._check_rows(model, args, forget, retain)
@@ -232,13 +233,18 @@ class UnlearnTrainer(EvaluatingTrainer):
                 "a retain set without a length is read in its own order: leave "
                 'retain_sampling="with_replacement" out'
             )
-        packed = any("position_ids" in row for row in forget)
-        if packed and (self.objective.forget_over == "rows" or callable(self.objective.forget_over)):
-            raise ValueError(
-                f"method {args.method!r} counts whole answers; give each document of the forget set a row"
-            )
         listed = isinstance(retain, list) and "retain" in self.objective.kinds
-        if packed or any("position_ids" in row for row in (retain if listed else [])):
+        packed = {
+            name: any("position_ids" in row for row in rows)
+            for name, rows in (("forget", forget), ("retain", retain if listed else []))
+        }
+        for name, over in (("forget", self.objective.forget_over), ("retain", self.objective.retain_over)):
+            if packed[name] and (over == "rows" or callable(over)):
+                raise ValueError(
+                    f"method {args.method!r} counts whole answers; give each document of the {name} set "
+                    "a row"
+                )
+        if any(packed.values()):
             check_packing(model)
             for quantities in self.objective.quantities.values():
                 for quantity in quantities:

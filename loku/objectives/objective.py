@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loku.objectives.arguments import Argument
 from loku.objectives.losses import retain_loss
@@ -120,6 +120,19 @@ class Objective:
         if self.configure is None:
             return self
         return replace(self.configure(self, {"beta": beta, **arguments}), configure=None)
+
+    def check(self, model: nn.Module) -> None:
+        """Check that a causal LM can be trained so.
+
+        Args:
+            model: The causal LM without the wrappers of peft and of sharding.
+
+        Raises:
+            ValueError: A quantity cannot be computed on it.
+        """
+        for quantities in self.quantities.values():
+            for quantity in quantities:
+                quantity.check(model)
 
     def rows_of(self, kinds: Mapping[str, Tensor]) -> list[tuple[Quantity, Tensor]]:
         """Return each quantity with the mask (B,), bool, of the rows that have it.

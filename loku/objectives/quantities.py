@@ -78,6 +78,17 @@ class Quantity:
         """
         return None
 
+    def check(self, model: nn.Module) -> None:
+        """Check that the quantity can be computed on a causal LM, before anything is changed.
+
+        Args:
+            model: The causal LM without the wrappers of peft and of sharding.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        self.module(model)
+
     def of_original(self, at: At) -> Tensor:
         """What is kept of the original model, (n, ...), one item for each position; without gradients.
 

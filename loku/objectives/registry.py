@@ -23,6 +23,8 @@ from loku.objectives.losses import (
 )
 from loku.objectives.objective import Objective
 from loku.objectives.quantities import Divergence, OriginalLogProbability
+from loku.objectives.rmu import RMU
+from loku.objectives.undial import LoweredDivergence, undial_loss
 
 _ORIGINAL = (OriginalLogProbability(),)
 _DIVERGENCE_OVER = Argument.choice(
@@ -86,6 +88,11 @@ _FIRST = "ignore_first_n_answer_tokens"
 def _without_first(objective: Objective, values: Mapping[str, Any]) -> Objective:
     """Let CE-U be a mean over the counted tokens but the first of each row."""
     return replace(objective, forget_over=partial(after_first, number=values[_FIRST]))
+
+
+
+def _lowered_by_beta(objective: Objective, values: Mapping[str, Any]) -> Objective:
+    return replace(objective, quantities={"forget": (LoweredDivergence(values["beta"]),)})
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -157,6 +164,14 @@ OBJECTIVES: dict[str, Objective] = {
         rows=("refusal",),
         summary="LM loss of refusals; LM loss on retain rows (Maini et al., 2024)",
     ),
+    "undial": Objective(
+        undial_loss,
+        quantities={"forget": (LoweredDivergence(),)},
+        beta=10.0,
+        configure=_lowered_by_beta,
+        summary="KL from the original with lowered labels; LM loss on retain rows (Dong et al., 2025)",
+    ),
+    "rmu": RMU,
 }
 
 
