@@ -38,6 +38,7 @@ from loku.evaluation.scores import (
 from loku.evaluation.suite import Evaluation, evaluate
 from loku.evaluation.tofu import answer_losses, evaluate_tofu_rows, rouge_recalls
 from loku.evaluation.tofu_logs import forget_quality, model_utility, section_metrics, utility_table
+from loku.evaluation.truth_probability import truth_probability
 
 __all__ = [
     "REASONING_TASKS",
@@ -79,6 +80,7 @@ __all__ = [
     "section_metrics",
     "token_measures",
     "token_scores",
+    "truth_probability",
     "utility_table",
     "verbatim_memorization",
     "write_report",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from loku.counts import check_counts
+from loku.distributed import spread
 from loku.evaluation.scores import mean_over_rows
 from loku.models import evaluating, model_device
 from loku.trust import load_tokenizer, loading
@@ -86,6 +87,22 @@ def fluency(texts: Iterable[str]) -> dict[str, float]:
         "repetition": mean_over_rows(map(repetition, split)),
         "ngram_entropy": mean_over_rows(map(ngram_entropy, split)),
     }
+
+
+def spread_fluency(texts: list[str], classifier: TextClassifier | None = None) -> dict[str, float]:
+    """Compute ``fluency``, and the mean probability of a classifier, with the texts shared out.
+
+    All processes must call this, with all texts.
+
+    Args:
+        texts: The generated texts.
+        classifier: The classifier, whose mean probability is ``classifier_probability``; None by default.
+    """
+    measures = fluency(texts)
+    if classifier is not None:
+        probabilities: list[float] = spread(classifier.probabilities, texts)
+        measures["classifier_probability"] = mean_over_rows(probabilities)
+    return measures
 
 
 class TextClassifier(NamedTuple):

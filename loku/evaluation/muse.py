@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loku.counts import check_counts
 from loku.data import token_limits
+from loku.distributed import spread
 from loku.evaluation.generation import generate_greedy
 from loku.evaluation.scores import mean_over_rows
 from loku.models import CausalLM
@@ -77,8 +78,7 @@ def knowledge_memorization(
             less than 1, or a prompt and the new tokens do not fit into the model's context.
         FloatingPointError: The logits of an answer have a NaN.
     """
-    shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
-    prompts = [f"{shots}Question: {question}\nAnswer: " for question in questions]
+    prompts = knowledge_prompts(questions, examples)
     texts = _continued(model, tokenizer, prompts, max_new_tokens, batch_size, progress, description)
     generated = [_before(text, STOPS) for text in texts]
     return _memorization(generated, answers, stemming)
@@ -128,6 +128,79 @@ def verbatim_memorization(
     return _memorization(generated, true, stemming)
 
 
+def spread_knowledge(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    examples: Sequence[tuple[str, str]],
+    batch_size: int,
+    progress: bool,
+    name: str,
+) -> float:
+    """Compute the mean of ``knowledge_memorization`` with the rows shared out among the processes.
+
+    All processes must call this, with all rows.
+    """
+
+    def per_row(questions: list[str], answers: list[str]) -> list[float]:
+        found = knowledge_memorization(
+            model,
+            tokenizer,
+            questions,
+            answers,
+            examples,
+            batch_size=batch_size,
+            progress=progress,
+            description=f"{name}: knowledge",
+        )
+        return found.per_row
+
+    pairs = [(row["question"], row["answer"]) for row in rows]
+    figures: list[float] = spread(per_row, *map(list, zip(*pairs, strict=True)))
+    return mean_over_rows(figures)
+
+
+def spread_verbatim(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    batch_size: int,
+    progress: bool,
+    name: str,
+) -> float:
+    """Compute the mean of ``verbatim_memorization`` with the rows shared out among the processes.
+
+    All processes must call this, with all rows.
+    """
+
+    def per_row(prompts: list[str], completions: list[str]) -> list[float]:
+        found = verbatim_memorization(
+            model,
+            tokenizer,
+            prompts,
+            completions,
+            batch_size=batch_size,
+            progress=progress,
+            description=f"{name}: verbatim",
+        )
+        return found.per_row
+
+    pairs = [(row["prompt"], row["completion"]) for row in rows]
+    figures: list[float] = spread(per_row, *map(list, zip(*pairs, strict=True)))
+    return mean_over_rows(figures)
+
+
+def knowledge_prompts(questions: Iterable[str], examples: Iterable[tuple[str, str]] = ()) -> list[str]:
+    """Return the prompts of ``knowledge_memorization``.
+
+    Args:
+        questions: The questions.
+        examples: Questions with their answers, which come before each question; none by default.
+    """
+    shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
+    return [f"{shots}Question: {question}\nAnswer: " for question in questions]
+
+
 def rouge_l_f1(generated: Iterable[str], references: Iterable[str], stemming: bool = False) -> list[float]:
     """Compute the ROUGE-L F1 of each generated text with the true one.
 
@@ -146,7 +219,7 @@ def rouge_l_f1(generated: Iterable[str], references: Iterable[str], stemming: bo
     return [scorer.score(target, text)["rougeL"].fmeasure for target, text in pairs]
 
 
-def fits_context(
+def reason_not_continued(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_new_tokens: int
 ) -> str | None:
     """Return the reason why the model cannot continue some prompts; None if it can.

@@ -7,7 +7,8 @@ The relative difference is open-unlearning's. The small number in the denominato
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loku.evaluation.scores import TokenScores, membership_auc, min_k
 
@@ -79,3 +80,69 @@ def min_k_auc(
         ValueError: The share is not in (0, 1].
     """
     return membership_auc(min_k(forget, share), min_k(holdout, share))
+
+
+def check_reference_report(report: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Check that a report of a retrained model is about some data sets.
+
+    Args:
+        report: The parsed report of ``loku evaluate``.
+        digests: The digests of the tokenised rows of the data sets, by their names.
+
+    Raises:
+        ValueError: It is no such report, it has none of the data sets or other rows of one, or it lacks the
+            AUC that PrivLeak takes although there are "forget" and "holdout" here.
+    """
+    parts = (
+        [report.get(key) for key in ("sets", "whole", "digests")] if isinstance(report, Mapping) else [None]
+    )
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise ValueError(
+            "the reference report lacks 'sets', 'whole' or 'digests'; it must be a report of this version of "
+            "loku evaluate"
+        )
+    common = [name for name in digests if name in report["sets"]]
+    if not common:
+        raise ValueError(
+            f"the reference report has the sets {[*report['sets']]} and none of {[*digests]}; evaluate "
+            "the same sets with both models"
+        )
+    for name in common:
+        if report["digests"].get(name) != digests[name]:
+            raise ValueError(
+                f"the reference report is about other rows of the {name} set, or another tokenizer or "
+                "max_length; evaluate the same rows with both models"
+            )
+    if {"forget", "holdout"} <= digests.keys() and _number(report["whole"].get("min_40_auc")) is None:
+        raise ValueError(
+            "the reference report has no 'min_40_auc', which PrivLeak takes; evaluate the retrained model on "
+            "the forget and the holdout set"
+        )
+
+
+def relative_differences(
+    figures: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Compute the ``relative_difference`` of each measure that a reference has, too, in percent.
+
+    Args:
+        figures: The measures of the unlearned model, ``{set: {measure: number}}``.
+        references: Those of the retrained model.
+
+    Returns:
+        The differences, ``{set: {measure: percent}}``. A measure is left out where one of the two is missing
+        or is no number, and where the retrained model's is 0.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, measures in figures.items():
+        for measure, value in measures.items():
+            ours, theirs = _number(value), _number(references.get(name, {}).get(measure))
+            if measure != "rows" and ours is not None and theirs:
+                found.setdefault(name, {})[measure] = relative_difference(ours, theirs)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number as it is; None for anything else, such as null in a report."""
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if numeric and math.isfinite(value) else None
