@@ -68,26 +68,32 @@ def as_rows(rows: Any, name: str) -> Any:
         name: The name of the data set in messages.
 
     Raises:
-        ValueError: The elements of the data set are no rows: it is a mapping, one string or a set. Or two
-            columns of a ``pandas.DataFrame`` have one name.
+        ValueError: The elements of the data set are no rows: it is a mapping, one string, a set, or a table
+            of another library. Or two columns of a ``pandas.DataFrame`` have one name.
     """
     if isinstance(rows, Mapping):
         raise ValueError(
             f"the {name} set is a mapping with the keys {list(rows)}; {_instead_of_mapping(rows)}"
         )
-    library = type(rows).__module__.partition(".")[0]
-    if library == "pandas" and hasattr(rows, "columns"):
+    libraries = {base.__module__.partition(".")[0] for base in type(rows).__mro__}
+    if "pandas" in libraries and hasattr(rows, "columns"):
         if not rows.columns.is_unique:
             twice = list(rows.columns[rows.columns.duplicated()])
             raise ValueError(f"the {name} set has two columns of one name, {twice[0]!r}; drop or rename one")
         columns = {column: _cells(rows[column]) for column in rows.columns}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if library == "pandas" and hasattr(rows, "index"):
+    if "pandas" in libraries and hasattr(rows, "index"):
         return _cells(rows)
-    if library == "polars" and hasattr(rows, "to_dicts"):
+    if "polars" in libraries and hasattr(rows, "to_dicts"):
         return rows.to_dicts()
-    if library == "pyarrow" and hasattr(rows, "to_pylist"):
+    if "pyarrow" in libraries and hasattr(rows, "to_pylist"):
         return rows.to_pylist()
+    if hasattr(rows, "columns"):  # its elements are the names of its columns, and no rows
+        kind = f"{type(rows).__module__}.{type(rows).__qualname__}"
+        raise ValueError(
+            f"the {name} set is a {kind}, a table that is not known; make it a pandas.DataFrame or a list of "
+            "dicts"
+        )
     if isinstance(rows, (str, bytes, set, frozenset)) or not hasattr(rows, "__iter__"):
         raise ValueError(
             f"the {name} set is a {type(rows).__name__}; pass a list of strings, a list of dicts, a "

@@ -16,6 +16,7 @@ from loku.data import (
     QuestionTemplate,
     RowError,
     TokenLimits,
+    as_rows,
     labelled_column,
     paraphrased_answer,
     tokenize_dataset,
@@ -200,7 +201,7 @@ def evaluate_tofu_rows(
     Args:
         model: The causal LM, on the device where it runs.
         tokenizer: The tokenizer.
-        rows: The rows, dicts with ``question`` and ``answer``.
+        rows: The rows, with ``question`` and ``answer``, in a list or in a table.
         batch_size: The number of rows in a batch, 16 by default.
         progress: Whether to show progress bars, True by default.
         description: The title of the progress bars, "TOFU" by default.
@@ -221,6 +222,7 @@ def evaluate_tofu_rows(
     check_counts(batch_size=batch_size)
     if max_new_tokens is not None:
         check_counts(max_new_tokens=max_new_tokens)
+    rows = as_rows(rows, description)
     answers = tokenized_answers(rows, tokenizer, description, template=template)
     return measured_section(
         model, tokenizer, rows, answers, batch_size, progress, description, scores, max_new_tokens, template
