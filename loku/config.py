@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from loku.counts import check_counts, check_max_length
+from loku.data.question_templates import QuestionTemplate
 from loku.eval_bounds import JOINT_MEASURE, check_bounds
 from loku.fila.row_scales import FilaConfig
 from loku.objectives import OBJECTIVES, Objective, described_methods, resolved
@@ -202,6 +203,11 @@ class UnlearnConfig(TrainingArguments):
         refusals: The refusals of DPO and IDK: a list of strings, or the path of a file with one on each line.
             None (default) stands for TOFU's 100. Each epoch draws one for every forget row.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
+        question_template: The prompt of a row of ``question`` and ``answer``: a text with ``{question}``; or
+            "chat" for the tokenizer's chat template. None (default) stands for TOFU's,
+            ``"Question: {question}\\nAnswer:"``. See ``loku.data.QuestionTemplate``.
+        answer_template: The labelled text after it, with ``{answer}``. None (default) stands for TOFU's,
+            ``" {answer}"``. A text as ``question_template`` needs one, and "chat" takes none.
         fisher_damping: The damping of the retain Fisher, 1 by default; see ``loku.FilaConfig``.
         fisher_damping_mode: The unit of the damping, "relative" (default) or "absolute"; see
             ``loku.FilaConfig``.
@@ -332,6 +338,17 @@ class UnlearnConfig(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "The number of tokens at which rows are cut."}
     )
+    question_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt of a row of question and answer: a text with {question}, or chat for the "
+            "tokenizer's chat template; TOFU's by default."
+        },
+    )
+    answer_template: str | None = field(
+        default=None,
+        metadata={"help": "The text of its answer, with {answer}; it belongs to question_template."},
+    )
     fisher_damping: float = field(default=1.0, metadata={"help": "The damping of the retain Fisher."})
     fisher_damping_mode: Literal["relative", "absolute"] = field(
         default="relative",
@@ -402,6 +419,7 @@ class UnlearnConfig(TrainingArguments):
         objective = self.objective()  # it checks beta and method_args
         objective.check_settings(self.method, self.loss_mean, self.retain_sampling)
         self.fila_config()  # it checks its own
+        self.template()  # it, too
         self.eval_limits = check_bounds("eval_limits", self.eval_limits)
         self.eval_floors = check_bounds("eval_floors", self.eval_floors)
         if (self.eval_limits is None) != (self.eval_floors is None):
@@ -443,6 +461,10 @@ class UnlearnConfig(TrainingArguments):
             fisher_memory_budget=self.fisher_memory_budget,
             fisher_cache_dir=self.fisher_cache_dir,
         )
+
+    def template(self) -> QuestionTemplate:
+        """The template of rows of questions and answers."""
+        return QuestionTemplate(self.question_template, self.answer_template)
 
     def init_arguments(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained``, as ``loku.models.load_model`` takes them."""

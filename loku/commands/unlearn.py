@@ -404,6 +404,7 @@ def _change_lines(
     model: Any = result.model
     first = {name: list(islice(rows, COMPARED_ROWS)) for name, rows in sets.items()}
     options: dict[str, Any] = {"max_length": config.max_length, "batch_size": 4, "progress": False}
+    options["template"] = config.template()
     changes = answer_changes(model, *read_adapter(output), result.tokenizer, first, **options)
     return [
         f"    {name}: a logit changes by {figures['largest_logit_change']:.3g} at most, and the mean answer "
