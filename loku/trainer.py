@@ -233,10 +233,10 @@ class UnlearnTrainer(EvaluatingTrainer):
                 'retain_sampling="with_replacement" out'
             )
         packed = any("position_ids" in row for row in forget)
-        if packed and (self.objective.forget_over == "rows" or callable(self.objective.forget_over)):
-            raise ValueError(
-                f"method {args.method!r} counts whole answers; give each document of the forget set a row"
-            )
+        over = self.objective.forget_over
+        if packed and (over == "rows" or callable(over)):
+            does = "compares whole answers" if over == "rows" else "counts the tokens of whole answers"
+            raise ValueError(f"method {args.method!r} {does}; give each document of the forget set a row")
         listed = isinstance(retain, list) and "retain" in self.objective.kinds
         if packed or any("position_ids" in row for row in (retain if listed else [])):
             check_packing(model)
