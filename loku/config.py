@@ -490,6 +490,10 @@ class UnlearnConfig(TrainingArguments):
         free = self.FREE_FIELDS if self.metric_for_best_model is not None else self.FREE_FIELDS | _EVALUATION
         names = [f.name for f in dataclasses.fields(self) if f.init and f.name not in free]
         settings = {name: getattr(self, name) for name in names}
-        beta, arguments = self.method_arguments()
-        settings |= {"beta": beta, "method_args": arguments}
+        objective = OBJECTIVES.get(self.method)
+        if objective is not None:  # a default that a later version changes decides, too
+            defaults = {name: argument.default for name, argument in objective.arguments.items()}
+            given = self.method_args if isinstance(self.method_args, dict) else {}
+            settings["beta"] = objective.beta if self.beta is None else self.beta
+            settings["method_args"] = {**defaults, **given}
         return {**settings, "world_size": self.world_size, "n_gpu": self.n_gpu}
