@@ -104,6 +104,7 @@ _POSITIVE = ("learning_rate", "beta", "lora_alpha")
 _NOT_NEGATIVE = (
     "num_train_epochs",
     "retain_weight",
+    "forget_weight",
     "fisher_damping",
     "weight_decay",
     "adam_epsilon",
@@ -111,6 +112,11 @@ _NOT_NEGATIVE = (
     "dataloader_num_workers",
 )
 _SHARES = ("adam_beta1", "adam_beta2")
+_CHOICES = {
+    "loss_reduction": ("batch", "micro_batch"),
+    "loss_mean": ("separate", "joint"),
+    "retain_sampling": ("without_replacement", "with_replacement"),
+}
 
 
 def _check_ranges(config: Any) -> None:
@@ -183,6 +189,14 @@ class UnlearnConfig(TrainingArguments):
             products and adds into their outputs, True by default. False leaves the products to peft, which
             casts the inputs to the adapters' dtype. See ``loku.lora_linear``.
         retain_weight: The factor of the retain loss beside the forget loss, 1.5 by default; Eq. 3 has 1.
+        forget_weight: The factor of the forget loss, 1 by default.
+        loss_reduction: "batch" (default): the loss of a step is that of one batch with all its rows, however
+            many micro-batches and processes divide it. "micro_batch": it is the mean of the losses of the
+            micro-batches, as other trainers have it. So tokens of a micro-batch with few tokens count more.
+        loss_mean: "separate" (default): the forget loss and the retain loss are each a mean over their own
+            tokens. "joint": they are one mean over the tokens of both, as IDK in TOFU's code.
+        retain_sampling: "without_replacement" (default): no retain row comes again until all have been used.
+            "with_replacement": each is drawn from all, as in TOFU's code and in open-unlearning.
         beta: The beta of the method, such as the inverse temperature of DPO and NPO. None (default) stands
             for the method's own default. Methods without one refuse it.
         refusals: The refusals of DPO and IDK: a list of strings, or the path of a file with one on each line.
@@ -293,6 +307,18 @@ class UnlearnConfig(TrainingArguments):
         metadata={"help": "Multiply the adapters in the dtype of the model's products, in training."},
     )
     retain_weight: float = field(default=1.5, metadata={"help": "The factor of the retain loss."})
+    forget_weight: float = field(default=1.0, metadata={"help": "The factor of the forget loss."})
+    loss_reduction: Literal["batch", "micro_batch"] = field(
+        default="batch",
+        metadata={"help": "The loss of a step: that of one batch, or the mean of its micro-batches' losses."},
+    )
+    loss_mean: Literal["separate", "joint"] = field(
+        default="separate",
+        metadata={"help": "The means of the two losses: over their own tokens, or one over those of both."},
+    )
+    retain_sampling: Literal["without_replacement", "with_replacement"] = field(
+        default="without_replacement", metadata={"help": "The draws of the retain rows."}
+    )
     beta: float | None = field(
         default=None,
         metadata={"help": "The beta of the method, such as that of DPO and NPO; its own by default."},
@@ -369,7 +395,12 @@ class UnlearnConfig(TrainingArguments):
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device for which to pin
         _check_ranges(self)
-        self.objective()  # it checks beta and method_args
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                wanted = " or ".join(f'"{choice}"' for choice in choices)
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        objective = self.objective()  # it checks beta and method_args
+        objective.check_settings(self.method, self.loss_mean, self.retain_sampling)
         self.fila_config()  # it checks its own
         self.eval_limits = check_bounds("eval_limits", self.eval_limits)
         self.eval_floors = check_bounds("eval_floors", self.eval_floors)

@@ -55,6 +55,7 @@ from loku.head import (
 from loku.interrupts import uninterrupted
 from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
+from loku.loss_shares import LossShares
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import Batch, Objective, Rows, answer_probability
@@ -80,20 +81,21 @@ class UnlearnTrainer(EvaluatingTrainer):
     The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
     (``UnlearnConfig.init``). LoRA linears are fused in ``train`` alone (``UnlearnConfig.fused_lora``).
 
-    KL, DPO and NPO need the original model: the model as it was given to the first ``train``, before a
-    checkpoint was loaded. A peft model computes as the original without its fresh adapter, or with FILA's
-    frozen initial adapter (``loku.reference_model``). If its adapter was trained before, ``train`` adds a
-    frozen copy of the adapter, and takes it off at the end. One more forward of the rows concerned is run.
-    Other models change in place: those without an adapter, and those whose adapter cannot be copied so (DoRA,
-    trained biases, fully trained modules, several active adapters, other tuners than LoRA). So ``train``
-    first runs all rows that will be drawn. It keeps on the CPU their log-probabilities (DPO, NPO), or for KL
-    the last hidden states of the retain rows' labelled tokens and a copy of the output embedding.
+    KL, DPO, NPO and others need the original model (``Objective.compares``): the model as it was given to the
+    first ``train``, before a checkpoint was loaded. A peft model computes as the original without its fresh
+    adapter, or with FILA's frozen initial adapter (``loku.reference_model``). If its adapter was trained
+    before, ``train`` adds a frozen copy of the adapter, and takes it off at the end. One more forward of the
+    rows concerned is run. Other models change in place: those without an adapter, and those whose adapter
+    cannot be copied so (DoRA, trained biases, fully trained modules, several active adapters, other tuners
+    than LoRA). So ``train`` first runs all rows that will be drawn. It keeps on the CPU what the method's
+    quantities need: log-probabilities (DPO, NPO), or for KL the last hidden states of the positions concerned
+    and a copy of the output embedding.
 
-    The loss of a step is the loss of one batch with all its rows. ``gradient_accumulation_steps`` and the
-    number of processes only divide the work. Each loss is divided by the number of its tokens (DPO and NPO:
-    rows) in the whole step, counted over micro-batches and processes. ``average_tokens_across_devices`` does
-    not change this. The last step of an epoch may have too few rows for all processes. The rest then get rows
-    without labels.
+    The loss of a step is the loss of one batch with all its rows, unless ``UnlearnConfig.loss_reduction``
+    says otherwise. ``gradient_accumulation_steps`` and the number of processes only divide the work. Each
+    loss is divided by the number of its tokens (DPO and NPO: rows) in the whole step, counted over
+    micro-batches and processes. ``average_tokens_across_devices`` does not change this. The last step of an
+    epoch may have too few rows for all processes. The rest then get rows without labels.
 
     The log has ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability``,
     ``retain_probability`` and ``refusal_probability``. They are means over the steps since the last log, over
@@ -187,7 +189,8 @@ class UnlearnTrainer(EvaluatingTrainer):
             )
         if isinstance(model, PeftModel) and stands_for_another_base(model):
             on_residual_base_(model)
-        dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
+        replaces = args.retain_sampling == "with_replacement"
+        dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds, replaces)
         collator = partial(collate_pairs, pad_token_id=padding_id(processing_class, model))
         super().__init__(
             model=model,
@@ -213,6 +216,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         self._given: Reference | None = None
         compares = self.objective.compares and args.should_save
         self._given_adapter = given_adapter_fingerprint(model) if compares else None
+        self._loss_shares = LossShares(self.objective, args.loss_reduction, args.loss_mean)
         self._original_head: Head | None = None  # None stands for the model's own
         self._step_log = StepLog()
         self.add_callback(self._step_log)
@@ -224,19 +228,27 @@ class UnlearnTrainer(EvaluatingTrainer):
     def _check_rows(self, model: nn.Module, args: UnlearnConfig, forget: Any, retain: Any) -> None:
         if isinstance(retain, StreamedRows) and args.dataloader_num_workers > 0:
             raise ValueError("a retain set without a length is read by one process: dataloader_num_workers=0")
+        if isinstance(retain, StreamedRows) and args.retain_sampling == "with_replacement":
+            raise ValueError(
+                "a retain set without a length is read in its own order: leave "
+                'retain_sampling="with_replacement" out'
+            )
         listed = isinstance(retain, list) and "retain" in self.objective.kinds
         packed = {
             name: any("position_ids" in row for row in rows)
             for name, rows in (("forget", forget), ("retain", retain if listed else []))
         }
         for name, over in (("forget", self.objective.forget_over), ("retain", self.objective.retain_over)):
-            if packed[name] and over == "rows":
+            if packed[name] and (over == "rows" or callable(over)):
                 raise ValueError(
-                    f"method {args.method!r} compares whole answers; give each document of the {name} set "
+                    f"method {args.method!r} counts whole answers; give each document of the {name} set "
                     "a row"
                 )
         if any(packed.values()):
             check_packing(model)
+            for quantities in self.objective.quantities.values():
+                for quantity in quantities:
+                    quantity.positions(torch.zeros(1, 1, dtype=torch.int64), None)  # it may refuse them
         twice = duplicate_rows(forget, retain) if listed else []
         if twice:
             warnings.warn(
@@ -403,24 +415,11 @@ class UnlearnTrainer(EvaluatingTrainer):
             multiple=1 if one else together,
         )
 
-    def _counts(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The number of tokens or rows of a batch that each metric of the log is a mean over."""
-        labels, attention = batch["labels"], batch.get("attention_mask")
-        masks = {kind: batch[f"is_{kind}"] for kind in self.objective.kinds}
-        counted = next_token_labels(labels) != IGNORE_INDEX
-        positions = positions_of(self.objective.rows_of(masks), labels, attention)
-        kinds = {kind: counted[mask] for kind, mask in masks.items()}
-        of_kinds = {
-            kind: {name: where[mask] for name, where in positions.items()} for kind, mask in masks.items()
-        }
-        rows = {f"{kind}_probability": kinds[kind].any(1).sum() for kind in self.objective.kinds}
-        return {**self.objective.counts(kinds, of_kinds), **rows}
-
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
-        """The ``_counts`` of a step, summed over its micro-batches and over processes."""
+        """The ``LossShares.counts`` of a step, summed over its micro-batches and over processes."""
         totals: Any = 0
         for batch in batch_samples:
-            counts = self._counts(batch)
+            counts = self._loss_shares.counts(batch)
             totals = totals + torch.stack(list(counts.values())).to(device)
         if not batch_samples:
             return None
@@ -442,8 +441,8 @@ class UnlearnTrainer(EvaluatingTrainer):
             model: The model, with the wrappers of accelerate or without.
             inputs: The batch, as from ``loku.data.collate_pairs``.
             return_outputs: Whether to return the triplets, too; False by default.
-            num_items_in_batch: The ``_counts`` of the step, a dict of 0-dimensional tensors. None (default)
-                stands for those of this batch.
+            num_items_in_batch: The ``LossShares.counts`` of the step, a dict of 0-dimensional tensors. None
+                (default) stands for those of this batch.
 
         Returns:
             The scalar loss; or a tuple of it and ``{"triplet": (B, T, 3)}``.
@@ -458,15 +457,14 @@ class UnlearnTrainer(EvaluatingTrainer):
                 rows = getattr(batch, kind)
                 probability = answer_probability(rows.triplet.detach(), rows.counted)
                 measured[f"{kind}_probability"] = reduce_loss(probability, rows.labelled(), "mean")
-            counts = self._counts(inputs)
-            totals = num_items_in_batch or counts
-            shares = {name: counts[name].double() / totals[name].clamp(min=1) for name in measured}
-            self._step_log.add(measured, shares)
+            counts = self._loss_shares.counts(inputs)
+            shares = self._loss_shares.shares(counts, num_items_in_batch or counts)
+            self._step_log.add(measured, shares.log)
             labels = (next_token_labels(inputs["labels"]) != IGNORE_INDEX).sum()
             self._step_log.count(inputs["token_count"].sum(), labels)
-        loss = measured["forget_loss"] * shares["forget_loss"]
+        loss = self.args.forget_weight * (measured["forget_loss"] * shares.losses["forget_loss"])
         if "retain_loss" in measured:
-            loss = loss + self.args.retain_weight * (measured["retain_loss"] * shares["retain_loss"])
+            loss = loss + self.args.retain_weight * (measured["retain_loss"] * shares.losses["retain_loss"])
         if num_items_in_batch:
             loss = loss * self.accelerator.num_processes
         return (loss, {"triplet": triplet}) if return_outputs else loss

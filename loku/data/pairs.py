@@ -43,6 +43,8 @@ class PairedDataset(Dataset):
         refusals: The forget rows with refusals; needed if ``kinds`` has "refusal", None by default.
         kinds: The kinds of rows of an item, in their order, ("forget", "retain") by default. "forget" is the
             row itself, "refusal" the same row with a refusal, "retain" a retain row.
+        with_replacement: Whether each retain row is drawn from all, whichever came before; False by default.
+            A stream has no such draws.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class PairedDataset(Dataset):
         seed: int,
         refusals: RefusalRows | None = None,
         kinds: tuple[str, ...] = ("forget", "retain"),
+        with_replacement: bool = False,
     ):
         self.forget, self.retain, self.refusals = forget, retain, refusals
         self.seed, self.kinds = seed, kinds
+        self.with_replacement = with_replacement
         self.streams_retain = isinstance(retain, StreamedRows)
         # What quantities keep of the original model, by (kind, key) and the quantity's name.
         self.originals: dict[tuple[str, Any], dict[str, torch.Tensor]] = {}
@@ -76,6 +80,8 @@ class PairedDataset(Dataset):
             self._refusal_indices = self.refusals.draw(generator)
 
     def _retain_index(self, draw: int, rows: int) -> int:
+        if self.with_replacement:
+            return int(np.random.default_rng((self.seed, draw, 1)).integers(rows))
         lap, position = divmod(draw, rows)
         if lap not in self._orders:
             generator = torch.Generator().manual_seed(self.seed + lap)

@@ -11,8 +11,11 @@ mean over rows instead of tokens says so: ``Objective(my_loss, forget_over="rows
 
 from loku.objectives.arguments import Argument, resolved
 from loku.objectives.losses import (
+    after_first,
     answer_probability,
+    ceu_loss,
     dpo_loss,
+    forget_divergence,
     gradient_ascent_loss,
     inverted_hinge_loss,
     lm_loss,
@@ -20,10 +23,14 @@ from loku.objectives.losses import (
     refusal_loss,
     retain_divergence,
     retain_loss,
+    satimp_loss,
+    simnpo_loss,
+    tnpo_loss,
+    wga_loss,
 )
 from loku.objectives.objective import Objective
 from loku.objectives.quantities import At, Divergence, OriginalLogProbability, Quantity
-from loku.objectives.registry import OBJECTIVES, described_methods
+from loku.objectives.registry import OBJECTIVES, described_methods, with_divergence
 from loku.objectives.rows import Batch, Rows
 from loku_kernels import inverted_hinge  # for losses of others, from where it always was
 
@@ -37,9 +44,12 @@ __all__ = [
     "OriginalLogProbability",
     "Quantity",
     "Rows",
+    "after_first",
     "answer_probability",
+    "ceu_loss",
     "described_methods",
     "dpo_loss",
+    "forget_divergence",
     "gradient_ascent_loss",
     "inverted_hinge",
     "inverted_hinge_loss",
@@ -49,4 +59,9 @@ __all__ = [
     "resolved",
     "retain_divergence",
     "retain_loss",
+    "satimp_loss",
+    "simnpo_loss",
+    "tnpo_loss",
+    "wga_loss",
+    "with_divergence",
 ]

@@ -30,7 +30,8 @@ class Objective:
         quantities: The quantities beside the triplets that the losses need, by the kind of the rows that have
             them: "forget", "refusal" or "retain". None by default.
         forget_over: The unit that the forget loss is a mean over: counted "tokens" (default), labelled
-            "rows", or the positions of a quantity, by its name.
+            "rows", the positions of a quantity, by its name, or a function of ``Rows.counted`` that returns
+            the mask (B, T) of the tokens that it counts.
         retain_over: The unit that the retain loss is a mean over, as for ``forget_over``.
         retain_on: The kind of the rows of the retain loss, "retain" by default. Another kind, which must be
             in ``rows``, runs no retain rows.
@@ -50,8 +51,8 @@ class Objective:
     retain: Callable[[Batch], Tensor] | None = retain_loss
     rows: tuple[str, ...] = ("forget",)
     quantities: Mapping[str, tuple[Quantity, ...]] = field(default_factory=dict)
-    forget_over: str = "tokens"
-    retain_over: str = "tokens"
+    forget_over: str | Callable[[Tensor], Tensor] = "tokens"
+    retain_over: str | Callable[[Tensor], Tensor] = "tokens"
     retain_on: str = "retain"
     summary: str = ""
     beta: float | None = None
@@ -79,7 +80,7 @@ class Objective:
             ("retain_over", self.retain_over, self.retain_on),
         ):
             of_kind = [quantity.name for quantity in self.quantities.get(kind, ())]
-            if over not in ("tokens", "rows", *of_kind):
+            if not callable(over) and over not in ("tokens", "rows", *of_kind):
                 raise ValueError(
                     f'Objective.{name} must be "tokens", "rows" or a quantity of the {kind} rows, got '
                     f"{over!r}"
@@ -169,10 +170,15 @@ class Objective:
             A 0-dimensional int64 tensor for each loss, by the loss's name.
         """
 
-        def count(over: str, kinds: tuple[str, ...]) -> Tensor:
+        def count(over: str | Callable[[Tensor], Tensor], kinds: tuple[str, ...]) -> Tensor:
             if over == "rows":
                 return counted[kinds[0]].any(1).sum()
-            masks = counted if over == "tokens" else {kind: (positions or {})[kind][over] for kind in kinds}
+            if callable(over):
+                masks = {kind: over(counted[kind]) for kind in kinds}
+            elif over == "tokens":
+                masks = dict(counted)
+            else:
+                masks = {kind: (positions or {})[kind][over] for kind in kinds}
             first, *others = (masks[kind].sum() for kind in kinds)
             return sum(others, first)
 
@@ -180,3 +186,26 @@ class Objective:
         if self.retain is not None:
             counts["retain_loss"] = count(self.retain_over, (self.retain_on,))
         return counts
+
+    def check_settings(self, method: str, loss_mean: str, retain_sampling: str) -> None:
+        """Refuse settings of ``UnlearnConfig`` that mean nothing for this method.
+
+        Args:
+            method: The name of the method, for messages.
+            loss_mean: ``UnlearnConfig.loss_mean``.
+            retain_sampling: ``UnlearnConfig.retain_sampling``.
+
+        Raises:
+            ValueError: The message names the setting and the method.
+        """
+        if retain_sampling != "without_replacement" and "retain" not in self.kinds:
+            raise ValueError(
+                f"retain_sampling={retain_sampling!r} draws retain rows, and method {method!r} runs none: "
+                "leave it out"
+            )
+        over_tokens = self.forget_over == "tokens" and self.retain_over == "tokens"
+        if loss_mean == "joint" and (self.retain is None or not over_tokens):
+            raise ValueError(
+                'loss_mean="joint" is one mean over the labelled tokens of two losses, and those of method '
+                f"{method!r} are no two means over tokens: leave it out"
+            )

@@ -2,16 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from loku.objectives.arguments import Argument
 from loku.objectives.losses import (
+    after_first,
+    ceu_loss,
     dpo_loss,
+    forget_divergence,
     gradient_ascent_loss,
     inverted_hinge_loss,
     npo_loss,
     refusal_loss,
     retain_divergence,
+    satimp_loss,
+    simnpo_loss,
+    tnpo_loss,
+    wga_loss,
 )
 from loku.objectives.objective import Objective
 from loku.objectives.quantities import Divergence, OriginalLogProbability
@@ -19,27 +27,68 @@ from loku.objectives.rmu import RMU
 from loku.objectives.undial import LoweredDivergence, undial_loss
 
 _ORIGINAL = (OriginalLogProbability(),)
-_DIVERGENCE_OVER = {
-    "divergence_over": Argument.choice(
-        "label",
-        'The positions of the KL divergence: those that predict a "label", or those of all "tokens".',
-        ("label", "tokens"),
+_DIVERGENCE_OVER = Argument.choice(
+    "label",
+    'The positions of the KL divergence: those that predict a "label", or those of all "tokens".',
+    ("label", "tokens"),
+)
+
+
+def with_divergence(objective: Objective, kind: str = "retain", **changes: Any) -> Objective:
+    """Return a method with KL(original || model) in the place of its retain loss.
+
+    Args:
+        objective: The method. It gets the argument ``divergence_over``.
+        kind: The rows of the divergence, "retain" (default) or "forget".
+        changes: Other fields of ``Objective``, such as its ``summary``.
+    """
+    inner = objective.configure
+
+    def configured(given: Objective, values: Mapping[str, Any]) -> Objective:
+        given = given if inner is None else inner(given, values)
+        others = tuple(q for q in given.quantities.get(kind, ()) if not isinstance(q, Divergence))
+        found = (*others, Divergence(values["divergence_over"]))
+        return replace(given, quantities={**given.quantities, kind: found})
+
+    # A loss that is a mean over a quantity's positions needs the quantity, before it is configured too.
+    quantities = {**objective.quantities, kind: (*objective.quantities.get(kind, ()), Divergence())}
+    return replace(
+        objective,
+        retain=retain_divergence if kind == "retain" else forget_divergence,
+        retain_on=kind,
+        retain_over="divergence",
+        quantities=quantities,
+        arguments={**objective.arguments, "divergence_over": _DIVERGENCE_OVER},
+        configure=configured,
+        **changes,
     )
-}
 
 
-def _over_positions(objective: Objective, values: Mapping[str, Any]) -> Objective:
-    """Give the divergence of the retain loss the positions ``divergence_over``."""
-    over = {"retain": (Divergence(values["divergence_over"]),)}
-    return replace(objective, quantities={**objective.quantities, **over})
+_ASCENT = Objective(
+    gradient_ascent_loss, summary="gradient ascent; LM loss on retain rows (Liu et al., 2022)"
+)
+_DPO = Objective(
+    dpo_loss,
+    rows=("forget", "refusal"),
+    quantities={"forget": _ORIGINAL, "refusal": _ORIGINAL},
+    forget_over="rows",
+    beta=0.1,
+    summary="refusals preferred to the true answers; LM loss on retain rows (Rafailov et al., 2023)",
+)
+_NPO = Objective(
+    npo_loss,
+    quantities={"forget": _ORIGINAL},
+    forget_over="rows",
+    beta=0.1,
+    summary="negative preference optimisation; LM loss on retain rows (Zhang et al., 2024)",
+)
+_FIRST = "ignore_first_n_answer_tokens"
 
 
-_DIVERGENCE: dict[str, Any] = {
-    "retain": retain_divergence,
-    "retain_over": "divergence",
-    "arguments": _DIVERGENCE_OVER,
-    "configure": _over_positions,
-}
+def _without_first(objective: Objective, values: Mapping[str, Any]) -> Objective:
+    """Let CE-U be a mean over the counted tokens but the first of each row."""
+    return replace(objective, forget_over=partial(after_first, number=values[_FIRST]))
+
 
 
 def _lowered_by_beta(objective: Objective, values: Mapping[str, Any]) -> Objective:
@@ -53,29 +102,62 @@ OBJECTIVES: dict[str, Objective] = {
     "ga": Objective(
         gradient_ascent_loss, retain=None, summary="gradient ascent, no retain loss (Jang et al., 2023)"
     ),
-    "gd": Objective(
-        gradient_ascent_loss, summary="gradient ascent; LM loss on retain rows (Liu et al., 2022)"
+    "gd": _ASCENT,
+    "kl": with_divergence(
+        _ASCENT, summary="gradient ascent; KL from the original on retain rows (Maini et al., 2024)"
     ),
-    "kl": Objective(
-        gradient_ascent_loss,
-        quantities={"retain": (Divergence(),)},
-        summary="gradient ascent; KL from the original on retain rows (Maini et al., 2024)",
-        **_DIVERGENCE,
+    "ga_kl": with_divergence(
+        _ASCENT, "forget", summary="gradient ascent; KL from the original on forget rows (Zhang et al., 2024)"
     ),
-    "dpo": Objective(
-        dpo_loss,
-        rows=("forget", "refusal"),
-        quantities={"forget": _ORIGINAL, "refusal": _ORIGINAL},
+    "dpo": _DPO,
+    "dpo_kl": with_divergence(
+        _DPO,
+        summary="refusals preferred to the true answers; KL from the original on retain rows "
+        "(Zhang et al., 2024)",
+    ),
+    "npo": _NPO,
+    "npo_kl": with_divergence(
+        _NPO,
+        summary="negative preference optimisation; KL from the original on retain rows (Zhang et al., 2024)",
+    ),
+    "simnpo": Objective(
+        simnpo_loss,
         forget_over="rows",
-        beta=0.1,
-        summary="refusals preferred to the true answers; LM loss on retain rows (Rafailov et al., 2023)",
+        beta=4.5,
+        arguments={"delta": Argument.number(0.0, "The margin of the mean negative log-likelihood, in nats.")},
+        summary="NPO of mean log-likelihoods without the original; LM loss on retain rows (Fan et al., 2024)",
     ),
-    "npo": Objective(
-        npo_loss,
+    "wga": Objective(
+        wga_loss,
+        beta=1.0,
+        summary="gradient ascent weighted by p^beta; LM loss on retain rows (Wang et al., 2025)",
+    ),
+    "satimp": Objective(
+        satimp_loss,
+        arguments={
+            "beta1": Argument.number(5.0, "The power of p in the weight.", 0.0),
+            "beta2": Argument.number(1.0, "The power of 1 - p in the weight.", 0.0),
+        },
+        summary="gradient ascent weighted by p^beta1 (1 - p)^beta2; LM loss on retain rows "
+        "(Yang et al., 2025)",
+    ),
+    "tnpo": Objective(
+        tnpo_loss,
         quantities={"forget": _ORIGINAL},
-        forget_over="rows",
-        beta=0.1,
-        summary="negative preference optimisation; LM loss on retain rows (Zhang et al., 2024)",
+        beta=4.0,
+        arguments={
+            "epsilon": Argument.number(0.0, "A number in the denominator of the weight, beside p^beta.", 0.0)
+        },
+        summary="NPO of each token; LM loss on retain rows (Wang et al., 2025)",
+    ),
+    "ceu": Objective(
+        ceu_loss,
+        retain=None,
+        arguments={
+            _FIRST: Argument.count(1, "The number of answer tokens of each row that do not count, its first.")
+        },
+        configure=_without_first,
+        summary="cross entropy with the distribution without the token, no retain loss (Yang, 2025)",
     ),
     "idk": Objective(
         refusal_loss,

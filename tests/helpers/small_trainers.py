@@ -10,7 +10,22 @@ from loku.data.pairs import Draw
 from loku.objectives import OBJECTIVES
 from loku.target_modules import default_target_modules
 
-METHODS = ["ihl", "ga", "gd", "kl", "dpo", "npo", "idk"]
+METHODS = [
+    "ihl",
+    "ga",
+    "gd",
+    "kl",
+    "ga_kl",
+    "dpo",
+    "dpo_kl",
+    "npo",
+    "npo_kl",
+    "simnpo",
+    "wga",
+    "satimp",
+    "tnpo",
+]
+METHODS += ["ceu", "idk"]
 VOCAB = 97
 BETA = 0.3
 RETAIN_WEIGHT = 0.7
