@@ -29,8 +29,8 @@ def alternates_of(row: Any) -> list[str]:
     value = row.get(ALTERNATE) if isinstance(row, Mapping) else None
     if is_missing(value):
         raise BadRow(
-            f"it has no column '{ALTERNATE}', a text or a list of texts; loku.make_alternates and the command "
-            "loku alternates let a model write them"
+            f"it has no column '{ALTERNATE}', a text or a list of texts; the command loku alternates lets a "
+            "model write them"
         )
     texts = [value] if isinstance(value, str) else as_list(value)
     if not texts:
