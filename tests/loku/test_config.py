@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 from tiny_models import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, HfArgumentParser
 
 import loku
 from loku import FilaConfig, UnlearnConfig
@@ -66,6 +66,8 @@ def other_value(cls, name):
     if typing.get_origin(hint) is Literal:
         return next(value for value in typing.get_args(hint) if value != default)
     kinds = typing.get_args(hint) or (hint,)
+    if name.endswith("balance"):
+        return 0.25
     if bool in kinds:
         return not default
     if int in kinds or float in kinds:
@@ -344,15 +346,59 @@ def test_the_limits_themselves_are_taken():
 # One place for each field
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(FilaConfig)])
+BY_INIT = {"fisher": "per-batch", "decomposition": "svd_lowrank"}  # those of FilaConfig that init chooses
+
+
+@pytest.mark.parametrize(
+    "name", sorted({field.name for field in dataclasses.fields(FilaConfig)} - {*BY_INIT})
+)
 def test_fila_config_has_the_settings_of_the_run(name):
-    source = f"fisher_{name}" if f"fisher_{name}" in FIELDS else name
+    source = next((s for s in (f"fisher_{name}", f"fila_{name}") if s in FIELDS), name)
     assert source in FIELDS, f"UnlearnConfig has no field for FilaConfig.{name}"
     value = other_value(FilaConfig, name)
     if name == "fisher_memory_budget":
         assert value == 7  # bytes
     assert value != getattr(make().fila_config(), name)
     assert getattr(make(**{source: value}).fila_config(), name) == value
+
+
+def test_official_fila_is_one_switch():
+    kept = {"fisher_samples": 7, "seed": 3, "fisher_memory_budget": "1GiB", "fisher_cache_dir": "there"}
+    official = make(init="official-fila", **kept).fila_config()
+    assert dataclasses.asdict(official) == {
+        **{"damping": 1e-5, "damping_mode": "absolute", "balance": "paper"}, **BY_INIT, **kept
+    }  # fmt: skip
+    for name, value in (
+        ("fila_balance", 1.0),
+        ("fisher_damping", 1e-5),
+        ("fisher_damping_mode", "absolute"),
+    ):
+        with pytest.raises(ValueError, match=f'init="official-fila" has its own {name}, got {value!r}'):
+            make(init="official-fila", **{name: value})
+    with pytest.raises(TypeError, match="damping"):
+        FilaConfig.official(damping=1.0)
+
+
+@pytest.mark.parametrize("value", [0, -1, NAN, INF, True, "much", "0"])
+def test_an_impossible_balance_is_refused(value):
+    with pytest.raises(
+        ValueError, match=r'^fila_balance must be "normalised", "paper" or a finite number > 0'
+    ):
+        make(fila_balance=value)
+
+
+def test_a_balance_may_be_a_text_or_a_number(tmp_path):
+    assert make(fila_balance="0.25").fila_balance == 0.25 == make(fila_balance=0.25).fila_config().balance
+    assert make(fila_balance=None).fila_balance == "normalised" == make().fila_balance
+    fields = read_fields(UnlearnConfig)
+    path = tmp_path / "settings.yaml"
+    for text, value in (("paper", "paper"), ("0.25", 0.25), ("2", 2.0)):
+        path.write_text(f"fila_balance: {text}\n")
+        assert make(**read_yaml(path, fields, ())).fila_balance == value
+        (args,) = HfArgumentParser(UnlearnConfig).parse_args_into_dataclasses(
+            ["--fila_balance", text, "--use_cpu"]
+        )
+        assert args.fila_balance == value
 
 
 def documented(cls):
@@ -378,6 +424,7 @@ def test_every_own_field_has_help_and_a_line_of_the_docstring():
     [
         {},
         {"method": "npo", "init": "fila", "retain_weight": 1.5, "learning_rate": 4.0e-3, "seed": 2},
+        {"init": "official-fila", "target_modules": "all"},
         {"init": "default", "lora_rank": 4, "num_train_epochs": 5, "target_modules": "qkvo"},
         {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 8, "fisher_damping": 0.1},
         {"fisher_damping_mode": "absolute", "fisher_damping": 1e-5, "fisher_samples": 60},
