@@ -118,7 +118,10 @@ def run(options: argparse.Namespace) -> None:
         f"--{name}": getattr(options, name.replace("-", "_")) for name in ("ngram", "stride", "batch-size")
     }
     check_counts(**counts)
+    check_counts(0, **{"--classifier-class": options.classifier_class})
     check_max_length(options.max_length, "--max-length")
+    if options.classifier is None and options.classifier_class:
+        raise ValueError("--classifier-class is for --classifier, which was not given")
 
     from datetime import timedelta
 

@@ -145,6 +145,8 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, tmp
         "--classifier-class",
         "1",
     )
+    assert evaluate(folder, "absent", "none.json", "--classifier-class", "1") == 2
+    assert "--classifier-class is for --classifier, which was not given" in capsys.readouterr().err
     for name in ("other.json", "examples.json"):
         option = "--reference-report" if name == "other.json" else "--knowledge-examples"
         file = tmp_path / "other.json" if name == "other.json" else folder / name
