@@ -14,7 +14,16 @@ from tqdm.auto import tqdm
 from loku.attacks.copies import check_one_process, reason_not_copied
 from loku.attacks.gradient_norms import gradient_norms
 from loku.counts import check_counts
-from loku.data import IGNORE_INDEX, check_tokens, collate, split_documents, token_limits, tokenize_dataset
+from loku.data import (
+    IGNORE_INDEX,
+    TOFU_TEMPLATE,
+    QuestionTemplate,
+    check_tokens,
+    collate,
+    split_documents,
+    token_limits,
+    tokenize_dataset,
+)
 from loku.data.rows import DataSet
 from loku.evaluation.scores import MIN_K_SHARE, check_share, membership_auc
 from loku.models import CausalLM, evaluating, model_device
@@ -52,6 +61,7 @@ def membership_attack(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> dict[str, Any]:
     """Tell the forget rows from the hold-out rows by scores of the model.
 
@@ -91,6 +101,7 @@ def membership_attack(
         batch_size: The number of rows in a batch, 16 by default.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
         progress: Whether to show progress bars, False by default.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         ``settings``; ``forget_rows`` and ``holdout_rows``, the numbers of rows; ``scores``; and
@@ -111,7 +122,9 @@ def membership_attack(
     limits = token_limits(model)
     rows: dict[str, Sequence[Mapping[str, Any]]] = {}
     for name, data in (("forget", forget), ("holdout", holdout)):
-        tokenised = tokenize_dataset(data, tokenizer, max_length=max_length, name=name, limits=limits)
+        tokenised = tokenize_dataset(
+            data, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+        )
         if reference is not None:
             check_tokens(reference, tokenised, name)
         rows[name] = split_documents(tokenised)

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.commands import CommandParser, Commands, accept_underscores, check_local, json_object, named_source
+from loku.commands import (
+    CommandParser,
+    Commands,
+    accept_underscores,
+    add_template_options,
+    check_local,
+    json_object,
+    named_source,
+    template_of,
+)
 from loku.commands.attacks import add_options, attack_tables, check_options, load_others, run_attacks
 from loku.commands.report_files import check_report_files, read_earlier_report, write_report_files
 from loku.counts import check_counts, check_max_length
@@ -101,6 +110,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="measure the nine reasoning sets too, by lm-evaluation-harness, which downloads them; needs "
         "pip install 'loku-kernels[lm-eval]'",
     )
+    add_template_options(parser)
     add_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
@@ -122,6 +132,7 @@ def run(options: argparse.Namespace) -> None:
     check_max_length(options.max_length, "--max-length")
     if options.classifier is None and options.classifier_class:
         raise ValueError("--classifier-class is for --classifier, which was not given")
+    template = template_of(options)
 
     from datetime import timedelta
 
@@ -181,6 +192,7 @@ def run(options: argparse.Namespace) -> None:
             max_length=options.max_length,
             batch_size=options.batch_size,
             progress=not options.quiet,
+            template=template,
         )
     if state.is_main_process:
         report: dict[str, Any] = {
@@ -277,7 +289,8 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the measures, as the report has them."""
-    return {key: getattr(options, key) for key in ("ngram", "stride", "max_length", "batch_size")}
+    keys = ("ngram", "stride", "max_length", "batch_size", "question_template", "answer_template")
+    return {key: getattr(options, key) for key in keys}
 
 
 def _asked_for(options: argparse.Namespace) -> dict[str, Any]:

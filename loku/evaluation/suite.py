@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loku.counts import check_counts, check_max_length
 from loku.data import (
     IGNORE_INDEX,
+    TOFU_TEMPLATE,
+    QuestionTemplate,
     RowError,
     as_rows,
+    check_template_used,
     labelled_column,
     read_rows,
     row_places,
@@ -106,6 +109,7 @@ def evaluate(
     max_length: int | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> Evaluation:
     """Measure a causal LM on named data sets.
 
@@ -144,13 +148,16 @@ def evaluate(
             question with its answer is never cut: one that is longer is refused.
         batch_size: The number of rows in a batch, >= 1; 16 by default.
         progress: Whether the main process shows progress bars, True by default.
+        template: The template of ``question`` and ``answer`` in all measures; TOFU's by default. A reference
+            log should be made with the same one.
 
     Raises:
         RowError: A row cannot be used. The message names the set and the row, and the line of a file.
         ValueError: ``n``, ``stride``, ``min_k_share``, ``max_length`` or ``batch_size`` is out of its range;
-            a set is empty; the reference log is about other questions than the forget set, or one of them
-            lacks perturbed answers; the reference report is about other rows; or the knowledge examples are
-            no questions with answers, or too long for the model's context.
+            a set is empty; no row has the ``question`` that ``template`` is for; the reference log is about
+            other questions than the forget set, or one of them lacks perturbed answers; the reference report
+            is about other rows; or the knowledge examples are no questions with answers, or too long for the
+            model's context.
         FloatingPointError: A weight is NaN or Inf, or a loss or a logit is NaN.
     """
     check_counts(n=n, stride=stride, batch_size=batch_size)
@@ -162,16 +169,19 @@ def evaluate(
         name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))
         for name, rows in data.items()
     }
+    check_template_used(template, data_sets)
     limits = token_limits(model)
     answers_of: dict[str, list[list[Answer]]] = {}
     tokens_of: dict[str, Sequence[Mapping[str, Any]]] = {}
     with row_places(sources):  # all that is measured is checked before the first measure
         for name, rows in data_sets.items():
             if rows and all(map(_is_question, rows)):
-                answers_of[name] = tokenized_answers(rows, tokenizer, name, max_length, limits)
+                answers_of[name] = tokenized_answers(rows, tokenizer, name, max_length, limits, template)
                 tokens_of[name] = [true.tokens for true, *_ in answers_of[name]]
             else:
-                ids = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+                ids = tokenize_dataset(
+                    rows, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+                )
                 tokens_of[name] = split_documents(ids)
     if reference_log is not None:
         forget = data_sets.get("forget", [])
@@ -215,12 +225,12 @@ def evaluate(
                 name: str = name,
             ) -> list[dict[str, Any]]:
                 section = measured_section(
-                    model, tokenizer, rows, answers, batch_size, show, name, scores, room
+                    model, tokenizer, rows, answers, batch_size, show, name, scores, room, template
                 )
                 return _by_row(section, len(rows))
 
             section = _by_quantity(spread(tofu_rows, rows, answers_of[name], scores))
-            generated = [text.removeprefix("Answer:") for _, text, _ in section["generated_text"].values()]
+            generated = [template.bare_answer(text) for _, text, _ in section["generated_text"].values()]
             choice = name in CHOICE_SETS and all(map(wrong_answers, rows))
             sets[name] |= section_metrics(section, choice, name == "forget")
             if "truth_ratio" in sets[name]:
