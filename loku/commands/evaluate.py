@@ -14,6 +14,12 @@ from loku.commands.attacks import add_options, attack_tables, check_options, loa
 from loku.commands.report_files import check_report_files, write_report_files
 from loku.counts import check_counts, check_max_length
 
+EL_DEFINITIONS = ("paper", "knowledge-unlearning")  # loku.evaluation.extraction has them, and imports torch
+_SETTINGS = (  # that the report has
+    *("ngram", "stride", "count_end", "el_definition"),
+    *("max_length", "max_new_tokens", "stop_strings", "batch_size"),
+)
+
 
 def add(commands: Commands[CommandParser]) -> CommandParser:
     """Add the parser of the command, and return it."""
@@ -62,6 +68,31 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="tokens between its prefixes; more is coarser and faster (default: 1)",
     )
     parser.add_argument(
+        "--el-definition",
+        choices=EL_DEFINITIONS,
+        default="paper",
+        help="Extraction Likelihood as in the paper (default), or as in the code of Jang et al.",
+    )
+    parser.add_argument(
+        "--no-count-end",
+        dest="count_end",
+        action="store_false",
+        help="leave the endings of answers (EOS, special tokens of a chat template) out of Memorisation "
+        "Accuracy, extraction strength, Extraction Likelihood and Min-K%%",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="tokens of a generated answer at most (default: 16 more than the longest true answer has)",
+    )
+    parser.add_argument(
+        "--stop-strings",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts before the first of which a generated answer ends, such as $'\\nQuestion:' in bash",
+    )
+    parser.add_argument(
         "--max-length",
         type=int,
         help="tokens at which texts are cut; a question with its answer that is longer is refused",
@@ -90,6 +121,10 @@ def run(options: argparse.Namespace) -> None:
     }
     check_counts(**counts)
     check_max_length(options.max_length, "--max-length")
+    if options.max_new_tokens is not None:
+        check_counts(**{"--max-new-tokens": options.max_new_tokens})
+    if "" in options.stop_strings:
+        raise ValueError("--stop-strings has an empty text, before which every answer would end")
 
     from datetime import timedelta
 
@@ -133,7 +168,11 @@ def run(options: argparse.Namespace) -> None:
             reference_log=reference,
             n=options.ngram,
             stride=options.stride,
+            count_end=options.count_end,
+            el_definition=options.el_definition,
             max_length=options.max_length,
+            max_new_tokens=options.max_new_tokens,
+            stop_strings=options.stop_strings,
             batch_size=options.batch_size,
             progress=not options.quiet,
         )
@@ -143,9 +182,7 @@ def run(options: argparse.Namespace) -> None:
             "adapter": adapter,
             "data": sources,
             "reference_log": options.reference_log,
-            "settings": {
-                key: getattr(options, key) for key in ("ngram", "stride", "max_length", "batch_size")
-            },
+            "settings": {key: getattr(options, key) for key in _SETTINGS},
             "sets": result.sets,
             "whole": result.whole,
             "not_available": result.not_available,

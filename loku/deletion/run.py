@@ -26,6 +26,7 @@ from loku.deletion.request_rows import RequestRows
 from loku.deletion.serve import check_serving, serve
 from loku.deletion.stages import Stages
 from loku.deletion.training import unlearn_to_limits
+from loku.evaluation.endings import Endings, content_scores
 from loku.evaluation.scores import token_measures, token_scores
 from loku.probe import measure_probe, relative_ability
 from loku.saving.directories import whole_file
@@ -136,7 +137,8 @@ class Run:
             tokens = tokenize_dataset(rows, self.models.tokenizer, name=name) if rows else []
             lengths = (sum(label != IGNORE_INDEX for label in row["labels"]) for row in tokens)
             prefixes = max(prefixes, sum(max(0, length - n) for length in lengths))
-        return {"n": n, "stride": max(1, round(prefixes / PREFIXES)), "progress": self.progress}
+        options = {"n": n, "stride": max(1, round(prefixes / PREFIXES)), "progress": self.progress}
+        return {**options, "count_end": self.request.training.get("eval_count_end", True)}
 
     def _measure_rows(
         self, place: str, rows: Sequence[Any], name: str, **options: Any
@@ -197,8 +199,12 @@ class Run:
         found = {}
         for name, rows in sets.items():
             tokens = tokenize_dataset(rows, self.models.tokenizer, name=name, limits=token_limits(model))
-            scores = token_scores(model, split_documents(tokens), progress=self.progress, description=name)
-            measured = {"rows": len(rows), **token_measures(scores)}
+            documents = split_documents(tokens)
+            scores = token_scores(model, documents, progress=self.progress, description=name)
+            content = None
+            if not self._options["count_end"]:
+                content = content_scores(documents, scores, Endings(model, self.models.tokenizer))
+            measured = {"rows": len(rows), **token_measures(scores, content=content)}
             found[name] = {key: value if math.isfinite(value) else None for key, value in measured.items()}
         return found
 

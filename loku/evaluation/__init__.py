@@ -1,6 +1,7 @@
 """The knowledge left in a model: extraction (Eqs. 4 to 6), TOFU's measures, membership, reports and plots."""
 
 from loku.evaluation.dialogue import dialogue_f1
+from loku.evaluation.endings import Endings, content_scores
 from loku.evaluation.extraction import (
     ExtractionLikelihood,
     extraction_likelihood,
@@ -8,6 +9,7 @@ from loku.evaluation.extraction import (
     greedy_answers,
 )
 from loku.evaluation.generation import generate_greedy
+from loku.evaluation.last_word import LastWords, last_words
 from loku.evaluation.reasoning import REASONING_TASKS, reasoning_accuracies
 from loku.evaluation.report import format_table, plot_measures, plot_probabilities, write_report
 from loku.evaluation.scores import (
@@ -27,10 +29,13 @@ from loku.evaluation.tofu_logs import forget_quality, model_utility, section_met
 
 __all__ = [
     "REASONING_TASKS",
+    "Endings",
     "Evaluation",
     "ExtractionLikelihood",
+    "LastWords",
     "TokenScores",
     "answer_losses",
+    "content_scores",
     "dialogue_f1",
     "evaluate",
     "evaluate_tofu_rows",
@@ -41,6 +46,7 @@ __all__ = [
     "generate_greedy",
     "generated_texts",
     "greedy_answers",
+    "last_words",
     "mean_answer_probability",
     "membership_auc",
     "memorization_accuracy",

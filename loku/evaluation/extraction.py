@@ -113,6 +113,7 @@ def generated_texts(
     batch_size: int = 16,
     progress: bool = True,
     description: str = "generating",
+    stop_strings: Sequence[str] = (),
 ) -> list[str]:
     """Return the ``greedy_answers`` of some rows as texts.
 
@@ -121,11 +122,34 @@ def generated_texts(
 
     Args:
         tokenizer: The tokenizer, which decodes the answers.
+        stop_strings: Texts that end an answer, as ``stop_strings`` of ``transformers.GenerationConfig``. The
+            text ends before the first of them. None by default.
+
+    Raises:
+        ValueError: ``stop_strings`` is no list of texts, or one of them is empty.
     """
+    check_stop_strings(stop_strings)
     eos = end_ids(model, tokenizer)
     answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
     decode: Any = tokenizer.decode
-    return [decode(ids, skip_special_tokens=True) for ids in answers]
+    return [until_stop(decode(ids, skip_special_tokens=True), stop_strings) for ids in answers]
+
+
+def check_stop_strings(stop_strings: Sequence[str]) -> None:
+    """Check the texts that end a generated answer.
+
+    Raises:
+        ValueError: They are no list of texts, or one of them is empty.
+    """
+    listed = not isinstance(stop_strings, str) and isinstance(stop_strings, Sequence)
+    if not listed or not all(isinstance(stop, str) and stop for stop in stop_strings):
+        raise ValueError(f"stop_strings must be a list of texts that are not empty, got {stop_strings!r}")
+
+
+def until_stop(text: str, stop_strings: Iterable[str]) -> str:
+    """Return the text before the first of some strings in it; the whole text if it has none of them."""
+    ends = [at for stop in stop_strings if (at := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
 
 
 def end_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:

@@ -20,7 +20,14 @@ from loku.data import (
 )
 from loku.distributed import is_main_process, spread
 from loku.evaluation.dialogue import dialogue_f1
-from loku.evaluation.extraction import generated_texts, spread_extraction_likelihood
+from loku.evaluation.endings import Endings, content_scores
+from loku.evaluation.extraction import (
+    check_definition,
+    check_stop_strings,
+    generated_texts,
+    spread_extraction_likelihood,
+)
+from loku.evaluation.last_word import last_words
 from loku.evaluation.scores import (
     MIN_K_SHARE,
     TokenScores,
@@ -77,7 +84,11 @@ def evaluate(
     n: int = 10,
     stride: int = 1,
     min_k_share: float = MIN_K_SHARE,
+    count_end: bool = True,
+    el_definition: str = "paper",
     max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    stop_strings: Sequence[str] = (),
     batch_size: int = 16,
     progress: bool = True,
 ) -> Evaluation:
@@ -86,7 +97,9 @@ def evaluate(
     Every set gets ``token_measures``: probability, perplexity, Memorisation Accuracy, extraction strength and
     Min-K%. "forget" and "holdout" get Extraction Likelihood too. Sets of ``question`` and ``answer`` get
     TOFU's measures of a section and dialogue F1. Sets of ``prompt`` and ``completion`` get the ROUGE-L recall
-    and dialogue F1 of generated completions.
+    and dialogue F1 of generated completions. ``dialogue_f1`` is ParlAI's, and
+    ``dialogue_f1_knowledge_unlearning`` that of Jang et al. (``loku.evaluation.dialogue_f1``). Sets of texts
+    get the accuracy of their last words (``loku.evaluation.last_word``).
 
     Three measures take several sets. ``forget_quality`` needs a reference log of the same forget questions.
     ``model_utility`` needs
@@ -107,21 +120,34 @@ def evaluate(
         stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, >= 1;
             1 by default.
         min_k_share: The share of a row's tokens that Min-K% takes, in (0, 1], 0.2 by default.
+        count_end: Whether the endings of answers count in Memorisation Accuracy, extraction strength,
+            Extraction Likelihood and Min-K%, True by default. An ending is an EOS and the special tokens that
+            a chat template puts after an answer (``loku.evaluation.endings``). They always count in the
+            probability and the perplexity.
+        el_definition: "paper" (default) or "knowledge-unlearning"; see ``extraction_likelihood``.
         max_length: The number of tokens at which texts are cut, >= 2; None (default) does not cut them. A
             question with its answer is never cut: one that is longer is refused.
+        max_new_tokens: The greatest number of tokens of a generated answer, >= 1. None (default) stands for
+            ``ANSWER_SLACK`` (16) more than the longest true answer of the set has.
+        stop_strings: Texts before the first of which a generated answer ends, such as ``["\\nQuestion:"]``;
+            none by default.
         batch_size: The number of rows in a batch, >= 1; 16 by default.
         progress: Whether the main process shows progress bars, True by default.
 
     Raises:
         RowError: A row cannot be used. The message names the set and the row, and the line of a file.
-        ValueError: ``n``, ``stride``, ``min_k_share``, ``max_length`` or ``batch_size`` is out of its range;
-            a set is empty; or the reference log is about other questions than the forget set, or one of them
-            lacks perturbed answers.
+        ValueError: ``n``, ``stride``, ``min_k_share``, ``el_definition``, ``max_length``, ``max_new_tokens``,
+            ``stop_strings`` or ``batch_size`` is out of its range; a set is empty; or the reference log is
+            about other questions than the forget set, or one of them lacks perturbed answers.
         FloatingPointError: A weight is NaN or Inf, or a loss or a logit is NaN.
     """
     check_counts(n=n, stride=stride, batch_size=batch_size)
     check_max_length(max_length)
     check_share(min_k_share)
+    check_definition(el_definition)
+    check_stop_strings(stop_strings)
+    if max_new_tokens is not None:
+        check_counts(max_new_tokens=max_new_tokens)
     check_weights(model)
     sources = {name: rows for name, rows in data.items() if isinstance(rows, (str, os.PathLike))}
     data_sets = {
@@ -147,19 +173,24 @@ def evaluate(
             )
         check_reference(reference_log, forget, "the reference log")
     show = progress and is_main_process()
+    endings = None if count_end else Endings(model, tokenizer)
     sets: dict[str, dict[str, float]] = {}
     log: dict[str, Section] = {}
     min_k_of: dict[str, list[float]] = {}
     for name, rows in data_sets.items():
         tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
-        sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share)}
-        min_k_of[name] = min_k(scores, min_k_share)
+        counted = scores if endings is None else content_scores(tokens, scores, endings)
+        sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share, counted)}
+        min_k_of[name] = min_k([score for score in counted if len(score.losses)], min_k_share)
         if name in EXTRACTION_SETS:
             sets[name][f"extraction_likelihood_{n}"] = spread_extraction_likelihood(
-                model, tokens, scores, n, stride, batch_size, progress
+                model, tokens, counted, n, stride, batch_size, progress, el_definition
             )
-        room = max(len(score.losses) for score in scores) + ANSWER_SLACK
+        room = max_new_tokens or max(len(score.losses) for score in scores) + ANSWER_SLACK
+        if all(labelled_column(row) == "text" for row in rows):
+            texts = [row if isinstance(row, str) else row["text"] for row in rows]
+            sets[name] |= last_words(texts, tokenizer, tokens, scores).measures()
         if name in answers_of:
 
             def tofu_rows(
@@ -170,7 +201,7 @@ def evaluate(
                 name: str = name,
             ) -> list[dict[str, Any]]:
                 section = measured_section(
-                    model, tokenizer, rows, answers, batch_size, show, name, scores, room
+                    model, tokenizer, rows, answers, batch_size, show, name, scores, room, stop_strings
                 )
                 return _by_row(section, len(rows))
 
@@ -180,9 +211,7 @@ def evaluate(
             sets[name] |= section_metrics(section, choice, name == "forget")
             if name in CHOICE_SETS and not choice:
                 sets[name].pop("truth_ratio", None)
-            sets[name]["dialogue_f1"] = mean_over_rows(
-                dialogue_f1(generated, [row["answer"] for row in rows])
-            )
+            sets[name] |= _dialogue_measures(generated, [row["answer"] for row in rows])
             if name in SECTIONS:
                 log[SECTIONS[name]] = section
         elif all(labelled_column(row) == "completion" for row in rows):
@@ -190,14 +219,15 @@ def evaluate(
             def replies(
                 tokens: list[Any], scores: list[TokenScores], room: int = room, name: str = name
             ) -> list[str]:
+                title = f"{name}: generating"
                 return generated_texts(
-                    model, tokenizer, tokens, scores, room, batch_size, show, f"{name}: generating"
+                    model, tokenizer, tokens, scores, room, batch_size, show, title, stop_strings
                 )
 
             generated = spread(replies, tokens, scores)
             references = _completions(rows, tokens, tokenizer, max_length)
             sets[name]["rouge"] = mean_over_rows(rouge_recalls(generated, references)[1])
-            sets[name]["dialogue_f1"] = mean_over_rows(dialogue_f1(generated, references))
+            sets[name] |= _dialogue_measures(generated, references)
 
     whole: dict[str, float | None] = {"forget_quality": None, "model_utility": None, "membership_auc": None}
     not_available = {}
@@ -216,6 +246,15 @@ def evaluate(
     else:
         not_available["membership_auc"] = f"no {' and no '.join(missing)} set"
     return Evaluation(sets, whole, not_available, log)
+
+
+def _dialogue_measures(generated: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    return {
+        "dialogue_f1": mean_over_rows(dialogue_f1(generated, references)),
+        "dialogue_f1_knowledge_unlearning": mean_over_rows(
+            dialogue_f1(generated, references, "knowledge-unlearning")
+        ),
+    }
 
 
 def _completions(

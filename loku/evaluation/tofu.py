@@ -20,7 +20,7 @@ from loku.data import (
     wrong_answers,
 )
 from loku.data.rows import DataSet, RowTokenizer, TokenizedRow
-from loku.evaluation.extraction import generated_texts
+from loku.evaluation.extraction import check_stop_strings, generated_texts
 from loku.evaluation.scores import TokenScores, check_scores, token_scores, unchecked_token_scores
 from loku.evaluation.tofu_logs import (  # the logs' names were here
     CHOICE_SETS,
@@ -183,6 +183,7 @@ def evaluate_tofu_rows(
     description: str = "TOFU",
     scores: Sequence[TokenScores] | None = None,
     max_new_tokens: int | None = None,
+    stop_strings: Sequence[str] = (),
 ) -> Section:
     """Measure rows of questions and answers, as one section of a TOFU log.
 
@@ -202,21 +203,34 @@ def evaluate_tofu_rows(
         scores: The ``token_scores`` of the true answers; None (default) computes them.
         max_new_tokens: The greatest number of tokens of a generated answer. By default it is ``ANSWER_SLACK``
             more than the longest true answer has.
+        stop_strings: Texts before the first of which a generated answer ends, such as ``["\\nQuestion:"]``;
+            none by default.
 
     Returns:
         The section.
 
     Raises:
-        ValueError: There are no rows, or ``batch_size`` or ``max_new_tokens`` is less than 1.
+        ValueError: There are no rows, ``batch_size`` or ``max_new_tokens`` is less than 1, or a stop
+            string is no text or empty.
         RowError: A row lacks ``question`` or ``answer``, or has an answer that is no text.
         FloatingPointError: A loss is NaN.
     """
     check_counts(batch_size=batch_size)
     if max_new_tokens is not None:
         check_counts(max_new_tokens=max_new_tokens)
+    check_stop_strings(stop_strings)
     answers = tokenized_answers(rows, tokenizer, description)
     return measured_section(
-        model, tokenizer, rows, answers, batch_size, progress, description, scores, max_new_tokens
+        model,
+        tokenizer,
+        rows,
+        answers,
+        batch_size,
+        progress,
+        description,
+        scores,
+        max_new_tokens,
+        stop_strings,
     )
 
 
@@ -230,6 +244,7 @@ def measured_section(
     description: str,
     scores: Sequence[TokenScores] | None,
     max_new_tokens: int | None,
+    stop_strings: Sequence[str] = (),
 ) -> Section:
     """Do the work of ``evaluate_tofu_rows`` on some rows of a set, with their ``tokenized_answers``."""
     numbered = [
@@ -258,6 +273,7 @@ def measured_section(
         batch_size,
         progress,
         f"{description}: generating",
+        stop_strings,
     )
     rouge1, rougeL = rouge_recalls(generated, [row["answer"] for row in rows])
 
