@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +28,8 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         description="Measure a causal LM on data sets: probability, perplexity, ROUGE-L, truth ratio, forget "
         "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K% "
         "membership inference and dialogue F1, as far as the sets allow. Prints a table, and writes a JSON "
-        "report with TOFU's log and a picture beside it. Runs under torchrun and accelerate launch. --attack "
-        "attacks the model, too, in one process.",
+        "report with TOFU's or open-unlearning's log and a picture beside it. Runs under torchrun and "
+        "accelerate launch. --attack attacks the model, too, in one process.",
     )
     parser.add_argument(
         "model",
@@ -58,7 +57,16 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="arguments of from_pretrained, a JSON object",
     )
     parser.add_argument(
-        "--reference-log", metavar="FILE", help="TOFU log of a model that never saw the forget set"
+        "--reference-log",
+        metavar="FILE",
+        help="log of a model that never saw the forget set: TOFU's (values by index, or lists) or "
+        "open-unlearning's",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("tofu", "open-unlearning"),
+        default="tofu",
+        help="form of the log beside the report (default: tofu)",
     )
     parser.add_argument("--ngram", type=int, default=10, help="n of Extraction Likelihood (default: 10)")
     parser.add_argument(
@@ -115,7 +123,8 @@ def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
     sources = dict(options.data)
     read = [*sources.values(), options.reference_log or ""]
-    check_report_files(options.out, read)
+    with_summary = options.log_format == "open-unlearning"
+    check_report_files(options.out, read, with_summary)
     counts = {
         f"--{name}": getattr(options, name.replace("-", "_")) for name in ("ngram", "stride", "batch-size")
     }
@@ -133,6 +142,9 @@ def run(options: argparse.Namespace) -> None:
 
     from loku.data import read_rows, row_places
     from loku.evaluation import evaluate, reasoning_accuracies
+    from loku.evaluation.log_forms import read_log
+    from loku.evaluation.open_unlearning import open_unlearning_log, open_unlearning_summary
+    from loku.evaluation.tofu_logs import check_forget_section
     from loku.trust import load_tokenizer, trusts_code
 
     # One process may generate for much longer than another, so the timeout is long.
@@ -143,7 +155,8 @@ def run(options: argparse.Namespace) -> None:
     data = {name: read_rows(source) for name, source in sources.items()}
     reference = None
     if options.reference_log is not None:
-        reference = _read_log(options.reference_log)
+        reference = read_log(options.reference_log)
+        check_forget_section(reference, options.reference_log)
     check_local("MODEL", options.model)
     for name in ("adapter", "tokenizer"):
         if getattr(options, name):
@@ -197,8 +210,14 @@ def run(options: argparse.Namespace) -> None:
                     report["attacks"][name] = found
         finally:  # a failed attack does not lose what was measured before it
             print(_evaluation_table(report))
-            check_report_files(options.out, read)  # what has come while the model was measured stays, too
-            written = write_report_files(options.out, report, result.log)
+            # What has come while the model was measured stays, too.
+            check_report_files(options.out, read, with_summary)
+            log: Mapping[str, Any] = result.log
+            summary = None
+            if with_summary:
+                log = open_unlearning_log(result.log, reference, result.rows.get("forget"))
+                summary = open_unlearning_summary(log)
+            written = write_report_files(options.out, report, log, summary)
             print(f"\nwritten: {', '.join(map(str, written))}")
     state.destroy_process_group()
 
@@ -260,15 +279,3 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
     lines = [f"{name} is not available: {reason}" for name, reason in report["not_available"].items()]
     parts = [*tables, "\n".join(lines), attack_tables(report["attacks"])]
     return "\n\n".join(part for part in parts if part)
-
-
-def _read_log(path: str) -> Mapping[str, Any]:
-    """Read a TOFU log; ``ValueError`` if it is none."""
-    from loku.evaluation.tofu_logs import check_forget_section
-
-    try:
-        log = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    check_forget_section(log, path)
-    return log

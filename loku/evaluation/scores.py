@@ -181,6 +181,26 @@ def token_measures(
     }
 
 
+def row_measures(scores: Iterable[TokenScores]) -> dict[str, list[float | None]]:
+    """Return measures of each row: ``tokens``, ``memorization_accuracy`` and ``extraction_strength``.
+
+    Args:
+        scores: The ``token_scores`` of the rows. ``tokens`` is the number of the scored tokens. A row without
+            one has no measures, None.
+    """
+    found: dict[str, list[float | None]] = {
+        "tokens": [],
+        "memorization_accuracy": [],
+        "extraction_strength": [],
+    }
+    for score in scores:
+        known = len(score.losses) > 0
+        found["tokens"].append(len(score.losses))
+        found["memorization_accuracy"].append(score.memorized.double().mean().item() if known else None)
+        found["extraction_strength"].append(extraction_strength([score])[0] if known else None)
+    return found
+
+
 def mean_answer_probability(scores: Iterable[TokenScores]) -> float:
     """Return the mean over rows of TOFU's answer probability, exp(-mean token loss), in [0, 1].
 

@@ -35,6 +35,7 @@ from loku.evaluation.scores import (
     mean_over_rows,
     membership_auc,
     min_k,
+    row_measures,
     spread_token_scores,
     token_measures,
 )
@@ -67,12 +68,15 @@ class Evaluation(NamedTuple):
         whole: The measures that take several sets, ``{measure: number}``; None for one that is not available.
         not_available: The reason for each measure that is not available, ``{measure: reason}``.
         log: The TOFU log of the sets that TOFU knows.
+        rows: The measures of the rows of each set, ``{set: {measure: [one value for each row]}}``: the
+            ``row_measures`` of ``loku.evaluation.scores``.
     """
 
     sets: dict[str, dict[str, float]]
     whole: dict[str, float | None]
     not_available: dict[str, str]
     log: dict[str, Section]
+    rows: dict[str, dict[str, list[float | None]]]
 
 
 def evaluate(
@@ -115,7 +119,8 @@ def evaluate(
         data: The data sets, ``{set name: rows}``. In place of rows, the path of a file or a hub name, as for
             ``loku.data.read_rows``. The names "forget", "holdout", "retain", "real_authors" and "world_facts"
             have a meaning; sets with other names get the measures of every set.
-        reference_log: The parsed TOFU log of a model that never saw the forget set; None by default.
+        reference_log: The parsed log of a model that never saw the forget set, in any of the forms of
+            ``loku.evaluation.log_forms``; None (default) for none.
         n: The length of Extraction Likelihood's n-grams, in tokens, >= 1; 10 by default.
         stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, >= 1;
             1 by default.
@@ -177,11 +182,13 @@ def evaluate(
     sets: dict[str, dict[str, float]] = {}
     log: dict[str, Section] = {}
     min_k_of: dict[str, list[float]] = {}
+    rows_of: dict[str, dict[str, list[float | None]]] = {}
     for name, rows in data_sets.items():
         tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
         counted = scores if endings is None else content_scores(tokens, scores, endings)
         sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share, counted)}
+        rows_of[name] = row_measures(counted)
         min_k_of[name] = min_k([score for score in counted if len(score.losses)], min_k_share)
         if name in EXTRACTION_SETS:
             sets[name][f"extraction_likelihood_{n}"] = spread_extraction_likelihood(
@@ -245,7 +252,7 @@ def evaluate(
         whole["membership_auc"] = membership_auc(*(min_k_of[name] for name in EXTRACTION_SETS))
     else:
         not_available["membership_auc"] = f"no {' and no '.join(missing)} set"
-    return Evaluation(sets, whole, not_available, log)
+    return Evaluation(sets, whole, not_available, log, rows_of)
 
 
 def _dialogue_measures(generated: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from loku.commands.evaluate import EL_DEFINITIONS
 from loku.data import RowError, tokenize_dataset
 from loku.data.files import read_rows
 from loku.data.tokens import TextTokenizer
+from loku.evaluation.open_unlearning import open_unlearning_log
 from loku.evaluation.tofu import SECTIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -248,6 +249,41 @@ def test_the_options_of_measures_reach_them(folder, parts, tmp_path):
             assert cli.main(["evaluate", *places, *wrong, "--out", str(out)]) == 2
         except SystemExit as end:  # argparse knows the choices
             assert end.code == 2
+
+
+def test_the_log_of_open_unlearning_is_read_and_written(folder, parts, reference, tmp_path):
+    model, tokenizer, rows = parts
+    theirs, out = tmp_path / "TOFU_EVAL.json", tmp_path / "report.json"
+    theirs.write_text(json.dumps(open_unlearning_log(reference)))
+    command = ["evaluate", str(folder / "model"), "--data", f"forget={folder}/forget.jsonl", "--quiet"]
+    command += ["--reference-log", str(theirs), "--log-format", "open-unlearning", "--out", str(out)]
+    command += ["--stride", "50", "--no-count-end"]
+    assert cli.main(command) == 0 == cli.main(command)  # an earlier report is overwritten
+    report, log, summary = (
+        json.loads((tmp_path / f"report{name}.json").read_text()) for name in ("", "_log", "_summary")
+    )
+    found = evaluation.evaluate(
+        model,
+        tokenizer,
+        {"forget": rows["forget"]},
+        reference_log=json.loads(theirs.read_text()),
+        stride=50,
+        count_end=False,
+        progress=False,
+    )
+    expected = open_unlearning_log(found.log, reference, found.rows["forget"])
+    assert log.keys() == expected.keys() and report["sha256"].keys() == {"log", "picture", "summary"}
+    assert summary == pytest.approx({name: value["agg_value"] for name, value in expected.items()})
+    quality = found.whole["forget_quality"]
+    assert summary["forget_quality"] == report["whole"]["forget_quality"] == pytest.approx(quality)
+    assert report["sets"]["forget"]["memorization_accuracy"] == pytest.approx(summary["exact_memorization"])
+    tokens = tokenize_dataset(rows["forget"], tokenizer)
+    assert found.rows["forget"]["tokens"] == [
+        sum(label != -100 for label in row["labels"]) - 1 for row in tokens
+    ]
+    assert log["extraction_strength"]["value_by_index"]["1"]["score"] == pytest.approx(
+        max(found.rows["forget"]["extraction_strength"][1], 1 / found.rows["forget"]["tokens"][1])
+    )
 
 
 def test_two_processes_give_the_report_of_one(report, folder):
