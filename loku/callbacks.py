@@ -13,7 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loku.config import UnlearnConfig
 from loku.counts import check_counts
+from loku.data import TOFU_TEMPLATE
 from loku.data.rows import DataSet
 from loku.evaluation.endings import Endings, content_scores
 from loku.evaluation.extraction import spread_extraction_likelihood
@@ -48,6 +50,7 @@ class _Gauge(TrainerCallback):
         self.sets, self.every, self.batch_size = sets, every, batch_size
         self.rows: EvalSets = {}
         self.tokenizer: Any = None
+        self.template = TOFU_TEMPLATE
         self.history: list[dict[str, float]] = []
 
     def begin(self, model: Any, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -79,7 +82,8 @@ class _Gauge(TrainerCallback):
         """Tokenise the data sets and measure the model."""
         max_length = getattr(args, "max_length", None)  # relearning runs under transformers' own arguments
         self.tokenizer = processing_class
-        self.rows = tokenized_eval_sets(model, self.sets, processing_class, max_length)
+        self.template = args.template() if isinstance(args, UnlearnConfig) else TOFU_TEMPLATE
+        self.rows = tokenized_eval_sets(model, self.sets, processing_class, max_length, self.template)
         self.history = []
         self._record(state, self.begin(model, state.log_history))
 
@@ -240,7 +244,7 @@ class ExtractionStopping(_Gauge):
     def _extraction(self, model: Any, name: str) -> dict[str, float]:
         scores = self.scores(model, name)
         if not self.count_end:
-            scores = content_scores(self.rows[name], scores, Endings(model, self.tokenizer))
+            scores = content_scores(self.rows[name], scores, Endings(model, self.tokenizer, self.template))
         likelihood = spread_extraction_likelihood(
             model, self.rows[name], scores, self.n, self.stride, self.batch_size, progress=False
         )

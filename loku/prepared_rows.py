@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from loku.config import UnlearnConfig
 from loku.data import (
+    AlternateRows,
     LazyRows,
     RefusalRows,
     StreamedRows,
     as_rows,
+    check_template_used,
     has_input_ids,
     infer_tokenizer,
     load_refusals,
@@ -73,7 +75,7 @@ def prepare_rows(
         forget: The forget set, as for ``loku.unlearn``, or the path of its file. Or the ``PreparedRows`` of
             an earlier call, which are returned as they are.
         retain: The retain set, as for ``loku.unlearn``, or the path of its file.
-        config: The settings; ``method``, ``max_length`` and ``refusals`` count.
+        config: The settings; ``method``, ``max_length``, ``refusals`` and the template count.
         tokenizer: The tokenizer, by default the one saved beside the model.
         refusals: The rows with refusals. By default they are made of the forget set if the method needs them.
 
@@ -101,19 +103,40 @@ def prepare_rows(
         isinstance(rows, DrawnRows) or has_input_ids(rows) for rows in (forget, retain)
     ):
         tokenizer = infer_tokenizer(model)
-    needs_refusals = refusals is None and "refusal" in OBJECTIVES[config.method].rows
+    objective = OBJECTIVES[config.method]
+    needs_refusals = refusals is None and "refusal" in objective.rows
     if needs_refusals and has_input_ids(forget):
+        wanted = (
+            "alternates; pass a loku.data.AlternateRows"
+            if objective.alternates
+            else ("refusals; pass a loku.data.RefusalRows")
+        )
         raise ValueError(
-            f"method {config.method!r} trains on refusals; pass a loku.data.RefusalRows, or a forget set "
-            "that is not tokenised"
+            f"method {config.method!r} trains on {wanted}, or a forget set that is not tokenised"
+        )
+    if objective.alternates and config.refusals is not None:
+        raise ValueError(
+            f"method {config.method!r} trains on the rows' own alternates, so it takes no refusals: leave "
+            'them out, or train by "dpo"'
         )
     length, limits = config.max_length, token_limits(model)
+    template = config.template()
+    check_template_used(
+        template, {"forget": forget, **({} if isinstance(retain, DrawnRows) else {"retain": retain})}
+    )
     with row_places(sources):
-        tokenized = tokenize_dataset(forget, tokenizer, max_length=length, limits=limits)
+        tokenized = tokenize_dataset(forget, tokenizer, max_length=length, limits=limits, template=template)
         if needs_refusals:
             assert tokenizer is not None  # rows without tokens have asked for one above
-            texts = load_refusals(config.refusals)
-            refusals = RefusalRows(forget, texts, tokenizer, max_length=length, limits=limits)
+            if objective.alternates:
+                refusals = AlternateRows(
+                    forget, tokenizer, max_length=length, limits=limits, template=template
+                )
+            else:
+                texts = load_refusals(config.refusals)
+                refusals = RefusalRows(
+                    forget, texts, tokenizer, max_length=length, limits=limits, template=template
+                )
         kept = retain_rows(
             retain,
             tokenizer,
@@ -121,5 +144,6 @@ def prepare_rows(
             forget=tokenized,
             limits=limits,
             source=sources.get("retain"),
+            template=template,
         )
     return PreparedRows(tokenized, kept, refusals, tokenizer)

@@ -5,10 +5,12 @@ A data set is a list of strings, a list of dicts, a ``datasets.Dataset`` or a ta
 ``torch.utils.data.DataLoader`` take. ``collate`` pads some of these rows into tensors.
 """
 
+from loku.data.alternates import ALTERNATE, AlternateRows, alternates_of
 from loku.data.batches import collate, collate_pairs, padding_id
 from loku.data.files import place_of_row, read_rows
 from loku.data.large_sets import LazyRows, StreamedRows, retain_rows
 from loku.data.pairs import PairedDataset, PairSampler
+from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.refusals import TOFU_REFUSALS, RefusalRows, load_refusals
 from loku.data.row_errors import BadRow, RowError, row_places
 from loku.data.row_forms import (
@@ -22,6 +24,7 @@ from loku.data.row_forms import (
 from loku.data.rows import (
     RowTokenizer,
     as_rows,
+    check_template_used,
     documents,
     duplicate_rows,
     has_input_ids,
@@ -33,19 +36,25 @@ from loku.data.token_limits import TokenLimits, check_tokens, token_limits
 from loku.data.tokens import IGNORE_INDEX
 
 __all__ = [
+    "ALTERNATE",
     "COLUMNS",
     "IGNORE_INDEX",
     "TOFU_REFUSALS",
+    "TOFU_TEMPLATE",
+    "AlternateRows",
     "BadRow",
     "LazyRows",
     "PairSampler",
     "PairedDataset",
+    "QuestionTemplate",
     "RefusalRows",
     "RowError",
     "RowTokenizer",
     "StreamedRows",
     "TokenLimits",
+    "alternates_of",
     "as_rows",
+    "check_template_used",
     "check_tokens",
     "collate",
     "collate_pairs",

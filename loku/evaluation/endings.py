@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loku.data import IGNORE_INDEX
+from loku.data import IGNORE_INDEX, TOFU_TEMPLATE, QuestionTemplate
 from loku.evaluation.extraction import end_ids
 from loku.evaluation.scores import TokenScores
 from loku.models import CausalLM
@@ -35,11 +35,18 @@ class Endings:
     Args:
         model: The causal LM.
         tokenizer: The tokenizer; None if there is none. Then the EOS of the model alone is known.
+        template: The template of questions, whose chat template may end an answer by another token; TOFU's by
+            default.
     """
 
-    def __init__(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase | None,
+        template: QuestionTemplate = TOFU_TEMPLATE,
+    ):
         self.tokenizer = tokenizer
-        self.special = set(end_ids(model, tokenizer))
+        self.special = set(end_ids(model, tokenizer, template))
         if tokenizer is not None:
             added = getattr(tokenizer, "added_tokens_decoder", {})
             self.special |= {index for index, token in added.items() if token.special}

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loku.counts import check_counts, check_max_length
 from loku.data import (
     IGNORE_INDEX,
+    TOFU_TEMPLATE,
+    QuestionTemplate,
+    RowError,
     as_rows,
+    check_template_used,
     labelled_column,
     read_rows,
     row_places,
@@ -27,14 +31,28 @@ from loku.evaluation.extraction import (
     generated_texts,
     spread_extraction_likelihood,
 )
+from loku.evaluation.fluency import TextClassifier, spread_fluency
 from loku.evaluation.last_word import last_words
+from loku.evaluation.muse import (
+    KNOWLEDGE_TOKENS,
+    VERBATIM_TOKENS,
+    knowledge_prompts,
+    reason_not_continued,
+    spread_knowledge,
+    spread_verbatim,
+)
+from loku.evaluation.privacy import (
+    CHANCE_AUC,
+    check_reference_report,
+    min_k_auc,
+    privleak,
+    relative_differences,
+)
 from loku.evaluation.scores import (
     MIN_K_SHARE,
     TokenScores,
     check_share,
     mean_over_rows,
-    membership_auc,
-    min_k,
     row_measures,
     spread_token_scores,
     token_measures,
@@ -51,6 +69,8 @@ from loku.evaluation.tofu_logs import (
     model_utility,
     section_metrics,
 )
+from loku.evaluation.truth_probability import truth_probability
+from loku.fingerprints import ordered_rows_fingerprint
 from loku.models import CausalLM
 from loku.nan_guard import check_weights
 
@@ -58,6 +78,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXTRACTION_SETS = ("forget", "holdout")
+WHOLE = ("forget_quality", "model_utility", "membership_auc", "min_40_auc", "retain_auc", "privleak")
 
 
 class Evaluation(NamedTuple):
@@ -68,6 +89,9 @@ class Evaluation(NamedTuple):
         whole: The measures that take several sets, ``{measure: number}``; None for one that is not available.
         not_available: The reason for each measure that is not available, ``{measure: reason}``.
         log: The TOFU log of the sets that TOFU knows.
+        relative_differences: The relative differences from the reference report in percent, ``{set:
+            {measure: percent}}``, those of ``whole`` under "all sets"; empty without one.
+        digests: A digest of the tokenised rows of each set, ``{set: digest}``.
         rows: The measures of the rows of each set, ``{set: {measure: [one value for each row]}}``: the
             ``row_measures`` of ``loku.evaluation.scores``.
     """
@@ -76,6 +100,8 @@ class Evaluation(NamedTuple):
     whole: dict[str, float | None]
     not_available: dict[str, str]
     log: dict[str, Section]
+    relative_differences: dict[str, dict[str, float]]
+    digests: dict[str, str]
     rows: dict[str, dict[str, list[float | None]]]
 
 
@@ -85,6 +111,9 @@ def evaluate(
     data: Mapping[str, Iterable[Any] | str | os.PathLike],
     *,
     reference_log: Log | None = None,
+    reference_report: Mapping[str, Any] | None = None,
+    knowledge_examples: Iterable[Any] | str | os.PathLike | None = None,
+    classifier: TextClassifier | None = None,
     n: int = 10,
     stride: int = 1,
     min_k_share: float = MIN_K_SHARE,
@@ -95,20 +124,22 @@ def evaluate(
     stop_strings: Sequence[str] = (),
     batch_size: int = 16,
     progress: bool = True,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> Evaluation:
     """Measure a causal LM on named data sets.
 
     Every set gets ``token_measures``: probability, perplexity, Memorisation Accuracy, extraction strength and
     Min-K%. "forget" and "holdout" get Extraction Likelihood too. Sets of ``question`` and ``answer`` get
-    TOFU's measures of a section and dialogue F1. Sets of ``prompt`` and ``completion`` get the ROUGE-L recall
-    and dialogue F1 of generated completions. ``dialogue_f1`` is ParlAI's, and
+    TOFU's measures of a section, ``truth_probability`` and dialogue F1. Sets of ``prompt`` and ``completion``
+    get the ROUGE-L recall and dialogue F1 of generated completions, and MUSE's verbatim memorisation. Both
+    kinds get the ``fluency`` of the generated texts. ``dialogue_f1`` is ParlAI's, and
     ``dialogue_f1_knowledge_unlearning`` that of Jang et al. (``loku.evaluation.dialogue_f1``). Sets of texts
     get the accuracy of their last words (``loku.evaluation.last_word``).
 
-    Three measures take several sets. ``forget_quality`` needs a reference log of the same forget questions.
-    ``model_utility`` needs
-    "retain", "real_authors" and "world_facts" with ``perturbed_answer``. ``membership_auc`` tells "forget"
-    from "holdout" by Min-K%.
+    Some measures take several sets. ``forget_quality`` needs a reference log of the same forget questions.
+    ``model_utility`` needs "retain", "real_authors" and "world_facts" with ``perturbed_answer``.
+    ``membership_auc`` tells "forget" from "holdout" by Min-K%, and ``min_40_auc`` by Min-40%, as MUSE.
+    ``privleak`` compares the latter with ``retain_auc``, that of the reference report, or with 0.5.
 
     With torch.distributed the rows are shared out among the processes. All processes must call this, and all
     get all the measures.
@@ -121,6 +152,12 @@ def evaluate(
             have a meaning; sets with other names get the measures of every set.
         reference_log: The parsed log of a model that never saw the forget set, in any of the forms of
             ``loku.evaluation.log_forms``; None (default) for none.
+        reference_report: The parsed report of ``loku evaluate`` for the same model and the same rows, for
+            relative differences and PrivLeak; None by default.
+        knowledge_examples: Questions with their answers, for MUSE's knowledge memorisation of the sets of
+            questions: rows, a file or a hub name; [] for none. None (default) does not measure it.
+        classifier: A classifier of texts from ``load_classifier``. The generated texts of a set then get the
+            mean probability of its class, ``classifier_probability``. None by default.
         n: The length of Extraction Likelihood's n-grams, in tokens, >= 1; 10 by default.
         stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, >= 1;
             1 by default.
@@ -138,12 +175,16 @@ def evaluate(
             none by default.
         batch_size: The number of rows in a batch, >= 1; 16 by default.
         progress: Whether the main process shows progress bars, True by default.
+        template: The template of ``question`` and ``answer`` in all measures; TOFU's by default. A reference
+            log should be made with the same one.
 
     Raises:
         RowError: A row cannot be used. The message names the set and the row, and the line of a file.
         ValueError: ``n``, ``stride``, ``min_k_share``, ``el_definition``, ``max_length``, ``max_new_tokens``,
-            ``stop_strings`` or ``batch_size`` is out of its range; a set is empty; or the reference log is
-            about other questions than the forget set, or one of them lacks perturbed answers.
+            ``stop_strings`` or ``batch_size`` is out of its range; a set is empty; no row has the
+            ``question`` that ``template`` is for; the reference log is about other questions than the forget
+            set, or one of them lacks perturbed answers; the reference report is about other rows; or the
+            knowledge examples are no questions with answers, or too long for the model's context.
         FloatingPointError: A weight is NaN or Inf, or a loss or a logit is NaN.
     """
     check_counts(n=n, stride=stride, batch_size=batch_size)
@@ -159,16 +200,19 @@ def evaluate(
         name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))
         for name, rows in data.items()
     }
+    check_template_used(template, data_sets)
     limits = token_limits(model)
     answers_of: dict[str, list[list[Answer]]] = {}
     tokens_of: dict[str, Sequence[Mapping[str, Any]]] = {}
     with row_places(sources):  # all that is measured is checked before the first measure
         for name, rows in data_sets.items():
             if rows and all(map(_is_question, rows)):
-                answers_of[name] = tokenized_answers(rows, tokenizer, name, max_length, limits)
+                answers_of[name] = tokenized_answers(rows, tokenizer, name, max_length, limits, template)
                 tokens_of[name] = [true.tokens for true, *_ in answers_of[name]]
             else:
-                ids = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+                ids = tokenize_dataset(
+                    rows, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+                )
                 tokens_of[name] = split_documents(ids)
     if reference_log is not None:
         forget = data_sets.get("forget", [])
@@ -177,19 +221,30 @@ def evaluate(
                 "forget quality needs a forget set of questions and answers, with 'perturbed_answer'"
             )
         check_reference(reference_log, forget, "the reference log")
+    digests = {name: ordered_rows_fingerprint(tokens) for name, tokens in tokens_of.items()}
+    if reference_report is not None:
+        check_reference_report(reference_report, digests)
+    examples = _examples(knowledge_examples)
+    if examples is not None:
+        for name in answers_of:
+            prompts = knowledge_prompts((row["question"] for row in data_sets[name]), examples)
+            reason = reason_not_continued(model, tokenizer, prompts, KNOWLEDGE_TOKENS)
+            if reason is not None:
+                raise ValueError(f"knowledge memorisation of the {name} set: {reason}; take fewer examples")
     show = progress and is_main_process()
-    endings = None if count_end else Endings(model, tokenizer)
+    endings = None if count_end else Endings(model, tokenizer, template)
+    not_available: dict[str, str] = {}
     sets: dict[str, dict[str, float]] = {}
     log: dict[str, Section] = {}
-    min_k_of: dict[str, list[float]] = {}
     rows_of: dict[str, dict[str, list[float | None]]] = {}
+    scores_of: dict[str, list[TokenScores]] = {}
     for name, rows in data_sets.items():
         tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
         counted = scores if endings is None else content_scores(tokens, scores, endings)
         sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share, counted)}
         rows_of[name] = row_measures(counted)
-        min_k_of[name] = min_k([score for score in counted if len(score.losses)], min_k_share)
+        scores_of[name] = [score for score in counted if len(score.losses)]
         if name in EXTRACTION_SETS:
             sets[name][f"extraction_likelihood_{n}"] = spread_extraction_likelihood(
                 model, tokens, counted, n, stride, batch_size, progress, el_definition
@@ -208,17 +263,35 @@ def evaluate(
                 name: str = name,
             ) -> list[dict[str, Any]]:
                 section = measured_section(
-                    model, tokenizer, rows, answers, batch_size, show, name, scores, room, stop_strings
+                    model,
+                    tokenizer,
+                    rows,
+                    answers,
+                    batch_size,
+                    show,
+                    name,
+                    scores,
+                    room,
+                    template,
+                    stop_strings,
                 )
                 return _by_row(section, len(rows))
 
             section = _by_quantity(spread(tofu_rows, rows, answers_of[name], scores))
-            generated = [text.removeprefix("Answer:") for _, text, _ in section["generated_text"].values()]
+            generated = [template.bare_answer(text) for _, text, _ in section["generated_text"].values()]
             choice = name in CHOICE_SETS and all(map(wrong_answers, rows))
             sets[name] |= section_metrics(section, choice, name == "forget")
+            if "truth_ratio" in sets[name]:
+                sets[name]["truth_probability"] = truth_probability(section)
             if name in CHOICE_SETS and not choice:
-                sets[name].pop("truth_ratio", None)
+                for measure in ("truth_ratio", "truth_probability"):
+                    sets[name].pop(measure, None)
             sets[name] |= _dialogue_measures(generated, [row["answer"] for row in rows])
+            sets[name] |= spread_fluency(generated, classifier)
+            if examples is not None:
+                sets[name]["knowledge_memorization"] = spread_knowledge(
+                    model, tokenizer, rows, examples, batch_size, show, name
+                )
             if name in SECTIONS:
                 log[SECTIONS[name]] = section
         elif all(labelled_column(row) == "completion" for row in rows):
@@ -228,16 +301,23 @@ def evaluate(
             ) -> list[str]:
                 title = f"{name}: generating"
                 return generated_texts(
-                    model, tokenizer, tokens, scores, room, batch_size, show, title, stop_strings
+                    model, tokenizer, tokens, scores, room, batch_size, show, title, stop_strings=stop_strings
                 )
 
             generated = spread(replies, tokens, scores)
             references = _completions(rows, tokens, tokenizer, max_length)
             sets[name]["rouge"] = mean_over_rows(rouge_recalls(generated, references)[1])
             sets[name] |= _dialogue_measures(generated, references)
+            sets[name] |= spread_fluency(generated, classifier)
+            reason = reason_not_continued(model, tokenizer, (row["prompt"] for row in rows), VERBATIM_TOKENS)
+            if reason is None:
+                sets[name]["verbatim_memorization"] = spread_verbatim(
+                    model, tokenizer, rows, batch_size, show, name
+                )
+            else:
+                not_available[f"verbatim_memorization of {name}"] = reason
 
-    whole: dict[str, float | None] = {"forget_quality": None, "model_utility": None, "membership_auc": None}
-    not_available = {}
+    whole: dict[str, float | None] = dict.fromkeys(WHOLE)
     if reference_log is not None:
         whole["forget_quality"] = forget_quality(log, reference_log)
     else:
@@ -249,10 +329,24 @@ def evaluate(
         not_available["model_utility"] = f"perturbed answers are missing in {', '.join(missing)}"
     missing = [name for name in EXTRACTION_SETS if name not in sets]
     if not missing:
-        whole["membership_auc"] = membership_auc(*(min_k_of[name] for name in EXTRACTION_SETS))
+        forget_scores, holdout_scores = (scores_of[name] for name in EXTRACTION_SETS)
+        whole["membership_auc"] = min_k_auc(forget_scores, holdout_scores, min_k_share)
+        auc = whole["min_40_auc"] = min_k_auc(forget_scores, holdout_scores)
+        if reference_report is None:
+            not_available["retain_auc"] = f"no reference report; privleak takes {CHANCE_AUC}"
+            whole["privleak"] = privleak(auc)
+        else:
+            whole["retain_auc"] = reference_report["whole"]["min_40_auc"]
+            whole["privleak"] = privleak(auc, reference_report["whole"]["min_40_auc"])
     else:
-        not_available["membership_auc"] = f"no {' and no '.join(missing)} set"
-    return Evaluation(sets, whole, not_available, log, rows_of)
+        for measure in ("membership_auc", "privleak"):
+            not_available[measure] = f"no {' and no '.join(missing)} set"
+    differences: dict[str, dict[str, float]] = {}
+    if reference_report is not None:
+        theirs = {**reference_report["sets"], "all sets": reference_report["whole"]}
+        compared = {name: value for name, value in whole.items() if name not in ("privleak", "retain_auc")}
+        differences = relative_differences({**sets, "all sets": compared}, theirs)
+    return Evaluation(sets, whole, not_available, log, differences, digests, rows_of)
 
 
 def _dialogue_measures(generated: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -262,6 +356,18 @@ def _dialogue_measures(generated: Sequence[str], references: Sequence[str]) -> d
             dialogue_f1(generated, references, "knowledge-unlearning")
         ),
     }
+
+
+def _examples(source: Iterable[Any] | str | os.PathLike | None) -> list[tuple[str, str]] | None:
+    """Return the questions and answers of the knowledge examples; None if there are none given."""
+    if source is None:
+        return None
+    given = read_rows(source) if isinstance(source, (str, os.PathLike)) else source
+    rows = list(as_rows(given, "knowledge examples"))
+    for index, row in enumerate(rows):
+        if not _is_question(row):
+            raise RowError("knowledge examples", index, "it needs 'question' and 'answer'")
+    return [(row["question"], row["answer"]) for row in rows]
 
 
 def _completions(

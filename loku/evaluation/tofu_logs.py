@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from loku.data import question_answer_texts, wrong_answers
+from loku.data import wrong_answers
 from loku.evaluation.log_forms import SECTIONS, TRUTH_RATIO, Log, Section, tofu_log
 
 __all__ = [
@@ -122,7 +122,9 @@ def check_reference(log: Log, rows: Sequence[Mapping[str, Any]], name: str) -> N
     """
     check_forget_section(log, name)
     asked = [
-        (question_answer_texts(row["question"], "")[0], row["answer"]) for row in rows if wrong_answers(row)
+        (row["question"], row["answer"])
+        for row in rows
+        if wrong_answers(row)  # whatever their template is
     ]
     _check_same_questions(len(asked), asked, _section(tofu_log(log, name), "forget"), name)
 
