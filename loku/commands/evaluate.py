@@ -39,8 +39,8 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K% "
         "membership inference, PrivLeak, MUSE's memorisation, fluency, dialogue F1 and the last word, as far "
         "as the sets allow. Prints a table, and writes a JSON report with a log of TOFU or open-unlearning, "
-        "and a picture beside it. Runs under torchrun and accelerate launch. --attack attacks the model, too, "
-        "in one process.",
+        "and a picture beside it. Runs under torchrun and accelerate launch. --attack attacks the model, "
+        "too, in one process.",
     )
     parser.add_argument(
         "model",
