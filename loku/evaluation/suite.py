@@ -138,7 +138,8 @@ def evaluate(
 
     Some measures take several sets. ``forget_quality`` needs a reference log of the same forget questions.
     ``model_utility`` needs "retain", "real_authors" and "world_facts" with ``perturbed_answer``.
-    ``membership_auc`` tells "forget" from "holdout" by Min-K%, and ``min_40_auc`` by Min-40%, as MUSE.
+    ``membership_auc`` tells "forget" from "holdout" by Min-K%, and ``min_40_auc`` by Min-40%, as MUSE, always
+    without the endings of answers: MUSE's texts have no EOS, and open-unlearning leaves it out.
     ``privleak`` compares the latter with ``retain_auc``, that of the reference report, or with 0.5.
 
     With torch.distributed the rows are shared out among the processes. All processes must call this, and all
@@ -232,19 +233,23 @@ def evaluate(
             if reason is not None:
                 raise ValueError(f"knowledge memorisation of the {name} set: {reason}; take fewer examples")
     show = progress and is_main_process()
-    endings = None if count_end else Endings(model, tokenizer, template)
+    endings = Endings(model, tokenizer, template)
     not_available: dict[str, str] = {}
     sets: dict[str, dict[str, float]] = {}
     log: dict[str, Section] = {}
     rows_of: dict[str, dict[str, list[float | None]]] = {}
-    scores_of: dict[str, list[TokenScores]] = {}
+    counted_of: dict[str, list[TokenScores]] = {}
+    content_of: dict[str, list[TokenScores]] = {}
     for name, rows in data_sets.items():
         tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
-        counted = scores if endings is None else content_scores(tokens, scores, endings)
+        content = content_scores(tokens, scores, endings)
+        counted = scores if count_end else content
         sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share, counted)}
         rows_of[name] = row_measures(counted)
-        scores_of[name] = [score for score in counted if len(score.losses)]
+        counted_of[name], content_of[name] = (
+            [score for score in kept if len(score.losses)] for kept in (counted, content)
+        )
         if name in EXTRACTION_SETS:
             sets[name][f"extraction_likelihood_{n}"] = spread_extraction_likelihood(
                 model, tokens, counted, n, stride, batch_size, progress, el_definition
@@ -329,9 +334,8 @@ def evaluate(
         not_available["model_utility"] = f"perturbed answers are missing in {', '.join(missing)}"
     missing = [name for name in EXTRACTION_SETS if name not in sets]
     if not missing:
-        forget_scores, holdout_scores = (scores_of[name] for name in EXTRACTION_SETS)
-        whole["membership_auc"] = min_k_auc(forget_scores, holdout_scores, min_k_share)
-        auc = whole["min_40_auc"] = min_k_auc(forget_scores, holdout_scores)
+        whole["membership_auc"] = min_k_auc(counted_of["forget"], counted_of["holdout"], min_k_share)
+        auc = whole["min_40_auc"] = min_k_auc(content_of["forget"], content_of["holdout"])
         if reference_report is None:
             not_available["retain_auc"] = f"no reference report; privleak takes {CHANCE_AUC}"
             whole["privleak"] = privleak(auc)
