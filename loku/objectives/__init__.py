@@ -41,7 +41,7 @@ from loku.objectives.rmu import (
 )
 from loku.objectives.rows import Batch, Rows
 from loku.objectives.undial import LoweredDivergence, undial_loss
-from loku_kernels import inverted_hinge  # for losses of others, from where it always was
+from loku_kernels import cross_entropy, inverted_hinge, reduce_loss  # for losses of others
 
 __all__ = [
     "OBJECTIVES",
@@ -60,6 +60,7 @@ __all__ = [
     "altpo_loss",
     "answer_probability",
     "ceu_loss",
+    "cross_entropy",
     "described_methods",
     "dpo_loss",
     "forget_divergence",
@@ -68,6 +69,7 @@ __all__ = [
     "inverted_hinge_loss",
     "lm_loss",
     "npo_loss",
+    "reduce_loss",
     "refusal_loss",
     "resolved",
     "retain_divergence",

@@ -250,17 +250,10 @@ def test_one_step_lowers_the_losses(method, tmp_path):
     def total(values):
         return values["forget_loss"] + RETAIN_WEIGHT * values.get("retain_loss", 0.0)
 
-    assert total(after) < total(before)
-    assert after["forget_loss"] < before["forget_loss"]
-    if method in (
-        "ga",
-        "gd",
-        "kl",
-        "npo",
-        "simnpo",
-        "wga",
-        "ceu",
-    ):  # the others change further probabilities too
+    weighted = method in ("wga", "satimp", "tnpo")  # the weight has no gradient, so the value may rise
+    assert weighted or total(after) < total(before)
+    assert weighted or after["forget_loss"] < before["forget_loss"]
+    if weighted or method in ("ga", "gd", "kl", "npo", "simnpo", "ceu"):  # the others change further ones too
         assert after["forget_probability"] < before["forget_probability"]
     assert ("forget_probability" in before) == (method != "idk")
     if method in ("dpo", "dpo_kl", "idk"):
