@@ -104,7 +104,8 @@ class DualRetainWeight(RetainWeight):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the value of the checkpoint that the run goes on from, or the first one."""
-        self.value = state.stateful_callbacks.get(_STATE, {}).get("value", self.first)
+        kept: Any = state.stateful_callbacks  # transformers types it as a list
+        self.value = kept.get(_STATE, {}).get("value", self.first)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -121,7 +122,8 @@ class DualRetainWeight(RetainWeight):
             loss = sum_over_processes_(torch.stack(self._parts).sum())
             change = self.step_size * (same_in_all_processes_(loss).item() - self.bound)
             self.value = max(0.0, self.value + change)
-        state.stateful_callbacks[_STATE] = {"value": self.value}
+        kept: Any = state.stateful_callbacks
+        kept[_STATE] = {"value": self.value}
 
 
 def _with_bound(objective: Objective, values: Mapping[str, Any]) -> Objective:
