@@ -14,84 +14,9 @@ from loku.counts import check_counts, check_max_length
 from loku.data.question_templates import QuestionTemplate
 from loku.eval_bounds import JOINT_MEASURE, check_bounds
 from loku.fila.settings import FilaConfig, check_balance
+from loku.free_fields import EVALUATION_FIELDS, REASONS
 from loku.objectives import OBJECTIVES, Objective, described_methods, resolved
 from loku.target_modules import check_patterns
-
-# The fields that may differ between a run and the run that goes on from its checkpoint, with the reason.
-# Every other field decides the result, also one that a later transformers adds.
-_PLACE, _LOG = "a place or a time of files", "what is shown and logged"
-_HUB, _MEASURES = "what is uploaded", "measures, which change no weight"
-_NO_EFFECT, _SPEED = "without effect on UnlearnTrainer", "speed and memory, with the same bits"
-_REASONS = {
-    "activation_checkpointing": _SPEED,
-    "activation_checkpointing_kwargs": _SPEED,
-    "average_tokens_across_devices": "the loss always counts the tokens of all processes",
-    "dataloader_multiprocessing_context": _SPEED,
-    "dataloader_num_workers": _SPEED,
-    "dataloader_pin_memory": _SPEED,
-    "dataloader_prefetch_factor": _SPEED,
-    "ddp_timeout": "how long processes wait",
-    "debug": _LOG,
-    "disable_tqdm": _LOG,
-    "do_eval": _NO_EFFECT,
-    "do_predict": _NO_EFFECT,
-    "do_train": _NO_EFFECT,
-    "enable_jit_checkpoint": _PLACE,
-    "eval_accumulation_steps": _NO_EFFECT,
-    "eval_do_concat_batches": _NO_EFFECT,
-    "eval_use_gather_object": _NO_EFFECT,
-    "fisher_cache_dir": _PLACE,
-    "fisher_memory_budget": _SPEED,
-    "gradient_checkpointing": _SPEED,
-    "gradient_checkpointing_kwargs": _SPEED,
-    "hub_always_push": _HUB,
-    "hub_model_id": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_revision": _HUB,
-    "hub_strategy": _HUB,
-    "hub_token": _HUB,
-    "include_num_input_tokens_seen": _LOG,
-    "local_rank": "the number of a process",
-    "log_level": _LOG,
-    "log_level_replica": _LOG,
-    "log_on_each_node": _LOG,
-    "logging_dir": _PLACE,
-    "logging_first_step": _LOG,
-    "logging_nan_inf_filter": _NO_EFFECT,
-    "logging_steps": _LOG,
-    "logging_strategy": _LOG,
-    "model_init_kwargs": "the loaded model counts in their place",
-    "output_dir": _PLACE,
-    "project": _LOG,
-    "push_to_hub": _HUB,
-    "refusals": "their texts count in their place",
-    "report_to": _LOG,
-    "resume_from_checkpoint": _PLACE,
-    "run_name": _LOG,
-    "save_on_each_node": _PLACE,
-    "save_only_model": _PLACE,
-    "save_steps": _PLACE,
-    "save_strategy": _PLACE,
-    "save_total_limit": _PLACE,
-    "skip_memory_metrics": _LOG,
-    "torch_empty_cache_steps": _SPEED,
-    "trackio_bucket_id": _LOG,
-    "trackio_space_id": _LOG,
-    "trackio_static_space_id": _LOG,
-}
-# These are free, too, while no evaluation decides: without a metric for the best model or the learning rate.
-_EVALUATION = {
-    "batch_eval_metrics",
-    "eval_delay",
-    "eval_floors",
-    "eval_limits",
-    "eval_on_start",
-    "eval_steps",
-    "eval_strategy",
-    "include_for_metrics",
-    "per_device_eval_batch_size",
-    "prediction_loss_only",
-}
 
 # The values that a run can have. None stands for the field's own meaning of it.
 _COUNTS = (
@@ -247,7 +172,7 @@ class UnlearnConfig(TrainingArguments):
     ]
 
     # A subclass that adds fields adds the names of those that decide nothing.
-    FREE_FIELDS: ClassVar[frozenset[str]] = frozenset(_REASONS)
+    FREE_FIELDS: ClassVar[frozenset[str]] = frozenset(REASONS)
 
     output_dir: str | None = field(default="loku-output", metadata={"help": "The directory of checkpoints."})
     per_device_train_batch_size: int = field(
@@ -515,7 +440,11 @@ class UnlearnConfig(TrainingArguments):
         Returns:
             The values by their names in messages.
         """
-        free = self.FREE_FIELDS if self.metric_for_best_model is not None else self.FREE_FIELDS | _EVALUATION
+        free = (
+            self.FREE_FIELDS
+            if self.metric_for_best_model is not None
+            else self.FREE_FIELDS | EVALUATION_FIELDS
+        )
         names = [f.name for f in dataclasses.fields(self) if f.init and f.name not in free]
         settings = {name: getattr(self, name) for name in names}
         objective = OBJECTIVES.get(self.method)
