@@ -43,7 +43,7 @@ from loku.objectives.rmu import (
 )
 from loku.objectives.rows import Batch, Rows
 from loku.objectives.undial import LoweredDivergence, undial_loss
-from loku_kernels import inverted_hinge  # for losses of others, from where it always was
+from loku_kernels import cross_entropy, inverted_hinge, reduce_loss  # for losses of others
 
 __all__ = [
     "OBJECTIVES",
@@ -65,6 +65,7 @@ __all__ = [
     "altpo_loss",
     "answer_probability",
     "ceu_loss",
+    "cross_entropy",
     "described_methods",
     "dpo_loss",
     "forget_divergence",
@@ -74,6 +75,7 @@ __all__ = [
     "lm_loss",
     "npo_loss",
     "pdu_loss",
+    "reduce_loss",
     "refusal_loss",
     "resolved",
     "retain_divergence",
