@@ -46,6 +46,38 @@ def test_extraction_likelihood_is_the_brute_force_one(model, rows, n, stride):
         assert 0.02 < result.mean < 0.98  # neither nothing nor everything is extracted, so the test can fail
 
 
+# The figures are those of joeljang/knowledge-unlearning, models/Neo_Model_valid.py, validation_el (commit
+# 732876d), run on this model and these texts one by one, in float32.
+KNOWLEDGE_UNLEARNING = {
+    2: [0.51046628, 0.36919191, 0.31452584, 0.22298798, 0.44403362, 0.38095239, 0.61339295],
+    3: [0.35174823, 0.19166666, 0.16984695, 0.11867199, 0.28390673, 0.26666668, 0.53800732],
+}
+
+
+@pytest.mark.parametrize("n", KNOWLEDGE_UNLEARNING)
+def test_extraction_likelihood_is_that_of_knowledge_unlearning(model, rows, n):
+    texts = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    result = extraction_likelihood(model, texts, n, progress=False, definition="knowledge-unlearning")
+    assert result.per_row == pytest.approx(KNOWLEDGE_UNLEARNING[n], abs=1e-7)
+    assert result.definition == "knowledge-unlearning"
+    paper = extraction_likelihood(model, texts, n, progress=False)
+    assert paper.definition == "paper" and paper.mean != pytest.approx(result.mean, abs=1e-2)
+
+
+def test_rows_of_exactly_n_tokens_count_in_knowledge_unlearning_alone(model):
+    ids = [5, 6, *naive_greedy(model, [5, 6], 4)]
+    row = {"input_ids": ids, "labels": [-100, -100, *ids[2:]]}  # four answer tokens
+    options = {"progress": False, "definition": "knowledge-unlearning"}
+    assert extraction_likelihood(model, [row], 4, **options).per_row == [1.0]
+    assert extraction_likelihood(model, [row], 5, **options).per_row == [None]
+    assert extraction_likelihood(model, [row], 4, progress=False).per_row == [None]
+
+
+def test_another_definition_is_refused(model, rows):
+    with pytest.raises(ValueError, match="definition must be one of paper, knowledge-unlearning, got 'el'"):
+        extraction_likelihood(model, rows, progress=False, definition="el")
+
+
 def test_extraction_likelihood_of_a_memorized_text_is_one(model):
     ids = [5, 6, *naive_greedy(model, [5, 6], 20)]
     memorized = {"input_ids": ids, "labels": [-100, -100, *ids[2:]]}
