@@ -8,7 +8,7 @@ tuned as in TOFU (Maini et al., 2024, appendix): 5 epochs, an effective batch of
 decay 0.01, a linear warm-up over the first epoch. ``--question-template`` asks the questions in another form
 than TOFU's, such as "chat".
 
-With ``--forget`` the script writes ``DIR/full``, ``DIR/retain.jsonl`` (the rows of ``--full`` that are not in
+The script writes ``DIR/full`` and its rows, ``DIR/full.jsonl``. With ``--forget`` it writes ``DIR/retain.jsonl`` (the rows of ``--full`` that are not in
 ``--forget``), ``DIR/retain`` (the model trained on them) and ``DIR/retain_log.json`` (TOFU's log of that
 model on the rows of ``--forget``). ``--last`` makes the same for forget sets that are the last rows of
 ``--full``, each with its number in the names: ``DIR/retain40`` and so on. ``experiments/smollm2_tofu.py``
@@ -191,14 +191,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(memorised(model.to(device), tokens, f"{name}: its own rows"), flush=True)
         return model
 
+    def write_rows(rows: list[Any], name: str) -> None:
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (options.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
     options.out.mkdir(parents=True, exist_ok=True)
     trained(full, "full")
+    write_rows(full, "full")
     for name, (retain, forget) in models.items():
         model = trained(retain, name)
         print(memorised(model, tokens_of(forget, "forget"), f"{name}: the rows that it never saw"))
-        (options.out / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in retain), encoding="utf-8"
-        )
+        write_rows(retain, name)
         section = evaluate_tofu_rows(
             model, tokenizer, forget, description="the retain-only model", template=template
         )
