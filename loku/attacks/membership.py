@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loku.attacks.copies import check_one_process
+from loku.attacks.copies import check_one_process, reason_not_copied
+from loku.attacks.gradient_norms import gradient_norms
 from loku.counts import check_counts
 from loku.data import (
     IGNORE_INDEX,
@@ -72,7 +73,13 @@ def membership_attack(
     - ``min_k``: the mean log-probability of the least likely tokens (Min-K% Prob, Shi et al., ICLR 2024).
     - ``min_k_plus_plus``: the same with each log-probability less its mean over the vocabulary, in standard
       deviations (Min-K%++, Zhang et al., ICLR 2025).
+    - ``gradient_norm``: minus the mean over the weights of the norm of the gradient of l (Wang et al., 2024;
+      ``loku.attacks.gradient_norms``). It needs one backward pass for each row.
     - ``reference``: l under the reference model less l under the model (Carlini et al., 2021).
+
+    open-unlearning gives each score the other sign and takes the hold-out rows for the positive class, so its
+    AUCs mean the same. It leaves the last labelled token of a row out of the two Min-K scores and of the
+    gradient norm. MUSE writes 1 - AUC; ``loku.evaluation.privleak`` takes that into account.
 
     An AUC of 0.5 is the aim. Above it, forget rows look like rows of the training set. Below it, they stand
     out, too: unlearning has pushed them below rows that the model never saw, and an attacker who knows that
@@ -123,6 +130,9 @@ def membership_attack(
         rows[name] = split_documents(tokenised)
 
     not_tested: dict[str, str] = {}
+    no_gradients = reason_not_copied(model)  # what cannot be merged, or is no number, has no such gradient
+    if no_gradients is not None:
+        not_tested["gradient_norm"] = no_gradients
     found: dict[str, dict[str, list[float]]] = {}
     for name, documents in rows.items():
         scores = _row_scores(model, documents, batch_size, progress, f"{name}: membership")
@@ -133,6 +143,12 @@ def membership_attack(
             of_set["zlib"] = [-loss / count for loss, count in zip(losses, bits, strict=True)]
         of_set["min_k"] = [_mean_of_least(score.log_probabilities, min_k_share) for score in scores]
         of_set["min_k_plus_plus"] = [_mean_of_least(score.standardised, min_k_share) for score in scores]
+        if "gradient_norm" not in not_tested:
+            try:
+                norms = gradient_norms(model, documents, progress, f"{name}: gradient norms")
+                of_set["gradient_norm"] = [-norm for norm in norms]
+            except FloatingPointError as error:  # float16 may have losses and no gradients
+                not_tested["gradient_norm"] = str(error)
         if reference is not None:
             theirs = _row_scores(reference, documents, batch_size, progress, f"{name}: reference")
             references = [-score.log_probabilities.mean().item() for score in theirs]
@@ -141,6 +157,8 @@ def membership_attack(
                 for reference_loss, loss in zip(references, losses, strict=True)
             ]
         found[name] = of_set
+    if "gradient_norm" in not_tested:
+        found["forget"].pop("gradient_norm", None)
     if tokenizer is None:
         not_tested["zlib"] = "there is no tokenizer, so the texts of the rows are not known"
     if reference is None:

@@ -128,6 +128,11 @@ def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
     settings = read_yaml(options.config, options.fields, PLACES) if options.config else {}
     settings.update(joined(options.fields, options))
+    if settings.get("method") == "list":
+        from loku.objectives import described_methods
+
+        print(described_methods())
+        return
     places = {name: getattr(options, name) or settings.pop(name, None) for name in PLACES}
     for name in PLACES:
         settings.pop(name, None)
