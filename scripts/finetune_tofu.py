@@ -8,11 +8,11 @@ tuned as in TOFU (Maini et al., 2024, appendix): 5 epochs, an effective batch of
 decay 0.01, a linear warm-up over the first epoch. ``--question-template`` asks the questions in another form
 than TOFU's, such as "chat".
 
-The script writes ``DIR/full`` and its rows, ``DIR/full.jsonl``. With ``--forget`` it writes ``DIR/retain.jsonl`` (the rows of ``--full`` that are not in
-``--forget``), ``DIR/retain`` (the model trained on them) and ``DIR/retain_log.json`` (TOFU's log of that
-model on the rows of ``--forget``). ``--last`` makes the same for forget sets that are the last rows of
-``--full``, each with its number in the names: ``DIR/retain40`` and so on. ``experiments/smollm2_tofu.py``
-reads these.
+The script writes ``DIR/full`` and its rows, ``DIR/full.jsonl``. With ``--forget`` it also writes
+``DIR/retain.jsonl`` (the rows of ``--full`` that are not in ``--forget``), ``DIR/retain`` (the model trained
+on them) and ``DIR/retain_log.json`` (TOFU's log of that model on the rows of ``--forget``). ``--last`` makes
+the same for forget sets that are the last rows of ``--full``, each with its number in the names:
+``DIR/retain40`` and so on. ``experiments/smollm2_tofu.py`` reads these.
 
 A finished model is not trained again, and one that was stopped goes on from its last epoch. In its folder
 ``finetuning.json`` has the settings. The script prints what each model has memorised of its rows, and of the
