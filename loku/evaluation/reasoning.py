@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loku.counts import check_counts
 from loku.models import CausalLM, evaluating
@@ -32,6 +35,7 @@ def reasoning_accuracies(
     batch_size: int = 16,
     num_fewshot: int = 0,
     limit: int | None = None,
+    questions: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, float]:
     """Measure a model's accuracy on tasks of lm-evaluation-harness.
 
@@ -45,6 +49,8 @@ def reasoning_accuracies(
         batch_size: The number of rows in a batch, 16 by default.
         num_fewshot: The number of examples in a prompt, 0 by default.
         limit: The number of rows of each task that are used, for a quick look; None (default) uses all.
+        questions: The test rows of some tasks, ``{task: rows}``, in the columns of the hub; they are used in
+            place of those of the hub. None (default) for none.
 
     Returns:
         The accuracy of each task, the harness's ``acc``, which is not normalised by length, in [0, 1].
@@ -57,6 +63,31 @@ def reasoning_accuracies(
     """
     check_counts(batch_size=batch_size, limit=1 if limit is None else limit)
     check_counts(0, num_fewshot=num_fewshot)
+    lm_eval, language_model = check_harness()
+    with evaluating(model), tempfile.TemporaryDirectory() as folder:
+        asked = [_task(task, (questions or {}).get(task), Path(folder)) for task in tasks]
+        results = lm_eval.simple_evaluate(
+            model=language_model(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
+            ),
+            tasks=asked,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+        )["results"]
+    without = [task for task in tasks if "acc,none" not in results.get(task, {})]
+    if without:
+        raise ValueError(f"the harness reports no accuracy of {without}; it has {results}")
+    return {task: float(results[task]["acc,none"]) for task in tasks}
+
+
+def check_harness() -> tuple[Any, Any]:
+    """Check that lm-evaluation-harness can measure, and return its module and its class of models.
+
+    Raises:
+        ImportError: The harness is not installed, or ``datasets`` is older than 4 and would run the scripts
+            of data sets. The message says what to install.
+    """
     try:
         import datasets
         import lm_eval
@@ -70,15 +101,18 @@ def reasoning_accuracies(
         raise ImportError(
             f"datasets {datasets.__version__} would run code of the reasoning sets: pip install 'datasets>=4'"
         )
-    with evaluating(model):
-        results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False),
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-        )["results"]
-    without = [task for task in tasks if "acc,none" not in results.get(task, {})]
-    if without:
-        raise ValueError(f"the harness reports no accuracy of {without}; it has {results}")
-    return {task: float(results[task]["acc,none"]) for task in tasks}
+    return lm_eval, HFLM
+
+
+def _task(task: str, rows: Sequence[Mapping[str, Any]] | None, folder: Path) -> str | dict[str, Any]:
+    """Return a task for the harness, with its rows in a file if they are given."""
+    if rows is None:
+        return task
+    file = folder / f"{task}.json"
+    file.write_text("".join(f"{json.dumps(dict(row))}\n" for row in rows), encoding="utf-8")
+    return {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+    }
