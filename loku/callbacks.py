@@ -13,7 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loku.config import UnlearnConfig
 from loku.counts import check_counts
+from loku.data import TOFU_TEMPLATE
 from loku.data.rows import DataSet
 from loku.evaluation.extraction import spread_extraction_likelihood
 from loku.evaluation.scores import (
@@ -76,7 +78,8 @@ class _Gauge(TrainerCallback):
     ) -> None:
         """Tokenise the data sets and measure the model."""
         max_length = getattr(args, "max_length", None)  # relearning runs under transformers' own arguments
-        self.rows = tokenized_eval_sets(model, self.sets, processing_class, max_length)
+        template = args.template() if isinstance(args, UnlearnConfig) else TOFU_TEMPLATE
+        self.rows = tokenized_eval_sets(model, self.sets, processing_class, max_length, template)
         self.history = []
         self._record(state, self.begin(model, state.log_history))
 

@@ -11,9 +11,10 @@ import torch
 from transformers import TrainingArguments
 
 from loku.counts import check_counts, check_max_length
+from loku.data.question_templates import QuestionTemplate
 from loku.eval_bounds import JOINT_MEASURE, check_bounds
 from loku.fila.row_scales import FilaConfig
-from loku.objectives import OBJECTIVES
+from loku.objectives import OBJECTIVES, Objective, described_methods, resolved
 from loku.target_modules import check_patterns
 
 # The fields that may differ between a run and the run that goes on from its checkpoint, with the reason.
@@ -104,6 +105,7 @@ _POSITIVE = ("learning_rate", "beta", "lora_alpha")
 _NOT_NEGATIVE = (
     "num_train_epochs",
     "retain_weight",
+    "forget_weight",
     "fisher_damping",
     "weight_decay",
     "adam_epsilon",
@@ -111,6 +113,11 @@ _NOT_NEGATIVE = (
     "dataloader_num_workers",
 )
 _SHARES = ("adam_beta1", "adam_beta2")
+_CHOICES = {
+    "loss_reduction": ("batch", "micro_batch"),
+    "loss_mean": ("separate", "joint"),
+    "retain_sampling": ("without_replacement", "with_replacement"),
+}
 
 
 def _check_ranges(config: Any) -> None:
@@ -162,8 +169,10 @@ class UnlearnConfig(TrainingArguments):
         logging_nan_inf_filter: Not used. The trainer stops at the first loss that is NaN or Inf.
         tf32: Whether float32 products on CUDA are multiplied in TF32. None (default) does so in training if
             the card has TF32 and the model float32 weights without autocast, and the log then has ``tf32``.
-        method: The method, a key of ``loku.objectives.OBJECTIVES``: "ihl" (default), "ga", "gd", "kl", "dpo",
-            "npo" or "idk".
+        method: The method, a key of ``loku.objectives.OBJECTIVES``; "ihl" by default. The error of "list" has
+            a line about each.
+        method_args: The further arguments of the method, ``{name: value}``; None (default) for the defaults.
+            ``Objective.arguments`` of the method documents them.
         tuning: The parameters that are trained. "lora" (default) trains adapters. "full" trains all
             parameters that require a gradient, and ignores ``init``, the LoRA fields and ``target_modules``.
         init: The initialisation of LoRA. "fila" (default) uses the Fisher information of the two sets,
@@ -181,10 +190,24 @@ class UnlearnConfig(TrainingArguments):
             products and adds into their outputs, True by default. False leaves the products to peft, which
             casts the inputs to the adapters' dtype. See ``loku.lora_linear``.
         retain_weight: The factor of the retain loss beside the forget loss, 1.5 by default; Eq. 3 has 1.
-        beta: The inverse temperature of DPO and NPO, 0.1 by default.
+        forget_weight: The factor of the forget loss, 1 by default.
+        loss_reduction: "batch" (default): the loss of a step is that of one batch with all its rows, however
+            many micro-batches and processes divide it. "micro_batch": it is the mean of the losses of the
+            micro-batches, as other trainers have it. So tokens of a micro-batch with few tokens count more.
+        loss_mean: "separate" (default): the forget loss and the retain loss are each a mean over their own
+            tokens. "joint": they are one mean over the tokens of both, as IDK in TOFU's code.
+        retain_sampling: "without_replacement" (default): no retain row comes again until all have been used.
+            "with_replacement": each is drawn from all, as in TOFU's code and in open-unlearning.
+        beta: The beta of the method, such as the inverse temperature of DPO and NPO. None (default) stands
+            for the method's own default. Methods without one refuse it.
         refusals: The refusals of DPO and IDK: a list of strings, or the path of a file with one on each line.
             None (default) stands for TOFU's 100. Each epoch draws one for every forget row.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
+        question_template: The prompt of a row of ``question`` and ``answer``: a text with ``{question}``; or
+            "chat" for the tokenizer's chat template. None (default) stands for TOFU's,
+            ``"Question: {question}\\nAnswer:"``. See ``loku.data.QuestionTemplate``.
+        answer_template: The labelled text after it, with ``{answer}``. None (default) stands for TOFU's,
+            ``" {answer}"``. A text as ``question_template`` needs one, and "chat" takes none.
         fisher_damping: The damping of the retain Fisher, 1 by default; see ``loku.FilaConfig``.
         fisher_damping_mode: The unit of the damping, "relative" (default) or "absolute"; see
             ``loku.FilaConfig``.
@@ -209,6 +232,7 @@ class UnlearnConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar = [  # type: ignore[misc]  # TrainingArguments has it without ClassVar
         *TrainingArguments._VALID_DICT_FIELDS,
+        "method_args",
         "eval_limits",
         "eval_floors",
         "model_init_kwargs",
@@ -256,7 +280,13 @@ class UnlearnConfig(TrainingArguments):
         metadata={"help": "Multiply float32 in TF32; by default in training, on cards that have it."},
     )
 
-    method: str = field(default="ihl", metadata={"help": "The method: ihl, ga, gd, kl, dpo, npo or idk."})
+    method: str = field(
+        default="ihl",
+        metadata={"help": f"The method: {', '.join(OBJECTIVES)}; list shows a line about each."},
+    )
+    method_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The further arguments of the method, a JSON object."}
+    )
     tuning: Literal["lora", "full"] = field(
         default="lora", metadata={"help": "Train LoRA adapters, or the full model."}
     )
@@ -283,7 +313,22 @@ class UnlearnConfig(TrainingArguments):
         metadata={"help": "Multiply the adapters in the dtype of the model's products, in training."},
     )
     retain_weight: float = field(default=1.5, metadata={"help": "The factor of the retain loss."})
-    beta: float = field(default=0.1, metadata={"help": "The inverse temperature of DPO and NPO."})
+    forget_weight: float = field(default=1.0, metadata={"help": "The factor of the forget loss."})
+    loss_reduction: Literal["batch", "micro_batch"] = field(
+        default="batch",
+        metadata={"help": "The loss of a step: that of one batch, or the mean of its micro-batches' losses."},
+    )
+    loss_mean: Literal["separate", "joint"] = field(
+        default="separate",
+        metadata={"help": "The means of the two losses: over their own tokens, or one over those of both."},
+    )
+    retain_sampling: Literal["without_replacement", "with_replacement"] = field(
+        default="without_replacement", metadata={"help": "The draws of the retain rows."}
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "The beta of the method, such as that of DPO and NPO; its own by default."},
+    )
     refusals: list[str] | str | None = field(
         default=None,
         metadata={
@@ -292,6 +337,17 @@ class UnlearnConfig(TrainingArguments):
     )
     max_length: int | None = field(
         default=None, metadata={"help": "The number of tokens at which rows are cut."}
+    )
+    question_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt of a row of question and answer: a text with {question}, or chat for the "
+            "tokenizer's chat template; TOFU's by default."
+        },
+    )
+    answer_template: str | None = field(
+        default=None,
+        metadata={"help": "The text of its answer, with {answer}; it belongs to question_template."},
     )
     fisher_damping: float = field(default=1.0, metadata={"help": "The damping of the retain Fisher."})
     fisher_damping_mode: Literal["relative", "absolute"] = field(
@@ -333,6 +389,8 @@ class UnlearnConfig(TrainingArguments):
         self.remove_unused_columns = False  # the columns are pairs of rows, not arguments of the model
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # a forward uses all trained parameters
+        if self.method == "list":
+            raise ValueError(f"method must be one of\n{described_methods()}")
         if self.method not in OBJECTIVES:
             raise ValueError(f"method must be one of {sorted(OBJECTIVES)}, got {self.method!r}")
         if self.tuning not in ("lora", "full"):
@@ -354,7 +412,14 @@ class UnlearnConfig(TrainingArguments):
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device for which to pin
         _check_ranges(self)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                wanted = " or ".join(f'"{choice}"' for choice in choices)
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        objective = self.objective()  # it checks beta and method_args
+        objective.check_settings(self.method, self.loss_mean, self.retain_sampling)
         self.fila_config()  # it checks its own
+        self.template()  # it, too
         self.eval_limits = check_bounds("eval_limits", self.eval_limits)
         self.eval_floors = check_bounds("eval_floors", self.eval_floors)
         if (self.eval_limits is None) != (self.eval_floors is None):
@@ -366,6 +431,26 @@ class UnlearnConfig(TrainingArguments):
         if joint and not self.greater_is_better:
             raise ValueError(f"a greater {JOINT_MEASURE} is better: leave greater_is_better out")
 
+    def method_arguments(self) -> tuple[float | None, dict[str, Any]]:
+        """The beta of the method, or None if it has none, and the values of its further arguments.
+
+        Raises:
+            ValueError: The method has no beta but one is given, or ``method_args`` are wrong.
+        """
+        objective, given = OBJECTIVES[self.method], self.method_args
+        if self.beta is not None and objective.beta is None:
+            raise ValueError(f"method {self.method!r} has no beta (Objective.beta): leave it out")
+        beta = objective.beta if self.beta is None else self.beta
+        return beta, resolved(self.method, objective.arguments, given)  # type: ignore[arg-type]  # JSON is parsed
+
+    def objective(self) -> Objective:
+        """The method with its arguments.
+
+        Raises:
+            ValueError: As of ``method_arguments``.
+        """
+        return OBJECTIVES[self.method].configured(*self.method_arguments())
+
     def fila_config(self) -> FilaConfig:
         """The settings of the row scales, as ``loku.get_fila_state_dict`` takes them."""
         return FilaConfig(
@@ -376,6 +461,10 @@ class UnlearnConfig(TrainingArguments):
             fisher_memory_budget=self.fisher_memory_budget,
             fisher_cache_dir=self.fisher_cache_dir,
         )
+
+    def template(self) -> QuestionTemplate:
+        """The template of rows of questions and answers."""
+        return QuestionTemplate(self.question_template, self.answer_template)
 
     def init_arguments(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained``, as ``loku.models.load_model`` takes them."""
@@ -401,4 +490,6 @@ class UnlearnConfig(TrainingArguments):
         free = self.FREE_FIELDS if self.metric_for_best_model is not None else self.FREE_FIELDS | _EVALUATION
         names = [f.name for f in dataclasses.fields(self) if f.init and f.name not in free]
         settings = {name: getattr(self, name) for name in names}
+        beta, arguments = self.method_arguments()
+        settings |= {"beta": beta, "method_args": arguments}
         return {**settings, "world_size": self.world_size, "n_gpu": self.n_gpu}

@@ -1,8 +1,8 @@
 """A causal LM's forward that yields softmax triplets and never the logits.
 
 The model is called as usual, with its wrappers and hooks. While it runs, the forward of its output embedding
-is the fused linear operator on the labelled rows. Its output ``logits`` then has three numbers a token, or
-four with the divergence from a reference model. Sharding wrappers gather and cast the weight where they
+is the fused linear operator on the labelled rows. Its output ``logits`` then has three numbers a token, and
+one more for each quantity of ``loku.token_values``. Sharding wrappers gather and cast the weight where they
 always do.
 """
 
@@ -18,7 +18,6 @@ from loku.interrupts import uninterrupted_context
 from loku.models import evaluating, model_device, unwrapped
 from loku_kernels import (
     cross_entropy,
-    linear_kl_divergence_loss,
     linear_softmax_triplet,
     softmax_triplet,
 )
@@ -146,10 +145,18 @@ def _computing(model: nn.Module, compute: Callable[..., Tensor], shape: torch.Si
         raise RuntimeError(f"{type(base).__name__} called its output embedding {calls} times in one forward")
 
 
-def _forward(model: nn.Module, compute: Callable[..., Tensor], input_ids: Tensor, **tokens: Tensor) -> Tensor:
+def forward_with(
+    model: nn.Module, compute: Callable[..., Tensor], input_ids: Tensor, **tokens: Tensor
+) -> Tensor:
     """Call the model once and return ``compute`` of the last hidden states.
 
-    ``tokens`` are ``attention_mask``, or the ``position_ids`` of packed sequences.
+    Args:
+        model: The causal LM.
+        compute: A function of the inputs (B, T, D) of the output embedding, of the embedding itself, and of
+            the keywords ``softcap`` and ``logit_scale`` if the model has them. Its result (B, T, K), K >= 1,
+            takes the place of the logits.
+        input_ids: The tokens (B, T), int64.
+        tokens: ``attention_mask``, or the ``position_ids`` of packed sequences.
     """
     results = []
 
@@ -201,7 +208,7 @@ def token_triplets(model: nn.Module, labels: Tensor, **tokens: Tensor) -> tuple[
         triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)
         return triplet.clone()  # FSDP2 warns of outputs that are views
 
-    return _forward(model, compute, **tokens), next_labels != IGNORE_INDEX
+    return forward_with(model, compute, **tokens), next_labels != IGNORE_INDEX
 
 
 def hidden_states(model: nn.Module, **tokens: Tensor) -> Tensor:
@@ -217,62 +224,7 @@ def hidden_states(model: nn.Module, **tokens: Tensor) -> Tensor:
         dtypes.append(hidden.dtype)
         return hidden.float() if hidden.dtype == torch.float16 else hidden  # too few exponents for _NO_CAP
 
-    return _forward(model, compute, **tokens).to(dtypes[0])
-
-
-def label_hidden_states(model: nn.Module, labels: Tensor, **tokens: Tensor) -> Tensor:
-    """The last hidden states (n, D) at the n positions that predict a label, row by row.
-
-    The arguments are those of ``token_triplets``.
-    """
-    return hidden_states(model, **tokens)[next_token_labels(labels) != IGNORE_INDEX]
-
-
-def token_triplets_and_divergence(
-    model: nn.Module,
-    labels: Tensor,
-    diverging: Tensor,
-    reference_hidden: Tensor,
-    reference_head: tuple[Tensor | None, Tensor | None] = (None, None),
-    **tokens: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run ``token_triplets``, and in the same forward the KL divergence from a reference model.
-
-    Args:
-        model: The causal LM.
-        labels: The labels (B, T), int64, as for ``token_triplets``.
-        diverging: The mask (B,), bool, of the rows whose divergence is computed.
-        reference_hidden: The ``label_hidden_states`` (n, D) of those rows in the reference model.
-        reference_head: The weight (V, D) and the bias (V,) of the reference model's output embedding. None
-            (default) stands for the model's own.
-        tokens: The other tensors (B, T), as for ``token_triplets``.
-
-    Returns:
-        The triplets and the mask of ``token_triplets``. And KL(reference || model) (B, T), float64, in nats,
-        of each counted token of the ``diverging`` rows; it is 0 elsewhere.
-    """
-    next_labels = next_token_labels(labels)
-    counted = next_labels != IGNORE_INDEX
-    where = counted & diverging[:, None]
-    reference_weight, reference_bias = reference_head
-
-    def compute(hidden: Tensor, head: nn.Linear, **postprocessing: Any) -> Tensor:
-        triplet, _ = linear_softmax_triplet(hidden, head.weight, next_labels, head.bias, **postprocessing)
-        divergence = linear_kl_divergence_loss(
-            hidden[where],
-            head.weight,
-            reference_hidden,
-            bias=head.bias,
-            reference_weight=reference_weight,
-            reference_bias=reference_bias,
-            reduction="none",
-            **postprocessing,
-        )
-        divergences = torch.zeros_like(triplet[..., 0]).masked_scatter(where, divergence.to(triplet.dtype))
-        return torch.cat([triplet, divergences[..., None]], -1)
-
-    output = _forward(model, compute, **tokens)
-    return output[..., :3], counted, output[..., 3]
+    return forward_with(model, compute, **tokens).to(dtypes[0])
 
 
 def negative_log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

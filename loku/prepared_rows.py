@@ -13,6 +13,7 @@ from loku.data import (
     RefusalRows,
     StreamedRows,
     as_rows,
+    check_template_used,
     has_input_ids,
     infer_tokenizer,
     load_refusals,
@@ -73,7 +74,7 @@ def prepare_rows(
         forget: The forget set, as for ``loku.unlearn``, or the path of its file. Or the ``PreparedRows`` of
             an earlier call, which are returned as they are.
         retain: The retain set, as for ``loku.unlearn``, or the path of its file.
-        config: The settings; ``method``, ``max_length`` and ``refusals`` count.
+        config: The settings; ``method``, ``max_length``, ``refusals`` and the template count.
         tokenizer: The tokenizer, by default the one saved beside the model.
         refusals: The rows with refusals. By default they are made of the forget set if the method needs them.
 
@@ -108,12 +109,18 @@ def prepare_rows(
             "that is not tokenised"
         )
     length, limits = config.max_length, token_limits(model)
+    template = config.template()
+    check_template_used(
+        template, {"forget": forget, **({} if isinstance(retain, DrawnRows) else {"retain": retain})}
+    )
     with row_places(sources):
-        tokenized = tokenize_dataset(forget, tokenizer, max_length=length, limits=limits)
+        tokenized = tokenize_dataset(forget, tokenizer, max_length=length, limits=limits, template=template)
         if needs_refusals:
             assert tokenizer is not None  # rows without tokens have asked for one above
             texts = load_refusals(config.refusals)
-            refusals = RefusalRows(forget, texts, tokenizer, max_length=length, limits=limits)
+            refusals = RefusalRows(
+                forget, texts, tokenizer, max_length=length, limits=limits, template=template
+            )
         kept = retain_rows(
             retain,
             tokenizer,
@@ -121,5 +128,6 @@ def prepare_rows(
             forget=tokenized,
             limits=limits,
             source=sources.get("retain"),
+            template=template,
         )
     return PreparedRows(tokenized, kept, refusals, tokenizer)

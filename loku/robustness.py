@@ -17,7 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from loku.callbacks import ProbabilityGauge
 from loku.counts import check_counts
-from loku.data import collate, padding_id, token_limits, tokenize_dataset
+from loku.data import (
+    TOFU_TEMPLATE,
+    QuestionTemplate,
+    collate,
+    padding_id,
+    token_limits,
+    tokenize_dataset,
+)
 from loku.data.rows import DataSet
 from loku.models import model_device
 
@@ -93,6 +100,7 @@ def relearning_curve(
     learning_rate: float = 1e-4,
     batch_size: int = 8,
     seed: int = 0,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> list[dict[str, float]]:
     """Fine-tune a model on some rows and measure which other rows come back.
 
@@ -109,6 +117,7 @@ def relearning_curve(
         learning_rate: The learning rate, 1e-4 by default.
         batch_size: The number of rows in a step, 8 by default.
         seed: The seed of the rows' order, 0 by default.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         A dict for each measurement, the first before any step and the last after all steps: ``step``,
@@ -123,9 +132,10 @@ def relearning_curve(
     if isinstance(model, PeftModel):
         raise ValueError("only the adapter would train; pass model.merge_and_unload()")
     limits = token_limits(model)
-    rows = tokenize_dataset(taught, tokenizer, name="taught", limits=limits)
+    rows = tokenize_dataset(taught, tokenizer, name="taught", limits=limits, template=template)
     sets = {
-        name: tokenize_dataset(data, tokenizer, name=name, limits=limits) for name, data in measured.items()
+        name: tokenize_dataset(data, tokenizer, name=name, limits=limits, template=template)
+        for name, data in measured.items()
     }
     model.requires_grad_(True)
     gauge = _Curve(sets, every)

@@ -48,19 +48,17 @@ from loku.fingerprints import given_adapter_fingerprint
 from loku.head import (
     check_head,
     check_packing,
-    label_hidden_states,
     model_tokens,
     next_token_labels,
     output_embedding,
-    token_triplets,
-    token_triplets_and_divergence,
 )
 from loku.interrupts import uninterrupted
 from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
+from loku.loss_shares import LossShares
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
-from loku.objectives import OBJECTIVES, Batch, Objective, Rows, answer_probability
+from loku.objectives import Batch, Objective, Rows, answer_probability
 from loku.precision import chooses_tf32, float32_products
 from loku.prepared_rows import prepare_rows
 from loku.process_state import torch_modes_kept
@@ -70,22 +68,11 @@ from loku.saving.residual_base import on_residual_base_
 from loku.step_log import StepLog
 from loku.target_modules import check_lora_config
 from loku.text_decoder import check_causal_lm
+from loku.token_values import Head, RowsOf, original_values, positions_of, token_values
 from loku.torch_defaults import torch_defaults
 from loku.trainer_callbacks import LossBar, SetEpoch
 from loku.trainer_evaluation import EvaluatingTrainer, check_trainer_arguments, prepare_eval_sets
 from loku_kernels import reduce_loss
-
-
-def _reference_values(model: nn.Module, tokens: Mapping[str, Any], reference: str | None) -> Tensor:
-    """The original model's values that an objective needs, from a model that computes as the original.
-
-    For "log_probability" they are the log-probability (B,) of each row. For "divergence" they are the hidden
-    states (n, D) of the n labelled tokens.
-    """
-    with evaluating(model):
-        if reference == "divergence":
-            return label_hidden_states(model, **tokens)
-        return Rows(*token_triplets(model, **tokens)).log_probability()
 
 
 class UnlearnTrainer(EvaluatingTrainer):
@@ -94,20 +81,21 @@ class UnlearnTrainer(EvaluatingTrainer):
     The trainer trains the model or the adapter as it is. ``loku.unlearn`` runs FILA or PiSSA before it
     (``UnlearnConfig.init``). LoRA linears are fused in ``train`` alone (``UnlearnConfig.fused_lora``).
 
-    KL, DPO and NPO need the original model: the model as it was given to the first ``train``, before a
-    checkpoint was loaded. A peft model computes as the original without its fresh adapter, or with FILA's
-    frozen initial adapter (``loku.reference_model``). If its adapter was trained before, ``train`` adds a
-    frozen copy of the adapter, and takes it off at the end. One more forward of the rows concerned is run.
-    Other models change in place: those without an adapter, and those whose adapter cannot be copied so (DoRA,
-    trained biases, fully trained modules, several active adapters, other tuners than LoRA). So ``train``
-    first runs all rows that will be drawn. It keeps on the CPU their log-probabilities (DPO, NPO), or for KL
-    the last hidden states of the retain rows' labelled tokens and a copy of the output embedding.
+    KL, DPO, NPO and others need the original model (``Objective.compares``): the model as it was given to the
+    first ``train``, before a checkpoint was loaded. A peft model computes as the original without its fresh
+    adapter, or with FILA's frozen initial adapter (``loku.reference_model``). If its adapter was trained
+    before, ``train`` adds a frozen copy of the adapter, and takes it off at the end. One more forward of the
+    rows concerned is run. Other models change in place: those without an adapter, and those whose adapter
+    cannot be copied so (DoRA, trained biases, fully trained modules, several active adapters, other tuners
+    than LoRA). So ``train`` first runs all rows that will be drawn. It keeps on the CPU what the method's
+    quantities need: log-probabilities (DPO, NPO), or for KL the last hidden states of the positions concerned
+    and a copy of the output embedding.
 
-    The loss of a step is the loss of one batch with all its rows. ``gradient_accumulation_steps`` and the
-    number of processes only divide the work. Each loss is divided by the number of its tokens (DPO and NPO:
-    rows) in the whole step, counted over micro-batches and processes. ``average_tokens_across_devices`` does
-    not change this. The last step of an epoch may have too few rows for all processes. The rest then get rows
-    without labels.
+    The loss of a step is the loss of one batch with all its rows, unless ``UnlearnConfig.loss_reduction``
+    says otherwise. ``gradient_accumulation_steps`` and the number of processes only divide the work. Each
+    loss is divided by the number of its tokens (DPO and NPO: rows) in the whole step, counted over
+    micro-batches and processes. ``average_tokens_across_devices`` does not change this. The last step of an
+    epoch may have too few rows for all processes. The rest then get rows without labels.
 
     The log has ``forget_loss``, ``retain_loss`` and the mean answer probabilities ``forget_probability``,
     ``retain_probability`` and ``refusal_probability``. They are means over the steps since the last log, over
@@ -157,7 +145,7 @@ class UnlearnTrainer(EvaluatingTrainer):
     ) -> None:
         args = UnlearnConfig() if args is None else args
         check_trainer_arguments(args, kwargs)
-        self.objective = OBJECTIVES[args.method]
+        self.objective, self._method_arguments = args.objective(), args.method_arguments()
         model = load_model(model, args.init_arguments())
         check_causal_lm(model)
         refresh_merged_adapter_(model)
@@ -183,6 +171,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         **kwargs: Any,
     ) -> None:
         keep_differentiable_(model)
+        self.objective.check(unwrapped(model))
         rows = prepare_rows(model, forget, retain, args, processing_class, refusals)
         forget, retain, refusals, processing_class = rows
         self._check_rows(model, args, forget, retain)
@@ -200,7 +189,8 @@ class UnlearnTrainer(EvaluatingTrainer):
             )
         if isinstance(model, PeftModel) and stands_for_another_base(model):
             on_residual_base_(model)
-        dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds)
+        replaces = args.retain_sampling == "with_replacement"
+        dataset = PairedDataset(forget, retain, args.seed, refusals, self.objective.kinds, replaces)
         collator = partial(collate_pairs, pad_token_id=padding_id(processing_class, model))
         super().__init__(
             model=model,
@@ -224,9 +214,10 @@ class UnlearnTrainer(EvaluatingTrainer):
         # must not divide again.
         self.model_accepts_loss_kwargs = True
         self._given: Reference | None = None
-        compares = self.objective.reference is not None and args.should_save
+        compares = self.objective.compares and args.should_save
         self._given_adapter = given_adapter_fingerprint(model) if compares else None
-        self._reference_head: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._loss_shares = LossShares(self.objective, args.loss_reduction, args.loss_mean)
+        self._original_head: Head | None = None  # None stands for the model's own
         self._step_log = StepLog()
         self.add_callback(self._step_log)
         self._first_log: dict[str, float] = {}
@@ -237,14 +228,27 @@ class UnlearnTrainer(EvaluatingTrainer):
     def _check_rows(self, model: nn.Module, args: UnlearnConfig, forget: Any, retain: Any) -> None:
         if isinstance(retain, StreamedRows) and args.dataloader_num_workers > 0:
             raise ValueError("a retain set without a length is read by one process: dataloader_num_workers=0")
-        packed = any("position_ids" in row for row in forget)
-        if packed and self.objective.forget_over == "rows":
+        if isinstance(retain, StreamedRows) and args.retain_sampling == "with_replacement":
             raise ValueError(
-                f"method {args.method!r} compares whole answers; give each document of the forget set a row"
+                "a retain set without a length is read in its own order: leave "
+                'retain_sampling="with_replacement" out'
             )
         listed = isinstance(retain, list) and "retain" in self.objective.kinds
-        if packed or any("position_ids" in row for row in (retain if listed else [])):
+        packed = {
+            name: any("position_ids" in row for row in rows)
+            for name, rows in (("forget", forget), ("retain", retain if listed else []))
+        }
+        for name, over in (("forget", self.objective.forget_over), ("retain", self.objective.retain_over)):
+            if packed[name] and (over == "rows" or callable(over)):
+                raise ValueError(
+                    f"method {args.method!r} counts whole answers; give each document of the {name} set "
+                    "a row"
+                )
+        if any(packed.values()):
             check_packing(model)
+            for quantities in self.objective.quantities.values():
+                for quantity in quantities:
+                    quantity.positions(torch.zeros(1, 1, dtype=torch.int64), None)  # it may refuse them
         twice = duplicate_rows(forget, retain) if listed else []
         if twice:
             warnings.warn(
@@ -283,21 +287,21 @@ class UnlearnTrainer(EvaluatingTrainer):
 
     def _keep_original(self) -> None:
         """Keep what the objective needs of the model that the first train was given."""
-        if self.objective.reference is None or self._given is not None or self.train_dataset.references:
+        if not self.objective.compares or self._given is not None or self.train_dataset.originals:
             return
         self._given = snapshot_reference(self.model)
         if self._given is None:
             with self.accelerator.autocast():  # in the precision of training
-                self._keep_references()
+                self._keep_originals()
 
     def _original_model(self) -> AbstractContextManager[None]:
-        """A context in which ``_reference`` has the values of the model that the first train was given."""
+        """A context in which ``_originals`` are those of the model that the first train was given."""
         peft_model: Any = self.model
         return nullcontext() if self._given is None else reference_adapter(peft_model, self._given)
 
-    def _keep_references(self) -> None:
-        """Run the original model on every row that will be drawn, and keep the values of the objective."""
-        dataset, reference = self.train_dataset, self.objective.reference
+    def _keep_originals(self) -> None:
+        """Run the original model on every row that will be drawn, and keep what the quantities need of it."""
+        dataset = self.train_dataset
         steps = self._steps_of_an_epoch()
         epochs = self.args.max_steps / steps if self.args.max_steps > 0 else self.args.num_train_epochs
         drawn: dict[tuple[str, Any], None] = {}  # an ordered set
@@ -319,32 +323,53 @@ class UnlearnTrainer(EvaluatingTrainer):
             leave=False,
         ):
             keys = everything[begin : begin + size]
-            batch = collate(
-                [dataset.row(*key) for key in keys], padding_id(self.processing_class, self.model)
-            )
-            values = _reference_values(self.model, self._prepare_inputs(batch), reference)
-            counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
-            sizes = counts if reference == "divergence" else [1] * len(keys)
-            for key, value in zip(keys, values.cpu().split(sizes), strict=True):
-                dataset.references[key] = value.clone()
-        if reference == "divergence":
+            rows = [dataset.row(*key) for key in keys]
+            tokens = self._prepare_inputs(collate(rows, padding_id(self.processing_class, self.model)))
+            masks = {
+                kind: torch.tensor([key[0] == kind for key in keys], dtype=torch.bool)
+                for kind in self.objective.kinds
+            }
+            needed = self._compared({kind: mask.to(self.args.device) for kind, mask in masks.items()})
+            with evaluating(self.model):
+                values = original_values(self.model, needed=needed, **tokens)
+            positions = positions_of(needed, tokens["labels"], tokens.get("attention_mask"))
+            for quantity, concerned in needed:
+                counts = positions[quantity.name].sum(1)[concerned].tolist()
+                parts = values[quantity.name].cpu().split(counts)
+                chosen = (key for key, chosen in zip(keys, concerned.tolist(), strict=True) if chosen)
+                for key, part in zip(chosen, parts, strict=True):
+                    dataset.originals.setdefault(key, {})[quantity.name] = part.clone()
+        if self.objective.needs_head:
             head = output_embedding(self.model)
             bias = None if head.bias is None else head.bias.detach().clone()
-            self._reference_head = head.weight.detach().clone(), bias
+            self._original_head = head.weight.detach().clone(), bias
 
-    def _reference(self, model: nn.Module, inputs: Mapping[str, Tensor], concerned: Tensor) -> Tensor:
-        """The ``_reference_values`` of the rows where ``concerned`` (B,), bool, is true."""
-        if "reference" in inputs:
-            return inputs["reference"]
+    def _compared(self, masks: Mapping[str, Tensor]) -> list[RowsOf]:
+        """The quantities that compare with the original model, each with its rows.
+
+        ``masks`` (B,), bool, are those of each kind of rows.
+        """
+        return [(quantity, rows) for quantity, rows in self.objective.rows_of(masks) if quantity.compares]
+
+    def _originals(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the quantities need of the original model for the rows of a batch, by their names."""
+        needed = self._compared(masks)
+        kept = {quantity.name: inputs.get(f"original_{quantity.name}") for quantity, _ in needed}
+        if all(value is not None for value in kept.values()):
+            return kept
         peft_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if not isinstance(peft_model, PeftModel):
             raise ValueError(
                 f"method {self.args.method!r} without an adapter needs the original model's values, which "
                 "only train() has, for the rows that it draws"
             )
+        concerned = torch.stack([rows for _, rows in needed]).any(0)
         tokens = {name: value[concerned] for name, value in model_tokens(inputs).items()}
-        with reference_model(peft_model):
-            return _reference_values(model, tokens, self.objective.reference)
+        needed = [(quantity, rows[concerned]) for quantity, rows in needed]
+        with reference_model(peft_model), evaluating(model):
+            return original_values(model, needed=needed, **tokens)
 
     def _batch(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Batch, Tensor]:
         """Run the model, and before it the original model if the objective needs it.
@@ -352,30 +377,25 @@ class UnlearnTrainer(EvaluatingTrainer):
         Returns:
             The ``Batch`` and the triplets (B, T, 3) of all its rows.
         """
-        tokens, needed = model_tokens(inputs), self.objective.reference
         masks = {kind: inputs[f"is_{kind}"] for kind in self.objective.kinds}
-        log_probability = divergence = None
-        if needed is not None:
-            concerned = torch.stack([masks[kind] for kind in self.objective.reference_kinds]).any(0)
-            reference = self._reference(model, inputs, concerned)
-        if needed == "divergence":
-            triplet, counted, divergence = token_triplets_and_divergence(
-                model,
-                diverging=concerned,
-                reference_hidden=reference,
-                reference_head=self._reference_head,
-                **tokens,
+        found = token_values(
+            model,
+            needed=self.objective.rows_of(masks),
+            originals=self._originals(model, inputs, masks),
+            original_head=self._original_head,
+            **model_tokens(inputs),
+        )
+        rows = {
+            kind: Rows(
+                found.triplet[mask],
+                found.counted[mask],
+                {name: value[mask] for name, value in found.values.items()},
+                {name: where[mask] for name, where in found.positions.items()},
             )
-        else:
-            triplet, counted = token_triplets(model, **tokens)
-        if needed == "log_probability":
-            log_probability = torch.zeros_like(triplet[:, 0, 0]).masked_scatter(concerned, reference)
-        values = (triplet, counted, log_probability, divergence)
-        rows = {}
-        for kind, mask in masks.items():
-            of_kind: list[Any] = [None if value is None else value[mask] for value in values]
-            rows[kind] = Rows(*of_kind)
-        return Batch(**rows, beta=self.args.beta), triplet
+            for kind, mask in masks.items()
+        }
+        beta, arguments = self._method_arguments
+        return Batch(**rows, beta=beta, arguments=arguments), found.triplet  # type: ignore[arg-type]
 
     def _first_module_not_finite(self, inputs: Mapping[str, Tensor]) -> str | None:
         if self.is_fsdp_enabled:
@@ -395,21 +415,11 @@ class UnlearnTrainer(EvaluatingTrainer):
             multiple=1 if one else together,
         )
 
-    def _counts(self, counted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The number of tokens or rows that each metric of the log is a mean over.
-
-        ``counted`` is the mask (B, T), bool, of each kind of rows.
-        """
-        rows = {f"{kind}_probability": counted[kind].any(1).sum() for kind in self.objective.kinds}
-        return {**self.objective.counts(counted), **rows}
-
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
-        """The ``_counts`` of a step, summed over its micro-batches and over processes."""
+        """The ``LossShares.counts`` of a step, summed over its micro-batches and over processes."""
         totals: Any = 0
         for batch in batch_samples:
-            counted = next_token_labels(batch["labels"]) != IGNORE_INDEX
-            kinds = {kind: counted[batch[f"is_{kind}"]] for kind in self.objective.kinds}
-            counts = self._counts(kinds)
+            counts = self._loss_shares.counts(batch)
             totals = totals + torch.stack(list(counts.values())).to(device)
         if not batch_samples:
             return None
@@ -431,8 +441,8 @@ class UnlearnTrainer(EvaluatingTrainer):
             model: The model, with the wrappers of accelerate or without.
             inputs: The batch, as from ``loku.data.collate_pairs``.
             return_outputs: Whether to return the triplets, too; False by default.
-            num_items_in_batch: The ``_counts`` of the step, a dict of 0-dimensional tensors. None (default)
-                stands for those of this batch.
+            num_items_in_batch: The ``LossShares.counts`` of the step, a dict of 0-dimensional tensors. None
+                (default) stands for those of this batch.
 
         Returns:
             The scalar loss; or a tuple of it and ``{"triplet": (B, T, 3)}``.
@@ -447,16 +457,14 @@ class UnlearnTrainer(EvaluatingTrainer):
                 rows = getattr(batch, kind)
                 probability = answer_probability(rows.triplet.detach(), rows.counted)
                 measured[f"{kind}_probability"] = reduce_loss(probability, rows.labelled(), "mean")
-            counted = {kind: getattr(batch, kind).counted for kind in self.objective.kinds}
-            counts = self._counts(counted)
-            totals = num_items_in_batch or counts
-            shares = {name: counts[name].double() / totals[name].clamp(min=1) for name in measured}
-            self._step_log.add(measured, shares)
-            labels = torch.stack([mask.sum() for mask in counted.values()]).sum()
+            counts = self._loss_shares.counts(inputs)
+            shares = self._loss_shares.shares(counts, num_items_in_batch or counts)
+            self._step_log.add(measured, shares.log)
+            labels = (next_token_labels(inputs["labels"]) != IGNORE_INDEX).sum()
             self._step_log.count(inputs["token_count"].sum(), labels)
-        loss = measured["forget_loss"] * shares["forget_loss"]
+        loss = self.args.forget_weight * (measured["forget_loss"] * shares.losses["forget_loss"])
         if "retain_loss" in measured:
-            loss = loss + self.args.retain_weight * (measured["retain_loss"] * shares["retain_loss"])
+            loss = loss + self.args.retain_weight * (measured["retain_loss"] * shares.losses["retain_loss"])
         if num_items_in_batch:
             loss = loss * self.accelerator.num_processes
         return (loss, {"triplet": triplet}) if return_outputs else loss

@@ -21,6 +21,8 @@ from loku.checkpoints import ResumableTrainer
 from loku.config import UnlearnConfig
 from loku.data import (
     IGNORE_INDEX,
+    TOFU_TEMPLATE,
+    QuestionTemplate,
     RefusalRows,
     has_input_ids,
     infer_tokenizer,
@@ -106,7 +108,11 @@ EvalSets: TypeAlias = "dict[str, list[Mapping[str, Any]]]"
 
 
 def tokenized_eval_sets(
-    model: CausalLM, eval_dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+    model: CausalLM,
+    eval_dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> EvalSets:
     """Tokenise evaluation sets, with each document of a packed row as a row of its own.
 
@@ -116,6 +122,7 @@ def tokenized_eval_sets(
             set, the path of a file or a hub name, as for ``loku.data.read_rows``.
         tokenizer: The tokenizer, or None.
         max_length: The number of tokens at which rows are cut, or None.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         The rows of each set by its name. "" is the name of a set that is not in a dict.
@@ -135,7 +142,9 @@ def tokenized_eval_sets(
         if known is None and not has_input_ids(rows):
             known = infer_tokenizer(model)
         with row_places(places):
-            tokens = tokenize_dataset(rows, known, max_length=max_length, name=told, limits=limits)
+            tokens = tokenize_dataset(
+                rows, known, max_length=max_length, name=told, limits=limits, template=template
+            )
         tokenized[name] = split_documents(tokens)
     return tokenized
 
@@ -171,7 +180,7 @@ def prepare_eval_sets(
     """
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     if eval_dataset is not None:
-        sets = tokenized_eval_sets(model, eval_dataset, rows.tokenizer, args.max_length)
+        sets = tokenized_eval_sets(model, eval_dataset, rows.tokenizer, args.max_length, args.template())
     elif evaluates:
         sets = default_eval_sets(rows.forget, rows.retain)
     else:
@@ -306,12 +315,14 @@ class EvaluatingTrainer(ResumableTrainer):
         else:
             sets = own
             if eval_dataset is not None:
-                sets = tokenized_eval_sets(model, eval_dataset, tokenizer, self.args.max_length)
+                sets = tokenized_eval_sets(
+                    model, eval_dataset, tokenizer, self.args.max_length, self.args.template()
+                )
         self._memory_tracker.start()
         metrics: dict[str, float] = {}
         measured: dict[str, float] = {}
         scores_of: dict[str, list[TokenScores]] = {}
-        size, ends = self.args.eval_batch_size, end_ids(model, tokenizer)
+        size, ends = self.args.eval_batch_size, end_ids(model, tokenizer, self.args.template())
         for name, rows in sets.items():
             begin, prefix = time.time(), "_".join(filter(None, (metric_key_prefix, name)))
             with self.accelerator.autocast():  # before training the model has no autocast of its own

@@ -201,6 +201,7 @@ def _unlearn(
 ) -> UnlearnResult:
     """The steps of ``unlearn`` on a loaded model. ``undo`` is that of ``all_or_nothing``."""
     output_embedding(model)
+    config.objective().check(model)
     lora_targets: dict[str, Any] = {}
     if config.tuning == "lora":  # before the rows are read, which may take long
         targets = choose_targets(model, config.target_modules or "qv+ffn", config.exclude_modules)

@@ -5,6 +5,10 @@ reference's q and the model's p,
 
     KL(q || p) = sum over v of q_v (log q_v - log p_v),      d KL / d y_v = p_v - q_v
 
+The reference may first have its logit of each row's label lowered (UNDIAL). That happens in the block of its
+logits, before q is computed. The q of lowered logits also follows from the q of the others, by a division by
+1 - q_t (1 - exp(-lowering)). For a memorised label t that cancels.
+
 The forward works on blocks of whole rows. Two products make the logits of both models. They become p - q in
 place. A third product makes the gradient of the hidden states.
 
@@ -12,6 +16,7 @@ The operators take plain tensors, because ``torch.library`` has no operands of o
 ``weight`` and ``bias`` of the model, then those of the reference.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +26,7 @@ from torch.library import custom_op
 
 from loku_kernels.autocast import apply_without_autocast, register_autocast
 from loku_kernels.backends import PLAIN, choose
-from loku_kernels.checks import IGNORE_INDEX, Reduction, check_linear_operands
+from loku_kernels.checks import IGNORE_INDEX, Reduction, check_label_values, check_linear_operands
 from loku_kernels.log_probabilities import divergence_gradient_, wide_dtype, wide_logits
 from loku_kernels.logits_blocks import LogitsBlocks, Slices, block_slices, weight_gradient, whole_row_slices
 from loku_kernels.losses import reduce_loss
@@ -44,12 +49,39 @@ def _entry_bytes(hidden: Tensor) -> int:
     return 3 * wide + (2 * itemsize if itemsize < wide else 0)
 
 
+class _LoweredBlocks(LogitsBlocks):
+    """Computes blocks of logits in which the label's logit of each row is lowered.
+
+    Args:
+        operands: The arguments of ``LogitsBlocks``.
+        labels: The labels (N,), int64, in [0, V).
+        lowering: The number that is subtracted from the labels' logits.
+    """
+
+    def __init__(self, *operands: Any, labels: Tensor, lowering: float) -> None:
+        super().__init__(*operands)
+        self.labels = labels
+        # An entry of a block is logit / softcap, so it may leave the range of tanh.
+        self.lowering = lowering / self.softcap if self.softcap else lowering
+
+    def compute(self, rows: slice, columns: slice) -> Tensor:
+        """See ``LogitsBlocks.compute``."""
+        block = super().compute(rows, columns)
+        column = self.labels[rows, None] - columns.start
+        inside = (column >= 0) & (column < block.shape[1])
+        column = column.where(inside, 0)
+        entries = block.gather(1, column)
+        return block.scatter_(1, column, (entries - self.lowering).where(inside, entries))
+
+
 def _both_logits(
     model: Head,
     reference: Head,
-    counted: Tensor,
+    labels: Tensor,
+    ignore_index: int,
     softcap: float,
     logit_scale: float,
+    lowering: float,
     cut: Callable[[int, int, int, str], Slices],
 ) -> tuple[Tensor, LogitsBlocks, LogitsBlocks]:
     """Prepare the blocks of the logits of both models, for the counted rows.
@@ -57,20 +89,29 @@ def _both_logits(
     Args:
         model: The operands of the model.
         reference: The operands of the reference, with as many rows and words.
-        counted: A bool tensor (N,) that is true for each row that counts.
+        labels: The labels (N,), int64.
+        ignore_index: The label of rows that do not count.
         softcap: The softcap of both models' logits. 0 means none.
         logit_scale: The factor of both models' logits, applied before the softcap.
+        lowering: The number that is subtracted from the reference's logits of the labels. 0 means none.
         cut: ``whole_row_slices`` or ``block_slices``.
 
     Returns:
         The indices of the counted rows, the blocks of the model and those of the reference.
+
+    Raises:
+        IndexError: A label whose logit is to be lowered is not in [0, V).
     """
-    index = counted.nonzero()[:, 0]
+    index = (labels != ignore_index).nonzero()[:, 0]
     hidden, weight, bias = model
     parts = cut(len(index), len(weight), _entry_bytes(hidden), hidden.device.type)
     current = LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale, parts)
     hidden, weight, bias = reference
-    return index, current, LogitsBlocks(hidden[index], weight, bias, softcap, logit_scale, parts)
+    operands = hidden[index], weight, bias, softcap, logit_scale, parts
+    if not lowering:
+        return index, current, LogitsBlocks(*operands)
+    check_label_values(labels, len(weight), ignore_index)
+    return index, current, _LoweredBlocks(*operands, labels=labels[index], lowering=lowering)
 
 
 @custom_op("loku_kernels::linear_kl_divergence", mutates_args=())
@@ -81,9 +122,11 @@ def _linear_kl_divergence(
     reference_hidden: Tensor,
     reference_weight: Tensor,
     reference_bias: Tensor | None,
-    counted: Tensor,
+    labels: Tensor,
+    ignore_index: int,
     softcap: float,
     logit_scale: float,
+    lowering: float,
     want_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the divergence of each row.
@@ -95,9 +138,11 @@ def _linear_kl_divergence(
         reference_hidden: The reference's hidden states (N, D').
         reference_weight: The reference's output embedding (V, D').
         reference_bias: The reference's bias (V,), or None.
-        counted: A bool tensor (N,) that is true for each row that counts.
+        labels: The labels (N,), int64.
+        ignore_index: The label of rows that do not count.
         softcap: The softcap of both models' logits. 0 means none.
         logit_scale: The factor of both models' logits, applied before the softcap.
+        lowering: The number that is subtracted from the reference's logits of the labels. 0 means none.
         want_direction: If false, the third result is empty.
 
     Returns:
@@ -110,9 +155,11 @@ def _linear_kl_divergence(
     index, current, original = _both_logits(
         (hidden, weight, bias),
         (reference_hidden, reference_weight, reference_bias),
-        counted,
+        labels,
+        ignore_index,
         softcap,
         logit_scale,
+        lowering,
         whole_row_slices,
     )
     for rows in current.rows:
@@ -142,10 +189,12 @@ def _kl_backward_weight(
     reference_hidden: Tensor,
     reference_weight: Tensor,
     reference_bias: Tensor | None,
-    counted: Tensor,
+    labels: Tensor,
     normalizers: Tensor,
+    ignore_index: int,
     softcap: float,
     logit_scale: float,
+    lowering: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute d weight (V, D) and d bias (V,). Each block of both models' logits is computed again.
 
@@ -157,17 +206,21 @@ def _kl_backward_weight(
         reference_hidden: The reference's hidden states (N, D').
         reference_weight: The reference's output embedding (V, D').
         reference_bias: The reference's bias (V,), or None.
-        counted: A bool tensor (N,) that is true for each row that counts.
+        labels: The labels (N,), int64.
         normalizers: The normalizers (2, N, 2) that ``_linear_kl_divergence`` returned.
+        ignore_index: The label of rows that do not count.
         softcap: The softcap of both models' logits. 0 means none.
         logit_scale: The factor of both models' logits, applied before the softcap.
+        lowering: The number that is subtracted from the reference's logits of the labels. 0 means none.
     """
     index, current, original = _both_logits(
         (hidden, weight, bias),
         (reference_hidden, reference_weight, reference_bias),
-        counted,
+        labels,
+        ignore_index,
         softcap,
         logit_scale,
+        lowering,
         block_slices,
     )
     normalizer, reference_normalizer = normalizers[:, index]
@@ -192,7 +245,8 @@ def _(grad_divergence: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tu
 
 
 def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *operands, ctx.softcap, ctx.logit_scale, _ = inputs
+    *operands, ignore_index, softcap, logit_scale, lowering, _ = inputs
+    ctx.settings = ignore_index, softcap, logit_scale, lowering
     _, normalizers, direction = output
     ctx.save_for_backward(*operands, normalizers, direction)
     ctx.mark_non_differentiable(normalizers, direction)
@@ -201,7 +255,7 @@ def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
 def _kl_backward(ctx: Any, grad_divergence: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *operands, normalizers, direction = ctx.saved_tensors
     if wants_graph():
-        reference_hidden, reference_weight, reference_bias, counted = operands[3:]
+        reference_hidden, reference_weight, reference_bias, labels = operands[3:]
 
         def divergence_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return plain_divergence(
@@ -211,23 +265,20 @@ def _kl_backward(ctx: Any, grad_divergence: Tensor, *_: Tensor) -> tuple[Tensor 
                 reference_hidden,
                 reference_weight,
                 reference_bias,
-                counted,
-                ctx.softcap,
-                ctx.logit_scale,
+                labels,
+                *ctx.settings,
             )
 
         needs = ctx.needs_input_grad[:3]
-        return *gradients_with_graph(divergence_of, operands[:3], needs, grad_divergence), *[None] * 7
+        return *gradients_with_graph(divergence_of, operands[:3], needs, grad_divergence), *[None] * 9
     grad_hidden = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_hidden = (direction * grad_divergence[:, None]).to(direction.dtype)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_bias = _kl_backward_weight(
-            grad_divergence, *operands, normalizers, ctx.softcap, ctx.logit_scale
-        )
+        grad_weight, grad_bias = _kl_backward_weight(grad_divergence, *operands, normalizers, *ctx.settings)
         grad_weight = grad_weight if ctx.needs_input_grad[1] else None
         grad_bias = grad_bias if ctx.needs_input_grad[2] else None
-    return grad_hidden, grad_weight, grad_bias, *[None] * 7
+    return grad_hidden, grad_weight, grad_bias, *[None] * 9
 
 
 _linear_kl_divergence.register_autograd(_kl_backward, setup_context=_save_kl)
@@ -247,19 +298,21 @@ def linear_kl_divergence_loss(
     reduction: Reduction = "mean",
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    lowering: float = 0.0,
 ) -> Tensor:
     """Compute KL(reference || model), in nats, from hidden states, block by block.
 
     The loss equals, in plain torch, for rows (N, D)::
 
-        def log_probabilities(hidden, weight, bias):
+        def logits_of(hidden, weight, bias):
             logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            return logits.log_softmax(-1)
+            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-        log_p = log_probabilities(hidden, weight, bias)
-        log_q = log_probabilities(reference_hidden, reference_weight, reference_bias)
+        log_p = logits_of(hidden, weight, bias).log_softmax(-1)
+        original = logits_of(reference_hidden, reference_weight, reference_bias)
+        if lowering:
+            original = original - lowering * torch.nn.functional.one_hot(labels, len(weight))
+        log_q = original.log_softmax(-1)
         loss = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean()
 
     with one exception: a word that both models mask (a bias of -inf) adds 0 instead of NaN. The loss is
@@ -277,7 +330,7 @@ def linear_kl_divergence_loss(
         reference_hidden: The reference's hidden states (..., D'), the inputs of its output embedding. They
             have as many rows as ``hidden``.
         labels: The labels (...), int64, or None (default). A row counts if its label is not ``ignore_index``.
-            All rows count without labels.
+            All rows count without labels. Other values matter with ``lowering`` alone.
         bias: The model's bias (V,), in the dtype of ``hidden``, or None (default).
         reference_weight: The reference's output embedding (V, D'). Default: ``weight`` and ``bias`` serve
             both models.
@@ -287,6 +340,10 @@ def linear_kl_divergence_loss(
         softcap: The softcap of both models' logits (as in Gemma), or None (default).
         logit_scale: The factor of both models' logits (as in Cohere's), applied before the softcap. Default
             1.0.
+        lowering: The number, in nats, by which the reference's logit of each row's label is lowered, after
+            the softcap. The loss is then UNDIAL's cross entropy (Dong et al., 2025) less the entropy of the
+            lowered reference, which has no gradient. It needs ``labels``. 0 (default) lowers nothing. The
+            lowered logit is rounded to the dtype of ``reference_hidden``.
 
     Returns:
         The loss, float32, or float64 for float64 operands. It is a scalar, or has shape (...) with zeros at
@@ -294,8 +351,14 @@ def linear_kl_divergence_loss(
 
     Raises:
         ValueError: V < 2, or shapes, dtypes or devices do not go together, or the softcap is not positive and
-            finite.
+            finite, or ``lowering`` is negative, not finite or without ``labels``.
+        IndexError: There is a ``lowering``, and a label is neither in [0, V) nor ``ignore_index``. On CUDA a
+            device-side assert fails.
     """
+    if not 0 <= lowering < math.inf:
+        raise ValueError(f"lowering must be finite and not negative, got {lowering}")
+    if lowering and labels is None:
+        raise ValueError("lowering lowers the logits of labels: pass labels")
     if reference_weight is None:
         reference_weight, reference_bias = weight, bias
     if labels is None:
@@ -328,7 +391,7 @@ def linear_kl_divergence_loss(
         reference_weight.detach(),
         None if reference_bias is None else reference_bias.detach(),
     )
-    settings = (counted.reshape(-1), float(softcap or 0.0), float(logit_scale))
+    settings = labels.reshape(-1), ignore_index, float(softcap or 0.0), float(logit_scale), float(lowering)
     if transformed():
         divergence = apply_without_autocast(plain_divergence, operands, *settings)
     else:

@@ -78,9 +78,11 @@ def plain_divergence(
     reference_hidden: Tensor,
     reference_weight: Tensor,
     reference_bias: Tensor | None,
-    counted: Tensor,
+    labels: Tensor,
+    ignore_index: int,
     softcap: float,
     logit_scale: float,
+    lowering: float,
 ) -> Tensor:
     """Compute KL(reference || model) of each row.
 
@@ -91,20 +93,29 @@ def plain_divergence(
         reference_hidden: The reference's hidden states (..., D').
         reference_weight: The reference's output embedding (V, D').
         reference_bias: The reference's bias (V,), or None.
-        counted: A bool tensor (...) that is true for each row that counts. The others get 0.
+        labels: The labels (...), int64. With ``lowering``, torch raises for one outside [0, V) that is not
+            ``ignore_index``.
+        ignore_index: The label of rows that do not count. They get 0.
         softcap: The softcap of both models' logits. 0 means none.
         logit_scale: The factor of both models' logits, applied before the softcap.
+        lowering: The number that is subtracted from the reference's logits of the labels. 0 means none.
 
     Returns:
         The divergences (...), in nats, float32, or float64 for float64 operands.
     """
 
-    def log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        hidden = hidden.where(counted.unsqueeze(-1), 0.0)
-        return plain_logits(hidden, weight, bias, softcap, logit_scale).double().log_softmax(-1)
+    counted = labels != ignore_index
 
-    log_p = log_probabilities(hidden, weight, bias)
-    log_q = log_probabilities(reference_hidden, reference_weight, reference_bias).detach()
+    def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        hidden = hidden.where(counted.unsqueeze(-1), 0.0)
+        return plain_logits(hidden, weight, bias, softcap, logit_scale).double()
+
+    log_p = logits_of(hidden, weight, bias).log_softmax(-1)
+    original = logits_of(reference_hidden, reference_weight, reference_bias).detach()
+    if lowering:
+        label = labels.where(counted, 0).unsqueeze(-1)
+        original = original.scatter(-1, label, original.gather(-1, label) - lowering)
+    log_q = original.log_softmax(-1)
     q = log_q.exp()
     difference = (log_q - log_p).where(q != 0, 0.0)  # a word that both models mask adds 0
     return (q * difference).sum(-1).where(counted, 0.0).to(wide_dtype(hidden.dtype))

@@ -13,6 +13,8 @@ from loku.attacks.questions import paraphrases_of, question_of, with_question
 from loku.counts import check_counts
 from loku.data import (
     IGNORE_INDEX,
+    TOFU_TEMPLATE,
+    QuestionTemplate,
     RowTokenizer,
     TokenLimits,
     as_rows,
@@ -95,6 +97,7 @@ def extraction_attack(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> dict[str, Any]:
     """Ask a model for the answers of the forget rows in several ways, and count those that come back.
 
@@ -137,6 +140,7 @@ def extraction_attack(
         batch_size: The number of prompts in a batch, 16 by default. No figure depends on it.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
         progress: Whether to show progress bars, False by default.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         ``settings``; ``sets``, ``{"forget": {way: figures}, "holdout": ...}``; and ``not_tested``, ``{set:
@@ -159,11 +163,11 @@ def extraction_attack(
     preambles = PREAMBLES if preambles is None else preambles
     check_preambles(preambles)
     sets = {"forget": forget} if holdout is None else {"forget": forget, "holdout": holdout}
-    limits, ends = token_limits(model), end_ids(model, tokenizer)
+    limits, ends = token_limits(model), end_ids(model, tokenizer, template)
     asked: dict[str, _Questions] = {}
     for name, rows in sets.items():
         most = max(LEAST_HOLDOUT_ROWS, len(asked["forget"].own)) if asked else None
-        asked[name] = _Questions(tokenizer, rows, name, preambles, max_length, limits, ends, most)
+        asked[name] = _Questions(tokenizer, rows, name, preambles, max_length, limits, ends, most, template)
     figures: dict[str, dict[str, Any]] = {}
     not_tested: dict[str, dict[str, str]] = {}
     for name, questions in asked.items():
@@ -229,9 +233,12 @@ class _Questions:
         limits: TokenLimits,
         ends: set[int],
         most: int | None,
+        template: QuestionTemplate,
     ):
         self.rows = rows = as_rows(rows, name)
-        tokenised = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+        tokenised = tokenize_dataset(
+            rows, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+        )
         self.context, self.ends, self.left_out = limits.context, ends, 0
         count = len(tokenised)
         most = count if most is None else min(most, count)
@@ -239,7 +246,7 @@ class _Questions:
         self.own = [self._target(index, "", tokenised[index]) for index in indices]
         self.paraphrased: list[_Target] = []
         self.behind_preambles: list[_Target] = []
-        tokenize = RowTokenizer(tokenizer, None, name)
+        tokenize = RowTokenizer(tokenizer, None, name, template=template)
         for index in indices:
             row = rows[index]
             question = question_of(row)

@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loku.attacks.copies import check_one_process
+from loku.attacks.copies import check_one_process, reason_not_copied
+from loku.attacks.gradient_norms import gradient_norms
 from loku.counts import check_counts
-from loku.data import IGNORE_INDEX, check_tokens, collate, split_documents, token_limits, tokenize_dataset
+from loku.data import (
+    IGNORE_INDEX,
+    TOFU_TEMPLATE,
+    QuestionTemplate,
+    check_tokens,
+    collate,
+    split_documents,
+    token_limits,
+    tokenize_dataset,
+)
 from loku.data.rows import DataSet
 from loku.evaluation.scores import MIN_K_SHARE, check_share, membership_auc
 from loku.models import CausalLM, evaluating, model_device
@@ -51,6 +61,7 @@ def membership_attack(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> dict[str, Any]:
     """Tell the forget rows from the hold-out rows by scores of the model.
 
@@ -62,7 +73,13 @@ def membership_attack(
     - ``min_k``: the mean log-probability of the least likely tokens (Min-K% Prob, Shi et al., ICLR 2024).
     - ``min_k_plus_plus``: the same with each log-probability less its mean over the vocabulary, in standard
       deviations (Min-K%++, Zhang et al., ICLR 2025).
+    - ``gradient_norm``: minus the mean over the weights of the norm of the gradient of l (Wang et al., 2024;
+      ``loku.attacks.gradient_norms``). It needs one backward pass for each row.
     - ``reference``: l under the reference model less l under the model (Carlini et al., 2021).
+
+    open-unlearning gives each score the other sign and takes the hold-out rows for the positive class, so its
+    AUCs mean the same. It leaves the last labelled token of a row out of the two Min-K scores and of the
+    gradient norm. MUSE writes 1 - AUC; ``loku.evaluation.privleak`` takes that into account.
 
     An AUC of 0.5 is the aim. Above it, forget rows look like rows of the training set. Below it, they stand
     out, too: unlearning has pushed them below rows that the model never saw, and an attacker who knows that
@@ -84,6 +101,7 @@ def membership_attack(
         batch_size: The number of rows in a batch, 16 by default.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
         progress: Whether to show progress bars, False by default.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         ``settings``; ``forget_rows`` and ``holdout_rows``, the numbers of rows; ``scores``; and
@@ -104,12 +122,17 @@ def membership_attack(
     limits = token_limits(model)
     rows: dict[str, Sequence[Mapping[str, Any]]] = {}
     for name, data in (("forget", forget), ("holdout", holdout)):
-        tokenised = tokenize_dataset(data, tokenizer, max_length=max_length, name=name, limits=limits)
+        tokenised = tokenize_dataset(
+            data, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+        )
         if reference is not None:
             check_tokens(reference, tokenised, name)
         rows[name] = split_documents(tokenised)
 
     not_tested: dict[str, str] = {}
+    no_gradients = reason_not_copied(model)  # what cannot be merged, or is no number, has no such gradient
+    if no_gradients is not None:
+        not_tested["gradient_norm"] = no_gradients
     found: dict[str, dict[str, list[float]]] = {}
     for name, documents in rows.items():
         scores = _row_scores(model, documents, batch_size, progress, f"{name}: membership")
@@ -120,6 +143,12 @@ def membership_attack(
             of_set["zlib"] = [-loss / count for loss, count in zip(losses, bits, strict=True)]
         of_set["min_k"] = [_mean_of_least(score.log_probabilities, min_k_share) for score in scores]
         of_set["min_k_plus_plus"] = [_mean_of_least(score.standardised, min_k_share) for score in scores]
+        if "gradient_norm" not in not_tested:
+            try:
+                norms = gradient_norms(model, documents, progress, f"{name}: gradient norms")
+                of_set["gradient_norm"] = [-norm for norm in norms]
+            except FloatingPointError as error:  # float16 may have losses and no gradients
+                not_tested["gradient_norm"] = str(error)
         if reference is not None:
             theirs = _row_scores(reference, documents, batch_size, progress, f"{name}: reference")
             references = [-score.log_probabilities.mean().item() for score in theirs]
@@ -128,6 +157,8 @@ def membership_attack(
                 for reference_loss, loss in zip(references, losses, strict=True)
             ]
         found[name] = of_set
+    if "gradient_norm" in not_tested:
+        found["forget"].pop("gradient_norm", None)
     if tokenizer is None:
         not_tested["zlib"] = "there is no tokenizer, so the texts of the rows are not known"
     if reference is None:

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from loku.attacks.copies import check_one_process, merged_copy, plain_figures, reason_not_copied
 from loku.counts import check_counts
-from loku.data import split_documents, token_limits, tokenize_dataset
+from loku.data import TOFU_TEMPLATE, QuestionTemplate, split_documents, token_limits, tokenize_dataset
 from loku.data.rows import DataSet
 from loku.evaluation.scores import token_measures, token_scores
 from loku.models import CausalLM
@@ -31,6 +31,7 @@ def quantisation_attack(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> dict[str, Any]:
     """Round the weights of a model to a few bits, and measure what it knows then.
 
@@ -51,6 +52,7 @@ def quantisation_attack(
         batch_size: The number of rows in a batch, 16 by default.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
         progress: Whether to show progress bars, False by default.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         ``settings``; ``roundings``, the ``token_measures`` of each set by the name of the rounding: "not
@@ -71,7 +73,9 @@ def quantisation_attack(
     limits = token_limits(model)
     tokens = {
         name: split_documents(
-            tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+            tokenize_dataset(
+                rows, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+            )
         )
         for name, rows in sets.items()
     }

@@ -10,7 +10,14 @@ import torch
 
 from loku.attacks.copies import check_one_process, merged_copy, reason_not_copied
 from loku.counts import check_counts
-from loku.data import check_tokens, split_documents, token_limits, tokenize_dataset
+from loku.data import (
+    TOFU_TEMPLATE,
+    QuestionTemplate,
+    check_tokens,
+    split_documents,
+    token_limits,
+    tokenize_dataset,
+)
 from loku.data.rows import DataSet
 from loku.evaluation.scores import mean_answer_probability, token_scores
 from loku.models import CausalLM, unwrapped
@@ -55,6 +62,7 @@ def relearning_attack(
     batch_size: int = 8,
     seed: int = 0,
     max_length: int | None = None,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> dict[str, Any]:
     """Teach a model one half of the forget rows, and measure how much of the other half comes back.
 
@@ -89,6 +97,7 @@ def relearning_attack(
         batch_size: The number of rows in a step, 8 by default.
         seed: The seed of the choice and of the rows' order, 0 by default.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         ``settings``; ``taught_rows`` and ``rest_rows``, the indices of the forget rows; ``unlearned`` and
@@ -113,7 +122,9 @@ def relearning_attack(
     limits = token_limits(model)
 
     def tokens(rows: DataSet, name: str) -> Rows:
-        tokenised = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+        tokenised = tokenize_dataset(
+            rows, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+        )
         for other in (control_model, original_model):
             if other is not None:
                 check_tokens(other, tokenised, name)

@@ -6,7 +6,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loku.data import QuestionTemplate
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -68,6 +71,28 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
+
+
+def add_template_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the template of questions and answers to a parser."""
+    parser.add_argument(
+        "--question-template",
+        metavar="TEXT",
+        help="prompt of rows of question and answer: a text with {question}, or chat for the tokenizer's "
+        "chat template (default: TOFU's)",
+    )
+    parser.add_argument(
+        "--answer-template",
+        metavar="TEXT",
+        help="text of their answers, with {answer}; it belongs to --question-template",
+    )
+
+
+def template_of(options: argparse.Namespace) -> QuestionTemplate:
+    """Return the template that the options of ``add_template_options`` name; ``ValueError`` if it is none."""
+    from loku.data.question_templates import QuestionTemplate
+
+    return QuestionTemplate(options.question_template, options.answer_template)
 
 
 Commands = argparse._SubParsersAction  # the argument of ``add``: the commands of the parser of ``loku``

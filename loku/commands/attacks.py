@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from loku.commands import template_of
+
 if TYPE_CHECKING:
     from torch import device
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +116,12 @@ def run_attacks(
     """
     from loku import attacks
 
-    more: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length}
+    template = template_of(options)
+    more: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "template": template,
+    }
     show = not options.quiet
     forget: Any = data.get("forget")  # check_options has seen to the sets that an attack needs
     holdout: Any = data.get("holdout")
@@ -138,6 +145,7 @@ def run_attacks(
                 retain=data.get("retain"),
                 original_model=reference,
                 max_length=options.max_length,
+                template=template,
             )
         else:
             result = attacks.quantisation_attack(model, tokenizer, data, progress=show, **more)

@@ -9,10 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.commands import CommandParser, Commands, accept_underscores, check_local, json_object, named_source
+from loku.commands import (
+    CommandParser,
+    Commands,
+    accept_underscores,
+    add_template_options,
+    check_local,
+    json_object,
+    named_source,
+    template_of,
+)
 from loku.commands.attacks import add_options, attack_tables, check_options, load_others, run_attacks
-from loku.commands.report_files import check_report_files, write_report_files
+from loku.commands.report_files import check_report_files, read_earlier_report, write_report_files
 from loku.counts import check_counts, check_max_length
+
+_SOURCES = ("knowledge_examples", "classifier")  # options that name what some measures need
 
 
 def add(commands: Commands[CommandParser]) -> CommandParser:
@@ -22,7 +33,8 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="measure the knowledge left in a model",
         description="Measure a causal LM on data sets: probability, perplexity, ROUGE-L, truth ratio, forget "
         "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K% "
-        "membership inference and dialogue F1, as far as the sets allow. Prints a table, and writes a JSON "
+        "membership inference, PrivLeak, MUSE's memorisation, fluency and dialogue F1, as far as the sets "
+        "allow. Prints a table, and writes a JSON "
         "report with TOFU's log and a picture beside it. Runs under torchrun and accelerate launch. --attack "
         "attacks the model, too, in one process.",
     )
@@ -54,6 +66,31 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
     parser.add_argument(
         "--reference-log", metavar="FILE", help="TOFU log of a model that never saw the forget set"
     )
+    parser.add_argument(
+        "--reference-report",
+        metavar="FILE",
+        help="report of loku evaluate for that model and the same sets: adds relative differences, and its "
+        "AUC to PrivLeak (default: PrivLeak takes 0.5)",
+    )
+    parser.add_argument(
+        "--knowledge-examples",
+        metavar="SOURCE",
+        help="questions with answers that come before each question: adds MUSE's knowledge memorisation to "
+        "the sets of questions",
+    )
+    parser.add_argument(
+        "--classifier",
+        metavar="PATH",
+        help="path or hub name of a text classifier: adds the mean probability of one class of the "
+        "generated texts",
+    )
+    parser.add_argument(
+        "--classifier-class",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the class whose probability counts, from 0; take the one of good texts (default: 0)",
+    )
     parser.add_argument("--ngram", type=int, default=10, help="n of Extraction Likelihood (default: 10)")
     parser.add_argument(
         "--stride",
@@ -73,6 +110,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="measure the nine reasoning sets too, by lm-evaluation-harness, which downloads them; needs "
         "pip install 'loku-kernels[lm-eval]'",
     )
+    add_template_options(parser)
     add_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
@@ -83,13 +121,15 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
 def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
     sources = dict(options.data)
-    read = [*sources.values(), options.reference_log or ""]
+    others_read = (options.reference_log, options.reference_report, options.knowledge_examples)
+    read = [*sources.values(), *(name or "" for name in others_read)]
     check_report_files(options.out, read)
     counts = {
         f"--{name}": getattr(options, name.replace("-", "_")) for name in ("ngram", "stride", "batch-size")
     }
     check_counts(**counts)
     check_max_length(options.max_length, "--max-length")
+    template = template_of(options)
 
     from datetime import timedelta
 
@@ -97,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from loku.data import read_rows, row_places
-    from loku.evaluation import evaluate, reasoning_accuracies
+    from loku.evaluation import evaluate, load_classifier, reasoning_accuracies
     from loku.trust import load_tokenizer, trusts_code
 
     # One process may generate for much longer than another, so the timeout is long.
@@ -109,8 +149,15 @@ def run(options: argparse.Namespace) -> None:
     reference = None
     if options.reference_log is not None:
         reference = _read_log(options.reference_log)
+    retained = None
+    if options.reference_report is not None:
+        wanted = {**_settings(options), **{key: getattr(options, key) for key in _SOURCES}}
+        retained = _read_report(options.reference_report, wanted)
+    examples = options.knowledge_examples
+    if examples is not None:
+        examples = list(read_rows(examples))
     check_local("MODEL", options.model)
-    for name in ("adapter", "tokenizer"):
+    for name in ("adapter", "tokenizer", "classifier"):
         if getattr(options, name):
             check_local(f"--{name}", getattr(options, name))
     model, base, adapter = _load(options.model, options.adapter, options.model_init_kwargs)
@@ -120,6 +167,10 @@ def run(options: argparse.Namespace) -> None:
         options.tokenizer or _tokenizer_place(model, base, adapter),
         trust_remote_code=trusts_code(options.model_init_kwargs),
     )
+    classifier = None
+    if options.classifier is not None:
+        classifier = load_classifier(options.classifier, options.classifier_class)
+        classifier.model.to(state.device)
     others = load_others(options)  # what cannot be loaded is known before the measures, which take long
     model.to(state.device).eval()
     reasoning = None
@@ -131,11 +182,15 @@ def run(options: argparse.Namespace) -> None:
             tokenizer,
             data,
             reference_log=reference,
+            reference_report=retained,
+            knowledge_examples=examples,
+            classifier=classifier,
             n=options.ngram,
             stride=options.stride,
             max_length=options.max_length,
             batch_size=options.batch_size,
             progress=not options.quiet,
+            template=template,
         )
     if state.is_main_process:
         report: dict[str, Any] = {
@@ -143,12 +198,14 @@ def run(options: argparse.Namespace) -> None:
             "adapter": adapter,
             "data": sources,
             "reference_log": options.reference_log,
-            "settings": {
-                key: getattr(options, key) for key in ("ngram", "stride", "max_length", "batch_size")
-            },
+            "reference_report": options.reference_report,
+            **{key: getattr(options, key) for key in _SOURCES},
+            "settings": _settings(options),
             "sets": result.sets,
             "whole": result.whole,
             "not_available": result.not_available,
+            "relative_differences": result.relative_differences,
+            "digests": result.digests,
             "reasoning": reasoning,
             "reference_model": options.reference_model,
             "control_model": options.control_model,
@@ -218,11 +275,55 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
     from loku.evaluation import format_table
 
     tables = [format_table(report["sets"]), format_table({"all sets": report["whole"]})]
+    if report["relative_differences"]:
+        differences = format_table(report["relative_differences"])
+        tables.append(f"relative differences from {report['reference_report']}, in percent\n{differences}")
     if report["reasoning"] is not None:
         tables.append(format_table({"accuracy": report["reasoning"]}))
     lines = [f"{name} is not available: {reason}" for name, reason in report["not_available"].items()]
     parts = [*tables, "\n".join(lines), attack_tables(report["attacks"])]
     return "\n\n".join(part for part in parts if part)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the measures, as the report has them."""
+    keys = (
+        "ngram",
+        "stride",
+        "max_length",
+        "batch_size",
+        "classifier_class",
+        "question_template",
+        "answer_template",
+    )
+    return {key: getattr(options, key) for key in keys}
+
+
+def _read_report(path: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Read a report of this command for the model that never saw the forget set.
+
+    Args:
+        path: The path of the report.
+        settings: The settings here. Those of the report must be the same, but for the batch size.
+
+    Raises:
+        ValueError: It is no report, or it has other settings.
+    """
+    report = read_earlier_report(path, {"model", "settings", "sets", "whole", "digests"})
+    if report is None or not isinstance(report["settings"], dict):
+        raise ValueError(
+            f"--reference-report {path} is no report of this version of loku evaluate; make one: "
+            f"loku evaluate TWIN --out {path}"
+        )
+    theirs = {**report, **report["settings"]}
+    for key, ours in settings.items():
+        optional = key in _SOURCES and None in (ours, theirs.get(key))  # the measure is not compared
+        if key != "batch_size" and theirs.get(key) != ours and not optional:
+            raise ValueError(
+                f"--reference-report {path} was made with {key} {theirs.get(key)}, and here it is {ours}; "
+                "evaluate both models with the same settings"
+            )
+    return report
 
 
 def _read_log(path: str) -> Mapping[str, Any]:

@@ -8,7 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loku.commands import CommandParser, Commands, accept_underscores, check_local, json_object, named_source
+from loku.commands import (
+    CommandParser,
+    Commands,
+    accept_underscores,
+    add_template_options,
+    check_local,
+    json_object,
+    named_source,
+    template_of,
+)
 from loku.commands.report_files import read_earlier_report
 from loku.counts import check_counts, check_max_length
 
@@ -79,6 +88,7 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
     )
     parser.add_argument("--max-length", type=int, help="tokens at which texts are cut")
     parser.add_argument("--batch-size", type=int, default=16, help="rows at once (default: 16)")
+    add_template_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
     accept_underscores(parser)
@@ -146,6 +156,9 @@ def _check_options(options: argparse.Namespace) -> None:
         check_counts(rank=rank)
     check_counts(**{"--batch-size": options.batch_size})
     check_max_length(options.max_length, "--max-length")
+    template_of(options)
+    if options.question_template is not None and not options.data:
+        raise ValueError("--question-template is for the rows of --data, and there are none")
 
 
 def _check_files(report: str | None, picture: str | None, read: Iterable[str | None]) -> None:
@@ -354,6 +367,7 @@ def _measured(
             batch_size=options.batch_size,
             max_length=options.max_length,
             progress=not options.quiet,
+            template=template_of(options),
         )
 
 

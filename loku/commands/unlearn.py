@@ -128,6 +128,11 @@ def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
     settings = read_yaml(options.config, options.fields, PLACES) if options.config else {}
     settings.update(joined(options.fields, options))
+    if settings.get("method") == "list":
+        from loku.objectives import described_methods
+
+        print(described_methods())
+        return
     places = {name: getattr(options, name) or settings.pop(name, None) for name in PLACES}
     for name in PLACES:
         settings.pop(name, None)
@@ -399,6 +404,7 @@ def _change_lines(
     model: Any = result.model
     first = {name: list(islice(rows, COMPARED_ROWS)) for name, rows in sets.items()}
     options: dict[str, Any] = {"max_length": config.max_length, "batch_size": 4, "progress": False}
+    options["template"] = config.template()
     changes = answer_changes(model, *read_adapter(output), result.tokenizer, first, **options)
     return [
         f"    {name}: a logit changes by {figures['largest_logit_change']:.3g} at most, and the mean answer "

@@ -9,6 +9,7 @@ from loku.data.batches import collate, collate_pairs, padding_id
 from loku.data.files import place_of_row, read_rows
 from loku.data.large_sets import LazyRows, StreamedRows, retain_rows
 from loku.data.pairs import PairedDataset, PairSampler
+from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.refusals import TOFU_REFUSALS, RefusalRows, load_refusals
 from loku.data.row_errors import BadRow, RowError, row_places
 from loku.data.row_forms import (
@@ -22,6 +23,7 @@ from loku.data.row_forms import (
 from loku.data.rows import (
     RowTokenizer,
     as_rows,
+    check_template_used,
     documents,
     duplicate_rows,
     has_input_ids,
@@ -36,16 +38,19 @@ __all__ = [
     "COLUMNS",
     "IGNORE_INDEX",
     "TOFU_REFUSALS",
+    "TOFU_TEMPLATE",
     "BadRow",
     "LazyRows",
     "PairSampler",
     "PairedDataset",
+    "QuestionTemplate",
     "RefusalRows",
     "RowError",
     "RowTokenizer",
     "StreamedRows",
     "TokenLimits",
     "as_rows",
+    "check_template_used",
     "check_tokens",
     "collate",
     "collate_pairs",

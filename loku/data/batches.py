@@ -73,7 +73,7 @@ def collate_pairs(pairs: Sequence[Mapping[str, Mapping[str, Any]]], pad_token_id
     Returns:
         The batch of ``collate``. ``is_forget``, ``is_retain`` and ``is_refusal``, bool (rows,), mark the rows
         of each kind that the pairs have. ``token_count``, int64 (rows,), is the number of tokens of each row.
-        ``reference`` is the concatenation of the rows' ``reference`` tensors, if any row has one.
+        ``original_NAME`` is the concatenation of the tensors NAME in the rows' ``originals``, if any.
     """
     kinds = list(pairs[0])
     rows = [pair[kind] for kind in kinds for pair in pairs]
@@ -81,7 +81,8 @@ def collate_pairs(pairs: Sequence[Mapping[str, Mapping[str, Any]]], pad_token_id
     for number, kind in enumerate(kinds):
         batch[f"is_{kind}"] = torch.arange(len(rows), dtype=torch.int64) // len(pairs) == number
     batch["token_count"] = torch.tensor([len(row["input_ids"]) for row in rows], dtype=torch.int64)
-    references = [row["reference"] for row in rows if "reference" in row]
-    if references:
-        batch["reference"] = torch.cat(references)
-    return batch
+    originals: dict[str, list[Tensor]] = {}
+    for row in rows:
+        for name, values in row.get("originals", {}).items():
+            originals.setdefault(name, []).append(values)
+    return {**batch, **{f"original_{name}": torch.cat(values) for name, values in originals.items()}}

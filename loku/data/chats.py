@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loku.data.row_errors import BadRow
 from loku.data.tokens import LabelledText
-from loku.data.values import as_list, check_text, without_missing
+from loku.data.values import as_list, check_text, is_missing, without_missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def chat_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Lab
         BadRow: A message is malformed, or the template cannot render the messages.
     """
     messages, begin = chat_of(row)
-    options = _template_options(row)
+    options = template_options(row)
     try:
         template = tokenizer.get_chat_template(tools=options.get("tools"))
     except (AttributeError, ValueError) as error:
@@ -101,6 +101,30 @@ def chat_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Lab
     text = _render(messages, tokenizer, options)
     _check_begins(text, prompt, "the last message")
     return LabelledText(text, ((len(prompt), len(text)),), special=False)
+
+
+def render_chat(
+    question: str, answer: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Render a question of the user and the answer of the assistant.
+
+    Args:
+        question: The question.
+        answer: The answer.
+        tokenizer: The tokenizer, which has a chat template.
+        options: Further arguments of the chat template.
+
+    Returns:
+        The text before the answer, which ends with the beginning of the assistant's turn; and the whole text.
+
+    Raises:
+        BadRow: The template cannot render the messages, or the whole text does not begin with the first one.
+    """
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt = _render(messages[:1], tokenizer, {**options, "add_generation_prompt": True})
+    text = _render(messages, tokenizer, options)
+    _check_begins(text, prompt, "the answer")
+    return prompt, text
 
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
@@ -155,12 +179,18 @@ def _check_answers(messages: Sequence[Mapping[str, Any]]) -> None:
             check_text(message["content"], "content of an assistant's message")
 
 
-def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    options = row.get("chat_template_kwargs", {})
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the further arguments of the chat template that a row has: its ``tools`` and kwargs.
+
+    Raises:
+        BadRow: A value has another type.
+    """
+    options = row.get("chat_template_kwargs")
+    options = {} if is_missing(options) else options
     if not isinstance(options, Mapping):
         raise BadRow(f"'chat_template_kwargs' is a {type(options).__name__}; it must be a dict")
     options = without_missing(options)
-    tools = row.get("tools")
+    tools = None if is_missing(row.get("tools")) else row["tools"]
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)

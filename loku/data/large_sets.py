@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.rows import RowTokenizer, as_rows, tokenize_dataset
 from loku.data.token_limits import TokenLimits
 from loku.data.tokens import TokenizedRow
@@ -33,6 +34,7 @@ class DrawnRows:
         limits: The limits of a model, which each row is checked against when it is drawn; None (default)
             sets none.
         source: The file of the rows, for messages; None (default) if it is not known.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class DrawnRows:
         forget: Iterable[Mapping[str, Any]],
         limits: TokenLimits | None = None,
         source: str | os.PathLike | None = None,
+        template: QuestionTemplate = TOFU_TEMPLATE,
     ):
         self.rows = rows
-        self._tokenize = RowTokenizer(tokenizer, max_length, name, limits, source)
+        self._tokenize = RowTokenizer(tokenizer, max_length, name, limits, source, template=template)
         self._forget = {tuple(row["input_ids"]): index for index, row in reversed([*enumerate(forget)])}
         self._warned: set[str] = set()
 
@@ -117,13 +120,14 @@ class StreamedRows(DrawnRows):
         forget: Iterable[Mapping[str, Any]],
         limits: TokenLimits | None = None,
         source: str | os.PathLike | None = None,
+        template: QuestionTemplate = TOFU_TEMPLATE,
     ):
         if iter(rows) is rows:
             raise ValueError(
                 f"the {name} set is a {type(rows).__name__}, which can be read only once; pass a "
                 "datasets.IterableDataset, or another object whose iter() begins anew"
             )
-        super().__init__(rows, tokenizer, max_length, name, forget, limits, source)
+        super().__init__(rows, tokenizer, max_length, name, forget, limits, source, template)
         self._reader: Iterator[tuple[int, Any]] | None = None
         self._next = 0
 
@@ -155,6 +159,7 @@ def retain_rows(
     name: str = "retain",
     limits: TokenLimits | None = None,
     source: str | os.PathLike | None = None,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> list[TokenizedRow] | LazyRows | StreamedRows:
     """Tokenise a retain set now, or row by row as it is drawn if it is large or has no length.
 
@@ -169,6 +174,7 @@ def retain_rows(
             is not held in memory is checked when it is drawn.
         source: The file of the rows, which messages about drawn rows then name; None (default) if it is not
             known.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         A list of tokenised rows; ``LazyRows`` for more than ``LAZY_ROWS`` rows; or ``StreamedRows`` for rows
@@ -182,7 +188,9 @@ def retain_rows(
         return rows
     rows = as_rows(rows, name)
     if not hasattr(rows, "__len__"):
-        return StreamedRows(rows, tokenizer, max_length, name, forget, limits, source)
+        return StreamedRows(rows, tokenizer, max_length, name, forget, limits, source, template)
     if len(rows) > LAZY_ROWS and hasattr(rows, "__getitem__"):
-        return LazyRows(rows, tokenizer, max_length, name, forget, limits, source)
-    return tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+        return LazyRows(rows, tokenizer, max_length, name, forget, limits, source, template)
+    return tokenize_dataset(
+        rows, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+    )

@@ -43,6 +43,8 @@ class PairedDataset(Dataset):
         refusals: The forget rows with refusals; needed if ``kinds`` has "refusal", None by default.
         kinds: The kinds of rows of an item, in their order, ("forget", "retain") by default. "forget" is the
             row itself, "refusal" the same row with a refusal, "retain" a retain row.
+        with_replacement: Whether each retain row is drawn from all, whichever came before; False by default.
+            A stream has no such draws.
     """
 
     def __init__(
@@ -52,11 +54,14 @@ class PairedDataset(Dataset):
         seed: int,
         refusals: RefusalRows | None = None,
         kinds: tuple[str, ...] = ("forget", "retain"),
+        with_replacement: bool = False,
     ):
         self.forget, self.retain, self.refusals = forget, retain, refusals
         self.seed, self.kinds = seed, kinds
+        self.with_replacement = with_replacement
         self.streams_retain = isinstance(retain, StreamedRows)
-        self.references: dict[tuple[str, Any], torch.Tensor] = {}  # the original model's, by (kind, key)
+        # What quantities keep of the original model, by (kind, key) and the quantity's name.
+        self.originals: dict[tuple[str, Any], dict[str, torch.Tensor]] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
         self.set_epoch(0)
 
@@ -75,6 +80,8 @@ class PairedDataset(Dataset):
             self._refusal_indices = generator.integers(len(self.refusals.refusals), size=len(self.forget))
 
     def _retain_index(self, draw: int, rows: int) -> int:
+        if self.with_replacement:
+            return int(np.random.default_rng((self.seed, draw, 1)).integers(rows))
         lap, position = divmod(draw, rows)
         if lap not in self._orders:
             generator = torch.Generator().manual_seed(self.seed + lap)
@@ -100,7 +107,7 @@ class PairedDataset(Dataset):
         return draw.row if kind == "forget" else (draw.row, int(self._refusal_indices[draw.row]))
 
     def row(self, kind: str, key: Any) -> Mapping[str, Any]:
-        """Return a tokenised row, with its ``reference`` if it has one.
+        """Return a tokenised row, with its ``originals`` if it has them.
 
         Args:
             kind: The kind of the row.
@@ -111,8 +118,8 @@ class PairedDataset(Dataset):
         else:
             sets: Any = {"forget": self.forget, "retain": self.retain, "refusal": self.refusals}
             row = sets[kind][key]
-        reference = self.references.get((kind, key))
-        return row if reference is None else {**row, "reference": reference}
+        originals = self.originals.get((kind, key))
+        return row if originals is None else {**row, "originals": originals}
 
     def length(self, draw: Draw) -> int:
         """Return the number of tokens of the longest row of an item; the rows of a stream do not count."""

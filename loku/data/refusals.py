@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loku.data.chats import chat_of
 from loku.data.files import read_text
+from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.row_errors import BadRow, RowError
 from loku.data.row_forms import columns_of, labelled_column
 from loku.data.rows import DataSet, RowTokenizer, as_rows
@@ -74,6 +75,7 @@ class RefusalRows:
         tokenizer: The tokenizer.
         max_length: The number of tokens at which rows are cut; None (default) does not cut them.
         limits: The limits of a model, from ``loku.data.token_limits``; None (default) sets none.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Raises:
         ValueError: The refusals are no list of texts.
@@ -90,10 +92,11 @@ class RefusalRows:
         *,
         max_length: int | None = None,
         limits: TokenLimits | None = None,
+        template: QuestionTemplate = TOFU_TEMPLATE,
     ):
         self.rows, self.refusals = as_rows(rows, "forget"), check_refusals(refusals)
         self.tokenizer, self.max_length = tokenizer, max_length
-        self._tokenize = RowTokenizer(tokenizer, max_length, "forget", limits)
+        self._tokenize = RowTokenizer(tokenizer, max_length, "forget", limits, template=template)
         longest = max(range(len(self.refusals)), key=lambda i: len(self.refusals[i]))
         for index in range(len(self.rows)):
             self[index, longest]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from loku.data.chats import chat_text, is_chat
+from loku.data.chats import chat_text, is_chat, template_options
+from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.row_errors import BadRow
 from loku.data.tokens import LabelledText
 from loku.data.values import as_list, check_text, is_missing
@@ -29,8 +30,8 @@ _FORMS = (
 
 
 def question_answer_texts(question: str, answer: str) -> tuple[str, str]:
-    """Return TOFU's prompt and completion for a question and its answer."""
-    return f"Question: {question}\nAnswer:", f" {answer}"
+    """Return TOFU's prompt and completion for a question and its answer: the texts of ``TOFU_TEMPLATE``."""
+    return TOFU_TEMPLATE.texts(question, answer)
 
 
 def instruction_texts(instruction: str, context: str, output: str) -> tuple[str, str]:
@@ -87,12 +88,17 @@ def columns_of(row: Any) -> dict[str, Any]:
     return {column: value for column, value in row.items() if not is_missing(value)}
 
 
-def labelled_text(columns: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> LabelledText:
+def labelled_text(
+    columns: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template: QuestionTemplate = TOFU_TEMPLATE,
+) -> LabelledText:
     """Return the text of a row, with its completion labelled.
 
     Args:
         columns: The columns of the row, from ``columns_of``.
         tokenizer: The tokenizer, whose chat template renders messages.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Raises:
         BadRow: The row has no known columns, or a value of the wrong type.
@@ -111,9 +117,12 @@ def labelled_text(columns: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
                 )
         prompt, completion = columns["prompt"], check_text(columns["completion"], "completion")
     elif labelled == "answer":
-        prompt, completion = question_answer_texts(
-            check_text(columns["question"], "question"), check_text(columns["answer"], "answer")
+        question, answer = (
+            check_text(columns["question"], "question"),
+            check_text(columns["answer"], "answer"),
         )
+        options = template_options(columns) if template.is_chat else {}
+        return template.labelled_text(question, answer, tokenizer, **options)
     elif labelled == "output":
         context = columns.get("input", "")
         if not isinstance(context, str):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loku.adapters import MERGED_ADAPTER
 from loku.counts import check_max_length
 from loku.data.files import place_of_row
+from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.row_errors import BadRow, RowError
 from loku.data.row_forms import columns_of, labelled_column, labelled_text
 from loku.data.token_limits import TokenLimits
@@ -35,6 +36,7 @@ __all__ = [
     "RowTokenizer",
     "TokenizedRow",
     "as_rows",
+    "check_template_used",
     "cut_row",
     "documents",
     "duplicate_rows",
@@ -66,26 +68,32 @@ def as_rows(rows: Any, name: str) -> Any:
         name: The name of the data set in messages.
 
     Raises:
-        ValueError: The elements of the data set are no rows: it is a mapping, one string or a set. Or two
-            columns of a ``pandas.DataFrame`` have one name.
+        ValueError: The elements of the data set are no rows: it is a mapping, one string, a set, or a table
+            of another library. Or two columns of a ``pandas.DataFrame`` have one name.
     """
     if isinstance(rows, Mapping):
         raise ValueError(
             f"the {name} set is a mapping with the keys {list(rows)}; {_instead_of_mapping(rows)}"
         )
-    library = type(rows).__module__.partition(".")[0]
-    if library == "pandas" and hasattr(rows, "columns"):
+    libraries = {base.__module__.partition(".")[0] for base in type(rows).__mro__}
+    if "pandas" in libraries and hasattr(rows, "columns"):
         if not rows.columns.is_unique:
             twice = list(rows.columns[rows.columns.duplicated()])
             raise ValueError(f"the {name} set has two columns of one name, {twice[0]!r}; drop or rename one")
         columns = {column: _cells(rows[column]) for column in rows.columns}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if library == "pandas" and hasattr(rows, "index"):
+    if "pandas" in libraries and hasattr(rows, "index"):
         return _cells(rows)
-    if library == "polars" and hasattr(rows, "to_dicts"):
+    if "polars" in libraries and hasattr(rows, "to_dicts"):
         return rows.to_dicts()
-    if library == "pyarrow" and hasattr(rows, "to_pylist"):
+    if "pyarrow" in libraries and hasattr(rows, "to_pylist"):
         return rows.to_pylist()
+    if hasattr(rows, "columns"):  # its elements are the names of its columns, and no rows
+        kind = f"{type(rows).__module__}.{type(rows).__qualname__}"
+        raise ValueError(
+            f"the {name} set is a {kind}, a table that is not known; make it a pandas.DataFrame or a list of "
+            "dicts"
+        )
     if isinstance(rows, (str, bytes, set, frozenset)) or not hasattr(rows, "__iter__"):
         raise ValueError(
             f"the {name} set is a {type(rows).__name__}; pass a list of strings, a list of dicts, a "
@@ -115,6 +123,7 @@ def tokenize_dataset(
     max_length: int | None = None,
     name: str = "forget",
     limits: TokenLimits | None = None,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> list[TokenizedRow]:
     """Tokenise a data set.
 
@@ -132,8 +141,8 @@ def tokenize_dataset(
       ``value``.
     - ``prompt`` and ``completion``. The completion is labelled. Both are strings, or both are lists of
       messages, which the chat template renders.
-    - ``question`` and ``answer``, in TOFU's form: ``"Question: {question}\\nAnswer:"`` is the prompt and
-      ``" {answer}"`` the completion.
+    - ``question`` and ``answer``, in the form of ``template``. In TOFU's, the default,
+      ``"Question: {question}\\nAnswer:"`` is the prompt and ``" {answer}"`` the completion.
     - ``instruction``, ``output`` and, if there is one, ``input``, in Alpaca's form: the prompt ends with
       ``"### Response:\\n"``, and ``output`` is the completion. See ``loku.data.instruction_texts``.
     - ``text``. Every token is labelled. A plain string means the same.
@@ -153,6 +162,7 @@ def tokenize_dataset(
         name: The name of the data set in messages, "forget" by default.
         limits: The context and vocabulary of a model, from ``loku.data.token_limits``. Rows beyond them are
             refused. None (default) sets no limits.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         A row ``{"input_ids": list[int], "labels": list[int]}`` for each row, with ``position_ids`` too if it
@@ -172,7 +182,7 @@ def tokenize_dataset(
     if len(rows) == 0:
         raise ValueError(f"the {name} set is empty; it needs at least one row")
 
-    tokenize = RowTokenizer(tokenizer, max_length, name, limits)
+    tokenize = RowTokenizer(tokenizer, max_length, name, limits, template=template)
     tokenized = [tokenize(index, row) for index, row in enumerate(rows)]
     if tokenize.truncated:
         warnings.warn(
@@ -197,6 +207,7 @@ class RowTokenizer:
             if it is not known.
         cut: Whether longer rows are cut, True by default. Otherwise they are refused, and the limits of the
             model do not advise to cut them.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Raises:
         ValueError: ``max_length`` is less than 2.
@@ -210,10 +221,11 @@ class RowTokenizer:
         limits: TokenLimits | None = None,
         source: str | os.PathLike | None = None,
         cut: bool = True,
+        template: QuestionTemplate = TOFU_TEMPLATE,
     ):
         check_max_length(max_length)
         self.tokenizer, self.max_length, self.name = tokenizer, max_length, name
-        self.limits, self.source, self.cut = limits, source, cut
+        self.limits, self.source, self.cut, self.template = limits, source, cut, template
         self.truncated = 0
         self._tokenize = None if tokenizer is None else TextTokenizer(tokenizer)
 
@@ -276,7 +288,8 @@ class RowTokenizer:
             return given_tokens(columns), True
         if self._tokenize is None:
             raise BadRow("a tokenizer is needed unless every row has 'input_ids'; pass tokenizer=")
-        return self._tokenize(labelled_text(columns, self._tokenize.tokenizer), self._most())
+        labelled = labelled_text(columns, self._tokenize.tokenizer, self.template)
+        return self._tokenize(labelled, self._most())
 
 
 def cut_row(columns: TokenizedRow, max_length: int | None) -> TokenizedRow:
@@ -306,6 +319,25 @@ def has_input_ids(rows: Any) -> bool:
     """Whether the first row of a data set has ``input_ids``, that is, the set is tokenised already."""
     first = next(iter(as_rows(rows, "data")), None) if hasattr(rows, "__iter__") else None
     return labelled_column(first) == "input_ids"
+
+
+def check_template_used(template: QuestionTemplate, sets: Mapping[str, Any]) -> None:
+    """Check that a template has a row to be used on.
+
+    Args:
+        template: The template. TOFU's, the default, need not be used.
+        sets: The data sets by their names. A set that has no length counts as if it had such a row.
+
+    Raises:
+        ValueError: No row of a set has ``question`` and ``answer``, and the template is not TOFU's.
+    """
+    if template == TOFU_TEMPLATE or not all(hasattr(rows, "__len__") for rows in sets.values()):
+        return
+    if not any(labelled_column(row) == "answer" for rows in sets.values() for row in rows):
+        raise ValueError(
+            f"question_template has no effect: no row of the sets {', '.join(sets)} has a 'question' and an "
+            "'answer'; leave it out"
+        )
 
 
 def duplicate_rows(

@@ -19,7 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from loku.data import as_rows, split_documents, token_limits, tokenize_dataset
+from loku.data import (
+    TOFU_TEMPLATE,
+    QuestionTemplate,
+    as_rows,
+    split_documents,
+    token_limits,
+    tokenize_dataset,
+)
 from loku.deletion.request import HOLDOUT
 from loku.evaluation.extraction import end_ids, extracted_tokens, extraction_likelihood
 from loku.evaluation.scores import extraction_strength, mean_over_rows, token_scores
@@ -50,6 +57,7 @@ def measure_rows(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> RowMeasures:
     """Measure each row of a data set.
 
@@ -63,6 +71,7 @@ def measure_rows(
         batch_size: The number of rows in a batch, >= 1; 16 by default.
         max_length: The number of tokens at which texts are cut, >= 2; None (default) does not cut them.
         progress: Whether to show progress bars, False by default.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         A list of each measure, with one value for each row; None where a row has none. ``tokens`` is the
@@ -78,12 +87,17 @@ def measure_rows(
     """
     tokens = split_documents(
         tokenize_dataset(
-            as_rows(rows, name), tokenizer, max_length=max_length, name=name, limits=token_limits(model)
+            as_rows(rows, name),
+            tokenizer,
+            max_length=max_length,
+            name=name,
+            limits=token_limits(model),
+            template=template,
         )
     )
     scores = token_scores(model, tokens, batch_size, progress, name)
     likelihood = extraction_likelihood(model, tokens, n, stride, batch_size, progress, scores)
-    back = extracted_tokens(tokens, scores, end_ids(model, tokenizer))
+    back = extracted_tokens(tokens, scores, end_ids(model, tokenizer, template))
     measures: RowMeasures = {
         "tokens": [], "loss": [], **{measure: [] for measure in MEASURES}, "extracted_tokens": [],
     }  # fmt: skip
@@ -138,6 +152,7 @@ def measure_sets(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> dict[str, SetMeasures]:
     """Return the ``summary`` of the measures of each set.
 
@@ -146,7 +161,7 @@ def measure_sets(
     Args:
         sets: The rows of each set by its name.
     """
-    options: dict[str, Any] = {"n": n, "stride": stride, "batch_size": batch_size}
+    options: dict[str, Any] = {"n": n, "stride": stride, "batch_size": batch_size, "template": template}
     return {
         name: summary(
             measure_rows(model, tokenizer, rows, name, max_length=max_length, progress=progress, **options)

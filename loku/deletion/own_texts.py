@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loku.counts import check_counts
 from loku.data.chats import chat_text
+from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.row_forms import instruction_texts, labelled_column, question_answer_texts
 from loku.data.rows import tokenize_dataset
 from loku.data.tokens import LabelledText, TextTokenizer
 from loku.deletion.entities import Mentions, row_texts
 from loku.deletion.neighbours import words_of
 from loku.deletion.openings import BEGINNINGS, INSTRUCTIONS
+from loku.evaluation.fluency import repetition
 from loku.evaluation.generation import eos_ids, generate_sampled
 from loku.evaluation.scores import token_scores
 from loku.models import CausalLM
-from loku.probe.ability import MOST_REPETITION, repetition
+from loku.probe.ability import MOST_REPETITION
 from loku.probe.rows import has_chat_template
 
 if TYPE_CHECKING:
@@ -72,18 +74,24 @@ class _Draw(NamedTuple):
     loss: float  # the mean loss of its tokens, in nats; inf if there is no text
 
 
-def forms_of(tokenizer: PreTrainedTokenizerBase, forget_rows: Iterable[Any]) -> list[str]:
+def forms_of(
+    tokenizer: PreTrainedTokenizerBase,
+    forget_rows: Iterable[Any],
+    template: QuestionTemplate = TOFU_TEMPLATE,
+) -> list[str]:
     """Return the forms in which a model writes, of ``FORMS``: its own, and those of the rows to forget.
 
     Args:
         tokenizer: The tokenizer. One with a chat template has the form "chat".
         forget_rows: The rows to forget.
+        template: The template of their questions. In another one than TOFU's, the default, the model writes
+            no questions.
     """
     columns = {labelled_column(row) for row in forget_rows}
     own = "chat" if has_chat_template(tokenizer) else "text"
     found = {
         own,
-        *(("own question",) if "answer" in columns else ()),
+        *(("own question",) if "answer" in columns and template == TOFU_TEMPLATE else ()),
         *(("instruction",) if "output" in columns else ()),
         *(("text",) if columns & {"text", "completion"} else ()),
     }
@@ -101,6 +109,7 @@ def write_texts(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> OwnTexts:
     """Let a model write texts, and drop those that mention what is to be forgotten.
 
@@ -128,6 +137,8 @@ def write_texts(
         batch_size: The number of texts in a batch, 16 by default.
         max_length: The greatest number of tokens of a row; None (default) sets none.
         progress: Whether to show progress bars, False by default.
+        template: The template of the questions to forget; TOFU's by default. In another one the model writes
+            no questions.
 
     Raises:
         ValueError: ``max_length`` leaves fewer than 8 tokens for a text.
@@ -135,7 +146,7 @@ def write_texts(
     check_counts(0, count=count)
     writer = _Writer(model, tokenizer, seed, batch_size, max_length, progress)
     known = {tuple(words_of("\n".join(row_texts(row, tokenizer)))) for row in forget_rows}
-    forms = forms_of(tokenizer, forget_rows)
+    forms = forms_of(tokenizer, forget_rows, template)
     kept: dict[str, list[dict[str, Any]]] = {form: [] for form in forms}
     dropped: Counter[str] = Counter()
     drawn, in_use = 0, list(forms)

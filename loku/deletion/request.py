@@ -10,12 +10,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loku.deletion.places import data_place, folder_place, model_place, path_of
 from loku.deletion.template import write_template
 from loku.deletion.texts import expression
 from loku.deletion.yaml_values import YamlValue, read_yaml_values
+
+if TYPE_CHECKING:
+    from loku.data import QuestionTemplate
 
 __all__ = [
     "ATTACKS",
@@ -166,6 +169,13 @@ class Request:
             raise ValueError(f"the rank of the served adapter must be at least 1, got {self.rank}")
         if self.rank is not None and self.target == "merged":
             raise ValueError("a merged model has no adapter, and so no rank: leave the rank out")
+
+    @property
+    def template(self) -> QuestionTemplate:
+        """The template of questions and answers, in training, in all measures and in the attacks."""
+        from loku.data.question_templates import QuestionTemplate  # the package imports torch
+
+        return QuestionTemplate(*map(self.training.get, ("question_template", "answer_template")))
 
 
 def read_request(path: str | os.PathLike) -> Request:

@@ -115,15 +115,22 @@ class RequestRows:
         """
         forgotten = [row for earlier in self.earlier_rows.values() if earlier for row in earlier]
         rows, told = build_retain(
-            model, tokenizer, self._request.retain, [*self.forget, *forgotten], progress=progress
+            model,
+            tokenizer,
+            self._request.retain,
+            [*self.forget, *forgotten],
+            progress=progress,
+            template=self._request.template,
         )
         # A row of the user's may equal one that is forgotten, too, since near duplicates were taken along;
         # and a row of the corpus may be in the hold-out set.
         barred = (*self.forget, *forgotten, *self.separated.left_out, *(self.given_holdout or ()))
         texts = {compared_text(row) for row in barred}
         # A row of another form may have the same tokens.
-        same = {tuple(row["input_ids"]) for row in tokenize_dataset(self.forget, tokenizer, name="forget")}
-        tokens = tokenize_dataset(rows, tokenizer, name="retain") if rows else []
+        template = self._request.template
+        forget = tokenize_dataset(self.forget, tokenizer, name="forget", template=template)
+        same = {tuple(row["input_ids"]) for row in forget}
+        tokens = tokenize_dataset(rows, tokenizer, name="retain", template=template) if rows else []
         keep = [
             compared_text(row) not in texts and tuple(ids["input_ids"]) not in same
             for row, ids in zip(rows, tokens, strict=True)

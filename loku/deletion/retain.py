@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loku.counts import check_counts, check_max_length
+from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.row_errors import BadRow, RowError
 from loku.deletion.entities import Mentions, entities, row_texts
 from loku.deletion.neighbours import nearest, words_of
@@ -35,6 +36,7 @@ def build_retain(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Build a retain set.
 
@@ -57,6 +59,7 @@ def build_retain(
         batch_size: The number of texts in a batch, 16 by default.
         max_length: The greatest number of tokens of a text that the model writes; None (default) sets none.
         progress: Whether to show progress bars, False by default.
+        template: The template of the questions to forget; TOFU's by default.
 
     Returns:
         The rows, in forms of ``loku.data.tokenize_dataset``, and the facts: ``rows``, their number, their
@@ -78,7 +81,16 @@ def build_retain(
         )
     with random_states_kept():  # reading data may load libraries that draw numbers
         return _built(
-            model, tokenizer, source, forget_rows, seed, batch_size, max_length, progress, wants_neighbours
+            model,
+            tokenizer,
+            source,
+            forget_rows,
+            seed,
+            batch_size,
+            max_length,
+            progress,
+            template,
+            wants_neighbours,
         )
 
 
@@ -91,6 +103,7 @@ def _built(
     batch_size: int,
     max_length: int | None,
     progress: bool,
+    template: QuestionTemplate,
     wants_neighbours: bool,
 ) -> tuple[list[Any], dict[str, Any]]:
     mentions = Mentions(names := entities(forget_rows, tokenizer))
@@ -120,6 +133,7 @@ def _built(
             batch_size=batch_size,
             max_length=max_length,
             progress=progress,
+            template=template,
         )
         rows += written.rows
         facts["sampled"] = written.facts

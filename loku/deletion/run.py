@@ -132,11 +132,15 @@ class Run:
     def _options(self) -> dict[str, Any]:
         """The options of all measures. Extraction Likelihood continues about ``PREFIXES`` prefixes."""
         prefixes, n = 0, measures.ngram_of(self.request.limits)
+        template = self.request.template
         for name, rows in (("forget", self.rows.forget), ("holdout", self.rows.holdout or [])):
-            tokens = tokenize_dataset(rows, self.models.tokenizer, name=name) if rows else []
+            tokens = (
+                tokenize_dataset(rows, self.models.tokenizer, name=name, template=template) if rows else []
+            )
             lengths = (sum(label != IGNORE_INDEX for label in row["labels"]) for row in tokens)
             prefixes = max(prefixes, sum(max(0, length - n) for length in lengths))
-        return {"n": n, "stride": max(1, round(prefixes / PREFIXES)), "progress": self.progress}
+        stride = max(1, round(prefixes / PREFIXES))
+        return {"n": n, "stride": stride, "progress": self.progress, "template": template}
 
     def _measure_rows(
         self, place: str, rows: Sequence[Any], name: str, **options: Any
@@ -196,7 +200,13 @@ class Run:
         model = self.models.held(place)
         found = {}
         for name, rows in sets.items():
-            tokens = tokenize_dataset(rows, self.models.tokenizer, name=name, limits=token_limits(model))
+            tokens = tokenize_dataset(
+                rows,
+                self.models.tokenizer,
+                name=name,
+                limits=token_limits(model),
+                template=self.request.template,
+            )
             scores = token_scores(model, split_documents(tokens), progress=self.progress, description=name)
             measured = {"rows": len(rows), **token_measures(scores)}
             found[name] = {key: value if math.isfinite(value) else None for key, value in measured.items()}
@@ -329,13 +339,14 @@ class Run:
         forget, holdout, start = self.rows.forget, self.rows.holdout, models.start
         compares = name in ("mia", "relearn") and place != start
         original = models.fresh(start) if compares else None
+        more: dict[str, Any] = {"template": self.request.template}
+        if name != "relearn":
+            more["progress"] = self.progress
         if name == "extract":
-            return attacks.extraction_attack(model, tokenizer, forget, holdout, progress=self.progress)
+            return attacks.extraction_attack(model, tokenizer, forget, holdout, **more)
         if name == "mia":
             assert holdout is not None
-            return attacks.membership_attack(
-                model, tokenizer, forget, holdout, original, progress=self.progress
-            )
+            return attacks.membership_attack(model, tokenizer, forget, holdout, original, **more)
         if name == "relearn":
             control = self.request.control
             return attacks.relearning_attack(
@@ -346,9 +357,10 @@ class Run:
                 holdout=holdout,
                 retain=next(iter(self._retain["measured"].values())),
                 original_model=original,
+                **more,
             )
         sets = {"forget": forget, **self._retain["measured"]}
-        return attacks.quantisation_attack(model, tokenizer, sets, progress=self.progress)
+        return attacks.quantisation_attack(model, tokenizer, sets, **more)
 
     def _write(self, kept: dict[str, Any], outcome: str, begin: str, key: str | os.PathLike | None) -> None:
         """Write the record, seal it, and move the folder into its place."""

@@ -7,7 +7,21 @@ from loku.evaluation.extraction import (
     generated_texts,
     greedy_answers,
 )
+from loku.evaluation.fluency import (
+    TextClassifier,
+    fluency,
+    load_classifier,
+    ngram_entropy,
+    repetition,
+)
 from loku.evaluation.generation import generate_greedy
+from loku.evaluation.muse import (
+    Memorization,
+    knowledge_memorization,
+    rouge_l_f1,
+    verbatim_memorization,
+)
+from loku.evaluation.privacy import min_k_auc, privleak, relative_difference
 from loku.evaluation.reasoning import REASONING_TASKS, reasoning_accuracies
 from loku.evaluation.report import format_table, plot_measures, plot_probabilities, write_report
 from loku.evaluation.scores import (
@@ -24,11 +38,14 @@ from loku.evaluation.scores import (
 from loku.evaluation.suite import Evaluation, evaluate
 from loku.evaluation.tofu import answer_losses, evaluate_tofu_rows, rouge_recalls
 from loku.evaluation.tofu_logs import forget_quality, model_utility, section_metrics, utility_table
+from loku.evaluation.truth_probability import truth_probability
 
 __all__ = [
     "REASONING_TASKS",
     "Evaluation",
     "ExtractionLikelihood",
+    "Memorization",
+    "TextClassifier",
     "TokenScores",
     "answer_losses",
     "dialogue_f1",
@@ -36,24 +53,35 @@ __all__ = [
     "evaluate_tofu_rows",
     "extraction_likelihood",
     "extraction_strength",
+    "fluency",
     "forget_quality",
     "format_table",
     "generate_greedy",
     "generated_texts",
     "greedy_answers",
+    "knowledge_memorization",
+    "load_classifier",
     "mean_answer_probability",
     "membership_auc",
     "memorization_accuracy",
     "min_k",
+    "min_k_auc",
     "model_utility",
+    "ngram_entropy",
     "perplexity",
     "plot_measures",
     "plot_probabilities",
+    "privleak",
     "reasoning_accuracies",
+    "relative_difference",
+    "repetition",
+    "rouge_l_f1",
     "rouge_recalls",
     "section_metrics",
     "token_measures",
     "token_scores",
+    "truth_probability",
     "utility_table",
+    "verbatim_memorization",
     "write_report",
 ]

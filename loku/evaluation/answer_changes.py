@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from loku.adapters import MERGED_ADAPTER, REFERENCE_ADAPTER, adapter_layers, reference_factors
 from loku.counts import check_counts
-from loku.data import IGNORE_INDEX, collate, token_limits, tokenize_dataset
+from loku.data import (
+    IGNORE_INDEX,
+    TOFU_TEMPLATE,
+    QuestionTemplate,
+    collate,
+    token_limits,
+    tokenize_dataset,
+)
 from loku.models import evaluating, model_device
 from loku.saving.compression import adapter_modules
 from loku_kernels import softmax_triplet
@@ -32,6 +39,7 @@ def answer_changes(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = True,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> dict[str, dict[str, int | float]]:
     """Compare a model with the exact adapter and with the adapter of a smaller rank, on the same tokens.
 
@@ -49,6 +57,7 @@ def answer_changes(
         batch_size: The number of rows in a batch, 16 by default. The logits of two batches are in memory.
         max_length: The number of tokens at which texts are cut; None (default) for the model's context.
         progress: Whether to show a progress bar, True by default.
+        template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
         The figures by set. ``rows`` and ``tokens`` count what was measured. ``largest_logit_change`` is the
@@ -65,7 +74,9 @@ def answer_changes(
     check_counts(batch_size=batch_size)
     limits = token_limits(peft_model)
     tokens = {
-        name: tokenize_dataset(rows, tokenizer, max_length=max_length, limits=limits, name=name)
+        name: tokenize_dataset(
+            rows, tokenizer, max_length=max_length, limits=limits, name=name, template=template
+        )
         for name, rows in sets.items()
     }
     factors = _filled_factors(peft_model, config, state)

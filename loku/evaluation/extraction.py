@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loku.counts import check_counts
+from loku.data import TOFU_TEMPLATE, QuestionTemplate
 from loku.distributed import from_main_process, has_shards, is_main_process, reshard_, spread
 from loku.evaluation.generation import eos_ids, generate_greedy, until_eos
 from loku.evaluation.scores import TokenScores, mean_over_rows, token_scores
@@ -108,6 +109,7 @@ def generated_texts(
     batch_size: int = 16,
     progress: bool = True,
     description: str = "generating",
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> list[str]:
     """Return the ``greedy_answers`` of some rows as texts.
 
@@ -116,22 +118,30 @@ def generated_texts(
 
     Args:
         tokenizer: The tokenizer, which decodes the answers.
+        template: The template of the rows' questions, which may end an answer by a token of its own; TOFU's
+            by default.
     """
-    eos = end_ids(model, tokenizer)
+    eos = end_ids(model, tokenizer, template)
     answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
     decode: Any = tokenizer.decode
     return [decode(ids, skip_special_tokens=True) for ids in answers]
 
 
-def end_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
-    """Return the ids at which an answer ends: the EOS of the model and, if there is one, the tokenizer's.
+def end_ids(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase | None, template: QuestionTemplate = TOFU_TEMPLATE
+) -> set[int]:
+    """Return the ids at which an answer ends: the EOS of the model, the tokenizer's, and the template's.
 
     Args:
         model: The causal LM.
         tokenizer: The tokenizer, or None.
+        template: The template of questions; TOFU's by default, which has no end of its own.
     """
-    of_tokenizer = None if tokenizer is None else tokenizer.eos_token_id
-    return {*eos_ids(model), *([] if of_tokenizer is None else [of_tokenizer])}
+    if tokenizer is None:
+        return {*eos_ids(model)}
+    of_tokenizer = tokenizer.eos_token_id
+    ends = {*eos_ids(model), *([] if of_tokenizer is None else [of_tokenizer])}
+    return ends | template.end_ids(tokenizer)
 
 
 def extracted_tokens(

@@ -21,10 +21,15 @@ BOUNDED = (
     "probability",
     "rouge",
     "truth_ratio",
+    "truth_probability",
     "dialogue_f1",
     "memorization_accuracy",
     "extraction_likelihood",
     "extraction_strength",
+    "knowledge_memorization",
+    "verbatim_memorization",
+    "repetition",
+    "classifier_probability",
 )
 
 

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loku.counts import check_counts, check_max_length
 from loku.data import (
     IGNORE_INDEX,
+    TOFU_TEMPLATE,
+    QuestionTemplate,
+    RowError,
     as_rows,
+    check_template_used,
     labelled_column,
     read_rows,
     row_places,
@@ -21,13 +25,27 @@ from loku.data import (
 from loku.distributed import is_main_process, spread
 from loku.evaluation.dialogue import dialogue_f1
 from loku.evaluation.extraction import generated_texts, spread_extraction_likelihood
+from loku.evaluation.fluency import TextClassifier, spread_fluency
+from loku.evaluation.muse import (
+    KNOWLEDGE_TOKENS,
+    VERBATIM_TOKENS,
+    knowledge_prompts,
+    reason_not_continued,
+    spread_knowledge,
+    spread_verbatim,
+)
+from loku.evaluation.privacy import (
+    CHANCE_AUC,
+    check_reference_report,
+    min_k_auc,
+    privleak,
+    relative_differences,
+)
 from loku.evaluation.scores import (
     MIN_K_SHARE,
     TokenScores,
     check_share,
     mean_over_rows,
-    membership_auc,
-    min_k,
     spread_token_scores,
     token_measures,
 )
@@ -43,6 +61,8 @@ from loku.evaluation.tofu_logs import (
     model_utility,
     section_metrics,
 )
+from loku.evaluation.truth_probability import truth_probability
+from loku.fingerprints import ordered_rows_fingerprint
 from loku.models import CausalLM
 from loku.nan_guard import check_weights
 
@@ -50,6 +70,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXTRACTION_SETS = ("forget", "holdout")
+WHOLE = ("forget_quality", "model_utility", "membership_auc", "min_40_auc", "retain_auc", "privleak")
 
 
 class Evaluation(NamedTuple):
@@ -60,12 +81,17 @@ class Evaluation(NamedTuple):
         whole: The measures that take several sets, ``{measure: number}``; None for one that is not available.
         not_available: The reason for each measure that is not available, ``{measure: reason}``.
         log: The TOFU log of the sets that TOFU knows.
+        relative_differences: The relative differences from the reference report in percent, ``{set:
+            {measure: percent}}``, those of ``whole`` under "all sets"; empty without one.
+        digests: A digest of the tokenised rows of each set, ``{set: digest}``.
     """
 
     sets: dict[str, dict[str, float]]
     whole: dict[str, float | None]
     not_available: dict[str, str]
     log: dict[str, Section]
+    relative_differences: dict[str, dict[str, float]]
+    digests: dict[str, str]
 
 
 def evaluate(
@@ -74,24 +100,29 @@ def evaluate(
     data: Mapping[str, Iterable[Any] | str | os.PathLike],
     *,
     reference_log: Log | None = None,
+    reference_report: Mapping[str, Any] | None = None,
+    knowledge_examples: Iterable[Any] | str | os.PathLike | None = None,
+    classifier: TextClassifier | None = None,
     n: int = 10,
     stride: int = 1,
     min_k_share: float = MIN_K_SHARE,
     max_length: int | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> Evaluation:
     """Measure a causal LM on named data sets.
 
     Every set gets ``token_measures``: probability, perplexity, Memorisation Accuracy, extraction strength and
     Min-K%. "forget" and "holdout" get Extraction Likelihood too. Sets of ``question`` and ``answer`` get
-    TOFU's measures of a section and dialogue F1. Sets of ``prompt`` and ``completion`` get the ROUGE-L recall
-    and dialogue F1 of generated completions.
+    TOFU's measures of a section, ``truth_probability`` and dialogue F1. Sets of ``prompt`` and ``completion``
+    get the ROUGE-L recall and dialogue F1 of generated completions, and MUSE's verbatim memorisation. Both
+    kinds get the ``fluency`` of the generated texts.
 
-    Three measures take several sets. ``forget_quality`` needs a reference log of the same forget questions.
-    ``model_utility`` needs
-    "retain", "real_authors" and "world_facts" with ``perturbed_answer``. ``membership_auc`` tells "forget"
-    from "holdout" by Min-K%.
+    Some measures take several sets. ``forget_quality`` needs a reference log of the same forget questions.
+    ``model_utility`` needs "retain", "real_authors" and "world_facts" with ``perturbed_answer``.
+    ``membership_auc`` tells "forget" from "holdout" by Min-K%, and ``min_40_auc`` by Min-40%, as MUSE.
+    ``privleak`` compares the latter with ``retain_auc``, that of the reference report, or with 0.5.
 
     With torch.distributed the rows are shared out among the processes. All processes must call this, and all
     get all the measures.
@@ -103,6 +134,12 @@ def evaluate(
             ``loku.data.read_rows``. The names "forget", "holdout", "retain", "real_authors" and "world_facts"
             have a meaning; sets with other names get the measures of every set.
         reference_log: The parsed TOFU log of a model that never saw the forget set; None by default.
+        reference_report: The parsed report of ``loku evaluate`` for the same model and the same rows, for
+            relative differences and PrivLeak; None by default.
+        knowledge_examples: Questions with their answers, for MUSE's knowledge memorisation of the sets of
+            questions: rows, a file or a hub name; [] for none. None (default) does not measure it.
+        classifier: A classifier of texts from ``load_classifier``. The generated texts of a set then get the
+            mean probability of its class, ``classifier_probability``. None by default.
         n: The length of Extraction Likelihood's n-grams, in tokens, >= 1; 10 by default.
         stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, >= 1;
             1 by default.
@@ -111,12 +148,16 @@ def evaluate(
             question with its answer is never cut: one that is longer is refused.
         batch_size: The number of rows in a batch, >= 1; 16 by default.
         progress: Whether the main process shows progress bars, True by default.
+        template: The template of ``question`` and ``answer`` in all measures; TOFU's by default. A reference
+            log should be made with the same one.
 
     Raises:
         RowError: A row cannot be used. The message names the set and the row, and the line of a file.
         ValueError: ``n``, ``stride``, ``min_k_share``, ``max_length`` or ``batch_size`` is out of its range;
-            a set is empty; or the reference log is about other questions than the forget set, or one of them
-            lacks perturbed answers.
+            a set is empty; no row has the ``question`` that ``template`` is for; the reference log is about
+            other questions than the forget set, or one of them lacks perturbed answers; the reference report
+            is about other rows; or the knowledge examples are no questions with answers, or too long for the
+            model's context.
         FloatingPointError: A weight is NaN or Inf, or a loss or a logit is NaN.
     """
     check_counts(n=n, stride=stride, batch_size=batch_size)
@@ -128,16 +169,19 @@ def evaluate(
         name: list(as_rows(read_rows(sources[name]) if name in sources else rows, name))
         for name, rows in data.items()
     }
+    check_template_used(template, data_sets)
     limits = token_limits(model)
     answers_of: dict[str, list[list[Answer]]] = {}
     tokens_of: dict[str, Sequence[Mapping[str, Any]]] = {}
     with row_places(sources):  # all that is measured is checked before the first measure
         for name, rows in data_sets.items():
             if rows and all(map(_is_question, rows)):
-                answers_of[name] = tokenized_answers(rows, tokenizer, name, max_length, limits)
+                answers_of[name] = tokenized_answers(rows, tokenizer, name, max_length, limits, template)
                 tokens_of[name] = [true.tokens for true, *_ in answers_of[name]]
             else:
-                ids = tokenize_dataset(rows, tokenizer, max_length=max_length, name=name, limits=limits)
+                ids = tokenize_dataset(
+                    rows, tokenizer, max_length=max_length, name=name, limits=limits, template=template
+                )
                 tokens_of[name] = split_documents(ids)
     if reference_log is not None:
         forget = data_sets.get("forget", [])
@@ -146,15 +190,26 @@ def evaluate(
                 "forget quality needs a forget set of questions and answers, with 'perturbed_answer'"
             )
         check_reference(reference_log, forget, "the reference log")
+    digests = {name: ordered_rows_fingerprint(tokens) for name, tokens in tokens_of.items()}
+    if reference_report is not None:
+        check_reference_report(reference_report, digests)
+    examples = _examples(knowledge_examples)
+    if examples is not None:
+        for name in answers_of:
+            prompts = knowledge_prompts((row["question"] for row in data_sets[name]), examples)
+            reason = reason_not_continued(model, tokenizer, prompts, KNOWLEDGE_TOKENS)
+            if reason is not None:
+                raise ValueError(f"knowledge memorisation of the {name} set: {reason}; take fewer examples")
     show = progress and is_main_process()
+    not_available: dict[str, str] = {}
     sets: dict[str, dict[str, float]] = {}
     log: dict[str, Section] = {}
-    min_k_of: dict[str, list[float]] = {}
+    scores_of: dict[str, list[TokenScores]] = {}
     for name, rows in data_sets.items():
         tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
         sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share)}
-        min_k_of[name] = min_k(scores, min_k_share)
+        scores_of[name] = scores
         if name in EXTRACTION_SETS:
             sets[name][f"extraction_likelihood_{n}"] = spread_extraction_likelihood(
                 model, tokens, scores, n, stride, batch_size, progress
@@ -170,19 +225,27 @@ def evaluate(
                 name: str = name,
             ) -> list[dict[str, Any]]:
                 section = measured_section(
-                    model, tokenizer, rows, answers, batch_size, show, name, scores, room
+                    model, tokenizer, rows, answers, batch_size, show, name, scores, room, template
                 )
                 return _by_row(section, len(rows))
 
             section = _by_quantity(spread(tofu_rows, rows, answers_of[name], scores))
-            generated = [text.removeprefix("Answer:") for _, text, _ in section["generated_text"].values()]
+            generated = [template.bare_answer(text) for _, text, _ in section["generated_text"].values()]
             choice = name in CHOICE_SETS and all(map(wrong_answers, rows))
             sets[name] |= section_metrics(section, choice, name == "forget")
+            if "truth_ratio" in sets[name]:
+                sets[name]["truth_probability"] = truth_probability(section)
             if name in CHOICE_SETS and not choice:
-                sets[name].pop("truth_ratio", None)
+                for measure in ("truth_ratio", "truth_probability"):
+                    sets[name].pop(measure, None)
             sets[name]["dialogue_f1"] = mean_over_rows(
                 dialogue_f1(generated, [row["answer"] for row in rows])
             )
+            sets[name] |= spread_fluency(generated, classifier)
+            if examples is not None:
+                sets[name]["knowledge_memorization"] = spread_knowledge(
+                    model, tokenizer, rows, examples, batch_size, show, name
+                )
             if name in SECTIONS:
                 log[SECTIONS[name]] = section
         elif all(labelled_column(row) == "completion" for row in rows):
@@ -198,9 +261,16 @@ def evaluate(
             references = _completions(rows, tokens, tokenizer, max_length)
             sets[name]["rouge"] = mean_over_rows(rouge_recalls(generated, references)[1])
             sets[name]["dialogue_f1"] = mean_over_rows(dialogue_f1(generated, references))
+            sets[name] |= spread_fluency(generated, classifier)
+            reason = reason_not_continued(model, tokenizer, (row["prompt"] for row in rows), VERBATIM_TOKENS)
+            if reason is None:
+                sets[name]["verbatim_memorization"] = spread_verbatim(
+                    model, tokenizer, rows, batch_size, show, name
+                )
+            else:
+                not_available[f"verbatim_memorization of {name}"] = reason
 
-    whole: dict[str, float | None] = {"forget_quality": None, "model_utility": None, "membership_auc": None}
-    not_available = {}
+    whole: dict[str, float | None] = dict.fromkeys(WHOLE)
     if reference_log is not None:
         whole["forget_quality"] = forget_quality(log, reference_log)
     else:
@@ -212,10 +282,36 @@ def evaluate(
         not_available["model_utility"] = f"perturbed answers are missing in {', '.join(missing)}"
     missing = [name for name in EXTRACTION_SETS if name not in sets]
     if not missing:
-        whole["membership_auc"] = membership_auc(*(min_k_of[name] for name in EXTRACTION_SETS))
+        forget_scores, holdout_scores = (scores_of[name] for name in EXTRACTION_SETS)
+        whole["membership_auc"] = min_k_auc(forget_scores, holdout_scores, min_k_share)
+        auc = whole["min_40_auc"] = min_k_auc(forget_scores, holdout_scores)
+        if reference_report is None:
+            not_available["retain_auc"] = f"no reference report; privleak takes {CHANCE_AUC}"
+            whole["privleak"] = privleak(auc)
+        else:
+            whole["retain_auc"] = reference_report["whole"]["min_40_auc"]
+            whole["privleak"] = privleak(auc, reference_report["whole"]["min_40_auc"])
     else:
-        not_available["membership_auc"] = f"no {' and no '.join(missing)} set"
-    return Evaluation(sets, whole, not_available, log)
+        for measure in ("membership_auc", "privleak"):
+            not_available[measure] = f"no {' and no '.join(missing)} set"
+    differences: dict[str, dict[str, float]] = {}
+    if reference_report is not None:
+        theirs = {**reference_report["sets"], "all sets": reference_report["whole"]}
+        compared = {name: value for name, value in whole.items() if name not in ("privleak", "retain_auc")}
+        differences = relative_differences({**sets, "all sets": compared}, theirs)
+    return Evaluation(sets, whole, not_available, log, differences, digests)
+
+
+def _examples(source: Iterable[Any] | str | os.PathLike | None) -> list[tuple[str, str]] | None:
+    """Return the questions and answers of the knowledge examples; None if there are none given."""
+    if source is None:
+        return None
+    given = read_rows(source) if isinstance(source, (str, os.PathLike)) else source
+    rows = list(as_rows(given, "knowledge examples"))
+    for index, row in enumerate(rows):
+        if not _is_question(row):
+            raise RowError("knowledge examples", index, "it needs 'question' and 'answer'")
+    return [(row["question"], row["answer"]) for row in rows]
 
 
 def _completions(

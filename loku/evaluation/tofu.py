@@ -11,9 +11,12 @@ from torch import Tensor
 
 from loku.counts import check_counts
 from loku.data import (
+    TOFU_TEMPLATE,
     BadRow,
+    QuestionTemplate,
     RowError,
     TokenLimits,
+    as_rows,
     labelled_column,
     paraphrased_answer,
     tokenize_dataset,
@@ -79,6 +82,7 @@ def tokenized_answers(
     name: str,
     max_length: int | None = None,
     limits: TokenLimits | None = None,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> list[list[Answer]]:
     """Tokenise all answers of rows of questions and answers.
 
@@ -89,6 +93,7 @@ def tokenized_answers(
         max_length: The greatest number of tokens of a question and an answer; None (default) sets none. They
             are never cut, because half an answer has another probability.
         limits: The limits of a model, from ``loku.data.token_limits``; None (default) sets none.
+        template: The template of questions and answers; TOFU's by default.
 
     Returns:
         The answers of each row: the true one; then, if it has wrong ones, its paraphrased and its wrong ones.
@@ -112,10 +117,10 @@ def tokenized_answers(
         except BadRow as error:
             raise RowError(name, index, error) from error
         texts[-1] += [("perturb", answer) for answer in wrong]
-    tokenize = RowTokenizer(tokenizer, max_length, name, limits, cut=False)
+    tokenize = RowTokenizer(tokenizer, max_length, name, limits, cut=False, template=template)
 
     def tokens(index: int, answer: str) -> TokenizedRow:
-        return tokenize(index, {"question": rows[index]["question"], "answer": answer})
+        return tokenize(index, {**rows[index], "answer": answer})  # with its arguments of the chat template
 
     return [
         [Answer(index, kind, tokens(index, answer)) for kind, answer in of_row]
@@ -183,6 +188,7 @@ def evaluate_tofu_rows(
     description: str = "TOFU",
     scores: Sequence[TokenScores] | None = None,
     max_new_tokens: int | None = None,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> Section:
     """Measure rows of questions and answers, as one section of a TOFU log.
 
@@ -195,13 +201,15 @@ def evaluate_tofu_rows(
     Args:
         model: The causal LM, on the device where it runs.
         tokenizer: The tokenizer.
-        rows: The rows, dicts with ``question`` and ``answer``.
+        rows: The rows, with ``question`` and ``answer``, in a list or in a table.
         batch_size: The number of rows in a batch, 16 by default.
         progress: Whether to show progress bars, True by default.
         description: The title of the progress bars, "TOFU" by default.
         scores: The ``token_scores`` of the true answers; None (default) computes them.
         max_new_tokens: The greatest number of tokens of a generated answer. By default it is ``ANSWER_SLACK``
             more than the longest true answer has.
+        template: The template of questions and answers; TOFU's by default. ``generated_text`` splits text
+            before the completion, and for the default before ``"Answer:"``, as TOFU does.
 
     Returns:
         The section.
@@ -214,9 +222,10 @@ def evaluate_tofu_rows(
     check_counts(batch_size=batch_size)
     if max_new_tokens is not None:
         check_counts(max_new_tokens=max_new_tokens)
-    answers = tokenized_answers(rows, tokenizer, description)
+    rows = as_rows(rows, description)
+    answers = tokenized_answers(rows, tokenizer, description, template=template)
     return measured_section(
-        model, tokenizer, rows, answers, batch_size, progress, description, scores, max_new_tokens
+        model, tokenizer, rows, answers, batch_size, progress, description, scores, max_new_tokens, template
     )
 
 
@@ -230,6 +239,7 @@ def measured_section(
     description: str,
     scores: Sequence[TokenScores] | None,
     max_new_tokens: int | None,
+    template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> Section:
     """Do the work of ``evaluate_tofu_rows`` on some rows of a set, with their ``tokenized_answers``."""
     numbered = [
@@ -258,6 +268,7 @@ def measured_section(
         batch_size,
         progress,
         f"{description}: generating",
+        template,
     )
     rouge1, rougeL = rouge_recalls(generated, [row["answer"] for row in rows])
 
@@ -280,9 +291,8 @@ def measured_section(
         "avg_gt_loss": single(means_of(scored["gt"])),
         "gt_loss": single(sums_of(scored["gt"])),
         "num_token_gt": single(counts_of(scored["gt"])),
-        # TOFU splits prompt and generation before "Answer:".
         "generated_text": by_row(
-            [f"Question: {row['question']}\n", f"Answer:{text}", row["answer"]]
+            [*template.split(row, text, tokenizer), row["answer"]]
             for row, text in zip(rows, generated, strict=True)
         ),
         "rouge1_recall": by_row(rouge1),

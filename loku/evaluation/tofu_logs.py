@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from loku.data import question_answer_texts, wrong_answers
+from loku.data import wrong_answers
 
 Section: TypeAlias = dict[str, dict[str, Any]]  # {quantity: {str(row index): value}}
 Log: TypeAlias = Mapping[str, Section]
@@ -103,7 +103,9 @@ def check_reference(log: Log, rows: Sequence[Mapping[str, Any]], name: str) -> N
     """
     check_forget_section(log, name)
     asked = [
-        (question_answer_texts(row["question"], "")[0], row["answer"]) for row in rows if wrong_answers(row)
+        (row["question"], row["answer"])
+        for row in rows
+        if wrong_answers(row)  # whatever their template is
     ]
     _check_same_questions(len(asked), asked, _section(log, "forget"), name)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loku.counts import check_counts
+from loku.evaluation.fluency import repetition
 from loku.evaluation.generation import eos_ids, generate_greedy
 from loku.evaluation.scores import TokenScores, mean_answer_probability, token_scores
 from loku.fingerprints import texts_fingerprint
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # Tokens of a greedy text, at most. An answer may be a sentence; a completion is the next word or two.
 NEW_TOKENS = {"arithmetic": 24, "capitals": 24, "completions": 6, "openings": 64}
-NGRAM = 4  # tokens, of the repetition
 LEAST_TOKENS = 8  # of an opening's text that is not degenerate
 MOST_REPETITION = 0.5  # of an opening's text that is not degenerate
 
@@ -177,16 +177,6 @@ def _fluency(scores: Sequence[TokenScores], lengths: Sequence[int]) -> dict[str,
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
-
-
-def repetition(tokens: Sequence[int]) -> float:
-    """Return the share of a text's 4-grams of tokens that occurred before in it; 0.0 if it has none.
-
-    Args:
-        tokens: The ids.
-    """
-    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _openings(texts: Sequence[list[int]]) -> dict[str, float | None]:

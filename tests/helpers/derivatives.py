@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.autograd import functional as autograd
-from torch.nn.functional import linear
+from torch.nn.functional import linear, one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -62,14 +62,15 @@ def plain_logits(hidden, weight, bias, softcap=None, logit_scale=1.0):
 
 def reference_of(settings, dtype):
     """Return the reference's hidden states, and its weight, or None for the model's head."""
-    return REFERENCE_HIDDEN.to(dtype), None if settings else REFERENCE_WEIGHT.to(dtype)
+    return REFERENCE_HIDDEN.to(dtype), None if "softcap" in settings else REFERENCE_WEIGHT.to(dtype)
 
 
-def plain_divergence(hidden, weight, bias, **settings):
+def plain_divergence(hidden, weight, bias, lowering=0.0, **settings):
     reference_hidden, reference_weight = reference_of(settings, hidden.dtype)
     reference_head = (weight, bias) if reference_weight is None else (reference_weight, None)
     log_p = plain_logits(hidden, weight, bias, **settings).log_softmax(-1)
-    log_q = plain_logits(reference_hidden, *reference_head, **settings).log_softmax(-1).detach()
+    original = plain_logits(reference_hidden, *reference_head, **settings)
+    log_q = (original - lowering * one_hot(LABELS.clamp(min=0), original.shape[-1])).log_softmax(-1).detach()
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
@@ -141,6 +142,9 @@ def functions(reduction="mean"):
         def plain_linear_triplet(h, w, b, settings=settings):
             return plain_triplet(plain_logits(h, w, b, **settings))
 
+        add("linear_softmax_triplet" + suffix, of_head, linear_triplet, plain_linear_triplet)
+    for suffix, settings in (("", {}), (" capped", SOFTCAP), (" lowered", {"lowering": 3.0})):
+
         def divergence(h, w, b, settings=settings):
             other, other_weight = reference_of(settings, h.dtype)
             return linear_kl_divergence_loss(
@@ -150,7 +154,6 @@ def functions(reduction="mean"):
         def plain_divergence_loss(h, w, b, settings=settings):
             return reduced(plain_divergence(h, w, b, **settings), reduction)
 
-        add("linear_softmax_triplet" + suffix, of_head, linear_triplet, plain_linear_triplet)
         add("linear_kl_divergence_loss" + suffix, of_head, divergence, plain_divergence_loss)
     return found
 

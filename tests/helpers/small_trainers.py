@@ -7,9 +7,25 @@ from transformers import TrainerCallback
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.data.pairs import Draw
+from loku.objectives import OBJECTIVES
 from loku.target_modules import default_target_modules
 
-METHODS = ["ihl", "ga", "gd", "kl", "dpo", "npo", "idk"]
+METHODS = [
+    "ihl",
+    "ga",
+    "gd",
+    "kl",
+    "ga_kl",
+    "dpo",
+    "dpo_kl",
+    "npo",
+    "npo_kl",
+    "simnpo",
+    "wga",
+    "satimp",
+    "tnpo",
+]
+METHODS += ["ceu", "idk"]
 VOCAB = 97
 BETA = 0.3
 RETAIN_WEIGHT = 0.7
@@ -54,20 +70,33 @@ def with_lora(model):
     return model
 
 
-def trainer_of(model, method, tmp_path, **options):
+def greedy_rows(model, count=4, prompt=3, length=10):
+    """Make tokenised rows whose labels are the model's likeliest words after a random prompt."""
+    rows = []
+    for seed in range(count):
+        ids = row(seed, 0, prompt)["input_ids"]
+        while len(ids) < length:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids], dtype=torch.int64)).logits
+            ids.append(logits[0, -1].argmax().item())
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def trainer_of(model, method, tmp_path, forget=FORGET, **options):
     defaults = {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
         "retain_weight": RETAIN_WEIGHT,
-        "beta": BETA,
+        "beta": BETA if OBJECTIVES[method].beta else None,
         "disable_tqdm": True,
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
     args = UnlearnConfig(**{**defaults, **options}, method=method)
-    return UnlearnTrainer(model, args, FORGET, RETAIN, refusals=Refusals())
+    return UnlearnTrainer(model, args, forget, RETAIN, refusals=Refusals())
 
 
 def arguments(tmp_path, **options):

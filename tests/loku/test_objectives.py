@@ -25,14 +25,18 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.data import collate_pairs
 from loku.head import next_token_labels
-from loku.objectives import OBJECTIVES, Batch, Objective, Rows, lm_loss, retain_loss
+from loku.objectives import OBJECTIVES, Batch, Divergence, Objective, Rows, lm_loss, retain_loss
 from loku_kernels import softmax_triplet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def token_log_probabilities(logits, labels):
+    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # an ignored token adds 0
+
+
 def sequence_log_probability(logits, labels):
-    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # an ignored token adds 0
+    return token_log_probabilities(logits, labels).sum(1)
 
 
 def plain_losses(method, logits, reference, labels):
@@ -49,22 +53,38 @@ def plain_losses(method, logits, reference, labels):
         return cross_entropy(logits[kind].flatten(0, 1), labels[kind].flatten())
 
     counted = {kind: label != -100 for kind, label in labels.items()}
+    log_p = token_log_probabilities(logits["forget"], labels["forget"]) if "forget" in logits else None
     if method == "ihl":
         p, target = logits["forget"].softmax(-1)[counted["forget"]], labels["forget"][counted["forget"]]
         others = p.scatter(1, target[:, None], -1).amax(1)
         forget = (1 + p.gather(1, target[:, None])[:, 0] - others).mean()
-    elif method == "dpo":
+    elif method in ("dpo", "dpo_kl"):
         forget = -(BETA * (ratio("refusal") - ratio("forget"))).sigmoid().log().mean()
-    elif method == "npo":
+    elif method in ("npo", "npo_kl"):
         forget = 2 / BETA * (1 + ratio("forget").exp() ** BETA).log().mean()
+    elif method == "simnpo":
+        mean = log_p.sum(1) / counted["forget"].sum(1)
+        forget = 2 / BETA * (1 + (BETA * mean).exp()).log().mean()
+    elif method in ("wga", "satimp", "tnpo"):
+        log_p, p = log_p[counted["forget"]], log_p[counted["forget"]].exp().detach()
+        if method == "tnpo":
+            before = token_log_probabilities(reference["forget"], labels["forget"])[counted["forget"]].exp()
+            weight = 2 * p**BETA / (p**BETA + before**BETA)
+        else:
+            weight = p**BETA if method == "wga" else p**5 * (1 - p)
+        forget = (weight * log_p).mean()
+    elif method == "ceu":
+        later = counted["forget"] & (counted["forget"].cumsum(1) > 1)
+        forget = -(1 - log_p[later].exp()).log().mean()
     elif method == "idk":
         forget = lm("refusal")
     else:
         forget = -lm("forget")
-    if method == "ga":
+    if method in ("ga", "ceu"):
         return forget, None
-    if method == "kl":
-        log_p, log_q = (log_softmax(x["retain"][counted["retain"]], -1) for x in (logits, reference))
+    if method.endswith("kl"):
+        kind = "forget" if method == "ga_kl" else "retain"
+        log_p, log_q = (log_softmax(x[kind][counted[kind]], -1) for x in (logits, reference))
         return forget, kl_div(log_p, log_q, reduction="batchmean", log_target=True)
     return forget, lm("retain")
 
@@ -87,11 +107,14 @@ def batch_of(method, logits, reference, labels):
     rows = {}
     for kind in OBJECTIVES[method].kinds:
         triplet, _ = softmax_triplet(logits[kind], labels[kind])
-        log_probability = sequence_log_probability(reference[kind], labels[kind])
+        log_probabilities = token_log_probabilities(reference[kind], labels[kind])
         log_p, log_q = log_softmax(logits[kind], -1), log_softmax(reference[kind], -1)
         divergence = kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-        rows[kind] = Rows(triplet, labels[kind] != -100, log_probability, divergence)
-    return Batch(**rows, beta=BETA)
+        counted = labels[kind] != -100
+        values = {"original_log_probability": log_probabilities, "divergence": divergence}
+        rows[kind] = Rows(triplet, counted, values, dict.fromkeys(values, counted))
+    arguments = {name: argument.default for name, argument in OBJECTIVES[method].arguments.items()}
+    return Batch(**rows, beta=BETA, arguments=arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -163,7 +186,7 @@ def test_the_trainers_loss_is_that_of_whole_logits(kind, method, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("method", ["kl", "dpo", "npo"])
+@pytest.mark.parametrize("method", ["kl", "dpo", "npo", "tnpo", "dpo_kl"])
 def test_a_full_model_keeps_the_references_of_the_original(method, tmp_path):
     """The whole training is as with a second model for the reference."""
     original = tiny_model("gpt_neo", VOCAB).double()  # one trained weight for both embeddings
@@ -229,12 +252,21 @@ def test_one_step_lowers_the_losses(method, tmp_path):
 
     assert total(after) < total(before)
     assert after["forget_loss"] < before["forget_loss"]
-    if method in ("ga", "gd", "kl", "npo"):  # the others change further probabilities too
+    if method in (
+        "ga",
+        "gd",
+        "kl",
+        "npo",
+        "simnpo",
+        "wga",
+        "ceu",
+    ):  # the others change further probabilities too
         assert after["forget_probability"] < before["forget_probability"]
     assert ("forget_probability" in before) == (method != "idk")
-    if method in ("dpo", "idk"):
+    if method in ("dpo", "dpo_kl", "idk"):
         assert after["refusal_probability"] > before["refusal_probability"]
-    assert ("retain_loss" in before) == ("retain_probability" in before) == (method != "ga")
+    assert ("retain_loss" in before) == (method not in ("ga", "ceu"))
+    assert ("retain_probability" in before) == (method not in ("ga", "ceu", "ga_kl"))
 
 
 # The registry
@@ -272,8 +304,13 @@ def test_errors(tmp_path):
     for options, message in [
         ({"rows": ("retain",)}, '"forget" and "refusal"'),
         ({"rows": ()}, '"forget" and "refusal"'),
-        ({"reference": "logits"}, '"log_probability" or "divergence"'),
-        ({"reference": "divergence", "retain": None}, "it needs retain"),
+        ({"retain_on": "refusal"}, '"retain" or one of rows'),
+        ({"quantities": {"retain": (Divergence(),)}, "retain": None}, r"run, \('forget',\), got 'retain'"),
+        ({"forget_over": "logits"}, '"tokens", "rows" or a quantity of the forget rows'),
+        (
+            {"quantities": {"forget": (Divergence(),), "retain": (Divergence("tokens"),)}},
+            "two different quantities 'divergence'",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             Objective(retain_loss, **options)

@@ -15,6 +15,7 @@ from transformers import (
 
 import loku
 from loku import UnlearnConfig
+from loku.decoder_layers import decoder_layers
 from loku.models import load_model
 from loku.text_decoder import directly_read, text_modules
 
@@ -114,3 +115,10 @@ def test_weights_that_a_forward_reads_without_a_call():
             return self.called(x.to(self.typed.weight.dtype)) @ self.read.weight
 
     assert directly_read(torch.nn.ModuleDict({"mixer": Mixer()})) == {"mixer.read"}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen2_vl"])
+def test_layers_of_a_multimodal_model_are_those_that_read_text(kind):
+    model = multimodal(kind)
+    layers = decoder_layers(model)
+    assert len(layers) == 2 and all(".language_model.layers." in f".{name}" for name in layers)

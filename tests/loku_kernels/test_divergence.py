@@ -8,17 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import DTYPES, IGNORE
 from peak_memory import PeakMemory, needs_proc
-from torch.nn.functional import kl_div, linear
+from torch.nn.functional import cross_entropy, kl_div, linear, one_hot
 
 from loku_kernels import linear_kl_divergence_loss, logits_blocks
 
-SETTINGS = [{}, {"softcap": 6.0}, {"logit_scale": 0.25}, {"softcap": 5.0, "logit_scale": 1.5}]
+SETTINGS = [
+    {},
+    {"softcap": 6.0},
+    {"logit_scale": 0.25},
+    {"softcap": 5.0, "logit_scale": 1.5},
+    {"lowering": 10.0},
+    {"softcap": 6.0, "logit_scale": 1.5, "lowering": 10.0},
+]
 
 
 def two_models(n, d, v, dtype, seed=0, bias=True, memorised=True):
     """Make hidden, weight and bias of a model and of a reference near it, and labels.
 
-    The model is nearly sure of one word in every third row.
+    The model is nearly sure of one word in every third row, the label. The other labels are any words.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -27,25 +34,37 @@ def two_models(n, d, v, dtype, seed=0, bias=True, memorised=True):
 
     hidden, weight, offset = randn(n, d), randn(v, d) / d**0.5, randn(v)
     if memorised:
-        target = weight[torch.randint(0, v, (n,), generator=generator)][::3]
+        chosen = torch.randint(0, v, (n,), generator=generator)
+        target = weight[chosen][::3]
         hidden[::3] += 14 * target / target.norm(dim=1, keepdim=True) ** 2
     reference = hidden + 0.3 * randn(n, d), weight + 0.1 * randn(v, d), offset + 0.1 * randn(v)
     operands = [x.to(dtype) for x in (hidden, weight, offset, *reference)]
     if not bias:
         operands[2] = operands[5] = None
-    labels = torch.zeros(n, dtype=torch.int64)
+    labels = torch.randint(0, v, (n,), generator=generator)
+    if memorised:
+        labels[::3] = chosen[::3]
     labels[n // 2] = IGNORE
     return operands, labels
 
 
-def eager(operands, labels, softcap=None, logit_scale=1.0):
+def logits_of(hidden, weight, bias, softcap=None, logit_scale=1.0):
+    logits = logit_scale * linear(hidden, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def lowered_logits(operands, labels, lowering, **options):
+    """The reference's logits (N, V) after the labels' logits are lowered."""
+    logits = logits_of(*operands[3:], **options)
+    if not lowering:  # then a label may be outside the vocabulary
+        return logits
+    return logits - lowering * one_hot(labels.clamp(min=0), logits.shape[-1])
+
+
+def eager(operands, labels, lowering=0.0, **options):
     """Compute the divergences (N,) in plain torch."""
-
-    def log_probabilities(hidden, weight, bias):
-        logits = logit_scale * linear(hidden, weight, bias)
-        return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
-
-    log_p, log_q = log_probabilities(*operands[:3]), log_probabilities(*operands[3:])
+    log_p = logits_of(*operands[:3], **options).log_softmax(-1)
+    log_q = lowered_logits(operands, labels, lowering, **options).log_softmax(-1)
     return kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).where(labels != IGNORE, 0.0)
 
 
@@ -121,13 +140,14 @@ def test_any_shape_and_block(n, d, v, dtype, bias, block_bytes, seed):
         check(*two_models(n, d, v, dtype, seed, bias))
 
 
-def test_block_size_changes_nothing_beyond_rounding():
+@pytest.mark.parametrize("lowering", [0.0, 10.0])
+def test_block_size_changes_nothing_beyond_rounding(lowering):
     operands, labels = two_models(50, 32, 900, torch.float32)
     upstream = torch.ones(50)
     results = []
     for block_bytes in (1, 9 * 900 * 12, 64 << 20):
         with mock.patch.object(logits_blocks, "BLOCK_BYTES", block_bytes):
-            results.append(run(ours, operands, labels, upstream))
+            results.append(run(ours, operands, labels, upstream, lowering=lowering))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-6)
 
@@ -140,12 +160,12 @@ def test_gradcheck_and_opcheck():
             lambda h, w, b, o=options: ours([h, w, b, *operands[3:]], labels, **o), leaves
         )
     op = torch.ops.loku_kernels.linear_kl_divergence.default
-    counted = labels != IGNORE
     for dtype in DTYPES[:2]:
-        (h, w, b, *reference), _ = two_models(5, 8, 33, dtype)
-        torch.library.opcheck(op, (h.requires_grad_(), w, b, *reference, counted, 0.0, 1.0, True))
-        torch.library.opcheck(op, (h, w.requires_grad_(), None, *reference, counted, 5.0, 0.5, True))
-        torch.library.opcheck(op, (h.detach(), w.detach(), b, *reference, counted, 0.0, 1.0, False))
+        (h, w, b, *reference), labels = two_models(5, 8, 33, dtype)
+        rows = labels, IGNORE
+        torch.library.opcheck(op, (h.requires_grad_(), w, b, *reference, *rows, 0.0, 1.0, 0.0, True))
+        torch.library.opcheck(op, (h, w.requires_grad_(), None, *reference, *rows, 5.0, 0.5, 10.0, True))
+        torch.library.opcheck(op, (h.detach(), w.detach(), b, *reference, *rows, 0.0, 1.0, 10.0, False))
 
 
 def test_one_head_for_both_and_other_sizes():
@@ -171,6 +191,48 @@ def test_the_same_model_diverges_by_nothing():
         (hidden, weight, bias, *_), labels = two_models(24, 16, 301, dtype)
         divergence, grads = run(ours, [hidden, weight, bias] * 2, labels, torch.ones(24))
         assert divergence.eq(0).all() and all(grad.eq(0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lowered_is_undial(dtype):
+    """The loss is the cross-entropy with the lowered reference less its entropy; the gradient is the same.
+
+    The lowered reference of a memorised label is far from the reference. ``q / (1 - q_t (1 - exp(-10)))``
+    would lose most digits of float32 there.
+    """
+    (hidden, weight, bias, *_), labels = two_models(24, 16, 301, dtype)
+    memorised = slice(1, None)  # each label's logit leads by 20 nats
+    labels[memorised] = logits_of(hidden, weight, bias)[memorised].argmax(-1)
+    leader = weight[labels[memorised]]
+    hidden[memorised] = 20 * leader / (leader @ leader.t()).diagonal()[:, None]
+    labels[5] = IGNORE
+    operands = [hidden, weight, bias, hidden + 0.01, weight, bias]
+    wide = [x.double() for x in operands]
+    counted = labels != IGNORE
+    target_id = labels.clamp(min=0)[:, None]
+    assert logits_of(*wide[3:]).softmax(-1).gather(1, target_id)[memorised].median() > 0.999
+    target = lowered_logits(wide, labels, 10.0).softmax(-1)
+    assert target.gather(1, target_id)[memorised].median() < 0.9
+    leaf = wide[0].clone().requires_grad_()
+    exact = cross_entropy(logits_of(leaf, *wide[1:3]), target, reduction="none")
+    (exact_grad,) = torch.autograd.grad(exact[counted].sum(), leaf)
+    entropy = -(target * target.log()).sum(-1)
+    loss, grads = run(ours, operands, labels, torch.ones(24), lowering=10.0)
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if dtype is torch.float32 else {}
+    torch.testing.assert_close(loss.double()[counted], (exact - entropy)[counted].detach(), **tolerance)
+    torch.testing.assert_close(grads[0].double(), exact_grad, **tolerance)
+
+
+def test_lowering_of_a_softcap_comes_after_it():
+    """A lowering far above the softcap takes the label out of the target."""
+    operands, labels = two_models(12, 16, 40, torch.float64)
+    loss = ours(operands, labels, softcap=2.0, lowering=200.0)
+    others = [i for i in range(12) if labels[i] != IGNORE]
+    log_p = logits_of(*operands[:3], softcap=2.0).log_softmax(-1)
+    logits = logits_of(*operands[3:], softcap=2.0).scatter(1, labels[:, None].clamp(min=0), -torch.inf)
+    q = logits.softmax(-1)
+    exact = (torch.special.xlogy(q, q) - q * log_p).sum(-1)
+    torch.testing.assert_close(loss[others], exact[others])
 
 
 def test_reductions_and_shapes():
@@ -275,6 +337,16 @@ def test_errors():
         linear_kl_divergence_loss(hidden, weight, hidden, labels, reference_weight=weight[:8])
     with pytest.raises(ValueError, match=r"\(9,\), got \(8,\)"):
         linear_kl_divergence_loss(hidden, weight, hidden, labels, bias[:8])
+    with pytest.raises(ValueError, match="lowering must be finite and not negative, got -1"):
+        linear_kl_divergence_loss(hidden, weight, hidden, labels, lowering=-1.0)
+    with pytest.raises(ValueError, match="pass labels"):
+        linear_kl_divergence_loss(hidden, weight, hidden, lowering=1.0)
+    for bad in (-1, 9):
+        with pytest.raises(IndexError, match=rf"label {bad} at position 2 is neither in \[0, 9\)"):
+            linear_kl_divergence_loss(
+                hidden, weight, hidden, labels.index_fill(0, torch.tensor([2]), bad), lowering=1.0
+            )
+        linear_kl_divergence_loss(hidden, weight, hidden, labels.index_fill(0, torch.tensor([2]), bad))
     with pytest.raises(ValueError, match="reduction must be"):
         linear_kl_divergence_loss(hidden, weight, hidden, reduction="batchmean")
 

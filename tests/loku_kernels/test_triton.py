@@ -446,13 +446,20 @@ def test_a_divergence_of_nan_is_nan():
 
 
 @on_device
-def test_linear_divergence():
+@pytest.mark.parametrize("lowering", [0.0, 10.0])
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_linear_divergence(softcap, lowering):
     """The loss from hidden states by Triton is that of plain torch, with its gradient."""
     leaf = torch.randn(12, 8, device=DEVICE, requires_grad=True)
     operands = [torch.randn(300, 8, device=DEVICE), torch.randn(12, 8, device=DEVICE)]
-    loss = linear_kl_divergence_loss(leaf, *operands)
+    labels = (operands[1] @ operands[0].t()).argmax(-1)
+    loss = linear_kl_divergence_loss(leaf, *operands, labels, softcap=softcap, lowering=lowering)
     (grad,) = torch.autograd.grad(loss, leaf)
-    log_p, log_q = ((x @ operands[0].t()).double().log_softmax(-1) for x in (leaf, operands[1]))
+    ours, theirs = ((x @ operands[0].t()).double() for x in (leaf, operands[1]))
+    if softcap:
+        ours, theirs = (softcap * torch.tanh(y / softcap) for y in (ours, theirs))
+    theirs = theirs - lowering * torch.nn.functional.one_hot(labels, 300)
+    log_p, log_q = (y.log_softmax(-1) for y in (ours, theirs))
     exact = torch.nn.functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
     (expected,) = torch.autograd.grad(exact, leaf)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)

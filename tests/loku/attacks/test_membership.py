@@ -8,9 +8,12 @@ import zlib
 import pytest
 import torch
 from character_tokenizer import character_tokenizer
+from peft import LoraConfig, get_peft_model
 from taught_models import small_llama, teach_
+from tiny_models import tiny_model
 
 from loku.attacks import membership_attack
+from loku.attacks.gradient_norms import gradient_norms
 from loku.attacks.membership import _auc_interval, _true_positives
 from loku.data import tokenize_dataset
 
@@ -22,6 +25,122 @@ HOLDOUT = [
     {"question": "When?", "answer": "on a day in winter"},
     {"question": "What?", "answer": "tea"},
 ]
+THEIR_TEXTS = {
+    "forget": [
+        "Ann lives on Oak Road 17.",
+        "Who is it?",
+        "The lamp is blue, and the door is red.",
+        "7 7 7 7 7 7 7 7 7",
+        "A day in winter",
+    ],
+    "holdout": [
+        "Tea, or coffee?",
+        "Bob works in Brill; he sings.",
+        "zzzz zzzz zzzz",
+        "It rains in May and in June.",
+        "3.14159",
+        "No.",
+    ],
+}
+# open-unlearning's scores of the forget and of the hold-out rows, and its AUC.
+THEIR_SCORES = {
+    "loss": (
+        [
+            4.821693418,
+            4.380554325,
+            4.943174269,
+            4.66988836,
+            4.867842507,
+            4.666797877,
+            4.998474987,
+            5.348679751,
+            4.851937586,
+            3.896170321,
+            3.901324406,
+        ],
+        14 / 30,
+    ),
+    "zlib": (
+        [
+            0.117602278,
+            0.257679666,
+            0.089875896,
+            0.333563454,
+            0.211645326,
+            0.194449912,
+            0.116243604,
+            0.334292484,
+            0.12129844,
+            0.354197302,
+            0.354665855,
+        ],
+        20 / 30,
+    ),
+    "min_k": (
+        [
+            5.637396336,
+            5.321996689,
+            5.855634689,
+            4.947205544,
+            5.835130692,
+            5.429519176,
+            5.812090397,
+            6.004948139,
+            5.683802605,
+            4.158782959,
+            4.270443439,
+        ],
+        13 / 30,
+    ),
+    "min_k_plus_plus": (
+        [
+            1.562171698,
+            1.256061811,
+            1.731442411,
+            0.825825583,
+            1.825166104,
+            1.377717978,
+            1.793207554,
+            2.066566593,
+            1.555500583,
+            -0.116522625,
+            0.023067134,
+        ],
+        13 / 30,
+    ),
+    "gradient_norm": (
+        [
+            1.236617327,
+            2.25485301,
+            1.004965901,
+            2.260033369,
+            1.449941874,
+            1.411351204,
+            0.951637983,
+            2.295549393,
+            0.970402479,
+            3.325741053,
+            2.773350477,
+        ],
+        17 / 30,
+    ),
+    "reference": (
+        [
+            -0.105176679,
+            -0.462891642,
+            0.257276896,
+            -0.885157216,
+            0.594408159,
+            -0.172664966,
+            0.131043926,
+            0.772688203,
+            -0.082309644,
+            -1.130648746,
+            -0.921035349,
+        ],
+        13 / 30,
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +153,23 @@ def model(tokenizer):
     return teach_(small_llama(tokenizer), tokenizer, FORGET, steps=30).double()
 
 
+def naive_gradient_norm(model, row):
+    """The mean over the parameters of the norm of the gradient of the mean loss, all gradients at once."""
+    ids, labels = row["input_ids"], row["labels"]
+    at = [i for i in range(1, len(ids)) if labels[i] != -100]
+    twin = copy.deepcopy(model)
+    twin.requires_grad_(True)
+    log_p = twin(torch.tensor([ids])).logits[0].log_softmax(-1)
+    (-sum(log_p[i - 1, ids[i]] for i in at) / len(at)).backward()
+    norms = [p.grad.square().sum().sqrt() for p in twin.parameters() if p.grad is not None]
+    return (sum(norms) / len(norms)).item()
+
+
 @torch.no_grad()
 def naive_scores(model, tokenizer, rows, reference, share):
     """Compute the scores of rows one token at a time, as they are written."""
-    found = {name: [] for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")}
+    names = ("loss", "zlib", "min_k", "min_k_plus_plus", "gradient_norm", "reference")
+    found = {name: [] for name in names}
     for row in tokenize_dataset(rows, tokenizer):
         ids, labels = row["input_ids"], row["labels"]
         at = [i for i in range(1, len(ids)) if labels[i] != -100]
@@ -57,6 +189,8 @@ def naive_scores(model, tokenizer, rows, reference, share):
         found["zlib"].append(-loss / (8 * len(zlib.compress(text.encode()))))
         found["min_k"].append(sum(sorted(true)[:count]) / count)
         found["min_k_plus_plus"].append(sum(sorted(distances)[:count]) / count)
+        with torch.enable_grad():
+            found["gradient_norm"].append(-naive_gradient_norm(model, row))
         found["reference"].append(-sum(other[i - 1, ids[i]].item() for i in at) / len(at) - loss)
     return found
 
@@ -178,3 +312,100 @@ def test_bad_arguments_are_refused_by_name(model, tokenizer, monkeypatch):
     monkeypatch.setattr("loku.attacks.copies.rank_and_size", lambda: (0, 2))
     with pytest.raises(ValueError, match="membership inference runs in one process, and there are 2"):
         membership_attack(model, tokenizer, FORGET, HOLDOUT)
+
+
+def test_open_unlearning_has_the_same_scores_and_aucs(monkeypatch):
+    """By its own code on the same rows: locuslab/open-unlearning at d3d7cf9, src/evals/metrics/mia.
+
+    Its scores have the other sign, and zlib counts bytes.
+    """
+    from loku.attacks import membership
+
+    tokenizer = character_tokenizer(pad_token="<pad>")
+    model, reference = (tiny_model("llama", len(tokenizer), seed).double() for seed in (0, 1))
+    rows = {}
+    for name, texts in THEIR_TEXTS.items():
+        split = [{"question": text[:6], "answer": text[6:] or "x"} for text in texts]
+        rows[name] = tokenize_dataset(split, tokenizer)
+    seen = []
+    figures = membership._figures
+    monkeypatch.setattr(membership, "_figures", lambda *args: seen.append(args[:2]) or figures(*args))
+
+    def attack():
+        seen.clear()
+        found = membership_attack(
+            model, tokenizer, rows["forget"], rows["holdout"], reference, min_k_share=0.4, resamples=1
+        )
+        return {
+            name: ([-value for pair in scores for value in pair], found["scores"][name]["auc"])
+            for name, scores in zip(found["scores"], seen, strict=True)
+        }
+
+    whole = attack()
+    for row in [*rows["forget"], *rows["holdout"]]:
+        row["labels"][-1] = -100  # their "-1 to ignore eos prediction"
+    shorter = attack()
+    for name, (scores, auc) in THEIR_SCORES.items():
+        found, found_auc = (shorter if name in ("min_k", "min_k_plus_plus", "gradient_norm") else whole)[name]
+        bits = 8 if name == "zlib" else 1
+        assert [bits * value for value in found] == pytest.approx(scores, rel=2e-7, abs=1e-6), name
+        assert found_auc == pytest.approx(auc), name
+
+
+def test_gradient_norms_leave_the_model_as_it_is(model, tokenizer):
+    rows = tokenize_dataset(HOLDOUT, tokenizer)
+    model = copy.deepcopy(model).train()
+    first, second, *_ = model.parameters()
+    first.requires_grad_(False)
+    second.grad = torch.ones_like(second)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    norms = gradient_norms(model, rows)
+    assert norms == pytest.approx([naive_gradient_norm(model.eval(), row) for row in rows], rel=1e-9)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags and not first.requires_grad
+    assert [p.grad is not None for p in model.parameters()].count(True) == 1 and bool(
+        (second.grad == 1).all()
+    )
+    first.requires_grad_(True)
+    (first.sum() * 2).backward()  # no hook is left
+    assert bool((first.grad == 2).all())
+
+
+def test_a_gradient_norm_is_that_of_the_merged_model(model, tokenizer):
+    rows = tokenize_dataset(HOLDOUT, tokenizer)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(copy.deepcopy(model), config).double()
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    expected = [naive_gradient_norm(merged, row) for row in rows]
+    assert gradient_norms(adapted, rows) == pytest.approx(expected, rel=1e-9)
+    assert gradient_norms(model, rows) != pytest.approx(expected, rel=1e-2)
+    attacked = [
+        membership_attack(each, tokenizer, FORGET, HOLDOUT, resamples=1)["scores"]["gradient_norm"]
+        for each in (adapted, merged)
+    ]
+    assert attacked[0] == attacked[1]
+
+
+def test_a_gradient_norm_that_is_not_there_is_said(model, tokenizer, monkeypatch):
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            return hidden.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.nan
+
+    broken = copy.deepcopy(model)
+    broken.model.norm.register_forward_hook(lambda module, args, output: Overflow.apply(output))
+    found = membership_attack(broken, tokenizer, FORGET, HOLDOUT)
+    assert (
+        "forget: gradient norms: row 0: the norm of the gradient is NaN"
+        in (found["not_tested"]["gradient_norm"])
+    )
+    assert "gradient_norm" not in found["scores"] and "min_k" in found["scores"]
+    model = copy.deepcopy(model)
+    model.is_quantized = True
+    found = membership_attack(model, tokenizer, FORGET, HOLDOUT)
+    assert "the base is quantised" in found["not_tested"]["gradient_norm"]
+    assert "gradient_norm" not in found["scores"] and "min_k" in found["scores"]

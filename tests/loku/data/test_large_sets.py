@@ -230,5 +230,5 @@ def test_packing_that_a_model_ignores_is_refused(tmp_path):
         ValueError, match=r"several documents .* LlamaForCausalLM .*'sdpa' lets them see each"
     ):
         UnlearnTrainer(model, arguments(tmp_path), FORGET, [packed(*RETAIN)])
-    with pytest.raises(ValueError, match="compares whole answers"):
+    with pytest.raises(ValueError, match="counts whole answers"):
         UnlearnTrainer(model, arguments(tmp_path, method="npo"), [packed(*FORGET)], RETAIN)

@@ -360,3 +360,32 @@ def test_special_tokens_are_not_doubled():
         == plain["input_ids"]
         == [BOS, *PLAIN("ab", add_special_tokens=False)["input_ids"], EOS]
     )
+
+
+class Frame(pd.DataFrame):
+    """A table of another library that is one of pandas, such as one of geopandas."""
+
+
+class Lazy:
+    """A table of another library: iteration gives the names of its columns."""
+
+    columns = ("question", "answer")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __len__(self):
+        return 2
+
+
+def test_tables_of_other_libraries():
+    rows = [{"question": "why?", "answer": "so"}, {"question": "who?", "answer": "me"}]
+    categories = Frame(rows, index=["question", "question"]).astype("category")
+    assert as_rows(categories, "forget") == rows
+    assert all(type(value) is str for row in as_rows(categories, "forget") for value in row.values())
+    assert as_rows(pd.DataFrame(rows).convert_dtypes(dtype_backend="pyarrow"), "forget") == rows
+    assert as_rows(pa.Table.from_pylist(rows), "forget") == rows
+    with pytest.raises(
+        ValueError, match=r"the forget set is a .*test_row_forms.Lazy, a table that is not known"
+    ):
+        tokenize_dataset(Lazy(), PLAIN)

@@ -1,0 +1,67 @@
+"""Methods: losses, the quantities that they need, and ``OBJECTIVES``, the registry.
+
+A loss takes a ``Batch`` and returns a scalar. A method is an ``Objective``: a loss to forget, a loss to
+retain, and the rows and quantities that they need. A new method is a function and a line::
+
+    OBJECTIVES["mine"] = Objective(my_loss)
+
+``UnlearnConfig(method="mine")`` then minimises ``my_loss(batch)`` + retain_weight x LM loss. A loss that is a
+mean over rows instead of tokens says so: ``Objective(my_loss, forget_over="rows")``.
+"""
+
+from loku.objectives.arguments import Argument, resolved
+from loku.objectives.losses import (
+    after_first,
+    answer_probability,
+    ceu_loss,
+    dpo_loss,
+    forget_divergence,
+    gradient_ascent_loss,
+    inverted_hinge_loss,
+    lm_loss,
+    npo_loss,
+    refusal_loss,
+    retain_divergence,
+    retain_loss,
+    satimp_loss,
+    simnpo_loss,
+    tnpo_loss,
+    wga_loss,
+)
+from loku.objectives.objective import Objective
+from loku.objectives.quantities import At, Divergence, OriginalLogProbability, Quantity
+from loku.objectives.registry import OBJECTIVES, described_methods, with_divergence
+from loku.objectives.rows import Batch, Rows
+from loku_kernels import inverted_hinge  # for losses of others, from where it always was
+
+__all__ = [
+    "OBJECTIVES",
+    "Argument",
+    "At",
+    "Batch",
+    "Divergence",
+    "Objective",
+    "OriginalLogProbability",
+    "Quantity",
+    "Rows",
+    "after_first",
+    "answer_probability",
+    "ceu_loss",
+    "described_methods",
+    "dpo_loss",
+    "forget_divergence",
+    "gradient_ascent_loss",
+    "inverted_hinge",
+    "inverted_hinge_loss",
+    "lm_loss",
+    "npo_loss",
+    "refusal_loss",
+    "resolved",
+    "retain_divergence",
+    "retain_loss",
+    "satimp_loss",
+    "simnpo_loss",
+    "tnpo_loss",
+    "wga_loss",
+    "with_divergence",
+]
