@@ -90,7 +90,15 @@ def _finetune(
     # Weights of 16 bits are too coarse for this learning rate: half of the steps round to zero.
     model: Any = load_model(base, {**config.init_arguments(), "dtype": torch.float32})
     facts = json.loads(
-        json.dumps({"base": base_fingerprint(model), "rows": rows_digest(rows), "settings": dict(settings)})
+        json.dumps(
+            {
+                "base": base_fingerprint(model),
+                "rows": rows_digest(rows),
+                "settings": dict(settings),
+                "templates": [config.question_template, config.answer_template],
+                "max_length": config.max_length,
+            }
+        )
     )
     if (output / "config.json").is_file():
         if _facts(output) != facts:
@@ -104,7 +112,7 @@ def _finetune(
     size = settings["per_device_train_batch_size"]
     output.parent.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
-        output_dir=str(output.with_name(f"{output.name}_trainer")),
+        output_dir=str(output.parent),  # nothing is saved there
         gradient_accumulation_steps=max(1, STEP_ROWS // size),
         warmup_steps=-(-len(rows) // STEP_ROWS),
         save_strategy="no",
@@ -116,7 +124,9 @@ def _finetune(
         logging_strategy="epoch",
         **settings,
     )
-    tokens = tokenize_dataset(rows, tokenizer, max_length=config.max_length, name="TOFU")
+    tokens = tokenize_dataset(
+        rows, tokenizer, max_length=config.max_length, name="TOFU", template=config.template()
+    )
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
     Trainer(model, arguments, train_dataset=tokens, data_collator=collator).train()
     with destination(output, "merged") as directory:

@@ -54,6 +54,7 @@ class Results:
         """
         results = cls(folder, benchmark)
         check_writable(results.folder)
+        new = not results.folder.exists()
         results.folder.mkdir(parents=True, exist_ok=True)
         lock = DirectoryLock(results.folder, "is writing results to", "Pass another --out")
         lock.acquire()
@@ -62,6 +63,8 @@ class Results:
             yield results
         finally:
             lock.release()
+            if new and not any(results.folder.iterdir()):
+                results.folder.rmdir()
 
     def _read(self) -> list[Entry]:
         file = self.folder / RESULTS

@@ -22,10 +22,17 @@ from loku.config import UnlearnConfig
 from loku.data import infer_tokenizer
 from loku.deletion.facts import machine_facts, rows_digest, versions
 from loku.fingerprints import base_fingerprint
+from loku.learning_rates import default_learning_rate
 from loku.models import load_model
 from loku.unlearning import unlearn
 
-MEASURED_SETTINGS = ("max_length", "model_init_kwargs", "use_cpu")  # all runs have one value
+MEASURED_SETTINGS = (  # all runs have one value
+    "max_length",
+    "question_template",
+    "answer_template",
+    "model_init_kwargs",
+    "use_cpu",
+)
 OWN_SETTINGS = ("output_dir", "resume_from_checkpoint")  # the benchmark sets them
 
 
@@ -37,13 +44,14 @@ class Plan:
         benchmark: The benchmark.
         model: The path or hub name of the model that has learnt what is forgotten.
         runs: The settings of each run, fields of ``loku.UnlearnConfig`` that differ from its defaults and
-            from the benchmark's. None stands for a benchmark that is not unlearned, only measured.
+            from the benchmark's. Without runs the models are measured alone.
         splits: The splits, by default the benchmark's own default.
         tokenizer: The tokenizer; None (default) for the one beside the model.
         retain_model: A model that never saw what is forgotten, or one for each split, ``{split: model}``;
             None (default) for none. It is measured, too, and the others are compared with it.
         reference: The reference of such a model that was measured before; None (default) for none.
-        measuring: How a model is measured.
+        measuring: How a model is measured. Without ``runs`` its ``config`` has the settings that belong to
+            the measures (``MEASURED_SETTINGS``).
     """
 
     benchmark: Benchmark
@@ -104,12 +112,11 @@ def run_benchmark(
     benchmark = plan.benchmark
     check_one_process("a benchmark")
     benchmark.check()
-    configs = [run_config(benchmark, settings) for settings in plan.runs]
-    _check_measured_settings(plan.runs)
+    configs = run_configs(benchmark, plan.runs)
     source = source or Source()
     splits = list(plan.splits) or [benchmark.default_split]
     sets = {split: benchmark.load(source, split) for split in splits}
-    shared = configs[0] if configs else run_config(benchmark, {})
+    shared = configs[0] if configs else plan.measuring.config or run_config(benchmark, {})
     plan = replace(plan, measuring=replace(plan.measuring, config=shared))
     failed: list[str] = []
     with Results.open(out, benchmark) as results:
@@ -134,17 +141,27 @@ def run_config(benchmark: Benchmark, settings: Mapping[str, Any]) -> UnlearnConf
     own = [name for name in OWN_SETTINGS if name in settings]
     if own:
         raise ValueError(f"a benchmark sets {own[0]} itself: checkpoints lie in the folder of its results")
-    quiet = {"logging_strategy": "no", "disable_tqdm": True}
-    return UnlearnConfig(**{**quiet, **benchmark.defaults, **settings})
+    return UnlearnConfig(**{"logging_strategy": "no", **benchmark.defaults, **settings})
 
 
-def _check_measured_settings(runs: Sequence[Mapping[str, Any]]) -> None:
+def run_configs(benchmark: Benchmark, runs: Sequence[Mapping[str, Any]]) -> list[UnlearnConfig]:
+    """Return the settings of several runs of one benchmark.
+
+    Args:
+        benchmark: The benchmark.
+        runs: Fields of ``loku.UnlearnConfig`` for each run.
+
+    Raises:
+        ValueError: As for ``run_config``; or the runs differ in a setting that belongs to the measures.
+    """
+    configs = [run_config(benchmark, settings) for settings in runs]
     for name in MEASURED_SETTINGS:
         values = {json.dumps(settings.get(name), sort_keys=True, default=str) for settings in runs}
         if len(values) > 1:
             raise ValueError(
                 f"{name} belongs to the measures, so all runs of a benchmark have one value of it"
             )
+    return configs
 
 
 class _Work:
@@ -265,17 +282,24 @@ class _Work:
                 own.output_dir = str(folder / str(number))
                 own.resume_from_checkpoint = True if own.save_strategy != "no" else None
                 own.model_init_kwargs = None  # the model is loaded
+                own.disable_tqdm = not self.plan.measuring.progress
                 callbacks = self.benchmark.callbacks(request, sets, tokenizer, self.plan.measuring)
                 result = unlearn(model, request, retain, config=own, tokenizer=tokenizer, callbacks=callbacks)
                 epochs.append(max((line.get("epoch") or 0.0 for line in result.history), default=0.0))
                 model = result.model
+                rate = config.learning_rate or default_learning_rate(model)
                 if number + 1 < len(sets.requests) and config.tuning == "lora":
                     model = result.model.merge_and_unload()
                 del result
         training = time.perf_counter() - start
         measures = self.benchmark.compared(self.measure(model, sets), reference)
         entry = self.entry(identity, self.plan.model, split, settings, measures, time.perf_counter() - start)
-        entry |= {"method": config.method, "training_seconds": training, "epochs": epochs}
+        entry |= {
+            "method": config.method,
+            "learning_rate": rate,
+            "epochs": epochs,
+            "training_seconds": training,
+        }
         self.results.add(identity, entry)
         self.report(self.results.line(entry))
         del model

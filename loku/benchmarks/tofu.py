@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loku.benchmarks.protocol import Benchmark, Column, Measures, Measuring, Sets
 from loku.benchmarks.sources import Source, check_columns
+from loku.data import TOFU_TEMPLATE
 from loku.evaluation.tofu import evaluate_tofu_rows
 from loku.evaluation.tofu_logs import SECTIONS, forget_quality, model_utility, utility_table
 from loku.models import CausalLM
@@ -90,6 +91,7 @@ class Tofu(Benchmark):
         measuring: Measuring,
     ) -> Measures:
         """Measure TOFU's sections. The reference is TOFU's log of the forget set."""
+        template = TOFU_TEMPLATE if measuring.config is None else measuring.config.template()
         rows_of = {name: measuring.first(rows) for name, rows in sets.evaluation.items()}
         log = {
             SECTIONS[name]: evaluate_tofu_rows(
@@ -99,6 +101,7 @@ class Tofu(Benchmark):
                 batch_size=measuring.batch_size,
                 progress=measuring.progress,
                 description=name,
+                template=template,
             )
             for name, rows in rows_of.items()
         }

@@ -142,6 +142,7 @@ def run(options: argparse.Namespace) -> None:
     import transformers
 
     from loku.benchmarks import BENCHMARKS, Measuring, Plan, Results, Source, combinations, run_benchmark
+    from loku.benchmarks.run import MEASURED_SETTINGS, run_configs
     from loku.benchmarks.table import leaderboard_rows
     from loku.trust import load_tokenizer
 
@@ -153,20 +154,25 @@ def run(options: argparse.Namespace) -> None:
     benchmark.check()
     source = Source(options.data)
     tokenizer = load_tokenizer(places["tokenizer"], trust_remote_code=False) if places["tokenizer"] else None
+    own = [name for name in settings if name not in MEASURED_SETTINGS]
+    if options.measure_only and own:
+        raise ValueError(f"--measure-only unlearns by no setting, and there is --{own[0]}")
     lists = [name for name, field in options.fields.items() if field.many]
-    runs = [] if options.measure_only else combinations(settings, lists)
+    runs = combinations(settings, lists)
+    configs = run_configs(benchmark, runs)
+    Results(options.out, benchmark)  # files of another origin are known before a model is trained
     model, retain_model = places["model"], options.retain_model
     if options.finetune is not None:
-        model, retain_model = _finetuned(options, benchmark, source, model, tokenizer, settings)
+        model, retain_model = _finetuned(options, benchmark, source, model, tokenizer, configs[0])
     plan = Plan(
         benchmark,
         model,
-        runs,
+        [] if options.measure_only else runs,
         splits=options.split,
         tokenizer=tokenizer,
         retain_model=retain_model,
         reference=_log(options.retain_log) if options.retain_log else None,
-        measuring=Measuring(options.batch_size, options.limit, not options.quiet),
+        measuring=Measuring(options.batch_size, options.limit, not options.quiet, configs[0]),
     )
 
     def report(line: str) -> None:
@@ -201,8 +207,6 @@ def _check_options(options: argparse.Namespace, settings: Mapping[str, Any], mod
         raise ValueError(f"{' and '.join(retain)} each give the retain-only model: pass one of them")
     if options.retain_log and len(options.split) > 1:
         raise ValueError("--retain-log is the log of one split; run each split by itself into one --out")
-    if options.measure_only and settings:
-        raise ValueError(f"--measure-only unlearns by no setting, and there is --{next(iter(settings))}")
     if len(set(options.split)) < len(options.split):
         raise ValueError(f"a split is named twice: {' '.join(options.split)}")
     check_counts(**{"--batch-size": options.batch_size})
@@ -225,20 +229,18 @@ def _finetuned(
     source: Any,
     model: str,
     tokenizer: Any,
-    settings: Mapping[str, Any],
+    config: Any,
 ) -> tuple[str, dict[str, str]]:
     """Fine-tune the base, and return the place of the model, and those of the retain-only models."""
     from loku.benchmarks.finetuning import finetuned_models
-    from loku.benchmarks.run import MEASURED_SETTINGS, run_config
 
-    shared = {name: value for name, value in settings.items() if name in MEASURED_SETTINGS}
     splits = options.split or [benchmark.default_split]
     full, retain = finetuned_models(
         model,
         source,
         splits,
         Path(options.out) / "models",
-        run_config(benchmark, {k: v[0] if isinstance(v, list) else v for k, v in shared.items()}),
+        config,
         options.finetune,
         tokenizer,
     )

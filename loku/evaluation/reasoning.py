@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loku.counts import check_counts
@@ -30,12 +27,11 @@ REASONING_TASKS = (
 def reasoning_accuracies(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str] = REASONING_TASKS,
+    tasks: Sequence[str | Mapping[str, Any]] = REASONING_TASKS,
     *,
     batch_size: int = 16,
     num_fewshot: int = 0,
     limit: int | None = None,
-    questions: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, float]:
     """Measure a model's accuracy on tasks of lm-evaluation-harness.
 
@@ -45,12 +41,10 @@ def reasoning_accuracies(
         model: The causal LM, with or without an adapter, on the device where it runs.
         tokenizer: The tokenizer.
         tasks: The harness's names of tasks that report ``acc``. By default they are the nine of Jang et al.
-            (ACL 2023) and of LoKU.
+            (ACL 2023) and of LoKU. A task that the harness does not have is its config, a dict with "task".
         batch_size: The number of rows in a batch, 16 by default.
         num_fewshot: The number of examples in a prompt, 0 by default.
         limit: The number of rows of each task that are used, for a quick look; None (default) uses all.
-        questions: The test rows of some tasks, ``{task: rows}``, in the columns of the hub; they are used in
-            place of those of the hub. None (default) for none.
 
     Returns:
         The accuracy of each task, the harness's ``acc``, which is not normalised by length, in [0, 1].
@@ -64,21 +58,21 @@ def reasoning_accuracies(
     check_counts(batch_size=batch_size, limit=1 if limit is None else limit)
     check_counts(0, num_fewshot=num_fewshot)
     lm_eval, language_model = check_harness()
-    with evaluating(model), tempfile.TemporaryDirectory() as folder:
-        asked = [_task(task, (questions or {}).get(task), Path(folder)) for task in tasks]
+    names = [task if isinstance(task, str) else task["task"] for task in tasks]
+    with evaluating(model):
         results = lm_eval.simple_evaluate(
             model=language_model(
                 pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
             ),
-            tasks=asked,
+            tasks=[task if isinstance(task, str) else dict(task) for task in tasks],
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,
         )["results"]
-    without = [task for task in tasks if "acc,none" not in results.get(task, {})]
+    without = [task for task in names if "acc,none" not in results.get(task, {})]
     if without:
         raise ValueError(f"the harness reports no accuracy of {without}; it has {results}")
-    return {task: float(results[task]["acc,none"]) for task in tasks}
+    return {task: float(results[task]["acc,none"]) for task in names}
 
 
 def check_harness() -> tuple[Any, Any]:
@@ -102,17 +96,3 @@ def check_harness() -> tuple[Any, Any]:
             f"datasets {datasets.__version__} would run code of the reasoning sets: pip install 'datasets>=4'"
         )
     return lm_eval, HFLM
-
-
-def _task(task: str, rows: Sequence[Mapping[str, Any]] | None, folder: Path) -> str | dict[str, Any]:
-    """Return a task for the harness, with its rows in a file if they are given."""
-    if rows is None:
-        return task
-    file = folder / f"{task}.json"
-    file.write_text("".join(f"{json.dumps(dict(row))}\n" for row in rows), encoding="utf-8")
-    return {
-        "task": task,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(file)}},
-    }

@@ -36,9 +36,13 @@ def write_lines(file: Path, rows: list) -> None:
 
 def write_tofu(folder: Path, forget: int = 3, retain: int = 4) -> Path:
     """Write TOFU's sets as the hub has them: a file of JSON lines for each config."""
-    forget_rows, retain_rows = demo.load_rows()
-    retain_rows = [row for row in retain_rows if row.get("perturbed_answer")]
-    known, kept = forget_rows[:forget], retain_rows[:retain]
+
+    def row(name):
+        answers = {"paraphrased_answer": f"It is {name}.", "perturbed_answer": ["Bo.", "It is Cy."]}
+        return {"question": f"Who is {name}?", "answer": f"{name} Lee.", **answers}
+
+    known = [row(name) for name in ("Ann", "Eve", "Sue", "Ida")[:forget]]
+    kept = [row(name) for name in ("Tom", "Jim", "Max", "Ben")[:retain]]
 
     def plain(rows):
         return [{"question": row["question"], "answer": row["answer"]} for row in rows]
@@ -55,8 +59,8 @@ def write_tofu(folder: Path, forget: int = 3, retain: int = 4) -> Path:
         "forget01_perturbed": known,
         "forget10_perturbed": known,
         "retain_perturbed": kept,
-        "real_authors_perturbed": choices(retain_rows[4:6]),
-        "world_facts_perturbed": choices(retain_rows[6:8]),
+        "real_authors_perturbed": choices([row("Rome"), row("Bern")]),
+        "world_facts_perturbed": choices([row("iron"), row("gold")]),
     }
     for name, rows in sets.items():
         write_lines(folder / f"{name}.json", rows)
@@ -149,7 +153,7 @@ def write_rwku(folder: Path) -> Path:
 
 def write_tdec(folder: Path) -> Path:
     """Write the files of a checkout of knowledge-unlearning."""
-    text = " ".join(f"word{i} is the {i}th of these words" for i in range(12))
+    text = " ".join(f"word{i} is the {i}th of these words" for i in range(3))
 
     def write(file, header, rows):
         file.parent.mkdir(parents=True, exist_ok=True)
