@@ -1,6 +1,7 @@
-"""The table of ``experiments/fila_ablation.py``."""
+"""The tables of ``experiments/fila_ablation.py`` and ``experiments/fila_balance.py``."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -9,6 +10,8 @@ from result_files import markdown_table
 Line = Mapping[str, Any]
 ABLATION_STEPS = 10  # step at which the forget answers' probability shows the speed of a run
 ABLATION_MEASURES = ("rank_correlation", "shuffle_correlation", "deficit", "overlap")
+FORGOTTEN = 0.1  # probability of the forget answers at which a run of the balance counts as having forgotten
+INITS = {"fila": "FILA", "official-fila": "official FILA", "pissa": "PiSSA", "default": "default LoRA"}
 
 
 def fila_ablation(lines: Sequence[Line]) -> str:
@@ -65,4 +68,71 @@ def fila_ablation(lines: Sequence[Line]) -> str:
             [name, *(compared(group, measure) for measure in ABLATION_MEASURES), *unlearned(group)]
             for name, group in settings.items()
         ],
+    )
+
+
+# --- the balance ----------------------------------------------------------------------------------
+
+
+def arm(line: Line) -> tuple[str, str]:
+    """Return the initialisation of a run in words, and its balance as text."""
+    init, balance = line["init"], str(line["fila_balance"])
+    fixed = {"official-fila": "paper", "default": "-"}
+    return INITS[init], fixed.get(init, balance)
+
+
+def crossing(curve: Sequence[Line]) -> tuple[float, float] | None:
+    """Return the step at which a curve falls to ``FORGOTTEN``, and the retain probability at that step.
+
+    Both are interpolated between two points. None stands for a curve that stays above.
+    """
+    for before, after in pairwise(curve):
+        high, low = before["forget_probability"], after["forget_probability"]
+        if low <= FORGOTTEN < high:
+            share = (high - FORGOTTEN) / (high - low)
+            step, retain = (
+                before[name] + share * (after[name] - before[name]) for name in ("step", "retain_probability")
+            )
+            return step, retain
+    return None
+
+
+def balance_groups(lines: Sequence[Line]) -> dict[tuple[str, str, float], list[Line]]:
+    """Return (initialisation, balance, learning rate) -> the runs of its seeds, in the order of the lines."""
+    groups: dict[tuple[str, str, float], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((*arm(line), line["learning_rate"]), []).append(line)
+    arms = list(dict.fromkeys(key[:2] for key in groups))
+    return dict(sorted(groups.items(), key=lambda item: (arms.index(item[0][:2]), item[0][2])))
+
+
+def fila_balance(lines: Sequence[Line]) -> str:
+    """Return a table with a row for each initialisation, balance and learning rate, over its seeds."""
+
+    def row(key: tuple[str, str, float], group: list[Line]) -> list[str]:
+        found = [crossing(line["curve"]) for line in group]
+        ends = [line["curve"][-1] for line in group]
+        reached = [pair for pair in found if pair is not None]
+        return [
+            *key[:2],
+            f"{key[2]:g}",
+            f"{fmean(line['step_size'] * line['learning_rate'] for line in group):.2f}",
+            ", ".join("-" if pair is None else f"{pair[0]:.1f}" for pair in found),
+            f"{fmean(retain for _, retain in reached):.3f}" if len(reached) == len(found) else "-",
+            ", ".join(f"{end['forget_quality']:.2g}" for end in ends),
+            f"{fmean(end['retain_probability'] for end in ends):.3f}",
+        ]
+
+    return markdown_table(
+        [
+            "initialisation",
+            "balance",
+            "learning rate",
+            "size of the first step",
+            f"steps to a forget probability of {FORGOTTEN}, by seed",
+            "retain probability then",
+            "forget quality at the end, by seed",
+            "retain probability at the end",
+        ],
+        [row(key, group) for key, group in balance_groups(lines).items()],
     )

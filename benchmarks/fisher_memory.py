@@ -20,7 +20,8 @@ from subjects import gpt_neo_125m, target_linears
 from transformers import PreTrainedModel
 
 from loku.data import collate
-from loku.fila.row_scales import fisher_row_scales, gradients_for_activations_alone, memory_bytes, plan_groups
+from loku.fila.row_scales import fisher_row_scales, gradients_for_activations_alone, plan_groups
+from loku.fila.settings import memory_bytes
 from loku.head import negative_log_likelihood
 
 PLAIN = "forward and backward alone"

@@ -6,8 +6,8 @@ A cell is a way to initialise the embedded model's adapters for forgetting its l
 compared with the shipped way (``Cell``'s defaults) by the rank correlation of its row scales, by the share of
 the best subspace's energy that it captures, and by the overlap of its subspace with the shipped one. Then it
 is compared by unlearning, as in ``experiments/tofu.py`` (IHL, rank 8, learning rate 2e-3), unless
-``num_train_epochs`` is 0. The authors' code squares the gradient of a batch's mean loss, adds 1e-5 to the
-retain Fisher and calls ``torch.svd_lowrank``.
+``num_train_epochs`` is 0. The row scales are normalised in every cell. ``experiments/fila_balance.py``
+compares their balances, and runs FILA as the authors' code has it.
 
 Finished cells are lines of ``--out``, by default ``experiments/results/fila_ablation.jsonl``, and are not run
 again. ``benchmarks/report.py`` makes the table in ``docs/experiments.md`` from them.
@@ -32,7 +32,7 @@ from loku import initialize_lora_fila_weights
 from loku.data import collate, padding_id, tokenize_dataset
 from loku.data.files import read_rows
 from loku.demo import load_model
-from loku.fila.row_scales import fisher_row_scales
+from loku.fila.row_scales import balanced, fisher_row_scales
 from loku.target_modules import default_target_modules
 from loku_kernels import row_scaled_svd
 
@@ -76,19 +76,6 @@ def batches(rows: Sequence[Any], tokenizer: Any, shuffle_seed: int | None = None
     )
 
 
-def per_batch_fisher(
-    model: Any, modules: Mapping[str, nn.Linear], loader: DataLoader[Any]
-) -> dict[str, Tensor]:
-    """Return name -> Fisher (d, k): the mean over batches of the squared gradient of a batch's mean loss."""
-    fisher = {name: torch.zeros_like(module.weight) for name, module in modules.items()}
-    weights = [module.weight for module in modules.values()]
-    for batch in loader:
-        gradients = torch.autograd.grad(model(**batch).loss, weights)
-        for total, gradient in zip(fisher.values(), gradients, strict=True):
-            total += gradient.square() / len(loader)
-    return fisher
-
-
 class Subject:
     """The embedded model, its target modules and their row scales. No Fisher is measured twice."""
 
@@ -101,37 +88,29 @@ class Subject:
             name: module for name, module in modules if name.endswith(targets)
         }
         self.sets: tuple[Sequence[Any], Sequence[Any]] = (self.base.forget, self.base.retain)
-        self.scales: dict[tuple[float, str], dict[str, Tensor]] = {}
-        self.fishers: dict[int, list[dict[str, Tensor]]] = {}
+        self.scales: dict[tuple[Any, ...], dict[str, Tensor]] = {}
 
-    def per_sample(self, damping: float, damping_mode: str) -> dict[str, Tensor]:
-        """Return name -> row scales (d,) from the per-sample Fisher."""
-        key = damping, damping_mode
+    def row_scales(
+        self, damping: float, damping_mode: Any, shuffle_seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Return name -> normalised row scales (d,).
+
+        They are those of the per-batch Fisher of shuffled rows if there is a seed of the order, and those of
+        the per-sample Fisher otherwise.
+        """
+        key = damping, damping_mode, shuffle_seed
         if key not in self.scales:
-            self.scales[key] = fisher_row_scales(
+            measured = fisher_row_scales(
                 self.model,
                 self.modules,
-                *(batches(rows, self.tokenizer) for rows in self.sets),
+                *(batches(rows, self.tokenizer, shuffle_seed) for rows in self.sets),
                 damping=damping,
                 damping_mode=damping_mode,
+                fisher="per-sample" if shuffle_seed is None else "per-batch",
                 progress=False,
             )
+            self.scales[key] = balanced(measured, "normalised")
         return self.scales[key]
-
-    def per_batch(self, damping: float, damping_mode: str, shuffle_seed: int) -> dict[str, Tensor]:
-        """Return name -> row scales (d,) from the per-batch Fisher of shuffled rows."""
-        if shuffle_seed not in self.fishers:
-            self.fishers[shuffle_seed] = [
-                per_batch_fisher(self.model, self.modules, batches(rows, self.tokenizer, shuffle_seed))
-                for rows in self.sets
-            ]
-        forget, retain = self.fishers[shuffle_seed]
-        scales = {}
-        for name in self.modules:
-            added = damping * (retain[name].mean() if damping_mode == "relative" else 1.0)
-            score = (forget[name] / (retain[name] + added)).sum(1)
-            scales[name] = (score / score.mean()).sqrt()
-        return scales
 
 
 @lru_cache
@@ -183,13 +162,13 @@ def compare(cell: Cell, subject: Subject) -> tuple[dict[str, Tensor], dict[str, 
     from scipy.stats import spearmanr
 
     damping = cell.damping, cell.damping_mode
-    shipped = subject.per_sample(Cell.damping, Cell.damping_mode)
+    shipped = subject.row_scales(Cell.damping, Cell.damping_mode)
     values: dict[str, list[float]] = {"rank_correlation": [], "deficit": [], "overlap": []}
     if cell.fisher == "per-batch":
-        ours, shuffled = (subject.per_batch(*damping, cell.seed + other) for other in (0, 1))
+        ours, shuffled = (subject.row_scales(*damping, cell.seed + other) for other in (0, 1))
         values["shuffle_correlation"] = []
     else:  # its order of rows changes nothing
-        ours = subject.per_sample(*damping)
+        ours = subject.row_scales(*damping)
     decompose = DECOMPOSITIONS[cell.svd](cell.seed)
     for name, module in subject.modules.items():
         weight, scale = module.weight.detach(), ours[name]

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from loku.callbacks import ExtractionStopping, ProbabilityGauge, UtilityFloorStopping
     from loku.checkpoint_factors import initialize_from_checkpoint
     from loku.config import UnlearnConfig
-    from loku.fila.initialize import get_fila_state_dict, initialize_lora_fila_weights
-    from loku.fila.row_scales import FilaConfig
+    from loku.fila.initialize import (
+        get_fila_state_dict,
+        initialize_from_factors,
+        initialize_lora_fila_weights,
+    )
+    from loku.fila.settings import FilaConfig
     from loku.saving.adapter import save_portable_adapter
     from loku.saving.models import save_merged_model, save_residual_model
     from loku.trainer import UnlearnTrainer
@@ -31,6 +35,7 @@ __all__ = [
     "UtilityFloorStopping",
     "get_fila_state_dict",
     "initialize_from_checkpoint",
+    "initialize_from_factors",
     "initialize_lora_fila_weights",
     "reference_model",
     "save_merged_model",
@@ -45,8 +50,12 @@ _MODULES = {
     "callbacks": ("ExtractionStopping", "ProbabilityGauge", "UtilityFloorStopping"),
     "checkpoint_factors": ("initialize_from_checkpoint",),
     "config": ("UnlearnConfig",),
-    "fila.initialize": ("get_fila_state_dict", "initialize_lora_fila_weights"),
-    "fila.row_scales": ("FilaConfig",),
+    "fila.initialize": (
+        "get_fila_state_dict",
+        "initialize_from_factors",
+        "initialize_lora_fila_weights",
+    ),
+    "fila.settings": ("FilaConfig",),
     "saving.adapter": ("save_portable_adapter",),
     "saving.models": ("save_merged_model", "save_residual_model"),
     "trainer": ("UnlearnTrainer",),

@@ -13,85 +13,10 @@ from transformers import TrainingArguments
 from loku.counts import check_counts, check_max_length
 from loku.data.question_templates import QuestionTemplate
 from loku.eval_bounds import JOINT_MEASURE, check_bounds
-from loku.fila.row_scales import FilaConfig
+from loku.fila.settings import FilaConfig, check_balance
+from loku.free_fields import EVALUATION_FIELDS, REASONS
 from loku.objectives import OBJECTIVES, Objective, described_methods, resolved
 from loku.target_modules import check_patterns
-
-# The fields that may differ between a run and the run that goes on from its checkpoint, with the reason.
-# Every other field decides the result, also one that a later transformers adds.
-_PLACE, _LOG = "a place or a time of files", "what is shown and logged"
-_HUB, _MEASURES = "what is uploaded", "measures, which change no weight"
-_NO_EFFECT, _SPEED = "without effect on UnlearnTrainer", "speed and memory, with the same bits"
-_REASONS = {
-    "activation_checkpointing": _SPEED,
-    "activation_checkpointing_kwargs": _SPEED,
-    "average_tokens_across_devices": "the loss always counts the tokens of all processes",
-    "dataloader_multiprocessing_context": _SPEED,
-    "dataloader_num_workers": _SPEED,
-    "dataloader_pin_memory": _SPEED,
-    "dataloader_prefetch_factor": _SPEED,
-    "ddp_timeout": "how long processes wait",
-    "debug": _LOG,
-    "disable_tqdm": _LOG,
-    "do_eval": _NO_EFFECT,
-    "do_predict": _NO_EFFECT,
-    "do_train": _NO_EFFECT,
-    "enable_jit_checkpoint": _PLACE,
-    "eval_accumulation_steps": _NO_EFFECT,
-    "eval_do_concat_batches": _NO_EFFECT,
-    "eval_use_gather_object": _NO_EFFECT,
-    "fisher_cache_dir": _PLACE,
-    "fisher_memory_budget": _SPEED,
-    "gradient_checkpointing": _SPEED,
-    "gradient_checkpointing_kwargs": _SPEED,
-    "hub_always_push": _HUB,
-    "hub_model_id": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_revision": _HUB,
-    "hub_strategy": _HUB,
-    "hub_token": _HUB,
-    "include_num_input_tokens_seen": _LOG,
-    "local_rank": "the number of a process",
-    "log_level": _LOG,
-    "log_level_replica": _LOG,
-    "log_on_each_node": _LOG,
-    "logging_dir": _PLACE,
-    "logging_first_step": _LOG,
-    "logging_nan_inf_filter": _NO_EFFECT,
-    "logging_steps": _LOG,
-    "logging_strategy": _LOG,
-    "model_init_kwargs": "the loaded model counts in their place",
-    "output_dir": _PLACE,
-    "project": _LOG,
-    "push_to_hub": _HUB,
-    "refusals": "their texts count in their place",
-    "report_to": _LOG,
-    "resume_from_checkpoint": _PLACE,
-    "run_name": _LOG,
-    "save_on_each_node": _PLACE,
-    "save_only_model": _PLACE,
-    "save_steps": _PLACE,
-    "save_strategy": _PLACE,
-    "save_total_limit": _PLACE,
-    "skip_memory_metrics": _LOG,
-    "torch_empty_cache_steps": _SPEED,
-    "trackio_bucket_id": _LOG,
-    "trackio_space_id": _LOG,
-    "trackio_static_space_id": _LOG,
-}
-# These are free, too, while no evaluation decides: without a metric for the best model or the learning rate.
-_EVALUATION = {
-    "batch_eval_metrics",
-    "eval_delay",
-    "eval_floors",
-    "eval_limits",
-    "eval_on_start",
-    "eval_steps",
-    "eval_strategy",
-    "include_for_metrics",
-    "per_device_eval_batch_size",
-    "prediction_loss_only",
-}
 
 # The values that a run can have. None stands for the field's own meaning of it.
 _COUNTS = (
@@ -175,13 +100,17 @@ class UnlearnConfig(TrainingArguments):
             ``Objective.arguments`` of the method documents them.
         tuning: The parameters that are trained. "lora" (default) trains adapters. "full" trains all
             parameters that require a gradient, and ignores ``init``, the LoRA fields and ``target_modules``.
-        init: The initialisation of LoRA. "fila" (default) uses the Fisher information of the two sets,
-            "pissa" the leading singular directions of the weights, "default" is peft's own.
+        init: The initialisation of LoRA. "fila" (default) uses the Fisher information of the two sets.
+            "official-fila" is FILA as the authors' code has it (``loku.FilaConfig.official``): it fixes the
+            damping and the balance, and draws the measured rows by ``seed``
+            (``loku.fila.measured_rows.official_rows``). "pissa" uses the leading singular directions of the
+            weights, "default" is peft's own.
         lora_rank: The rank of the adapter, 16 by default.
         lora_alpha: The alpha of the adapter, 32 by default. Its scaling is lora_alpha / lora_rank.
         target_modules: The modules to adapt: a sweep of the paper's Figure 4, names, or a regular expression.
             The sweeps are "qv" (query and value), "qkvo" (key and output as well), "ffn" (every MLP linear),
-            and "qv+ffn" (default). "all-linear" is every linear of the text decoder. A list has names. A text
+            "qv+ffn" (default), and "all" ("qkvo" and "ffn", the targets of the authors' TOFU runs).
+            "all-linear" is every linear of the text decoder. A list has names. A text
             of letters, digits, underscores and dots is one name. Any other text is a regular expression,
             which must match whole names. See ``loku.target_modules.choose_targets``.
         exclude_modules: The names of targets that are left out, or a regular expression; None (default)
@@ -208,6 +137,10 @@ class UnlearnConfig(TrainingArguments):
             ``"Question: {question}\\nAnswer:"``. See ``loku.data.QuestionTemplate``.
         answer_template: The labelled text after it, with ``{answer}``. None (default) stands for TOFU's,
             ``" {answer}"``. A text as ``question_template`` needs one, and "chat" takes none.
+        fila_balance: The size of FILA's row scales, which balances the factors A and B and so acts like a
+            learning rate: "normalised" (default), "paper" (as measured), or a number > 0 that multiplies the
+            normalised ones, and PiSSA's ones, too. Numbers far from 1 make larger steps. See
+            ``loku.FilaConfig``.
         fisher_damping: The damping of the retain Fisher, 1 by default; see ``loku.FilaConfig``.
         fisher_damping_mode: The unit of the damping, "relative" (default) or "absolute"; see
             ``loku.FilaConfig``.
@@ -239,7 +172,7 @@ class UnlearnConfig(TrainingArguments):
     ]
 
     # A subclass that adds fields adds the names of those that decide nothing.
-    FREE_FIELDS: ClassVar[frozenset[str]] = frozenset(_REASONS)
+    FREE_FIELDS: ClassVar[frozenset[str]] = frozenset(REASONS)
 
     output_dir: str | None = field(default="loku-output", metadata={"help": "The directory of checkpoints."})
     per_device_train_batch_size: int = field(
@@ -290,7 +223,7 @@ class UnlearnConfig(TrainingArguments):
     tuning: Literal["lora", "full"] = field(
         default="lora", metadata={"help": "Train LoRA adapters, or the full model."}
     )
-    init: Literal["fila", "default", "pissa"] = field(
+    init: Literal["fila", "official-fila", "default", "pissa"] = field(
         default="fila", metadata={"help": "The initialisation of the adapters."}
     )
     lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters."})
@@ -300,8 +233,9 @@ class UnlearnConfig(TrainingArguments):
     target_modules: list[str] | str | None = field(
         default="qv+ffn",
         metadata={
-            "help": "The modules to adapt: a sweep (qv, qkvo, ffn or qv+ffn), all-linear, names with spaces "
-            "between, or one regular expression, which has other signs than letters, digits, _ and dots."
+            "help": "The modules to adapt: a sweep (qv, qkvo, ffn, qv+ffn or all), all-linear, names with "
+            "spaces between, or one regular expression, which has other signs than letters, digits, _ and "
+            "dots."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -349,6 +283,10 @@ class UnlearnConfig(TrainingArguments):
         default=None,
         metadata={"help": "The text of its answer, with {answer}; it belongs to question_template."},
     )
+    fila_balance: float | str | None = field(  # None: HfArgumentParser then leaves texts as they are
+        default="normalised",
+        metadata={"help": "The size of FILA's row scales: normalised, paper, or a number."},
+    )
     fisher_damping: float = field(default=1.0, metadata={"help": "The damping of the retain Fisher."})
     fisher_damping_mode: Literal["relative", "absolute"] = field(
         default="relative",
@@ -395,8 +333,9 @@ class UnlearnConfig(TrainingArguments):
             raise ValueError(f"method must be one of {sorted(OBJECTIVES)}, got {self.method!r}")
         if self.tuning not in ("lora", "full"):
             raise ValueError(f'tuning must be "lora" or "full", got {self.tuning!r}')
-        if self.init not in ("fila", "default", "pissa"):
-            raise ValueError(f'init must be "fila", "default" or "pissa", got {self.init!r}')
+        if self.init not in ("fila", "official-fila", "default", "pissa"):
+            raise ValueError(f'init must be "fila", "official-fila", "default" or "pissa", got {self.init!r}')
+        self.fila_balance = check_balance(self.fila_balance, "fila_balance")
         self.target_modules = self.target_modules or "qv+ffn"
         check_patterns("target_modules", self.target_modules)
         self.exclude_modules = self.exclude_modules or None
@@ -452,15 +391,29 @@ class UnlearnConfig(TrainingArguments):
         return OBJECTIVES[self.method].configured(*self.method_arguments())
 
     def fila_config(self) -> FilaConfig:
-        """The settings of the row scales, as ``loku.get_fila_state_dict`` takes them."""
-        return FilaConfig(
-            damping=self.fisher_damping,
-            damping_mode=self.fisher_damping_mode,
-            fisher_samples=self.fisher_samples,
-            seed=self.seed,
-            fisher_memory_budget=self.fisher_memory_budget,
-            fisher_cache_dir=self.fisher_cache_dir,
-        )
+        """The settings of FILA, as ``loku.initialize_lora_fila_weights`` takes them.
+
+        Raises:
+            ValueError: A value is out of its range. Or ``init="official-fila"`` fixes a field that is not at
+                its default.
+        """
+        options: dict[str, Any] = {
+            "fisher_samples": self.fisher_samples,
+            "seed": self.seed,
+            "fisher_memory_budget": self.fisher_memory_budget,
+            "fisher_cache_dir": self.fisher_cache_dir,
+        }
+        own = ("fisher_damping", "fisher_damping_mode", "fila_balance")
+        if self.init != "official-fila":
+            damping, damping_mode, balance = (getattr(self, name) for name in own)
+            return FilaConfig(damping=damping, damping_mode=damping_mode, balance=balance, **options)
+        for name in own:
+            if getattr(self, name) != getattr(UnlearnConfig, name):
+                raise ValueError(
+                    f'init="official-fila" has its own {name}, got {getattr(self, name)!r}: leave it out, or '
+                    'use init="fila"'
+                )
+        return FilaConfig.official(**options)
 
     def template(self) -> QuestionTemplate:
         """The template of rows of questions and answers."""
@@ -487,9 +440,17 @@ class UnlearnConfig(TrainingArguments):
         Returns:
             The values by their names in messages.
         """
-        free = self.FREE_FIELDS if self.metric_for_best_model is not None else self.FREE_FIELDS | _EVALUATION
+        free = (
+            self.FREE_FIELDS
+            if self.metric_for_best_model is not None
+            else self.FREE_FIELDS | EVALUATION_FIELDS
+        )
         names = [f.name for f in dataclasses.fields(self) if f.init and f.name not in free]
         settings = {name: getattr(self, name) for name in names}
-        beta, arguments = self.method_arguments()
-        settings |= {"beta": beta, "method_args": arguments}
+        objective = OBJECTIVES.get(self.method)
+        if objective is not None:  # a default that a later version changes decides, too
+            defaults = {name: argument.default for name, argument in objective.arguments.items()}
+            given = self.method_args if isinstance(self.method_args, dict) else {}
+            settings["beta"] = objective.beta if self.beta is None else self.beta
+            settings["method_args"] = {**defaults, **given}
         return {**settings, "world_size": self.world_size, "n_gpu": self.n_gpu}

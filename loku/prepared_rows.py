@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from loku.config import UnlearnConfig
 from loku.data import (
+    AlternateRows,
     LazyRows,
     RefusalRows,
     StreamedRows,
@@ -102,11 +103,21 @@ def prepare_rows(
         isinstance(rows, DrawnRows) or has_input_ids(rows) for rows in (forget, retain)
     ):
         tokenizer = infer_tokenizer(model)
-    needs_refusals = refusals is None and "refusal" in OBJECTIVES[config.method].rows
+    objective = OBJECTIVES[config.method]
+    needs_refusals = refusals is None and "refusal" in objective.rows
     if needs_refusals and has_input_ids(forget):
+        wanted = (
+            "alternates; pass a loku.data.AlternateRows"
+            if objective.alternates
+            else ("refusals; pass a loku.data.RefusalRows")
+        )
         raise ValueError(
-            f"method {config.method!r} trains on refusals; pass a loku.data.RefusalRows, or a forget set "
-            "that is not tokenised"
+            f"method {config.method!r} trains on {wanted}, or a forget set that is not tokenised"
+        )
+    if objective.alternates and config.refusals is not None:
+        raise ValueError(
+            f"method {config.method!r} trains on the rows' own alternates, so it takes no refusals: leave "
+            'them out, or train by "dpo"'
         )
     length, limits = config.max_length, token_limits(model)
     template = config.template()
@@ -117,10 +128,15 @@ def prepare_rows(
         tokenized = tokenize_dataset(forget, tokenizer, max_length=length, limits=limits, template=template)
         if needs_refusals:
             assert tokenizer is not None  # rows without tokens have asked for one above
-            texts = load_refusals(config.refusals)
-            refusals = RefusalRows(
-                forget, texts, tokenizer, max_length=length, limits=limits, template=template
-            )
+            if objective.alternates:
+                refusals = AlternateRows(
+                    forget, tokenizer, max_length=length, limits=limits, template=template
+                )
+            else:
+                texts = load_refusals(config.refusals)
+                refusals = RefusalRows(
+                    forget, texts, tokenizer, max_length=length, limits=limits, template=template
+                )
         kept = retain_rows(
             retain,
             tokenizer,

@@ -20,12 +20,13 @@ from loku.module_roles import FUSED_ATTENTION as FUSED_ATTENTION
 from loku.module_roles import inside_block, read_roles
 from loku.text_decoder import directly_read, text_modules
 
-# The sweeps of the paper's Figure 4, by the roles of the modules.
+# The sweeps of the paper's Figure 4 and of the authors' TOFU runs ("all"), by the roles of the modules.
 TARGET_SWEEPS = {
     "qv": ("query", "value"),
     "qkvo": ("query", "key", "value", "output"),
     "ffn": ("MLP",),
     "qv+ffn": ("query", "value", "MLP"),
+    "all": ("query", "key", "value", "output", "MLP"),
 }
 ALL_LINEAR = "all-linear"
 
@@ -66,7 +67,8 @@ def default_target_modules(model: nn.Module, sweep: str = "qv+ffn") -> list[str]
     Args:
         model: The causal LM.
         sweep: The sweep of Figure 4. "qv" has the query and value projections, "qkvo" the key and output
-            projections as well, "ffn" every MLP linear. "qv+ffn" (default) is "qv" and "ffn" together.
+            projections as well, "ffn" every MLP linear. "qv+ffn" (default) is "qv" and "ffn" together, and
+            "all" is "qkvo" and "ffn" together.
 
     Returns:
         The shortest suffixes of module names that match the targets and nothing else.
@@ -141,8 +143,8 @@ def choose_targets(
 
     Args:
         model: The causal LM, without an adapter.
-        target_modules: A sweep ("qv", "qkvo", "ffn" or "qv+ffn", the default), "all-linear" (every linear of
-            the text decoder and every expert), names, one name, or a regular expression.
+        target_modules: A sweep ("qv", "qkvo", "ffn", "all", or "qv+ffn", the default), "all-linear" (every
+            linear of the text decoder and every expert), names, one name, or a regular expression.
         exclude_modules: The targets that are left out: names, one name, or a regular expression. None
             (default) leaves none out.
 

@@ -240,10 +240,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         }
         for name, over in (("forget", self.objective.forget_over), ("retain", self.objective.retain_over)):
             if packed[name] and (over == "rows" or callable(over)):
-                raise ValueError(
-                    f"method {args.method!r} counts whole answers; give each document of the {name} set "
-                    "a row"
-                )
+                does = "compares whole answers" if over == "rows" else "counts the tokens of whole answers"
+                raise ValueError(f"method {args.method!r} {does}; give each document of the {name} set a row")
         if any(packed.values()):
             check_packing(model)
             for quantities in self.objective.quantities.values():

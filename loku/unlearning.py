@@ -31,6 +31,8 @@ from loku.fila.initialize import (
     initialize_lora_fila_weights,
     undo_of_initialisation,
 )
+from loku.fila.measured_rows import OFFICIAL_BATCH_SIZE, official_rows
+from loku.fila.row_scales import balanced
 from loku.fila.targets import fila_targets
 from loku.head import output_embedding
 from loku.interrupts import uninterrupted, uninterrupted_context
@@ -209,10 +211,10 @@ def _unlearn(
     keep_differentiable_(model)  # before the model is evaluated
     rows = prepare_rows(model, forget, retain, config, tokenizer)
     tokenizer = rows.tokenizer
-    if isinstance(rows.retain, StreamedRows) and config.init == "fila" and config.fisher_samples is None:
+    if isinstance(rows.retain, StreamedRows) and _measures(config) and config.fisher_samples is None:
         raise ValueError(
-            'init="fila" measures the retain set, which has no length: set fisher_samples, and its first '
-            "rows are measured"
+            f'init="{config.init}" measures the retain set, which has no length: set fisher_samples, and its '
+            "first rows are measured"
         )
     make_trainer = partial(
         UnlearnTrainer,
@@ -245,10 +247,10 @@ def _unlearn(
     with trainer.checkpoints_reserved() as checkpoint:
         resumed = checkpoint is not None  # the trainer then takes the checkpoint's initial factors
         initialize: Callable[[], None] | None = None
-        if config.init == "fila" and not resumed:
+        if _measures(config) and not resumed:
             initialize = partial(_initialize_by_fila, peft_model, rows, config)
         elif config.init == "pissa" and not resumed:
-            initialize = partial(_initialize_by_pissa, peft_model)
+            initialize = partial(_initialize_by_pissa, peft_model, config)
         if initialize is not None:
             if trainer.is_fsdp_enabled:
                 trainer.add_callback(_OnceSharded(initialize))
@@ -276,19 +278,29 @@ class _OnceSharded(TrainerCallback):
             self.initialize()
 
 
+def _measures(config: UnlearnConfig) -> bool:
+    """Whether the initialisation measures the Fisher information of the two sets."""
+    return config.init in ("fila", "official-fila")
+
+
 def _initialize_by_fila(peft_model: PeftModel, rows: PreparedRows, config: UnlearnConfig) -> None:
     retain = rows.retain
     if isinstance(retain, StreamedRows):
         retain = [retain[index] for index in range(config.fisher_samples or 0)]
+    forget, retain = _fisher_samples(rows.forget), _fisher_samples(retain)
+    batch_size = config.per_device_train_batch_size
+    if config.init == "official-fila":
+        forget, retain = official_rows(forget, retain, config.seed)
+        batch_size = OFFICIAL_BATCH_SIZE
     loader = partial(
         DataLoader,
-        batch_size=config.per_device_train_batch_size,
+        batch_size=batch_size,
         collate_fn=partial(collate, pad_token_id=padding_id(rows.tokenizer, peft_model)),
     )
     initialize_lora_fila_weights(
         peft_model,
-        loader(_fisher_samples(rows.forget)),
-        loader(_fisher_samples(retain)),
+        loader(forget),
+        loader(retain),
         config=config.fila_config(),
         progress=not config.disable_tqdm,
     )
@@ -297,18 +309,21 @@ def _initialize_by_fila(peft_model: PeftModel, rows: PreparedRows, config: Unlea
 def _fisher_samples(rows: Any) -> Any:
     """The samples of a set's Fisher: its documents, sorted by length.
 
-    The Fisher does not depend on the grouping, and batches of similar length have less padding. Rows that are
-    not held in memory are not sorted.
+    The per-sample Fisher does not depend on the grouping, and batches of similar length have less padding.
+    Rows that are not held in memory are not sorted.
     """
     if not isinstance(rows, list):
         return rows
     return sorted(split_documents(rows), key=lambda row: len(row["input_ids"]))
 
 
-def _initialize_by_pissa(peft_model: PeftModel) -> None:
-    """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1."""
+def _initialize_by_pissa(peft_model: PeftModel, config: UnlearnConfig) -> None:
+    """Initialise by PiSSA (Meng et al., 2024): FILA without the Fisher, with row scales of 1.
+
+    A number as ``fila_balance`` multiplies them.
+    """
     ones = {
         name: torch.ones(len(base_weight(layer)), dtype=torch.float32)
         for name, layer in fila_targets(peft_model).items()
     }
-    initialize_from_row_scales(peft_model, ones)
+    initialize_from_row_scales(peft_model, balanced(ones, config.fila_balance or "normalised"))

@@ -44,6 +44,7 @@ def finetuned_models(
     settings: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     report: Callable[[str], None] = print,
+    progress: bool = True,
 ) -> tuple[Path, dict[str, Path]]:
     """Fine-tune a base on TOFU, whole and without each split's forget set.
 
@@ -60,6 +61,7 @@ def finetuned_models(
         settings: Fields of ``transformers.TrainingArguments`` that differ from TOFU's; none by default.
         tokenizer: The tokenizer; None (default) for the one beside the base.
         report: A function that shows a line of progress, ``print`` by default.
+        progress: Whether a progress bar is shown, True by default.
 
     Returns:
         The folder of the model that knows all, and those of the models without a split's forget set.
@@ -72,9 +74,8 @@ def finetuned_models(
     for split in splits:
         sets[RETAIN_SPLITS[split]] = list(Tofu().load(source, split).retain)
     for name, rows in sets.items():
-        _finetune(
-            base, rows, Path(folder) / name, config, {**SETTINGS, **(settings or {})}, tokenizer, report
-        )
+        chosen = {**SETTINGS, **(settings or {})}
+        _finetune(base, rows, Path(folder) / name, config, chosen, tokenizer, report, progress)
     return Path(folder) / "full", {split: Path(folder) / RETAIN_SPLITS[split] for split in splits}
 
 
@@ -86,6 +87,7 @@ def _finetune(
     settings: Mapping[str, Any],
     tokenizer: Any,
     report: Callable[[str], None],
+    progress: bool,
 ) -> None:
     # Weights of 16 bits are too coarse for this learning rate: half of the steps round to zero.
     model: Any = load_model(base, {**config.init_arguments(), "dtype": torch.float32})
@@ -120,7 +122,7 @@ def _finetune(
         remove_unused_columns=False,
         use_cpu=config.use_cpu,
         bf16=not config.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        disable_tqdm=config.disable_tqdm,
+        disable_tqdm=not progress,
         logging_strategy="epoch",
         **settings,
     )

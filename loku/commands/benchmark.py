@@ -243,6 +243,7 @@ def _finetuned(
         config,
         options.finetune,
         tokenizer,
+        progress=not options.quiet,
     )
     return str(full), {split: str(place) for split, place in retain.items()}
 

@@ -23,7 +23,7 @@ from loku.commands.attacks import add_options, attack_tables, check_options, loa
 from loku.commands.report_files import check_report_files, read_earlier_report, write_report_files
 from loku.counts import check_counts, check_max_length
 
-_SOURCES = ("knowledge_examples", "classifier")  # options that name what some measures need
+_OPTIONAL = ("knowledge_examples", "classifier", "classifier_class")  # options of measures that are asked for
 
 
 def add(commands: Commands[CommandParser]) -> CommandParser:
@@ -128,7 +128,10 @@ def run(options: argparse.Namespace) -> None:
         f"--{name}": getattr(options, name.replace("-", "_")) for name in ("ngram", "stride", "batch-size")
     }
     check_counts(**counts)
+    check_counts(0, **{"--classifier-class": options.classifier_class})
     check_max_length(options.max_length, "--max-length")
+    if options.classifier is None and options.classifier_class:
+        raise ValueError("--classifier-class is for --classifier, which was not given")
     template = template_of(options)
 
     from datetime import timedelta
@@ -151,8 +154,7 @@ def run(options: argparse.Namespace) -> None:
         reference = _read_log(options.reference_log)
     retained = None
     if options.reference_report is not None:
-        wanted = {**_settings(options), **{key: getattr(options, key) for key in _SOURCES}}
-        retained = _read_report(options.reference_report, wanted)
+        retained = _read_report(options.reference_report, {**_settings(options), **_asked_for(options)})
     examples = options.knowledge_examples
     if examples is not None:
         examples = list(read_rows(examples))
@@ -199,7 +201,7 @@ def run(options: argparse.Namespace) -> None:
             "data": sources,
             "reference_log": options.reference_log,
             "reference_report": options.reference_report,
-            **{key: getattr(options, key) for key in _SOURCES},
+            **_asked_for(options),
             "settings": _settings(options),
             "sets": result.sets,
             "whole": result.whole,
@@ -287,16 +289,14 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the measures, as the report has them."""
-    keys = (
-        "ngram",
-        "stride",
-        "max_length",
-        "batch_size",
-        "classifier_class",
-        "question_template",
-        "answer_template",
-    )
+    keys = ("ngram", "stride", "max_length", "batch_size", "question_template", "answer_template")
     return {key: getattr(options, key) for key in keys}
+
+
+def _asked_for(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the measures take that were asked for; None where one was not."""
+    found = {key: getattr(options, key) for key in _OPTIONAL}
+    return {**found, "classifier_class": None} if options.classifier is None else found
 
 
 def _read_report(path: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -317,7 +317,7 @@ def _read_report(path: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     theirs = {**report, **report["settings"]}
     for key, ours in settings.items():
-        optional = key in _SOURCES and None in (ours, theirs.get(key))  # the measure is not compared
+        optional = key in _OPTIONAL and None in (ours, theirs.get(key))  # the measure is not compared
         if key != "batch_size" and theirs.get(key) != ours and not optional:
             raise ValueError(
                 f"--reference-report {path} was made with {key} {theirs.get(key)}, and here it is {ours}; "

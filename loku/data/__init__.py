@@ -5,6 +5,7 @@ A data set is a list of strings, a list of dicts, a ``datasets.Dataset`` or a ta
 ``torch.utils.data.DataLoader`` take. ``collate`` pads some of these rows into tensors.
 """
 
+from loku.data.alternates import ALTERNATE, AlternateRows, alternates_of
 from loku.data.batches import collate, collate_pairs, padding_id
 from loku.data.files import place_of_row, read_rows
 from loku.data.large_sets import LazyRows, StreamedRows, retain_rows
@@ -35,10 +36,12 @@ from loku.data.token_limits import TokenLimits, check_tokens, token_limits
 from loku.data.tokens import IGNORE_INDEX
 
 __all__ = [
+    "ALTERNATE",
     "COLUMNS",
     "IGNORE_INDEX",
     "TOFU_REFUSALS",
     "TOFU_TEMPLATE",
+    "AlternateRows",
     "BadRow",
     "LazyRows",
     "PairSampler",
@@ -49,6 +52,7 @@ __all__ = [
     "RowTokenizer",
     "StreamedRows",
     "TokenLimits",
+    "alternates_of",
     "as_rows",
     "check_template_used",
     "check_tokens",

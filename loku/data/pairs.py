@@ -77,7 +77,7 @@ class PairedDataset(Dataset):
         if "refusal" in self.kinds:
             assert self.refusals is not None, 'the kind "refusal" needs refusals'
             generator = np.random.default_rng((self.seed, epoch))
-            self._refusal_indices = generator.integers(len(self.refusals.refusals), size=len(self.forget))
+            self._refusal_indices = self.refusals.draw(generator)
 
     def _retain_index(self, draw: int, rows: int) -> int:
         if self.with_replacement:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loku.data.chats import chat_of
 from loku.data.files import read_text
 from loku.data.question_templates import TOFU_TEMPLATE, QuestionTemplate
@@ -101,18 +103,30 @@ class RefusalRows:
         for index in range(len(self.rows)):
             self[index, longest]
 
+    def draw(self, generator: np.random.Generator) -> np.ndarray:
+        """Draw a refusal for each row: the indices (rows,), int64."""
+        return generator.integers(len(self.refusals), size=len(self.rows))
+
     def __getitem__(self, key: tuple[int, int]) -> TokenizedRow:
         index, refusal = key
         try:
-            row = _with_answer(self.rows[index], self.refusals[refusal])
+            row = with_answer(self.rows[index], self.refusals[refusal])
         except BadRow as error:
             problem = f'{error}. Methods that train on refusals ("dpo", "idk") need question/answer rows'
             raise RowError("forget", index, problem) from None
         return self._tokenize(index, row)
 
 
-def _with_answer(row: Any, answer: str) -> dict[str, Any]:
-    """Return the row with another answer, in a form that ``tokenize_dataset`` takes."""
+def with_answer(row: Any, answer: str) -> dict[str, Any]:
+    """Return the row with another answer, in a form that ``tokenize_dataset`` takes.
+
+    Args:
+        row: The row.
+        answer: The answer.
+
+    Raises:
+        BadRow: The row has no prompt, or the place of its answer is not known.
+    """
     columns = columns_of(row)
     labelled = labelled_column(columns)
     if labelled == "input_ids":

@@ -1,5 +1,6 @@
 """FILA, in the order of its steps.
 
-``targets`` chooses the modules. ``row_scales`` measures their Fisher information, and ``row_scale_cache``
-keeps it on disk. ``initialize`` makes the adapter, and ``originals`` copies the weights that it overwrites.
+``settings`` has the choices. ``targets`` chooses the modules. ``measured_rows`` chooses the rows,
+``row_scales`` measures the modules' Fisher information on them, and ``row_scale_cache`` keeps it on disk.
+``initialize`` makes the adapter of ``factors``, and ``originals`` copies the weights that it overwrites.
 """

@@ -23,7 +23,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from loku.adapters import (
     BASE_COPY,
@@ -45,10 +44,12 @@ from loku.distributed import (
     reshard_,
     same_in_all_processes_,
 )
-from loku.fila.factors import add_low_rank_, fila_factors
+from loku.fila.factors import add_low_rank_, fila_factors, official_factors
+from loku.fila.measured_rows import sampled
 from loku.fila.originals import HostCopies
 from loku.fila.row_scale_cache import cached_row_scales
-from loku.fila.row_scales import FilaConfig, fisher_row_scales, reiterable
+from loku.fila.row_scales import balanced, fisher_row_scales
+from loku.fila.settings import FilaConfig
 from loku.fila.targets import fila_targets
 from loku.interrupts import raise_waiting, uninterrupted_context
 from loku.process_state import process_state_kept
@@ -93,15 +94,22 @@ def _same_shape_groups(layers: dict[str, LoraLinear], adapter_name: str) -> list
     return list(groups.values())
 
 
-def _initialize(
-    layers: dict[str, LoraLinear], row_scales: dict[str, Tensor], adapter_name: str, originals: HostCopies
-) -> None:
+def _whole_weights(layers: dict[str, LoraLinear], names: list[str]) -> list[Tensor]:
+    """The weights of layers, gathered if they are sharded; ``ValueError`` names one that is not finite."""
+    weights = [full_tensor(base_weight(layers[name]).detach()) for name in names]
+    finite = torch.stack([torch.isfinite(weight).all() for weight in weights]).tolist()  # one transfer
+    if not all(finite):
+        name = names[finite.index(False)]
+        raise ValueError(f"{name}: its weight is not finite; check the model that was loaded")
+    return weights
+
+
+Factors = Iterator[tuple[str, tuple[Tensor, Tensor]]]  # of one module after the other
+
+
+def _fila_factors(layers: dict[str, LoraLinear], row_scales: dict[str, Tensor], adapter_name: str) -> Factors:
     for names in _same_shape_groups(layers, adapter_name):
-        weights = [full_tensor(base_weight(layers[name]).detach()) for name in names]
-        finite = torch.stack([torch.isfinite(weight).all() for weight in weights]).tolist()  # one transfer
-        if not all(finite):
-            name = names[finite.index(False)]
-            raise ValueError(f"{name}: its weight is not finite; check the model that was loaded")
+        weights = _whole_weights(layers, names)
         rank = layers[names[0]].r[adapter_name]
         S, V = row_scaled_svd(
             [w.float() if w.dtype == torch.float64 else w for w in weights],
@@ -109,10 +117,17 @@ def _initialize(
             min(rank, *weights[0].shape),
         )
         for i, name in enumerate(names):
-            layer = layers[name]
-            factors = fila_factors(weights[i], S[i], V[i], rank, layer.scaling[adapter_name])
-            originals.wait_for(name)
-            _move_into_adapter(layer, adapter_name, *factors)
+            yield name, fila_factors(weights[i], S[i], V[i], rank, layers[name].scaling[adapter_name])
+
+
+def _official_factors(
+    layers: dict[str, LoraLinear], row_scales: dict[str, Tensor], adapter_name: str, seed: int
+) -> Factors:
+    torch.manual_seed(seed)
+    for name, layer in layers.items():  # in the order of the model, in which the authors' code draws
+        (weight,) = _whole_weights(layers, [name])
+        rank, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
+        yield name, official_factors(weight, row_scales[name], rank, scaling)
 
 
 def _move_into_adapter(layer: LoraLinear, adapter_name: str, new_B: Tensor, new_A: Tensor) -> None:
@@ -136,7 +151,11 @@ def _add_to_base_(layer: LoraLinear, adapter_name: str, factor: float) -> None:
 @process_state_kept()
 @torch.no_grad()
 def initialize_from_row_scales(
-    peft_model: PeftModel, row_scales: Mapping[str, Tensor], adapter_name: str = "default"
+    peft_model: PeftModel,
+    row_scales: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    *,
+    config: FilaConfig | None = None,
 ) -> None:
     """Initialise a LoRA adapter by FILA, in place: factors, residual base weights, frozen reference adapter.
 
@@ -145,7 +164,9 @@ def initialize_from_row_scales(
 
         B = W V S^(-1/2) / sqrt(scaling),   A = S^(1/2) V^T / sqrt(scaling),   W <- W - scaling * B A
 
-    peft's scaling is alpha / r, or alpha / sqrt(r) for rsLoRA. Times B A it is the paper's B A. Directions
+    peft's scaling is alpha / r, or alpha / sqrt(r) for rsLoRA. Times B A it is the paper's B A. The factors
+    of c * s are sqrt(c) A and B / sqrt(c), so the size of the row scales decides the balance of A and B
+    (``loku.fila.row_scales.balanced``). Directions
     with S_i <= 1e-6 S_1, and those beyond min(d, k), get zero rows of A and zero columns of B. The residual
     is computed in float64 from the factors as stored and rounded once. So outputs change by one rounding
     of W.
@@ -163,6 +184,8 @@ def initialize_from_row_scales(
             module's name in the base model. A "base_model.model." prefix is dropped. Further names are
             ignored.
         adapter_name: The name of the adapter, "default" by default.
+        config: The settings, ``FilaConfig()`` by default. Their ``decomposition`` counts, and for
+            "svd_lowrank" their ``seed``; the row scales are taken as they are.
 
     Raises:
         ValueError: FILA cannot initialise the adapter (see ``fila_targets``), the adapter already changes the
@@ -173,9 +196,12 @@ def initialize_from_row_scales(
     layers = fila_targets(peft_model, adapter_name)
     refuse_trained_adapter(peft_model, adapter_name)
     checked = _checked_row_scales(row_scales, layers)
-    originals = _copies(layers, adapter_name)
-    with _keeping_originals(peft_model, layers, adapter_name, originals):
-        _initialize(layers, checked, adapter_name, originals)
+    config = config or FilaConfig()
+    if config.decomposition == "svd_lowrank":
+        factors = _official_factors(layers, checked, adapter_name, config.seed)
+    else:
+        factors = _fila_factors(layers, checked, adapter_name)
+    _initialize(peft_model, layers, factors, adapter_name)
 
 
 @process_state_kept()
@@ -183,21 +209,25 @@ def initialize_from_row_scales(
 def initialize_from_factors(
     peft_model: PeftModel, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str = "default"
 ) -> None:
-    """Initialise a LoRA adapter with the factors of an earlier FILA initialisation, in place.
+    """Initialise a LoRA adapter with given factors, in place: the base keeps W - scaling * B A.
 
-    The residual of the same base model is the earlier one bit for bit, without Fisher passes and
-    decompositions. The effects are those of ``initialize_from_row_scales``.
+    The factors may be of any kind. Those of an earlier FILA initialisation of the same base model leave the
+    earlier residual bit for bit, without Fisher passes and decompositions. The effects are those of
+    ``loku.fila.initialize.initialize_from_row_scales``: outputs stay, and saves fit the untouched base.
 
     Args:
         peft_model: The model with the adapter.
-        factors: The factors B (d, rank) and A (rank, k) of each target module, by the module's name in the
-            base model, as ``reference_factors`` returns them.
+        factors: The factors B (d, rank) and A (rank, k) of each target module, finite, by the module's name
+            in the base model, as ``loku.adapters.reference_factors`` returns them. They are rounded to the
+            dtype of the adapter.
         adapter_name: The name of the adapter, "default" by default.
 
     Raises:
         ValueError: FILA cannot initialise the adapter (see ``fila_targets``), the adapter already changes the
-            outputs, or the factors are of other modules or shapes.
+            outputs, or the factors are of other modules or shapes, or not finite. On any exception the model
+            is as before.
     """
+    reshard_(peft_model)
     layers = fila_targets(peft_model, adapter_name)
     refuse_trained_adapter(peft_model, adapter_name)
     if factors.keys() != layers.keys():
@@ -214,11 +244,19 @@ def initialize_from_factors(
                 f"{name}: B and A must have the shapes {[tuple(shape) for shape in held]}, got "
                 f"{[tuple(shape) for shape in given]}; use the rank that they were made with"
             )
+        if not all(torch.isfinite(factor).all() for factor in factors[name]):
+            raise ValueError(f"{name}: B and A must be finite")
+    _initialize(peft_model, layers, ((name, factors[name]) for name in layers), adapter_name)
+
+
+def _initialize(
+    peft_model: PeftModel, layers: dict[str, LoraLinear], factors: Factors, adapter_name: str
+) -> None:
     originals = _copies(layers, adapter_name)
     with _keeping_originals(peft_model, layers, adapter_name, originals):
-        for name, layer in layers.items():
+        for name, (B, A) in factors:
             originals.wait_for(name)
-            _move_into_adapter(layer, adapter_name, *factors[name])
+            _move_into_adapter(layers[name], adapter_name, B, A)
 
 
 def _local_weight(layer: LoraLinear) -> Tensor:
@@ -351,28 +389,6 @@ def restore_base_(peft_model: PeftModel) -> nn.Module:
 # The functions below follow peft's EVA convention: one computes the state, the other applies it.
 
 
-def _sampled(batches: Iterable[Mapping[str, Tensor]], config: FilaConfig) -> Iterable[Mapping[str, Tensor]]:
-    """The ``fisher_samples`` rows of batches.
-
-    ``seed`` draws them from a ``DataLoader`` over a sized data set. From other iterables they are the first.
-    """
-    count = config.fisher_samples
-    if count is None:
-        return reiterable(batches)
-    if isinstance(batches, DataLoader) and batches.batch_size and hasattr(batches.dataset, "__len__"):
-        generator = torch.Generator().manual_seed(config.seed)
-        order = torch.randperm(len(batches.dataset), generator=generator, dtype=torch.int64, device="cpu")
-        chosen = Subset(batches.dataset, order[:count].sort().values.tolist())
-        return DataLoader(chosen, batch_size=batches.batch_size, collate_fn=batches.collate_fn)
-    first = []
-    for batch in batches:
-        first.append({key: value[:count] for key, value in batch.items()})
-        count -= len(first[-1]["input_ids"])
-        if count == 0:
-            break
-    return first
-
-
 @process_state_kept()
 def get_fila_state_dict(
     peft_model: PeftModel,
@@ -413,18 +429,21 @@ def get_fila_state_dict(
     measured: dict[str, Any] = {
         "model": peft_model,
         "modules": {name: layer.get_base_layer() for name, layer in layers.items()},
-        "forget_batches": _sampled(forget_dataloader, config),
-        "retain_batches": _sampled(retain_dataloader, config),
+        "forget_batches": sampled(forget_dataloader, config),
+        "retain_batches": sampled(retain_dataloader, config),
         "damping": config.damping,
         "damping_mode": config.damping_mode,
+        "fisher": config.fisher,
     }
     with all_or_nothing(peft_model), active_adapters(peft_model, []):
         measure = partial(
             fisher_row_scales, **measured, memory_budget=config.fisher_memory_budget, progress=progress
         )
         if config.fisher_cache_dir is None:
-            return measure()
-        return cached_row_scales(config.fisher_cache_dir, measure, **measured)
+            row_scales = measure()
+        else:  # it keeps them as measured, for every balance
+            row_scales = cached_row_scales(config.fisher_cache_dir, measure, **measured)
+    return balanced(row_scales, config.balance)
 
 
 def initialize_lora_fila_weights(
@@ -448,7 +467,7 @@ def initialize_lora_fila_weights(
         retain_dataloader: The batches of the retain set, in the same form.
         fila_state_dict: The row scales that ``get_fila_state_dict`` returned; None (default) measures them.
         adapter_name: The name of the adapter, "default" by default.
-        config: The settings of the row scales, ``FilaConfig()`` by default.
+        config: The settings, ``FilaConfig()`` by default.
         progress: Whether to show the passes and a progress bar.
 
     Raises:
@@ -463,4 +482,4 @@ def initialize_lora_fila_weights(
         fila_state_dict = get_fila_state_dict(
             peft_model, forget_dataloader, retain_dataloader, adapter_name, config=config, progress=progress
         )
-    initialize_from_row_scales(peft_model, fila_state_dict, adapter_name)
+    initialize_from_row_scales(peft_model, fila_state_dict, adapter_name, config=config)

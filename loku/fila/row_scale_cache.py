@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from loku.adapters import linear_weight
 from loku.distributed import from_main_process, is_main_process
+from loku.fila.settings import Fisher
 from loku.fingerprints import base_fingerprint, batches_fingerprint, tensors_fingerprint
 from loku.model_description import without_description
 from loku.saving.directories import whole_file
 
-_FORMAT = 3  # raise it when the same model and data give other row scales
+_FORMAT = 4  # raise it when the same model and data give other row scales
 
 
 def cached_row_scales(
@@ -34,6 +35,7 @@ def cached_row_scales(
     modules: Mapping[str, nn.Linear],
     forget_batches: Iterable[Mapping[str, Tensor]],
     retain_batches: Iterable[Mapping[str, Tensor]],
+    fisher: Fisher = "per-sample",
     **settings: float | str,
 ) -> dict[str, Tensor]:
     """Return ``measure()``, or its earlier result for the same arguments, bit for bit.
@@ -50,8 +52,9 @@ def cached_row_scales(
         model: The causal LM. The adapters of a peft model do not count.
         modules: The linear modules by their names.
         forget_batches: The batches, as for ``loku.fila.row_scales.fisher_row_scales``. The order, grouping
-            and padding of the rows do not count.
+            and padding of the rows do not count. For the per-batch Fisher their grouping counts.
         retain_batches: The batches of the retain set, in the same form.
+        fisher: The kind of Fisher, as for ``loku.fila.row_scales.fisher_row_scales``.
         settings: The other numbers and strings that the row scales depend on.
 
     Returns:
@@ -68,8 +71,9 @@ def cached_row_scales(
     description = {
         "format": _FORMAT,
         "model": base_fingerprint(model),
-        "forget": batches_fingerprint(forget_batches),
-        "retain": batches_fingerprint(retain_batches),
+        "fisher": fisher,
+        "forget": _rows_fingerprint(forget_batches, fisher),
+        "retain": _rows_fingerprint(retain_batches, fisher),
         "modules": sorted(modules),
         **settings,
     }
@@ -89,6 +93,12 @@ def cached_row_scales(
         if is_main_process():
             _save(path, key, row_scales)
     return {name: values.to(modules[name].weight.device) for name, values in row_scales.items()}
+
+
+def _rows_fingerprint(batches: Iterable[Mapping[str, Tensor]], fisher: Fisher) -> str | list[str]:
+    if fisher == "per-batch":
+        return sorted(batches_fingerprint([batch]) for batch in batches)
+    return batches_fingerprint(batches)
 
 
 def _load(path: Path, key: str, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor] | None:

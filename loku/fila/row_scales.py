@@ -5,16 +5,19 @@
 F is the diagonal of the empirical Fisher: the mean over samples of the squared gradient of the sample's
 log-likelihood (Eq. 2). The squared row scale is linear in the forget samples. So the retain pass comes first,
 and its Fisher is the only matrix that is held. The forget pass adds to one number a row.
+
+The authors' code has another Fisher: the mean over batches, weighted by their label tokens, of the squared
+gradient of a batch's mean loss. So a batch takes the place of a sample. The gradient of a mean loss over n
+tokens is n times smaller than that of their summed loss. So this Fisher is about n squared times smaller, and
+an absolute damping has another unit.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,6 +30,7 @@ from loku.distributed import (
     sum_over_processes_,
 )
 from loku.fila.sample_layout import by_row, check_rows_are_apart
+from loku.fila.settings import Balance, Fisher, memory_bytes
 from loku.head import model_tokens, negative_log_likelihood
 from loku.interrupts import uninterrupted_context
 from loku.models import evaluating, model_device, unwrapped
@@ -37,59 +41,6 @@ _KERNEL_BYTES = 8 << 20  # the most bytes that ``accumulate_squared_grad_`` allo
 _DEVICE_TOKENS = 1024
 
 Batches = Iterable[Mapping[str, Tensor]]
-
-
-def memory_bytes(budget: int | str | None) -> int | None:
-    """The bytes of a memory budget: "4GiB", "500MB", a number, or None for no limit.
-
-    Raises:
-        ValueError: The budget is none of these.
-    """
-    if budget is None:
-        return None
-    size = int(budget) if isinstance(budget, str) and budget.isdecimal() else budget
-    if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise ValueError(f'a memory budget is a size like "4GiB", bytes or None, got {budget!r}')
-    return convert_file_size_to_int(size)
-
-
-@dataclass
-class FilaConfig:
-    """The settings of FILA's row scales, s_i^2 = sum_j F_forget[i, j] / (F_retain[i, j] + damping).
-
-    Args:
-        damping: The number that is added to the retain Fisher, >= 0; 1 by default.
-        damping_mode: "relative" (default) multiplies the damping by the mean retain Fisher of the module.
-            "absolute" takes it as it is; the authors' code has 1e-5.
-        fisher_samples: The number of rows of each data set that are measured; None (default) measures all.
-        seed: The seed that chooses those rows, 0 by default.
-        fisher_memory_budget: The memory that measuring may hold beside a forward and backward: a size like
-            "4GiB", a number of bytes, or None (default) for no limit. A smaller budget takes more passes over
-            the data. See ``loku.fila.row_scales.fisher_row_scales``.
-        fisher_cache_dir: The directory that keeps row scales. A second run on the same model and data then
-            measures nothing. None (default) always measures. See ``loku.fila.row_scale_cache``.
-
-    Raises:
-        ValueError: A value is out of its range; the message names the field.
-    """
-
-    damping: float = 1.0
-    damping_mode: Literal["relative", "absolute"] = "relative"
-    fisher_samples: int | None = None
-    seed: int = 0
-    fisher_memory_budget: int | str | None = None
-    fisher_cache_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"FilaConfig.damping must be finite and >= 0, got {self.damping}")
-        if self.damping_mode not in ("relative", "absolute"):
-            raise ValueError(
-                f'FilaConfig.damping_mode must be "relative" or "absolute", got {self.damping_mode!r}'
-            )
-        if self.fisher_samples is not None and self.fisher_samples < 1:
-            raise ValueError(f"FilaConfig.fisher_samples must be >= 1 or None, got {self.fisher_samples}")
-        memory_bytes(self.fisher_memory_budget)
 
 
 def reiterable(batches: Batches) -> Batches:
@@ -105,10 +56,11 @@ def fisher_row_scales(
     *,
     damping: float = 1.0,
     damping_mode: Literal["relative", "absolute"] = "relative",
+    fisher: Fisher = "per-sample",
     memory_budget: int | str | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Measure the row scales of linear modules, normalised to a root mean square of 1 in each module.
+    """Measure the row scales of linear modules.
 
     All processes of torch.distributed must call this, with the same batches in the same order. Each process
     of n runs every n-th batch, and all get the same row scales. The weights may be sharded (FSDP2).
@@ -121,12 +73,17 @@ def fisher_row_scales(
             (B * T, k), but must have the tokens of one row after the other.
         forget_batches: An iterable of dicts with ``input_ids``, ``attention_mask`` and ``labels`` (B, T),
             int64. It is iterated several times; an iterator is read into a list. The grouping and padding of
-            the samples do not change the result. A card takes at most 1024 tokens, or one row, in a forward:
-            it takes the rows of a larger batch in parts.
+            the samples do not change the result of the per-sample Fisher. A card takes at most 1024 tokens,
+            or one row, in a forward: it takes the rows of a larger batch in parts.
         retain_batches: The batches of the retain set, as for ``forget_batches``.
         damping: The number that is added to the retain Fisher, >= 0; 1 by default.
         damping_mode: "relative" (default) multiplies the damping by the mean retain Fisher of the module.
-            "absolute" takes it as it is; the official code has 1e-5.
+            "absolute" takes it as it is, in the unit of the Fisher. The authors' code has 1e-5 in the unit of
+            the per-batch Fisher.
+        fisher: The kind of Fisher. "per-sample" (default) is Eq. 2: the mean over rows of the squared
+            gradient of a row's loss, which is summed over its label tokens. "per-batch" is that of the
+            authors' code: the mean over batches, weighted by their label tokens, of the squared gradient of a
+            batch's mean loss. It depends on the grouping of the rows, and a batch is never taken in parts.
         memory_budget: The memory that may be held on a device beside a forward and backward without weight
             gradients: a size like "4GiB", a number of bytes, or None (default) for no limit. It pays for the
             retain Fishers, float32, 4 bytes a weight, and for the modules' inputs of the largest forward. The
@@ -136,8 +93,8 @@ def fisher_row_scales(
             bar.
 
     Returns:
-        The row scales (d,), float32, of each module, on the module's device. They are all 1 if the module's
-        Fisher is zero, and a warning names the module.
+        The row scales (d,), float32, of each module, on the module's device, as measured: ``balanced``
+        normalises them. They are all 1 if the module's Fisher is zero, and a warning names the module.
 
     Raises:
         ValueError: A set has no batch. One module alone needs more than the memory budget. Or the inputs of a
@@ -146,7 +103,7 @@ def fisher_row_scales(
         FloatingPointError: A Fisher or a loss is NaN or Inf. The message names the pass, module and batch.
     """
     retain_batches, forget_batches = reiterable(retain_batches), reiterable(forget_batches)
-    limit = _token_limit(model_device(model))
+    limit = None if fisher == "per-batch" else _token_limit(model_device(model))
     tokens = max(
         _largest_batch(retain_batches, "retain Fisher", limit),
         _largest_batch(forget_batches, "forget Fisher", limit),
@@ -162,11 +119,37 @@ def fisher_row_scales(
         for number, group in enumerate(groups, 1):
             suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
             squared = _squared_row_scales(
-                model, group.modules, forget_batches, retain_batches, damping, damping_mode, suffix, progress
+                *(model, group.modules, forget_batches, retain_batches),
+                *(damping, damping_mode, fisher, limit, suffix, progress),
             )
             for name, squares in squared.items():
-                row_scales[name] = same_in_all_processes_(_normalised(squares, name))
+                row_scales[name] = same_in_all_processes_(_row_scales(squares, name))
     return row_scales
+
+
+def balanced(row_scales: Mapping[str, Tensor], balance: Balance) -> dict[str, Tensor]:
+    """Multiply the row scales of each module by one number, which chooses the balance of A and B.
+
+    FILA's factors of c * s, for a number c > 0, are sqrt(c) A and B / sqrt(c). B A stays.
+
+    Args:
+        row_scales: The row scales (d,) of each module, as measured.
+        balance: "normalised" divides them by their root mean square in the module, "paper" leaves them as
+            they are, and a number c multiplies the normalised ones.
+
+    Returns:
+        The row scales in that balance. Scales that are all 0 stay 0.
+    """
+    if balance == "paper":
+        return dict(row_scales)
+    factor = 1.0 if balance == "normalised" else float(balance)
+    result = {}
+    for name, scales in row_scales.items():
+        largest = scales.amax()  # squares of small scales might be 0
+        relative = scales / torch.where(largest > 0, largest, 1.0)
+        mean = relative.square().mean()
+        result[name] = relative * (factor / torch.where(mean > 0, mean, 1.0).sqrt())
+    return result
 
 
 class FisherGroup(NamedTuple):
@@ -268,35 +251,37 @@ def _squared_row_scales(
     retain_batches: Batches,
     damping: float,
     damping_mode: str,
+    kind: Fisher,
+    limit: int | None,
     suffix: str,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """The squared row scales (d,), float32, of each module, not yet normalised.
+    """The squared row scales (d,), float32, of each module.
 
     The retain Fishers are freed when the function returns.
     """
     fishers = {name: _zeros(module, linear_weight(module).shape) for name, module in modules.items()}
-    count = _accumulate(model, modules, retain_batches, fishers, {}, f"retain Fisher{suffix}", progress)
+    accumulate = partial(_accumulate, model, modules, kind=kind, limit=limit, progress=progress)
+    count = accumulate(retain_batches, fishers, {}, f"retain Fisher{suffix}")
     for fisher in fishers.values():
-        fisher /= count
+        fisher /= max(count, 1)  # a per-batch Fisher counts label tokens, and there may be none
         mean = fisher.mean()
         unit = torch.where(mean > 0, mean, 1.0)  # without a retain Fisher the forget Fisher decides
         fisher += damping * (unit if damping_mode == "relative" else 1.0)
     sums = {name: _zeros(module, linear_weight(module).shape[:1]) for name, module in modules.items()}
-    count = _accumulate(model, modules, forget_batches, sums, fishers, f"forget Fisher{suffix}", progress)
-    return {name: total / count for name, total in sums.items()}
+    count = accumulate(forget_batches, sums, fishers, f"forget Fisher{suffix}")
+    return {name: total / max(count, 1) for name, total in sums.items()}
 
 
 def _zeros(module: nn.Linear, shape: torch.Size) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=module.weight.device)
 
 
-def _normalised(squares: Tensor, name: str) -> Tensor:
-    mean = squares.mean()
-    if mean == 0:
+def _row_scales(squares: Tensor, name: str) -> Tensor:
+    if not squares.any():
         warnings.warn(f"{name}: its Fisher information is zero, so its row scales are all 1", stacklevel=3)
         return torch.ones_like(squares)
-    return (squares / mean).sqrt()
+    return squares.sqrt()
 
 
 @uninterrupted_context
@@ -330,11 +315,18 @@ def _accumulate(
     totals: Mapping[str, Tensor],
     divisors: Mapping[str, Tensor],
     description: str,
+    *,
+    kind: Fisher,
+    limit: int | None,
     progress: bool,
 ) -> int:
-    """Add every sample's squared gradients to ``totals``; return the number of samples."""
+    """Add every sample's squared gradients to ``totals``; return the number of samples.
+
+    For the per-batch Fisher a sample is a batch, with a weight of its number of label tokens. The weights are
+    inside the losses, and their sum is returned.
+    """
     inputs: dict[str, Tensor | None] = {}
-    rows = 0
+    samples = 0
 
     def capture(name: str) -> Callable[..., None]:
         def forward_hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -355,7 +347,7 @@ def _accumulate(
             x = inputs[name]
             assert x is not None
             inputs[name] = None  # freed; the key remembers the call
-            x, grad = by_row(x, rows), by_row(grad.to(x.dtype), rows)
+            x, grad = by_row(x, samples), by_row(grad.to(x.dtype), samples)
             accumulate_squared_grad_(totals[name], x, grad, divisors.get(name))
 
         return forward_hook
@@ -365,12 +357,17 @@ def _accumulate(
     count, losses, numbers = 0, [], []
     try:
         shown = tqdm(batches, desc=description, disable=not progress, leave=False)
-        for (number, batch), counts in share_of_batches(_parts(shown, _token_limit(device))):
+        for (number, batch), counts in share_of_batches(_parts(shown, limit)):
             batch = {name: values.to(device) for name, values in model_tokens(batch).items()}
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-            rows = len(batch["input_ids"])
             loss = negative_log_likelihood(model, batch)
+            if kind == "per-batch":
+                samples, weight = 1, _label_tokens(batch["labels"])
+                # The squared gradient of the mean loss over the predicted labels, times all labels, as there.
+                loss = loss * (weight**0.5 / max(_label_tokens(batch["labels"][:, 1:]), 1))
+            else:
+                samples = weight = len(batch["input_ids"])
             loss.backward()
             losses.append(loss.detach())
             numbers.append(number)
@@ -378,7 +375,7 @@ def _accumulate(
             if missing:
                 raise RuntimeError(f"{missing[0]} took no part in the forward and backward of the model")
             inputs.clear()
-            count += rows if counts else 0
+            count += weight if counts else 0
     finally:
         for handle in handles:
             handle.remove()
@@ -386,6 +383,10 @@ def _accumulate(
         sum_over_processes_(total)
     _check_finite(totals, losses, numbers, description)
     return int(sum_over_processes_(torch.tensor(count, dtype=torch.int64, device=device)).item())
+
+
+def _label_tokens(labels: Tensor) -> int:
+    return int((labels != IGNORE_INDEX).sum())
 
 
 def _check_finite(

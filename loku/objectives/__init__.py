@@ -12,6 +12,7 @@ mean over rows instead of tokens says so: ``Objective(my_loss, forget_over="rows
 from loku.objectives.arguments import Argument, resolved
 from loku.objectives.losses import (
     after_first,
+    altpo_loss,
     answer_probability,
     ceu_loss,
     dpo_loss,
@@ -31,20 +32,32 @@ from loku.objectives.losses import (
 from loku.objectives.objective import Objective
 from loku.objectives.quantities import At, Divergence, OriginalLogProbability, Quantity
 from loku.objectives.registry import OBJECTIVES, described_methods, with_divergence
+from loku.objectives.rmu import (
+    ActivationChange,
+    SteeringDistance,
+    retained_activations_loss,
+    rmu_loss,
+    steering_vector,
+)
 from loku.objectives.rows import Batch, Rows
+from loku.objectives.undial import LoweredDivergence, undial_loss
 from loku_kernels import inverted_hinge  # for losses of others, from where it always was
 
 __all__ = [
     "OBJECTIVES",
+    "ActivationChange",
     "Argument",
     "At",
     "Batch",
     "Divergence",
+    "LoweredDivergence",
     "Objective",
     "OriginalLogProbability",
     "Quantity",
     "Rows",
+    "SteeringDistance",
     "after_first",
+    "altpo_loss",
     "answer_probability",
     "ceu_loss",
     "described_methods",
@@ -59,9 +72,13 @@ __all__ = [
     "resolved",
     "retain_divergence",
     "retain_loss",
+    "retained_activations_loss",
+    "rmu_loss",
     "satimp_loss",
     "simnpo_loss",
+    "steering_vector",
     "tnpo_loss",
+    "undial_loss",
     "wga_loss",
     "with_divergence",
 ]

@@ -61,6 +61,14 @@ def dpo_loss(batch: Batch) -> Tensor:
     return reduce_loss(losses, batch.refusal.labelled(), "mean")
 
 
+def altpo_loss(batch: Batch) -> Tensor:
+    """AltPO: 2 / beta x ``dpo_loss``, with an alternate in the place of the refusal (Mekala et al., 2025).
+
+    An alternate is another plausible answer to the question of the row, which the model itself has written.
+    """
+    return 2 / batch.beta * dpo_loss(batch)
+
+
 def npo_loss(batch: Batch) -> Tensor:
     """NPO: (2 / beta) x the mean over forget rows of log(1 + (pi / ref)^beta) (Zhang et al., 2024).
 

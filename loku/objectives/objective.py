@@ -42,6 +42,8 @@ class Objective:
         configure: A function of this objective and of the values of ``beta`` and of the arguments that
             returns the objective with them. None (default) leaves it as it is. Quantities get their
             parameters so.
+        alternates: Whether the answers of the "refusal" rows are the alternates of the forget rows, their
+            column ``alternate``. False (default) stands for ``UnlearnConfig.refusals``.
 
     Raises:
         ValueError: A value is none of these.
@@ -58,6 +60,7 @@ class Objective:
     beta: float | None = None
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     configure: Callable[[Objective, Mapping[str, Any]], Objective] | None = None
+    alternates: bool = False
 
     def __post_init__(self) -> None:
         if not self.rows or not set(self.rows) <= {"forget", "refusal"}:

@@ -8,6 +8,7 @@ from typing import Any
 from loku.objectives.arguments import Argument
 from loku.objectives.losses import (
     after_first,
+    altpo_loss,
     ceu_loss,
     dpo_loss,
     forget_divergence,
@@ -90,7 +91,6 @@ def _without_first(objective: Objective, values: Mapping[str, Any]) -> Objective
     return replace(objective, forget_over=partial(after_first, number=values[_FIRST]))
 
 
-
 def _lowered_by_beta(objective: Objective, values: Mapping[str, Any]) -> Objective:
     return replace(objective, quantities={"forget": (LoweredDivergence(values["beta"]),)})
 
@@ -114,6 +114,12 @@ OBJECTIVES: dict[str, Objective] = {
         _DPO,
         summary="refusals preferred to the true answers; KL from the original on retain rows "
         "(Zhang et al., 2024)",
+    ),
+    "altpo": replace(
+        _DPO,
+        forget=altpo_loss,
+        alternates=True,
+        summary="alternates preferred to the true answers; LM loss on retain rows (Mekala et al., 2025)",
     ),
     "npo": _NPO,
     "npo_kl": with_divergence(

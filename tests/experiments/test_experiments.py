@@ -349,9 +349,65 @@ def test_fila_ablation_compares_with_what_ships(one_thread, monkeypatch):
     _, single = fila_ablation.compare(fila_ablation.Cell(fisher="per-batch"), subject)
     assert single["worst_rank_correlation"] > 0.999 and single["worst_shuffle_correlation"] > 0.999
     monkeypatch.setattr(fila_ablation, "BATCH_SIZE", 4)
-    subject.fishers.clear()
+    subject.scales.clear()
     _, batched = fila_ablation.compare(fila_ablation.Cell(fisher="per-batch", svd="svd_lowrank"), subject)
     assert batched["rank_correlation"] < 0.999 and batched["worst_deficit"] > 1e-3
+
+
+def balance_run(probabilities, retain, **settings):
+    """Return a line of the balance's result file with these probabilities after every second step."""
+    from fila_balance import Cell
+
+    pairs = zip(probabilities, retain, strict=True)
+    curve = [
+        {"step": 2 * i, "forget_probability": forget, "retain_probability": kept}
+        for i, (forget, kept) in enumerate(pairs)
+    ]
+    curve[-1]["forget_quality"] = 0.25
+    return {**asdict(Cell(**settings)), "step_size": 100.0, "curve": curve}
+
+
+def test_fila_balance_report(tmp_path, capsys):
+    import fila_balance_report
+
+    runs = [
+        balance_run([1.0, 0.3, 0.05], [1.0, 0.9, 0.8]),
+        balance_run([1.0, 0.5, 0.1], [1.0, 0.9, 0.7], seed=1),
+        balance_run([1.0, 0.5, 0.2], [1.0, 0.9, 0.7], fila_balance="0.01", learning_rate=5e-4),
+        balance_run([1.0, 0.0, 0.0], [1.0, 0.5, 0.4], init="official-fila"),
+        balance_run([1.0, 0.0, 0.0], [1.0, 0.5, 0.4], init="default", learning_rate=4e-3),
+    ]
+    path = tmp_path / "fila_balance.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in runs))
+    fila_balance_report.write_report(path)
+    assert (tmp_path / "fila_balance.png").stat().st_size > 10_000
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert rows == [
+        "| FILA | normalised | 0.002 | 0.20 | 3.6, 4.0 | 0.760 | 0.25, 0.25 | 0.750 |",
+        "| FILA | 0.01 | 0.0005 | 0.05 | - | - | 0.25 | 0.700 |",
+        "| official FILA | paper | 0.002 | 0.20 | 1.8 | 0.550 | 0.25 | 0.400 |",
+        "| default LoRA | - | 0.004 | 0.40 | 1.8 | 0.550 | 0.25 | 0.400 |",
+    ]
+
+
+def test_step_size_is_that_of_random_signs(seeded):
+    import fila_balance
+    import torch
+
+    model = get_peft_model(
+        tiny_model("llama"),
+        LoraConfig(r=2, lora_alpha=6, target_modules=["down_proj"], init_lora_weights=False),
+    )
+    sizes = []
+    for _ in range(20):
+        total = 0.0
+        for _, module in model.get_base_model().named_modules():
+            if hasattr(module, "lora_A"):
+                A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+                dA, dB = torch.randn_like(A).sign(), torch.randn_like(B).sign()
+                total += (3 * (dB @ A + B @ dA)).square().sum().item()
+        sizes.append(total)
+    assert abs((sum(sizes) / 20) ** 0.5 / fila_balance.step_size(model) - 1) < 0.05
 
 
 def test_robustness(tmp_path, capsys):

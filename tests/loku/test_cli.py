@@ -23,6 +23,7 @@ from loku import unlearn as unlearn_rows
 from loku.commands.foreign_options import OPTIONS, own_names
 from loku.commands.settings import read_fields
 from loku.commands.unlearn import COMMON, PLACES, _speed
+from loku.objectives import OBJECTIVES
 from loku_kernels.backends import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -280,6 +281,21 @@ def test_missing_places_are_named(capsys):
     places = ["--model=m", "--forget=f", "--retain=r", "--output_dir=o"]
     assert cli.main(["unlearn", *places]) == 2
     assert "--output_dir is the directory of checkpoints" in capsys.readouterr().err
+
+
+def test_the_methods_are_listed_without_a_model(capsys):
+    assert cli.main(["unlearn", "--method", "list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == [*OBJECTIVES]
+
+
+def test_the_arguments_of_a_method_are_json(folder, tmp_path, capsys):
+    options = ["--method", "simnpo", "--max_steps", "1"]
+    assert unlearn(folder, tmp_path / "a", *options, "--method_args", '{"delta": 0.5}') == 0
+    assert "simnpo" in capsys.readouterr().out
+    assert unlearn(folder, tmp_path / "b", *options, "--method_args", '{"gamma": 0.5}') == 2
+    assert "has no argument 'gamma': it has delta" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_version(capsys):

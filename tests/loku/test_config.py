@@ -8,13 +8,14 @@ from typing import Literal
 
 import pytest
 from tiny_models import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, HfArgumentParser
 
 import loku
 from loku import FilaConfig, UnlearnConfig
 from loku.commands.settings import read_fields, read_yaml
 from loku.commands.unlearn import PLACES
 from loku.demo import EMBEDDED
+from loku.objectives import OBJECTIVES
 from loku.run_identity import differences, run_identity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +42,15 @@ EVALUATION = [
 ]
 DECIDING = [name for name in OWN if name not in UnlearnConfig.FREE_FIELDS and name not in EVALUATION]
 # Other valid values of the fields whose type does not tell one.
-OTHER = {"method": "gd", "target_modules": "qv", "model_init_kwargs": {"dtype": "bfloat16"}, "tf32": False}
+OTHER = {
+    "method": "gd",
+    "method_args": {"delta": 0.5},
+    "target_modules": "qv",
+    "model_init_kwargs": {"dtype": "bfloat16"},
+    "tf32": False,
+}
+# Settings that only some methods have.
+METHOD_OF = {"beta": "npo", "method_args": "simnpo"}
 
 
 def make(cls=UnlearnConfig, **settings):
@@ -57,6 +66,8 @@ def other_value(cls, name):
     if typing.get_origin(hint) is Literal:
         return next(value for value in typing.get_args(hint) if value != default)
     kinds = typing.get_args(hint) or (hint,)
+    if name.endswith("balance"):
+        return 0.25
     if bool in kinds:
         return not default
     if int in kinds or float in kinds:
@@ -74,9 +85,10 @@ def identity(config, refusals=None):
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_a_deciding_field_changes_the_identity(name):
-    config = make(**{name: other_value(UnlearnConfig, name)})
-    assert getattr(config, name) != getattr(make(), name)
-    assert identity(config) != identity(make())
+    method = {"method": METHOD_OF[name]} if name in METHOD_OF else {}
+    config = make(**{**method, name: other_value(UnlearnConfig, name)})
+    assert getattr(config, name) != getattr(make(**method), name)
+    assert identity(config) != identity(make(**method))
 
 
 def changed(name, value="another", **settings):
@@ -209,6 +221,10 @@ def test_a_method_that_trains_on_refusals_resumes_under_the_same_texts_only(tmp_
         ("lora_alpha", [0, -16, NAN, INF], "> 0"),
         ("num_train_epochs", [-1, NAN, INF], ">= 0"),
         ("retain_weight", [-1, NAN, INF], ">= 0"),
+        ("forget_weight", [-1, NAN, INF], ">= 0"),
+        ("loss_reduction", ["mean", None], '"batch" or "micro_batch"'),
+        ("loss_mean", ["both"], '"separate" or "joint"'),
+        ("retain_sampling", ["random"], '"without_replacement" or "with_replacement"'),
         ("fisher_damping", [-1, NAN, INF], ">= 0"),
         ("weight_decay", [-0.1, NAN, INF], ">= 0"),
         ("adam_epsilon", [-1e-8, NAN], ">= 0"),
@@ -224,6 +240,63 @@ def test_impossible_values_are_refused_by_name(name, values, wanted):
         told = "a finite number" if value in (NAN, INF) and "<" not in wanted else wanted
         with pytest.raises(ValueError, match=rf"^{name} must be {re.escape(told)}, got {value!r}"):
             make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "ihl", "beta": 0.1}, "method 'ihl' has no beta"),
+        (
+            {"method": "simnpo", "method_args": {"gamma": 1}},
+            "method_args: method 'simnpo' has no argument 'gamma': it has delta",
+        ),
+        ({"method": "npo", "method_args": {"beta": 1}}, "it has none; beta is a setting of its own"),
+        ({"method": "simnpo", "method_args": [1]}, r"method_args must be a dict, got \[1\]"),
+        (
+            {"method": "simnpo", "method_args": {"delta": NAN}},
+            "delta of method 'simnpo' must be a finite number, got nan",
+        ),
+        ({"method": "satimp", "method_args": {"beta2": -1}}, "must be a finite number >= 0, got -1"),
+        (
+            {"method": "ceu", "method_args": {"ignore_first_n_answer_tokens": 1.5}},
+            "must be an integer >= 0, got 1.5",
+        ),
+        (
+            {"method": "kl", "method_args": {"divergence_over": "all"}},
+            """divergence_over of method 'kl' must be "label" or "tokens", got 'all'""",
+        ),
+        ({"method": "kl", "loss_mean": "joint"}, "those of method 'kl' are no two means over tokens"),
+        ({"method": "ga", "loss_mean": "joint"}, "those of method 'ga' are no two means over tokens"),
+        (
+            {"method": "ga_kl", "retain_sampling": "with_replacement"},
+            "draws retain rows, and method 'ga_kl' runs none",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing_for_a_method_are_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        make(**settings)
+
+
+def test_the_defaults_of_a_method_are_its_own():
+    """beta=None and no method_args are the method's defaults, also in the identity of a run."""
+    assert make(method="npo").method_arguments() == (0.1, {})
+    assert make(method="simnpo").method_arguments() == (4.5, {"delta": 0.0})
+    assert make(method="simnpo", method_args='{"delta": 0.5}').method_arguments() == (4.5, {"delta": 0.5})
+    assert identity(make(method="npo")) == identity(make(method="npo", beta=0.1))
+    assert identity(make(method="simnpo")) == identity(make(method="simnpo", method_args={"delta": 0.0}))
+    assert identity(make(method="simnpo")) != identity(make(method="simnpo", method_args={"delta": 0.1}))
+    assert make(method="tnpo").method_arguments()[0] == 4.0
+
+
+def test_the_list_of_methods_names_each():
+    with pytest.raises(ValueError, match="method must be one of") as error:
+        make(method="list")
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == [*OBJECTIVES]
+    assert all(len(line.split()) > 3 for line in lines)
+    (simnpo,) = (line for line in lines if line.split()[0] == "simnpo")
+    assert simnpo.endswith("(Fan et al., 2024) [beta 4.5, delta 0.0]")
 
 
 @pytest.mark.parametrize(
@@ -273,15 +346,59 @@ def test_the_limits_themselves_are_taken():
 # One place for each field
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(FilaConfig)])
+BY_INIT = {"fisher": "per-batch", "decomposition": "svd_lowrank"}  # those of FilaConfig that init chooses
+
+
+@pytest.mark.parametrize(
+    "name", sorted({field.name for field in dataclasses.fields(FilaConfig)} - {*BY_INIT})
+)
 def test_fila_config_has_the_settings_of_the_run(name):
-    source = f"fisher_{name}" if f"fisher_{name}" in FIELDS else name
+    source = next((s for s in (f"fisher_{name}", f"fila_{name}") if s in FIELDS), name)
     assert source in FIELDS, f"UnlearnConfig has no field for FilaConfig.{name}"
     value = other_value(FilaConfig, name)
     if name == "fisher_memory_budget":
         assert value == 7  # bytes
     assert value != getattr(make().fila_config(), name)
     assert getattr(make(**{source: value}).fila_config(), name) == value
+
+
+def test_official_fila_is_one_switch():
+    kept = {"fisher_samples": 7, "seed": 3, "fisher_memory_budget": "1GiB", "fisher_cache_dir": "there"}
+    official = make(init="official-fila", **kept).fila_config()
+    assert dataclasses.asdict(official) == {
+        **{"damping": 1e-5, "damping_mode": "absolute", "balance": "paper"}, **BY_INIT, **kept
+    }  # fmt: skip
+    for name, value in (
+        ("fila_balance", 1.0),
+        ("fisher_damping", 1e-5),
+        ("fisher_damping_mode", "absolute"),
+    ):
+        with pytest.raises(ValueError, match=f'init="official-fila" has its own {name}, got {value!r}'):
+            make(init="official-fila", **{name: value})
+    with pytest.raises(TypeError, match="damping"):
+        FilaConfig.official(damping=1.0)
+
+
+@pytest.mark.parametrize("value", [0, -1, NAN, INF, True, "much", "0"])
+def test_an_impossible_balance_is_refused(value):
+    with pytest.raises(
+        ValueError, match=r'^fila_balance must be "normalised", "paper" or a finite number > 0'
+    ):
+        make(fila_balance=value)
+
+
+def test_a_balance_may_be_a_text_or_a_number(tmp_path):
+    assert make(fila_balance="0.25").fila_balance == 0.25 == make(fila_balance=0.25).fila_config().balance
+    assert make(fila_balance=None).fila_balance == "normalised" == make().fila_balance
+    fields = read_fields(UnlearnConfig)
+    path = tmp_path / "settings.yaml"
+    for text, value in (("paper", "paper"), ("0.25", 0.25), ("2", 2.0)):
+        path.write_text(f"fila_balance: {text}\n")
+        assert make(**read_yaml(path, fields, ())).fila_balance == value
+        (args,) = HfArgumentParser(UnlearnConfig).parse_args_into_dataclasses(
+            ["--fila_balance", text, "--use_cpu"]
+        )
+        assert args.fila_balance == value
 
 
 def documented(cls):
@@ -307,12 +424,15 @@ def test_every_own_field_has_help_and_a_line_of_the_docstring():
     [
         {},
         {"method": "npo", "init": "fila", "retain_weight": 1.5, "learning_rate": 4.0e-3, "seed": 2},
+        {"init": "official-fila", "target_modules": "all"},
         {"init": "default", "lora_rank": 4, "num_train_epochs": 5, "target_modules": "qkvo"},
         {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 8, "fisher_damping": 0.1},
         {"fisher_damping_mode": "absolute", "fisher_damping": 1e-5, "fisher_samples": 60},
         {"fisher_memory_budget": "4GiB", "fisher_cache_dir": "cache", "max_length": 256},
         {"tuning": "full", "method": "kl", "per_device_train_batch_size": 4, "bf16": True},
         {"method": "dpo", "beta": 0.5, "refusals": ["No."], "train_sampling_strategy": "group_by_length"},
+        {"method": "simnpo", "beta": 2.5, "method_args": {"delta": 0.5}, "forget_weight": 0.125},
+        {"method": "idk", "loss_mean": "joint", "loss_reduction": "micro_batch", "retain_weight": 1.0},
         {"model_init_kwargs": {"dtype": "bfloat16"}, "save_strategy": "epoch"},
         {"eval_limits": {"forget_probability": 0.1}, "eval_floors": {"retain_probability": 0.8}},
         {

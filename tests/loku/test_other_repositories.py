@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 from loku import UnlearnConfig
 from loku.head import next_token_labels
 from loku.loss_shares import LossShares
-from loku.objectives import Batch, Rows
+from loku.objectives import OBJECTIVES, Batch, Rows, with_divergence
 from loku.token_values import original_values, token_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -257,6 +257,23 @@ FIGURES = [
 )
 def test_loss_and_gradient_are_theirs(settings, figure, tmp_path):
     loss, grad = our_loss(tmp_path, **settings)
+    assert loss == pytest.approx(figure[0], rel=1e-10)
+    assert grad.norm().item() == pytest.approx(figure[1], rel=1e-10)
+    assert (grad * DIRECTION).sum().item() == pytest.approx(figure[2], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "figure"),
+    [
+        ("wga", {"beta": 5.0}, (0.0952796143589, 0.0451899923692, 0.0125916558817)),
+        ("tnpo", {"method_args": {"epsilon": 1e-5}}, (-0.184274590348, 0.105911089069, -0.0187364585919)),
+    ],
+)
+def test_g_effects_methods_with_kl(method, settings, figure, tmp_path, monkeypatch):
+    """``wga_kl`` and ``tnpo_kl`` of G-effect, by ``with_divergence``."""
+    monkeypatch.setitem(OBJECTIVES, "mine", with_divergence(OBJECTIVES[method]))
+    args = {**settings.pop("method_args", {}), **TOKENS_OF_ALL}
+    loss, grad = our_loss(tmp_path, "mine", method_args=args, **settings)
     assert loss == pytest.approx(figure[0], rel=1e-10)
     assert grad.norm().item() == pytest.approx(figure[1], rel=1e-10)
     assert (grad * DIRECTION).sum().item() == pytest.approx(figure[2], rel=1e-9)

@@ -180,6 +180,7 @@ def test_sweeps(kind):
     assert default_target_modules(model, "qkvo") == sorted(["q_proj", "v_proj", *keys_and_outputs])
     assert default_target_modules(model, "ffn") == mlp
     assert default_target_modules(model, "qv+ffn") == default_target_modules(model)
+    assert default_target_modules(model, "all") == sorted(["q_proj", "v_proj", *keys_and_outputs, *mlp])
 
 
 def test_longer_suffixes_where_names_collide():
@@ -240,6 +241,7 @@ LLAMA_7 = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v
         (r".*\.(q|v)_proj", None, ["q_proj", "v_proj"]),
         (r".*layers\.0.*q_proj", None, ["layers.0.self_attn.q_proj"]),
         ("all-linear", None, LLAMA_7),
+        ("all", None, LLAMA_7),
         ("qv+ffn", ["down_proj", "v_proj"], ["gate_proj", "q_proj", "up_proj"]),
         ("all-linear", r".*self_attn.*", ["down_proj", "gate_proj", "up_proj"]),
         ("q_proj", "layers.0.self_attn.q_proj", ["layers.1.self_attn.q_proj"]),
@@ -261,6 +263,7 @@ def test_names_and_expressions(target_modules, exclude_modules, names):
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         (["qv"], ["q_proj", "v_proj"]),
         (["all-linear"], LLAMA_7),
+        (["all"], LLAMA_7),
         (["self_attn.k_proj"], ["k_proj"]),
         ([".*layers.0.*(q|v)_proj"], ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]),
     ],

@@ -7,7 +7,18 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
-from small_trainers import FORGET, METHODS, RETAIN, VOCAB, arguments, items, lora, trainer_of, with_lora
+from small_trainers import (
+    FORGET,
+    METHODS,
+    RETAIN,
+    RETAIN_WEIGHT,
+    VOCAB,
+    arguments,
+    items,
+    lora,
+    trainer_of,
+    with_lora,
+)
 from tiny_models import tiny_model
 from transformers import AutoTokenizer, HfArgumentParser, TrainerCallback
 
@@ -43,7 +54,7 @@ def trained(method, tmp_path, size, steps, tuning="lora"):
     return weights, log
 
 
-@pytest.mark.parametrize("method", ["ihl", "kl", "dpo"])  # means over tokens and means over rows
+@pytest.mark.parametrize("method", ["ihl", "kl", "dpo", "ceu"])  # means over tokens, positions and rows
 def test_micro_batches_are_one_batch(method, tmp_path):
     """The rows differ in their numbers of tokens, and micro-batches of 3 + 1 rows in their sizes."""
     lengths = [len(row["labels"]) - row["labels"].count(-100) for row in FORGET]
@@ -55,6 +66,47 @@ def test_micro_batches_are_one_batch(method, tmp_path):
         assert len(parts_log) == len(log) == 2
         for entry, expected in zip(parts_log, log, strict=True):
             assert entry == pytest.approx(expected, rel=1e-6)  # "loss" is summed in float32
+
+
+@pytest.mark.parametrize("method", ["ihl", "dpo", "ceu"])
+@pytest.mark.parametrize("mean", ["separate", "joint"])
+def test_a_step_of_micro_batches(method, mean, tmp_path):
+    """With "micro_batch" the loss of a step is the mean of its micro-batches' losses."""
+    if mean == "joint" and method != "ihl":
+        with pytest.raises(ValueError, match="no two means over tokens"):
+            arguments(tmp_path, method=method, loss_mean=mean)
+        return
+    model = with_lora(tiny_model("llama", VOCAB).double())
+    options = {"loss_mean": mean, "forget_weight": 0.5}
+    whole = trainer_of(model, method, tmp_path, **options)
+    trainer = trainer_of(model, method, tmp_path, loss_reduction="micro_batch", **options)
+    dataset = trainer.train_dataset
+    batches = [
+        collate_pairs(items(dataset, rows), pad_token_id=0) for rows in ([0], [1, 2, 3], [None], [2, None])
+    ]
+    parts = [whole.compute_loss(model, batch) for batch in batches]
+    assert parts[2] == 0  # a micro-batch without labels does not count
+    counts = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    step = sum(trainer.compute_loss(model, batch, num_items_in_batch=counts) for batch in batches)
+    torch.testing.assert_close(step, sum(parts) / 3, rtol=1e-12, atol=0)
+    counts = whole._get_num_items_in_batch(batches, torch.device("cpu"))
+    exact = sum(whole.compute_loss(model, batch, num_items_in_batch=counts) for batch in batches)
+    assert abs(exact - step) > 1e-6 * abs(step)
+
+
+def test_one_mean_of_both_losses(tmp_path):
+    """With "joint" the loss is one mean over the tokens of both kinds; retain tokens have their weight."""
+    model = with_lora(tiny_model("llama", VOCAB).double())
+    trainer = trainer_of(model, "idk", tmp_path, loss_mean="joint")
+    batch = collate_pairs(items(trainer.train_dataset, range(4)), pad_token_id=0)
+    loss = trainer.compute_loss(model, batch)
+    values = {
+        name: parts[0] / trainer._step_log.shares[name][0] for name, parts in trainer._step_log.parts.items()
+    }
+    labels = batch["labels"][:, 1:] != -100
+    refusal, retain = (labels[batch[f"is_{kind}"]].sum() for kind in ("refusal", "retain"))
+    total = refusal * values["forget_loss"] + retain * RETAIN_WEIGHT * values["retain_loss"]
+    torch.testing.assert_close(loss, total / (refusal + retain))
 
 
 @pytest.mark.parametrize("again", ["train", "auto_find_batch_size"])
@@ -119,7 +171,7 @@ def test_rows_without_labels_add_nothing(method, tmp_path):
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, parameters))
 
 
-@pytest.mark.parametrize("method", ["kl", "npo"])
+@pytest.mark.parametrize("method", ["kl", "npo_kl"])
 def test_a_full_model_has_references_for_rows_without_labels(method, tmp_path, monkeypatch):
     expected, _ = trained(method, tmp_path, 3, 2, tuning="full")
     sampler = trainer_of(tiny_model("llama", VOCAB), method, tmp_path)._get_train_sampler()
@@ -145,9 +197,12 @@ def test_counts():
         "refusal": torch.tensor([[1, 0, 0], [0, 0, 0]]).bool(),
         "retain": torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
     }
-    expected = {"dpo": (1, 5), "npo": (1, 5), "idk": (1, 5), "ihl": (2, 5), "kl": (2, 5)}
+    over_tokens = {"retain": {"divergence": torch.tensor([[1, 1, 1], [1, 1, 1]]).bool()}}
+    expected = {"dpo": (1, 5), "npo": (1, 5), "idk": (1, 5), "ihl": (2, 5), "kl": (2, 6), "tnpo": (2, 5)}
     for method, counts in expected.items():
-        assert tuple(n.item() for n in OBJECTIVES[method].counts(counted).values()) == counts
+        assert tuple(n.item() for n in OBJECTIVES[method].counts(counted, over_tokens).values()) == counts
+    (later,) = UnlearnConfig(method="ceu").objective().counts(counted).values()
+    assert later.item() == 1  # without the first token of each row
     assert OBJECTIVES["ga"].counts(counted).keys() == {"forget_loss"}
 
 

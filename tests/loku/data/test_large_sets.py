@@ -93,7 +93,7 @@ def test_kl_and_fila_on_a_datasets_stream(tmp_path):
         tiny_model("llama", VOCAB), arguments(tmp_path, method="kl", max_steps=3), FORGET, retain
     )
     trainer.train()
-    assert sorted(key for _, key in trainer.train_dataset.references) == list(
+    assert sorted(key for _, key in trainer.train_dataset.originals) == list(
         range(8)
     )  # the rows of two epochs
     assert trainer.state.log_history[0]["retain_loss"] == pytest.approx(0, abs=1e-5)
@@ -119,6 +119,9 @@ def test_streams_that_cannot_be_used(tmp_path):
         UnlearnTrainer(
             tiny_model("llama", VOCAB), arguments(tmp_path, dataloader_num_workers=1), FORGET, Stream(9)
         )
+    with pytest.raises(ValueError, match='leave retain_sampling="with_replacement" out'):
+        args = arguments(tmp_path, retain_sampling="with_replacement")
+        UnlearnTrainer(tiny_model("llama", VOCAB), args, FORGET, Stream(9))
     with pytest.raises(ValueError, match="row 1 of the retain set: there is no label"):
         retain_rows(
             datasets.Dataset.from_list([{"input_ids": [1, 2]}, {"input_ids": [1]}]).to_iterable_dataset(),
@@ -230,5 +233,11 @@ def test_packing_that_a_model_ignores_is_refused(tmp_path):
         ValueError, match=r"several documents .* LlamaForCausalLM .*'sdpa' lets them see each"
     ):
         UnlearnTrainer(model, arguments(tmp_path), FORGET, [packed(*RETAIN)])
-    with pytest.raises(ValueError, match="counts whole answers"):
-        UnlearnTrainer(model, arguments(tmp_path, method="npo"), [packed(*FORGET)], RETAIN)
+    model.model.forward = forward
+    for settings, told in (
+        ({"method": "npo"}, "compares whole answers"),
+        ({"method": "ceu"}, "counts the tokens of whole answers"),
+        ({"method": "kl", "method_args": {"divergence_over": "tokens"}}, "takes rows of one document"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            UnlearnTrainer(model, arguments(tmp_path, **settings), [packed(*FORGET)], RETAIN)

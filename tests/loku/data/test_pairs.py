@@ -36,6 +36,23 @@ def test_each_retain_row_is_drawn_once_before_any_is_drawn_twice():
     assert batch["input_ids"][0].tolist() == [0, 0, 7] and batch["attention_mask"][0].tolist() == [1, 1, 0]
 
 
+def test_retain_rows_with_replacement():
+    """Each draw is one of all rows, and depends on the seed, the epoch and the forget row alone."""
+    forget = [{"input_ids": [i], "labels": [i]} for i in range(40)]
+    make = partial(PairedDataset, forget, forget[:5], with_replacement=True)
+
+    def drawn(dataset, epoch):
+        dataset.set_epoch(epoch)
+        return [dataset.key("retain", Draw(i, i)) for i in range(40)]
+
+    dataset = make(seed=0)
+    first, second = drawn(dataset, 0), drawn(dataset, 1)
+    assert first != second and drawn(make(seed=0), 0) == first and drawn(make(seed=1), 0) != first
+    counts = [first.count(row) for row in range(5)]
+    assert min(counts) > 0 and max(counts) > 8  # without replacement each would come 8 times
+    assert any(len(set(first[i : i + 5])) < 5 for i in range(0, 40, 5))
+
+
 def test_pairs_with_refusals():
     kinds = ("forget", "refusal", "retain")
     make = partial(PairedDataset, FORGET, RETAIN, refusals=Refusals(), kinds=kinds)
@@ -57,9 +74,12 @@ def test_pairs_with_refusals():
     batch = collate_pairs(items(dataset, [0, 1]), pad_token_id=0)
     for number, kind in enumerate(kinds):
         assert batch[f"is_{kind}"].tolist() == [i // 2 == number for i in range(6)]
-    assert "reference" not in batch
-    dataset.references["forget", 1] = torch.tensor([-3.0])
-    assert collate_pairs(items(dataset, [0, 1]), 0)["reference"].tolist() == [-3.0]
+    assert not [name for name in batch if name.startswith("original")]
+    dataset.originals["retain", dataset.key("retain", Draw(0, 0))] = {"states": torch.ones(2, 3)}
+    dataset.originals["forget", 1] = {"states": torch.zeros(1, 3), "log": torch.tensor([-3.0])}
+    batch = collate_pairs(items(dataset, [0, 1]), 0)
+    assert batch["original_log"].tolist() == [-3.0]  # each name is concatenated by itself
+    assert batch["original_states"][:, 0].tolist() == [0.0, 1.0, 1.0]  # in the order of the batch's rows
 
 
 def test_the_order_is_of_the_seed_and_the_epoch():

@@ -4,8 +4,18 @@ import math
 
 import pytest
 import torch
+from character_tokenizer import character_tokenizer
+from tiny_models import tiny_model
 
-from loku.evaluation import TokenScores, membership_auc, min_k, min_k_auc, privleak, relative_difference
+from loku.evaluation import (
+    TokenScores,
+    membership_auc,
+    min_k,
+    min_k_auc,
+    privleak,
+    relative_difference,
+    token_scores,
+)
 from loku.evaluation.privacy import check_reference_report, relative_differences
 
 # locuslab/open-unlearning at d3d7cf9, src/evals/metrics/privacy.py: privleak and rel_diff of the AUC 0.93
@@ -16,6 +26,25 @@ THEIR_FIGURES = [
     (0.5, 0.5, 0.0, 0.0),
     (0.2, 0.7, 166.66666661111108, -71.42857141836735),
 ]
+
+MUSE_TEXTS = {
+    "forget": [
+        "Ann lives on Oak Road 17.",
+        "Who is it?",
+        "The lamp is blue, and the door is red.",
+        "7 7 7 7 7 7 7 7 7",
+        "A day in winter",
+    ],
+    "holdout": [
+        "Tea, or coffee?",
+        "Bob works in Brill; he sings.",
+        "zzzz zzzz zzzz",
+        "It rains in May and in June.",
+        "3.14159",
+        "No.",
+    ],
+}
+MUSE_MIN_40 = [5.8590544707596095, 5.66553834075997, 5.959402695246101, 5.522448600504895, 5.568506605238798]
 
 
 @pytest.mark.parametrize(("auc", "retain_auc", "leak", "difference"), THEIR_FIGURES)
@@ -72,3 +101,23 @@ def test_a_reference_report_is_checked():
     ):
         with pytest.raises(ValueError, match=words):
             check_reference_report(wrong, digests)
+
+
+def test_figures_of_muse():
+    """By its own code on the same texts: jaechan-repo/muse_bench at 54719c5, privleak.
+
+    ``inference`` of get_ppl_utils.py gives Min-40%, and ``sweep`` of scripts/get_ppl.py the AUC of the pair
+    (forget, holdout): 0.5667 for the model, and 0.3 for another one in the place of the retrained model.
+    """
+    tokenizer = character_tokenizer()
+    found, aucs = {}, []
+    for seed in (0, 1):
+        model = tiny_model("llama", len(tokenizer), seed).double()
+        for name, texts in MUSE_TEXTS.items():
+            ids = [tokenizer(text)["input_ids"] for text in texts]
+            rows = [{"input_ids": tokens, "labels": [-100, *tokens[1:]]} for tokens in ids]
+            found[seed, name] = token_scores(model, rows, progress=False)
+        aucs.append(min_k_auc(found[seed, "forget"], found[seed, "holdout"]))
+    assert [-value for value in min_k(found[0, "forget"], 0.4)] == pytest.approx(MUSE_MIN_40, rel=1e-9)
+    assert [1 - auc for auc in aucs] == pytest.approx([0.5666666666666667, 0.3])
+    assert privleak(*aucs) == pytest.approx(100 * (0.5666666666666667 - 0.3) / 0.3)

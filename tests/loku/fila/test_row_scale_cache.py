@@ -75,6 +75,23 @@ def test_a_second_run_measures_nothing(run, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1  # no unfinished file is left
 
 
+def test_the_balance_changes_no_file_and_the_per_batch_fisher_has_its_own(run, tmp_path):
+    first, _ = run()
+    quarter, measured = run(balance=0.25)
+    assert not measured and all(torch.allclose(quarter[name], 0.25 * first[name]) for name in first)
+    paper, measured = run(balance="paper")
+    assert not measured and not any(torch.allclose(paper[name], first[name]) for name in first)
+
+    official, measured = run(fisher="per-batch")
+    assert measured and not any(torch.equal(official[name], first[name]) for name in first)
+    again, measured = run(fisher="per-batch", decomposition="svd_lowrank")
+    assert not measured and all(torch.equal(again[name], official[name]) for name in first)
+    for grouping in ({"batch_size": 3}, {"shuffle": True}):
+        _, measured = run(fisher="per-batch", **grouping)
+        assert measured
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
 def test_another_model_other_rows_and_other_settings_are_measured_anew(run):
     def one_weight(model):
         weight = model.model.layers[1].input_layernorm.weight.data

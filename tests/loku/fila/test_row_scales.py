@@ -13,7 +13,8 @@ from torch import nn
 
 from loku.data import collate
 from loku.fila import row_scales
-from loku.fila.row_scales import FilaConfig, fisher_row_scales, memory_bytes
+from loku.fila.row_scales import balanced, fisher_row_scales
+from loku.fila.settings import FilaConfig, memory_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +40,7 @@ def exact_scales(model, forget, retain, damping, mode):
     for name in modules:
         added = damping * (retain[name].mean() if mode == "relative" else 1.0)
         score = (forget[name] / (retain[name] + added)).sum(1)
-        scales[name] = (score / score.mean()).sqrt()
+        scales[name] = score.sqrt()
     return scales
 
 
@@ -67,10 +68,10 @@ def test_against_the_exact_loop(kind, damping, mode):
     assert ours.keys() == expected.keys() and len(ours) >= 8
     for name, scale in ours.items():
         assert scale.dtype == torch.float32
-        assert abs(scale.square().mean().item() - 1) < 1e-5
-        torch.testing.assert_close(scale.double(), expected[name], rtol=1e-3, atol=1e-5)
-        with pytest.raises(AssertionError):  # without the square or the retain set all would be 1
-            torch.testing.assert_close(torch.ones_like(scale), scale, rtol=1e-3, atol=1e-5)
+        unit = expected[name].square().mean().sqrt()
+        torch.testing.assert_close(scale.double() / unit, expected[name] / unit, rtol=1e-3, atol=1e-5)
+        with pytest.raises(AssertionError):  # without the square or the retain set all would be equal
+            torch.testing.assert_close(torch.ones_like(scale), scale / unit.float(), rtol=1e-3, atol=1e-5)
 
 
 def test_batching_padding_and_groups_change_nothing(capsys):
@@ -228,9 +229,82 @@ def test_config_is_checked():
         ({"damping": float("nan")}, "damping"),
         ({"damping_mode": "other"}, "damping_mode"),
         ({"fisher_samples": 0}, "fisher_samples"),
+        ({"fisher": "per-token"}, "fisher must be 'per-sample' or 'per-batch', got 'per-token'"),
+        ({"decomposition": "exact"}, "decomposition must be"),
+        ({"balance": 0}, "balance must be"),
+        ({"balance": "even"}, "balance must be"),
+        ({"balance": True}, "balance must be"),
+        ({"balance": float("inf")}, "balance must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             FilaConfig(**options)
+
+
+def test_balances():
+    tiny = torch.tensor([3e-30, 4e-30])
+    measured = {"a": torch.tensor([0.0, 1.0, 2.0]), "b": torch.zeros(2), "c": tiny}
+    paper, normalised, c = (balanced(measured, balance) for balance in ("paper", "normalised", 0.01))
+    assert all(torch.equal(paper[name], measured[name]) for name in measured)
+    for name in ("a", "c"):
+        torch.testing.assert_close(normalised[name].square().mean(), torch.tensor(1.0))
+        torch.testing.assert_close(c[name], 0.01 * normalised[name])
+    torch.testing.assert_close(normalised["c"], tiny / 3.5355339e-30)
+    assert all(scales["b"].eq(0).all() for scales in (paper, normalised, c))
+    assert FilaConfig(balance="0.5").balance == 0.5 and FilaConfig(balance=None).balance == "normalised"
+
+
+# The per-batch Fisher of the authors' code
+
+
+def official_scales(model, forget, retain):
+    """Compute the row scales in float64 by the authors' formulas, by a full backward of each batch."""
+    model = tiny_model_copy(model)
+    modules = targets(model)
+
+    def importances(batches):
+        totals, tokens = dict.fromkeys(modules, 0), 0
+        for batch in batches:
+            model.zero_grad()
+            model(**batch).loss.backward()  # the mean over the predicted labels
+            count = (batch["labels"] != -100).sum()
+            for name, module in modules.items():
+                totals[name] = totals[name] + module.weight.grad.square() * count
+            tokens += count
+        return {name: total / tokens for name, total in totals.items()}
+
+    forget, retain = importances(forget), importances(retain)
+    return {name: (forget[name] / (1e-5 + retain[name])).sum(1).sqrt() for name in modules}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first_label", [False, True])
+def test_the_per_batch_fisher_is_that_of_the_authors_code(kind, first_label):
+    model = tiny_model(kind)
+    if first_label:  # they count the first label of a row, too, which is never predicted
+        forget, retain = ([{**r, "labels": r["input_ids"]} for r in rows(n, n)] for n in (5, 6))
+    else:
+        forget, retain = rows(5, 0), rows(6, 1)
+    data = batches(forget, 2), batches(retain, 3)
+    expected = official_scales(model, *data)
+    options = {"damping": 1e-5, "damping_mode": "absolute", "progress": False}
+    ours = fisher_row_scales(model, targets(model), *data, fisher="per-batch", **options)
+    per_sample = fisher_row_scales(model, targets(model), *data, **options)
+    for name, scale in ours.items():
+        torch.testing.assert_close(scale.double(), expected[name], rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(per_sample[name], scale, rtol=0.05)
+    other = fisher_row_scales(
+        model, targets(model), data[0], batches(retain, 2), fisher="per-batch", **options
+    )
+    assert any(not torch.allclose(other[name], ours[name], rtol=1e-2) for name in ours)  # the grouping counts
+
+
+def test_a_batch_of_the_per_batch_fisher_is_never_taken_in_parts(monkeypatch):
+    model = tiny_model("llama")
+    data = batches(rows(6, 0), 6), batches(rows(6, 1), 3)
+    whole = fisher_row_scales(model, targets(model), *data, fisher="per-batch", progress=False)
+    monkeypatch.setattr(row_scales, "_token_limit", lambda device: 20)
+    limited = fisher_row_scales(model, targets(model), *data, fisher="per-batch", progress=False)
+    assert all(torch.equal(limited[name], whole[name]) for name in whole)
 
 
 # A card takes the rows of a large batch in parts
