@@ -457,7 +457,7 @@ class UnlearnConfig(TrainingArguments):
         objective = OBJECTIVES.get(self.method)
         if objective is not None:  # a default that a later version changes decides, too
             defaults = {name: argument.default for name, argument in objective.arguments.items()}
-            given = self.method_args if isinstance(self.method_args, dict) else {}
             settings["beta"] = objective.beta if self.beta is None else self.beta
-            settings["method_args"] = {**defaults, **given}
+            if self.method_args is None or isinstance(self.method_args, dict):
+                settings["method_args"] = {**defaults, **(self.method_args or {})}
         return {**settings, "world_size": self.world_size, "n_gpu": self.n_gpu}

@@ -1,14 +1,17 @@
 """The endings of answers: which tokens they are, and measures with and without them."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from bigram_model import bigram_model
 from character_tokenizer import character_tokenizer
 from naive_measures import EOS
 
-from loku.data import tokenize_dataset
+from loku.data import TOFU_TEMPLATE, tokenize_dataset
 from loku.deletion.measures import measure_rows, summary
+from loku.deletion.run import Run
 from loku.evaluation import (
     Endings,
     content_scores,
@@ -104,6 +107,24 @@ def test_a_request_counts_them_or_not(template_model, tokenizer, chats):
         and left["extraction_likelihood_1"] == 0
     )
     assert left["probability"] == counted["probability"] and left["perplexity"] == counted["perplexity"]
+
+
+def test_a_request_says_so_in_its_training(template_model, tokenizer, chats):
+    """``eval_count_end`` of a request counts in all of its measures, as it does in training."""
+    for training, accuracy in (({}, (2 / 6 + 2 / 5) / 2), ({"eval_count_end": False}, 0)):
+        run: Any = SimpleNamespace(
+            request=SimpleNamespace(limits={}, template=TOFU_TEMPLATE, training=training),
+            rows=SimpleNamespace(forget=chats, holdout=None),
+            models=SimpleNamespace(tokenizer=tokenizer, held=lambda place: template_model),
+            progress=False,
+        )
+        run._options = Run._options.func(run)
+        assert run._options["count_end"] is (training == {})
+        measured = summary(Run._measure_rows(run, "model", chats, "forget"))
+        one_pass = Run._measure_pass(run, "model", {"retain": chats})["retain"]
+        for found in (measured, one_pass):
+            assert found["memorization_accuracy"] == pytest.approx(accuracy)
+        assert one_pass["probability"] == pytest.approx(measured["probability"])
 
 
 def test_a_row_that_is_memorised_but_for_its_ending_comes_back(tokenizer):

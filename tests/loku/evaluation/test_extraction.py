@@ -6,7 +6,8 @@ import pytest
 from naive_measures import naive_extraction, naive_greedy
 
 import loku.data
-from loku.evaluation import extraction_likelihood, token_scores
+import loku.demo
+from loku.evaluation import extraction_likelihood, generated_texts, token_scores
 from loku.evaluation.extraction import greedy_answers
 
 
@@ -19,6 +20,28 @@ def test_greedy_answers_have_at_most_so_many_tokens(model):
         assert answer == ids[2 : 2 + length]
     answers = greedy_answers(model, [memorized] * 3, scores * 3, [1, 20, 5], progress=False)
     assert answers == [ids[2:3], ids[2:], ids[2:7]]
+
+
+# The figures are those of locuslab/open-unlearning, src/evals/metrics/utils.py, eval_text_similarity (commit
+# d3d7cf9), with max_new_tokens=40 and these stopwords, on the embedded model. It strips the texts.
+STOP_STRINGS = [" in", " of the", "ing "]
+GENERATED = [
+    "The full name",
+    "Author Basil Mahfouz Al-Kuwaiti is male.",
+    "Basil Mahfouz Al-Kuwaiti was born",
+    "Basil Mahfouz Al-Kuwaiti's father was a florist and his mother was a game developer.",
+    "Basil Mahfouz Al-Kuwaiti is most known for his writings",
+    'Two of Basil Mahfouz Al-Kuwaiti\'s books are "Promise by the Seine" and "Le Petit Sultan."',
+]
+
+
+def test_generated_texts_end_as_those_of_open_unlearning():
+    model, tokenizer = loku.demo.load_model()
+    tokens = loku.data.tokenize_dataset(loku.demo.load_rows()[0][:6], tokenizer)
+    scores = token_scores(model, tokens, progress=False)
+    options = {"max_new_tokens": 40, "progress": False, "stop_strings": STOP_STRINGS}
+    found = generated_texts(model, tokenizer, tokens, scores, **options)
+    assert [text.strip() for text in found] == GENERATED
 
 
 def test_packed_rows_have_no_extraction_likelihood(model):

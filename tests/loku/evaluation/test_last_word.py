@@ -1,4 +1,4 @@
-"""The accuracy of the last word, against its definition and against knowledge-unlearning's code."""
+"""The accuracy of the last word, against its definition and the two codes that have it."""
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from loku.evaluation import TokenScores, evaluate, last_words, token_scores
 pytestmark = pytest.mark.usefixtures("one_thread")
 # The figures are those of joeljang/knowledge-unlearning, models/Neo_Model_valid.py, lambada_evaluation
 # (commit 732876d), run on the embedded model and each of these texts with input_length=256.
+# Those below are of lm-eval 0.4.13, HFLM.loglikelihood, whose second value is the accuracy of lambada_openai.
 KNOWLEDGE_UNLEARNING = [1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 0, 0]
+LM_EVAL = [0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,12 @@ def parts():
     return model, tokenizer, [*texts, "I think that she is a", "He was born in the city of Paris"]
 
 
-def test_it_is_that_of_knowledge_unlearning(parts):
+def test_it_is_that_of_both_codes(parts):
     model, tokenizer, texts = parts
     rows = tokenize_dataset(texts, tokenizer)
     found = last_words(texts, tokenizer, rows, token_scores(model, rows, progress=False))
     assert found.normalised == [bool(value) for value in KNOWLEDGE_UNLEARNING]
-    # Every third of the first twelve ends with another sign, which only the normalised word leaves out.
-    assert found.exact == [bool(value) and i % 3 != 0 for i, value in enumerate(KNOWLEDGE_UNLEARNING)]
+    assert found.exact == [bool(value) for value in LM_EVAL]
 
 
 def test_it_is_that_of_its_definition(parts):
