@@ -30,8 +30,10 @@ from loku.objectives.losses import (
     wga_loss,
 )
 from loku.objectives.objective import Objective
+from loku.objectives.pdu import DualRetainWeight, MeanLogit, pdu_loss
 from loku.objectives.quantities import At, Divergence, OriginalLogProbability, Quantity
 from loku.objectives.registry import OBJECTIVES, described_methods, with_divergence
+from loku.objectives.retain_weight import RetainWeight
 from loku.objectives.rmu import (
     ActivationChange,
     SteeringDistance,
@@ -50,10 +52,13 @@ __all__ = [
     "At",
     "Batch",
     "Divergence",
+    "DualRetainWeight",
     "LoweredDivergence",
+    "MeanLogit",
     "Objective",
     "OriginalLogProbability",
     "Quantity",
+    "RetainWeight",
     "Rows",
     "SteeringDistance",
     "after_first",
@@ -69,6 +74,7 @@ __all__ = [
     "inverted_hinge_loss",
     "lm_loss",
     "npo_loss",
+    "pdu_loss",
     "reduce_loss",
     "refusal_loss",
     "resolved",

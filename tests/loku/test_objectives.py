@@ -309,7 +309,19 @@ def test_errors(tmp_path):
             Objective(retain_loss, **options)
 
 
-@pytest.mark.parametrize(("method", "tuning"), [("kl", "lora"), ("kl", "full"), ("dpo", "lora")])
+@pytest.mark.parametrize(
+    ("method", "tuning"),
+    [
+        *(
+            ("kl", "lora"),
+            ("kl", "full"),
+            ("dpo", "lora"),
+            ("undial", "lora"),
+            ("rmu", "full"),
+            ("pdu", "lora"),
+        )
+    ],
+)
 @needs_proc
 def test_no_logits_in_training(method, tuning, tmp_path):
     vocab, tokens, rows = 100_000, 48, 8
@@ -337,6 +349,7 @@ def test_no_logits_in_training(method, tuning, tmp_path):
     args = UnlearnConfig(
         str(tmp_path),
         method=method,
+        method_args={"layer": 0} if method == "rmu" else None,
         per_device_train_batch_size=rows,
         num_train_epochs=1,
         disable_tqdm=True,
