@@ -11,7 +11,18 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any, TextIO
 
-from loku.commands import CommandParser, alternates, demo, evaluate, export, forget, info, record, unlearn
+from loku.commands import (
+    CommandParser,
+    alternates,
+    benchmark,
+    demo,
+    evaluate,
+    export,
+    forget,
+    info,
+    record,
+    unlearn,
+)
 from loku.commands.settings import suggestion
 from loku.cpu_threads import wait_passively
 from loku.interrupts import uninterrupted_context
@@ -76,7 +87,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("--version", action=_Version, help="show the version, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
-    for module in (demo, unlearn, forget, evaluate, alternates, export, record, info):
+    for module in (demo, unlearn, forget, evaluate, benchmark, alternates, export, record, info):
         added = module.add(commands)
         added.allow_abbrev = False
         added.set_defaults(parser=added)

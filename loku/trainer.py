@@ -356,9 +356,9 @@ class UnlearnTrainer(EvaluatingTrainer):
     ) -> dict[str, Tensor]:
         """What the quantities need of the original model for the rows of a batch, by their names."""
         needed = self._compared(masks)
-        kept = {quantity.name: inputs.get(f"original_{quantity.name}") for quantity, _ in needed}
-        if all(value is not None for value in kept.values()):
-            return kept
+        names = [quantity.name for quantity, _ in needed]
+        if all(f"original_{name}" in inputs for name in names):
+            return {name: inputs[f"original_{name}"] for name in names}
         peft_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if not isinstance(peft_model, PeftModel):
             raise ValueError(

@@ -138,7 +138,7 @@ def read_fields(cls: type) -> dict[str, Field]:
     return fields
 
 
-def _add_field(parser: argparse._ActionsContainer, field: Field, help: str) -> None:
+def _add_field(parser: argparse._ActionsContainer, field: Field, help: str, grid: bool) -> None:
     how: dict[str, Any] = {"type": field.read, "default": argparse.SUPPRESS, "dest": field.name}
     how["metavar"] = field.name.split("_")[-1].upper()
     if field.choices:
@@ -149,6 +149,8 @@ def _add_field(parser: argparse._ActionsContainer, field: Field, help: str) -> N
         how.update(nargs="?", const=True)
         if str not in field.types:
             how["metavar"] = "BOOL"
+    elif grid and dict not in field.types:
+        how["nargs"] = "+"
     parser.add_argument(f"--{field.name}", help=help, **how)
     if "_" in field.name:
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=argparse.SUPPRESS, **how)
@@ -160,6 +162,7 @@ def add_fields(
     own_title: str,
     common_title: str,
     common: tuple[str, ...],
+    grid: bool = False,
 ) -> dict[str, Field]:
     """Add an option for each field of a dataclass, in two sections, with the help of the fields' metadata.
 
@@ -170,6 +173,8 @@ def add_fields(
         common_title: The title of the section of the fields of its bases.
         common: The names of those fields of the bases that the help shows; the others are options without
             help.
+        grid: Whether an option of one value takes several, which become a list; False by default. Booleans
+            and JSON objects have one value.
 
     Returns:
         The fields by their names. Values that are not given are absent from the namespace.
@@ -184,7 +189,7 @@ def add_fields(
         if field.name in fields:
             own = field.name not in inherited
             shown = own or field.name in common
-            _add_field(groups[own], fields[field.name], _help(field) if shown else argparse.SUPPRESS)
+            _add_field(groups[own], fields[field.name], _help(field) if shown else argparse.SUPPRESS, grid)
     return fields
 
 

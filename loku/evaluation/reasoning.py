@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from loku.counts import check_counts
 from loku.models import CausalLM, evaluating
@@ -27,7 +27,7 @@ REASONING_TASKS = (
 def reasoning_accuracies(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str] = REASONING_TASKS,
+    tasks: Sequence[str | Mapping[str, Any]] = REASONING_TASKS,
     *,
     batch_size: int = 16,
     num_fewshot: int = 0,
@@ -41,7 +41,7 @@ def reasoning_accuracies(
         model: The causal LM, with or without an adapter, on the device where it runs.
         tokenizer: The tokenizer.
         tasks: The harness's names of tasks that report ``acc``. By default they are the nine of Jang et al.
-            (ACL 2023) and of LoKU.
+            (ACL 2023) and of LoKU. A task that the harness does not have is its config, a dict with "task".
         batch_size: The number of rows in a batch, 16 by default.
         num_fewshot: The number of examples in a prompt, 0 by default.
         limit: The number of rows of each task that are used, for a quick look; None (default) uses all.
@@ -57,6 +57,31 @@ def reasoning_accuracies(
     """
     check_counts(batch_size=batch_size, limit=1 if limit is None else limit)
     check_counts(0, num_fewshot=num_fewshot)
+    lm_eval, language_model = check_harness()
+    names = [task if isinstance(task, str) else task["task"] for task in tasks]
+    with evaluating(model):
+        results = lm_eval.simple_evaluate(
+            model=language_model(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
+            ),
+            tasks=[task if isinstance(task, str) else dict(task) for task in tasks],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+        )["results"]
+    without = [task for task in names if "acc,none" not in results.get(task, {})]
+    if without:
+        raise ValueError(f"the harness reports no accuracy of {without}; it has {results}")
+    return {task: float(results[task]["acc,none"]) for task in names}
+
+
+def check_harness() -> tuple[Any, Any]:
+    """Check that lm-evaluation-harness can measure, and return its module and its class of models.
+
+    Raises:
+        ImportError: The harness is not installed, or ``datasets`` is older than 4 and would run the scripts
+            of data sets. The message says what to install.
+    """
     try:
         import datasets
         import lm_eval
@@ -70,15 +95,4 @@ def reasoning_accuracies(
         raise ImportError(
             f"datasets {datasets.__version__} would run code of the reasoning sets: pip install 'datasets>=4'"
         )
-    with evaluating(model):
-        results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False),
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-        )["results"]
-    without = [task for task in tasks if "acc,none" not in results.get(task, {})]
-    if without:
-        raise ValueError(f"the harness reports no accuracy of {without}; it has {results}")
-    return {task: float(results[task]["acc,none"]) for task in tasks}
+    return lm_eval, HFLM

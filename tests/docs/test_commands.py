@@ -30,6 +30,8 @@ NOT_RUN = {
     "sha256sum": "tests/loku/deletion/test_seal.py runs the same",
     "tail": "tests/loku/deletion/test_ledger.py runs the same",
     "cd": "changes the folder",
+    "git": "needs a network",
+    "hf": "needs a network",
 }
 # Commands of ``loku`` whose options are read and no more, by the reason.
 READ_ONLY = {
@@ -37,6 +39,7 @@ READ_ONLY = {
     "demo": "tests/loku/test_demo.py runs it",
     "record": "tests/loku/commands/test_record.py runs it",
     "alternates": "tests/loku/test_alternates.py runs it",
+    "benchmark": "tests/loku/benchmarks/test_run.py runs it",
 }
 FAST = {
     "unlearn": ["--max_steps=1", "--fisher_samples=2", "--use_cpu", "--quiet"],

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from loku.commands.settings import read_fields, read_yaml
+from loku.commands.settings import add_fields, joined, read_fields, read_yaml
 
 
 @dataclasses.dataclass
@@ -39,6 +39,22 @@ class Hints:
 def test_values_are_read_by_their_hints(name, text, value):
     read = read_fields(Hints)[name].read(text)
     assert read == value and type(read) is type(value)
+
+
+def test_options_of_a_grid_take_several_values():
+    parser = argparse.ArgumentParser()
+    fields = add_fields(parser, Hints, "own", "common", (), grid=True)
+    line = "--share 1e-3 2e-3 --count 3 --word no yes --names a b --flag --size 4GiB --mapping {}"
+    options = parser.parse_args(line.split())
+    assert joined(fields, options) == {
+        "share": [1e-3, 2e-3],
+        "count": [3],
+        "word": ["no", "yes"],
+        "names": ["a", "b"],  # one value
+        "flag": True,
+        "size": "4GiB",
+        "mapping": {},
+    }
 
 
 def test_a_settings_file_is_read_by_hints_too(tmp_path):
