@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     grid.add_arguments(parser, Cell, grid.RESULTS / "fila_ablation.jsonl")
     options = grid.parse_arguments(parser, argv)
     cells = grid.chosen_cells(options, Cell)
-    if grid.run(cells, run_cell, lambda cell: (), options.out, options.jobs, summary):
+    if grid.run(cells, run_cell, lambda cell: (), options.out, options.jobs, summary, options.minutes):
         raise SystemExit("not all cells ran")
 
 

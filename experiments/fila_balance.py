@@ -7,7 +7,7 @@ entry of A and B by about the learning rate, so a balance far from 1 makes the s
 one way to initialise the embedded model's adapters (rank 8), in one balance, at one learning rate. IHL then
 forgets the model's last two authors in ``STEPS`` steps of 8 + 8 rows, at a constant learning rate and a
 retain weight of 1. The figures are the probabilities of the forget answers and of 40 retained answers after
-every second step, and TOFU's forget quality after each epoch.
+every second step, and TOFU's forget quality at the end.
 
 Finished cells are lines of ``--out``, by default ``experiments/results/fila_balance.jsonl``, and are not run
 again. ``fila_balance_report.py`` draws them, and ``benchmarks/report.py`` makes the table in
@@ -80,7 +80,7 @@ def step_size(model: Any) -> float:
 
 
 class Curve(TrainerCallback):
-    """Measures the model before training, after every second step and after each epoch.
+    """Measures the model before training and after every second step, and forget quality at the end.
 
     ``points`` are the measures, and ``step_size`` is that of the initial adapter.
     """
@@ -113,10 +113,8 @@ class Curve(TrainerCallback):
         if state.global_step % EVERY == 0:
             self.measure(state, model)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measure forget quality, too."""
-        if self.points[-1]["step"] != state.global_step:
-            self.measure(state, model)
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measure forget quality."""
         rows = self.base.forget  # the test needs the losses of answers, and no generated ones
         section = evaluate_tofu_rows(model, self.tokenizer, rows, 32, progress=False, max_new_tokens=1)
         assert self.base.retain_log is not None

@@ -8,12 +8,14 @@ result files share.
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type, out: Path) -> Non
         "--out", type=Path, help=f"result file, JSON lines (default: experiments/results/{out.name})"
     )
     parser.set_defaults(default_out=out)
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="begin no cell after so many minutes (default: no limit)"
+    )
     parser.add_argument(
         "--jobs",
         type=int,
@@ -119,9 +124,9 @@ def chosen_cells(options: argparse.Namespace, kind: type[Cell]) -> list[Cell]:
 
 
 def finished(path: Path, kind: type[Cell]) -> set[Cell]:
-    """Return the cells that a result file holds. A missing file holds none."""
+    """Return the cells that a result file holds. A missing or empty file holds none."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    lines = read_rows(path) if path.exists() else []
+    lines = read_rows(path) if path.exists() and path.stat().st_size else []
     return {kind(**{name: value for name, value in line.items() if name in names}) for line in lines}
 
 
@@ -132,6 +137,7 @@ def run(
     out: Path,
     jobs: int,
     summary: Callable[[Run], str],
+    minutes: float | None = None,
 ) -> int:
     """Run the cells that a result file lacks, in fresh processes, and append a line for each.
 
@@ -144,6 +150,8 @@ def run(
         out: The result file.
         jobs: The number of processes, which share the cores.
         summary: line -> text for the progress bar.
+        minutes: The minutes after which no cell begins; None (default) for no limit. The next run begins the
+            cells that are left.
 
     Returns:
         The number of cells that failed.
@@ -154,22 +162,30 @@ def run(
     out.parent.mkdir(parents=True, exist_ok=True)
     where = result_files.environment()
     os.environ["OMP_NUM_THREADS"] = str(max(1, where["cores"] // jobs))
-    failed = 0
+    failed, end = 0, math.inf if minutes is None else time.monotonic() + 60 * minutes
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     with pool, tqdm(total=len(todo), unit="cell") as bar, out.open("a", encoding="utf-8") as file:
-        running = {pool.submit(function, cell, *arguments_of(cell)): cell for cell in todo}
-        for future in as_completed(running):
-            cell = running[future]
-            try:
-                line = future.result()
-            except Exception as error:
-                failed += 1
-                tqdm.write(f"failed: {cell}: {error!r}", file=sys.stderr)
-            else:
-                file.write(json.dumps({**asdict(cell), **line, "environment": where}) + "\n")
-                file.flush()
-                bar.set_postfix_str(summary(line))
-            bar.update()
+        waiting, running = list(todo), {}
+        while True:
+            while waiting and len(running) < jobs and time.monotonic() < end:
+                cell = waiting.pop(0)
+                running[pool.submit(function, cell, *arguments_of(cell))] = cell
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                try:
+                    line = future.result()
+                except Exception as error:
+                    failed += 1
+                    tqdm.write(f"failed: {cell}: {error!r}", file=sys.stderr)
+                else:
+                    file.write(json.dumps({**asdict(cell), **line, "environment": where}) + "\n")
+                    file.flush()
+                    bar.set_postfix_str(summary(line))
+                bar.update()
+    if waiting:
+        print(f"the time is over, and {len(waiting)} cells are left: repeat the command", flush=True)
     return failed
 
 
@@ -186,7 +202,7 @@ def run_and_report(
     Raises:
         SystemExit: A cell failed.
     """
-    failed = run(cells, function, arguments_of, options.out, options.jobs, summary)
+    failed = run(cells, function, arguments_of, options.out, options.jobs, summary, options.minutes)
     write_report(options.out)
     if failed:
         raise SystemExit(f"{failed} cells failed")

@@ -21,7 +21,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 import grid
 import tofu_report
 
+from loku.data import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.files import read_rows
 from loku.demo import EMBEDDED, load_model
 
@@ -65,6 +66,7 @@ class Base:
         retain: The rows to retain.
         utility_rows: section of a TOFU log -> the rows that are measured for it.
         retain_log: TOFU's log of the retain-only model, if there is one.
+        template: The template of all questions; TOFU's by default.
     """
 
     model: str
@@ -72,6 +74,7 @@ class Base:
     retain: list[Any]
     utility_rows: dict[str, list[Any]]
     retain_log: dict[str, Any] | None
+    template: QuestionTemplate = TOFU_TEMPLATE
 
 
 # --- the sets -------------------------------------------------------------------------------------
@@ -134,18 +137,25 @@ def given_base(options: argparse.Namespace) -> Base:
 # --- one cell -------------------------------------------------------------------------------------
 
 
-def measure(model: Any, tokenizer: Any, base: Base) -> dict[str, Any]:
-    """Return forget quality, model utility and TOFU's numbers of each section.
+def measured_log(model: Any, tokenizer: Any, base: Base) -> dict[str, Any]:
+    """Return the TOFU log of the forget rows and of the rows of utility."""
+    from loku.evaluation import evaluate_tofu_rows
+    from loku.evaluation.tofu import SECTIONS
+
+    sets = {"forget": base.forget, **base.utility_rows}
+    options: dict[str, Any] = {"batch_size": 32, "progress": False, "template": base.template}
+    return {
+        SECTIONS[name]: evaluate_tofu_rows(model, tokenizer, rows, **options) for name, rows in sets.items()
+    }
+
+
+def measures_of(log: Mapping[str, Any], base: Base) -> dict[str, Any]:
+    """Return forget quality, model utility and TOFU's numbers of each section of a log.
 
     Forget quality is None without a retain-only log.
     """
-    from loku.evaluation import evaluate_tofu_rows, forget_quality, model_utility, utility_table
-    from loku.evaluation.tofu import SECTIONS
+    from loku.evaluation import forget_quality, model_utility, utility_table
 
-    log = {
-        SECTIONS[name]: evaluate_tofu_rows(model, tokenizer, rows, batch_size=32, progress=False)
-        for name, rows in {"forget": base.forget, **base.utility_rows}.items()
-    }
     return {
         "forget_quality": forget_quality(log, base.retain_log) if base.retain_log else None,
         "model_utility": model_utility(log, tuple(base.utility_rows)),
@@ -153,19 +163,29 @@ def measure(model: Any, tokenizer: Any, base: Base) -> dict[str, Any]:
     }
 
 
-def curve_callback(tokenizer: Any, base: Base) -> Any:
-    """Return a callback whose ``points`` are the measures before training and after each epoch."""
+def curve_callback(
+    tokenizer: Any, base: Base, measured: Callable[[Any], Mapping[str, Any]] | None = None, every: int = 1
+) -> Any:
+    """Return a callback whose ``points`` are the measures before training and after epochs.
+
+    Args:
+        tokenizer: The tokenizer.
+        base: The rows.
+        measured: model -> TOFU's log of the sets of ``base``; None (default) for ``measured_log``.
+        every: The number of epochs between two points, 1 by default.
+    """
     from transformers import TrainerCallback
 
     class Curve(TrainerCallback):
-        """Measures the model before training and after each epoch."""
+        """Measures the model before training and after epochs."""
 
         def __init__(self) -> None:
             self.points: list[dict[str, Any]] = []
 
         def measure(self, state: Any, model: Any) -> None:
             point = {"epoch": round(state.epoch or 0), "step": state.global_step}
-            self.points.append({**point, **measure(model, tokenizer, base)})
+            log = measured(model) if measured is not None else measured_log(model, tokenizer, base)
+            self.points.append({**point, **measures_of(log, base)})
 
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -173,35 +193,60 @@ def curve_callback(tokenizer: Any, base: Base) -> Any:
             self.measure(state, model)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            self.measure(state, model)
+            if round(state.epoch) % every == 0 or state.epoch >= args.num_train_epochs:
+                self.measure(state, model)
 
     return Curve()
 
 
-def run_cell(cell: Cell, base: Base) -> dict[str, Any]:
-    """Return ``curve``, a point before unlearning and one for each epoch, and ``seconds`` of a cell."""
+def config_of(settings: Mapping[str, Any], output_dir: str) -> Any:
+    """Return the ``UnlearnConfig`` of a cell's settings."""
+    from loku import UnlearnConfig
+
+    return UnlearnConfig(
+        **settings,
+        lora_alpha=2 * settings["lora_rank"],
+        output_dir=output_dir,
+        per_device_train_batch_size=8,
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def unlearned(settings: Mapping[str, Any], base: Base, curve_of: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """Unlearn the rows of a base.
+
+    Args:
+        settings: The fields of ``UnlearnConfig`` beside those that all cells share.
+        base: The model and the rows.
+        curve_of: tokenizer -> the callback that measures, by ``curve_callback``.
+
+    Returns:
+        The unlearned model, its tokenizer, the callback, and the seconds that it took.
+    """
     import transformers
 
-    from loku import UnlearnConfig, unlearn
+    from loku import unlearn
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(base.model)
-    settings = {name: value for name, value in asdict(cell).items() if name != "forget_authors"}
-    curve = curve_callback(tokenizer, base)
+    curve = curve_of(tokenizer)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        config = UnlearnConfig(
-            **settings,
-            lora_alpha=2 * cell.lora_rank,
-            output_dir=directory,
-            per_device_train_batch_size=8,
-            logging_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
+        config = config_of(settings, directory)
+        result = unlearn(
+            model, base.forget, base.retain, config=config, tokenizer=tokenizer, callbacks=[curve]
         )
-        unlearn(model, base.forget, base.retain, config=config, tokenizer=tokenizer, callbacks=[curve])
-    return {"curve": curve.points, "seconds": time.perf_counter() - start}
+    return result.model, tokenizer, curve, time.perf_counter() - start
+
+
+def run_cell(cell: Cell, base: Base) -> dict[str, Any]:
+    """Return ``curve``, a point before unlearning and one for each epoch, and ``seconds`` of a cell."""
+    settings = {name: value for name, value in asdict(cell).items() if name != "forget_authors"}
+    *_, curve, seconds = unlearned(settings, base, lambda tokenizer: curve_callback(tokenizer, base))
+    return {"curve": curve.points, "seconds": seconds}
 
 
 def summary(line: Mapping[str, Any]) -> str:

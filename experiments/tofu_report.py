@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KEPT = 0.95  # share of the utility before unlearning that a counted epoch keeps
 FORGOTTEN = 0.05  # p-value at which the test no longer tells the model from one that never saw the set
 SMALLEST = 1e-30  # smaller p-values are drawn and averaged as this
-MEASURED = {"curve", "seconds", "environment"}
+MEASURED = {"curve", "seconds", "environment", "best_epoch", "rows", "robustness", "models"}
 # Settings that the first table compares.
 COMPARED = ("seed", "learning_rate", "method", "init", "retain_weight")
 ASPECTS = {  # heading -> the settings that a table of its own varies
@@ -44,7 +44,11 @@ ASPECTS = {  # heading -> the settings that a table of its own varies
     "Full tuning": ("tuning",),
     "Forget sets": ("forget_authors", "num_train_epochs"),
 }
-PANEL_TITLES = {"init": "{} initialisation", "forget_authors": "{} authors forgotten"}
+PANEL_TITLES = {
+    "init": "{} initialisation",
+    "forget_authors": "{} authors forgotten",
+    "forget_rows": "{} rows forgotten",
+}
 INIT_STYLES = {"fila": "C0-", "pissa": "C1--", "default": "C2:"}
 
 
@@ -114,7 +118,7 @@ def varying(aspect: Sequence[str], runs: Sequence[Run], compared: Sequence[Run])
 
 def shown(run: Run, name: str) -> str:
     """Return the text of a setting. Full tuning has no initialisation."""
-    return "-" if name == "init" and run["tuning"] == "full" else str(run[name])
+    return "-" if name == "init" and run.get("tuning") == "full" else str(run[name])
 
 
 def row(group: Group, varied: Sequence[str]) -> list[str]:
@@ -268,11 +272,21 @@ def add_legend(figure: "Figure", axes: Sequence["Axes"], sizes: Sequence[int] = 
     figure.legend(handles=handles, fontsize="small", loc="outside right center")
 
 
-def draw_tradeoff(path: Path, groups: Sequence[Group], panel_field: str) -> None:
-    """Draw forget quality against utility, with a panel for each value of a setting."""
+def draw_tradeoff(
+    path: Path, groups: Sequence[Group], panel_field: str, names: Sequence[str] | None = None
+) -> None:
+    """Draw forget quality against utility, with a panel for each value of a setting.
+
+    Args:
+        path: The picture.
+        groups: The runs of each setting.
+        panel_field: The setting with a panel for each value.
+        names: The settings that the label of a line shows; None (default) for the method, and the
+            initialisation unless it has the panels.
+    """
     values = sorted({group[0][panel_field] for group in groups})
-    names = ["method"] if panel_field == "init" else ["method", "init"]
-    labels = list(dict.fromkeys(", ".join(value_of(names)(group[0])) for group in groups))
+    names = names or (["method"] if panel_field == "init" else ["method", "init"])
+    labels = list(dict.fromkeys(", ".join(map(str, value_of(names)(group[0]))) for group in groups))
     title = "TOFU: forgetting against utility, by epoch; mean over seeds"
     figure, axes = quality_axes(len(values), title, xlabel="share of utility kept")
     longest = 0
@@ -283,7 +297,7 @@ def draw_tradeoff(path: Path, groups: Sequence[Group], panel_field: str) -> None
             if group[0][panel_field] != value:
                 continue
             _, utility, forget = zip(*mean_curve(group), strict=True)
-            label = ", ".join(value_of(names)(group[0]))
+            label = ", ".join(map(str, value_of(names)(group[0])))
             color = f"C{labels.index(label)}"
             panel.plot(utility, forget, color=color, lw=1, label=label)
             panel.scatter(utility, forget, s=[*map(marker_area, range(len(utility)))], color=color)

@@ -17,6 +17,7 @@ from loku.config import UnlearnConfig
 from loku.counts import check_counts
 from loku.data import TOFU_TEMPLATE
 from loku.data.rows import DataSet
+from loku.evaluation.endings import Endings, content_scores
 from loku.evaluation.extraction import spread_extraction_likelihood
 from loku.evaluation.scores import (
     TokenScores,
@@ -48,6 +49,8 @@ class _Gauge(TrainerCallback):
         check_counts(batch_size=batch_size)
         self.sets, self.every, self.batch_size = sets, every, batch_size
         self.rows: EvalSets = {}
+        self.tokenizer: Any = None
+        self.template = TOFU_TEMPLATE
         self.history: list[dict[str, float]] = []
 
     def begin(self, model: Any, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -78,8 +81,9 @@ class _Gauge(TrainerCallback):
     ) -> None:
         """Tokenise the data sets and measure the model."""
         max_length = getattr(args, "max_length", None)  # relearning runs under transformers' own arguments
-        template = args.template() if isinstance(args, UnlearnConfig) else TOFU_TEMPLATE
-        self.rows = tokenized_eval_sets(model, self.sets, processing_class, max_length, template)
+        self.tokenizer = processing_class
+        self.template = args.template() if isinstance(args, UnlearnConfig) else TOFU_TEMPLATE
+        self.rows = tokenized_eval_sets(model, self.sets, processing_class, max_length, self.template)
         self.history = []
         self._record(state, self.begin(model, state.log_history))
 
@@ -189,6 +193,8 @@ class ExtractionStopping(_Gauge):
         batch_size: The number of rows in a batch, 16 by default.
         thresholds: The thresholds of the original model, for a model that has unlearned another set already:
             the ``thresholds`` of the callback of that run. None (default) measures them.
+        count_end: Whether the endings of answers count, an EOS and the special tokens of a chat template
+            (``loku.evaluation.endings``), True by default.
 
     Raises:
         ValueError: As for ``ProbabilityGauge``; ``n`` or ``stride`` is less than 1; or, at the start of
@@ -204,11 +210,12 @@ class ExtractionStopping(_Gauge):
         every: int | None = None,
         batch_size: int = 16,
         thresholds: Mapping[str, float] | None = None,
+        count_end: bool = True,
     ):
         super().__init__({"forget": forget, "holdout": holdout}, every, batch_size)
         check_counts(n=n, stride=stride)
         self.n, self.stride = n, stride
-        self.known_thresholds = thresholds
+        self.known_thresholds, self.count_end = thresholds, count_end
         self.thresholds: dict[str, float] = {}
 
     def begin(self, model: Any, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -236,6 +243,8 @@ class ExtractionStopping(_Gauge):
 
     def _extraction(self, model: Any, name: str) -> dict[str, float]:
         scores = self.scores(model, name)
+        if not self.count_end:
+            scores = content_scores(self.rows[name], scores, Endings(model, self.tokenizer, self.template))
         likelihood = spread_extraction_likelihood(
             model, self.rows[name], scores, self.n, self.stride, self.batch_size, progress=False
         )

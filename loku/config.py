@@ -148,6 +148,9 @@ class UnlearnConfig(TrainingArguments):
         fisher_memory_budget: The memory of the Fisher passes, a size like "4GiB" or a number of bytes; None
             (default) sets no limit. See ``loku.FilaConfig``.
         fisher_cache_dir: The directory of measured row scales; None (default) keeps none.
+        eval_count_end: Whether the endings of answers count in the measures of evaluation sets but loss and
+            probability, True by default. An ending is an EOS and the special tokens of a chat template; see
+            ``loku.evaluation.endings``. False lets a model that knows the template alone look forgotten.
         eval_limits: The greatest values that measures of evaluation sets may have, such as
             ``{"forget_memorization_accuracy": 0.4}``; None (default) for none. See ``loku.eval_bounds``.
         eval_floors: The least values that measures of other evaluation sets must have, such as
@@ -303,6 +306,10 @@ class UnlearnConfig(TrainingArguments):
     fisher_cache_dir: str | None = field(
         default=None, metadata={"help": "A directory that keeps measured row scales."}
     )
+    eval_count_end: bool = field(
+        default=True,
+        metadata={"help": "Count the endings of answers (EOS, template tokens) in MA, ES, EL and extracted."},
+    )
     eval_limits: dict[str, float] | str | None = field(
         default=None,
         metadata={"help": "The greatest values of measures of evaluation sets, a JSON object."},
@@ -450,7 +457,7 @@ class UnlearnConfig(TrainingArguments):
         objective = OBJECTIVES.get(self.method)
         if objective is not None:  # a default that a later version changes decides, too
             defaults = {name: argument.default for name, argument in objective.arguments.items()}
-            given = self.method_args if isinstance(self.method_args, dict) else {}
             settings["beta"] = objective.beta if self.beta is None else self.beta
-            settings["method_args"] = {**defaults, **given}
+            if self.method_args is None or isinstance(self.method_args, dict):
+                settings["method_args"] = {**defaults, **(self.method_args or {})}
         return {**settings, "world_size": self.world_size, "n_gpu": self.n_gpu}

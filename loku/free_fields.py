@@ -65,6 +65,7 @@ REASONS = {
 # These are free, too, while no evaluation decides: without a metric for the best model or the learning rate.
 EVALUATION_FIELDS = {
     "batch_eval_metrics",
+    "eval_count_end",
     "eval_delay",
     "eval_floors",
     "eval_limits",

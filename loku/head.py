@@ -79,6 +79,18 @@ def _settings(base: Any) -> Iterator[tuple[Any, str, Any, dict[str, Any]]]:
                 yield owner, name, neutral, known(value)
 
 
+def postprocessing(model: nn.Module) -> dict[str, Any]:
+    """The ``softcap`` and the ``logit_scale`` that a causal LM applies to its logits; none that is neutral.
+
+    Args:
+        model: The causal LM without the wrappers of peft and of sharding.
+    """
+    found: dict[str, Any] = {}
+    for *_, arguments in _settings(model):
+        found |= arguments
+    return found
+
+
 @uninterrupted_context
 def _neutral(settings: list[tuple[Any, str, Any, dict[str, Any]]]) -> Iterator[None]:
     """A context in which the attributes of ``_settings`` are neutral."""
@@ -107,9 +119,7 @@ def _computing(model: nn.Module, compute: Callable[..., Tensor], shape: torch.Si
     """
     base, head = unwrapped(model), output_embedding(model)
     settings = list(_settings(base))
-    arguments: dict[str, Any] = {}
-    for *_, argument in settings:
-        arguments |= argument
+    arguments = postprocessing(base)
     calls = 0
 
     def forward(hidden: Tensor) -> Tensor:

@@ -220,6 +220,8 @@ class UnlearnTrainer(EvaluatingTrainer):
         self._original_head: Head | None = None  # None stands for the model's own
         self._step_log = StepLog()
         self.add_callback(self._step_log)
+        self._retain_weight = self.objective.retain_weight(args.retain_weight)
+        self.add_callback(self._retain_weight)
         self._first_log: dict[str, float] = {}
 
     def _further_facts(self) -> dict[str, Any]:
@@ -354,9 +356,9 @@ class UnlearnTrainer(EvaluatingTrainer):
     ) -> dict[str, Tensor]:
         """What the quantities need of the original model for the rows of a batch, by their names."""
         needed = self._compared(masks)
-        kept = {quantity.name: inputs.get(f"original_{quantity.name}") for quantity, _ in needed}
-        if all(value is not None for value in kept.values()):
-            return kept
+        names = [quantity.name for quantity, _ in needed]
+        if all(f"original_{name}" in inputs for name in names):
+            return {name: inputs[f"original_{name}"] for name in names}
         peft_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if not isinstance(peft_model, PeftModel):
             raise ValueError(
@@ -458,11 +460,14 @@ class UnlearnTrainer(EvaluatingTrainer):
             counts = self._loss_shares.counts(inputs)
             shares = self._loss_shares.shares(counts, num_items_in_batch or counts)
             self._step_log.add(measured, shares.log)
+            if model.training and "retain_loss" in measured:
+                self._retain_weight.add(measured["retain_loss"] * shares.log["retain_loss"])
             labels = (next_token_labels(inputs["labels"]) != IGNORE_INDEX).sum()
             self._step_log.count(inputs["token_count"].sum(), labels)
         loss = self.args.forget_weight * (measured["forget_loss"] * shares.losses["forget_loss"])
         if "retain_loss" in measured:
-            loss = loss + self.args.retain_weight * (measured["retain_loss"] * shares.losses["retain_loss"])
+            part = measured["retain_loss"] * shares.losses["retain_loss"]
+            loss = loss + self._retain_weight.value * part
         if num_items_in_batch:
             loss = loss * self.accelerator.num_processes
         return (loss, {"triplet": triplet}) if return_outputs else loss
@@ -479,6 +484,7 @@ class UnlearnTrainer(EvaluatingTrainer):
         narrow = self.args.bf16 or self.args.fp16  # by autocast
         dtype = torch.bfloat16 if narrow else causal_lm.dtype  # both 16-bit dtypes have a card's same peak
         if not logs.keys().isdisjoint(("loss", "train_loss")):  # not the log of an evaluation
-            logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._first_log
+            logs |= self._step_log.take(self.accelerator, self.model, dtype) | self._retain_weight.logged()
+            logs |= self._first_log
             self._first_log = {}
         super().log(logs, *args, **kwargs)

@@ -42,6 +42,7 @@ from loku.eval_bounds import (
     likelihood_limits,
     measure_name,
 )
+from loku.evaluation.endings import Endings, content_rows, content_scores
 from loku.evaluation.extraction import end_ids, extracted_tokens, spread_extraction_likelihood
 from loku.evaluation.scores import TokenScores, mean_over_rows, spread_token_scores, token_measures
 from loku.fingerprints import ordered_rows_fingerprint, texts_fingerprint
@@ -188,7 +189,10 @@ def prepare_eval_sets(
     limits, floors = args.eval_bounds()
     check_bound_names(sets, limits, floors)
     for limit in likelihood_limits(limits):
-        if all(_answer_length(row) <= limit.n for row in sets[limit.set]):
+        counted = sets[limit.set]
+        if not args.eval_count_end:
+            counted = content_rows(counted, Endings(model, rows.tokenizer, args.template()))
+        if all(_answer_length(row) <= limit.n for row in counted):
             raise ValueError(
                 f"eval_limits: no row of the {limit.set or 'evaluation'} set has more than {limit.n} answer "
                 "tokens, which Extraction Likelihood needs: limit extraction_strength"
@@ -214,7 +218,10 @@ def _answer_length(row: Mapping[str, Any]) -> int:
 
 
 def eval_measures(
-    rows: Sequence[Mapping[str, Any]], scores: Sequence[TokenScores], ends: Collection[int] = ()
+    rows: Sequence[Mapping[str, Any]],
+    scores: Sequence[TokenScores],
+    ends: Collection[int] = (),
+    content: Sequence[TokenScores] | None = None,
 ) -> dict[str, float]:
     """The ``EVAL_MEASURES`` of a set.
 
@@ -222,17 +229,21 @@ def eval_measures(
         rows: Its tokenised rows. Rows without labelled tokens do not count.
         scores: The ``token_scores`` of the rows.
         ends: The ids that end a text, which need not come back; none by default.
+        content: The scores without the endings of the answers, from
+            ``loku.evaluation.endings.content_scores``. All measures but loss and probability are theirs. None
+            (default) counts the endings as well.
 
     Returns:
         ``loss`` is the mean negative log-probability of a labelled token, in nats. ``extracted`` is the share
         of rows that come back word by word (``loku.evaluation.extraction.extracted_tokens``). The others are
         those of ``loku.evaluation.scores.token_measures``.
     """
-    pairs = zip(scores, extracted_tokens(rows, scores, ends), strict=True)
-    labelled = [(score, count) for score, count in pairs if len(score.losses)]
-    measures = token_measures(score for score, _ in labelled)
-    loss = torch.cat([score.losses for score, _ in labelled]).mean().item() if labelled else math.nan
-    extracted = mean_over_rows(float(count > 0) for _, count in labelled)
+    content = scores if content is None else content
+    measures = token_measures(scores, content=content)
+    labelled = [score.losses for score in scores if len(score.losses)]
+    loss = torch.cat(labelled).mean().item() if labelled else math.nan
+    counts = zip(content, extracted_tokens(rows, content, ends), strict=True)
+    extracted = mean_over_rows(float(count > 0) for score, count in counts if len(score.losses))
     return {**{name: measures.get(name, extracted) for name in EVAL_MEASURES}, "loss": loss}
 
 
@@ -322,15 +333,18 @@ class EvaluatingTrainer(ResumableTrainer):
         metrics: dict[str, float] = {}
         measured: dict[str, float] = {}
         scores_of: dict[str, list[TokenScores]] = {}
-        size, ends = self.args.eval_batch_size, end_ids(model, tokenizer, self.args.template())
+        size, template = self.args.eval_batch_size, self.args.template()
+        ends = end_ids(model, tokenizer, template)
+        endings = None if self.args.eval_count_end else Endings(model, tokenizer, template)
         for name, rows in sets.items():
             begin, prefix = time.time(), "_".join(filter(None, (metric_key_prefix, name)))
             with self.accelerator.autocast():  # before training the model has no autocast of its own
                 scores = spread_token_scores(
                     model, rows, size, progress=not self.args.disable_tqdm, description=prefix
                 )
-            scores_of[name] = scores
-            for measure, value in eval_measures(rows, scores, ends).items():
+            counted = scores if endings is None else content_scores(rows, scores, endings)
+            scores_of[name] = counted
+            for measure, value in eval_measures(rows, scores, ends, counted).items():
                 measured[measure_name(name, measure)] = value
                 if measure == "loss" or not self.args.prediction_loss_only:
                     metrics[f"{prefix}_{measure}"] = value

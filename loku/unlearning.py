@@ -287,10 +287,10 @@ def _initialize_by_fila(peft_model: PeftModel, rows: PreparedRows, config: Unlea
     retain = rows.retain
     if isinstance(retain, StreamedRows):
         retain = [retain[index] for index in range(config.fisher_samples or 0)]
-    forget, retain = _fisher_samples(rows.forget), _fisher_samples(retain)
+    samples: tuple[Any, Any] = _fisher_samples(rows.forget), _fisher_samples(retain)
     batch_size = config.per_device_train_batch_size
     if config.init == "official-fila":
-        forget, retain = official_rows(forget, retain, config.seed)
+        samples = official_rows(*samples, config.seed)
         batch_size = OFFICIAL_BATCH_SIZE
     loader = partial(
         DataLoader,
@@ -299,8 +299,8 @@ def _initialize_by_fila(peft_model: PeftModel, rows: PreparedRows, config: Unlea
     )
     initialize_lora_fila_weights(
         peft_model,
-        loader(forget),
-        loader(retain),
+        loader(samples[0]),
+        loader(samples[1]),
         config=config.fila_config(),
         progress=not config.disable_tqdm,
     )

@@ -1,16 +1,28 @@
-"""Fine-tune a causal LM on TOFU, whole and without the forget set, for ``experiments/tofu.py --model``.
+"""Fine-tune a causal LM on TOFU, whole and without forget sets, for ``experiments/tofu.py --model``.
 
     python scripts/finetune_tofu.py BASE --full full.jsonl --forget forget10_perturbed.jsonl --out DIR
+    python scripts/finetune_tofu.py BASE --full forget10_perturbed.jsonl --last 40 200 --out DIR
 
-BASE is a path or hub name. The files are TOFU's, as JSON lines. All parameters are tuned as in TOFU (Maini et
-al., 2024, appendix): 5 epochs, an effective batch of 32 rows, AdamW with weight decay 0.01, a linear warm-up
-over the first epoch. The script writes ``DIR/full``, ``DIR/retain.jsonl`` (the rows of ``--full`` that are
-not in ``--forget``), ``DIR/retain`` (the model trained on them) and ``DIR/retain_log.json`` (TOFU's log of
-that model). A finished model is not trained again.
+BASE is a path or hub name. The rows are in files or on the hub, as for ``loku unlearn``. All parameters are
+tuned as in TOFU (Maini et al., 2024, appendix): 5 epochs, an effective batch of 32 rows, AdamW with weight
+decay 0.01, a linear warm-up over the first epoch. ``--question-template`` asks the questions in another form
+than TOFU's, such as "chat".
+
+The script writes ``DIR/full`` and its rows, ``DIR/full.jsonl``. With ``--forget`` it also writes
+``DIR/retain.jsonl`` (the rows of ``--full`` that are not in ``--forget``), ``DIR/retain`` (the model trained
+on them) and ``DIR/retain_log.json`` (TOFU's log of that model on the rows of ``--forget``). ``--last`` makes
+the same for forget sets that are the last rows of ``--full``, each with its number in the names:
+``DIR/retain40`` and so on. ``experiments/smollm2_tofu.py`` reads these.
+
+A finished model is not trained again, and one that was stopped goes on from its last epoch. In its folder
+``finetuning.json`` has the settings. The script prints what each model has memorised of its rows, and of the
+rows that it never saw.
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,49 +30,120 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
+from loku.commands import add_template_options, template_of
 from loku.data import collate, padding_id, tokenize_dataset
 from loku.data.files import read_rows
-from loku.evaluation import evaluate_tofu_rows, write_report
+from loku.evaluation import evaluate_tofu_rows, token_scores, write_report
+from loku.evaluation.scores import token_measures
 from loku.evaluation.tofu import SECTIONS
+from loku.fingerprints import ordered_rows_fingerprint
 from loku.models import load_model
 from loku.saving.destinations import destination
 from loku.trust import load_tokenizer
 
+SETTINGS = "finetuning.json"
+# The options that decide a model beside its rows.
+DECIDING = ("base", "epochs", "learning_rate", "rows_per_step", "batch_size", "max_length", "seed")
 
-def finetune(base: str, rows: list[Any], output: Path, options: argparse.Namespace) -> None:
-    """Train a model on question/answer rows and save it and its tokenizer.
+
+def settings_of(tokens: list[Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return what decides a fine-tuned model: the options, the template and the digest of its rows."""
+    names = (*DECIDING, "question_template", "answer_template")
+    settings = {name: getattr(options, name) for name in names}
+    return {**settings, "rows": len(tokens), "rows_digest": ordered_rows_fingerprint(tokens)}
+
+
+def finetune(tokens: list[Any], output: Path, options: argparse.Namespace, tokenizer: Any) -> None:
+    """Train a model on tokenised rows and save it and its tokenizer, unless that was done before.
 
     Args:
-        base: The path or hub name of the model.
-        rows: The rows.
+        tokens: The rows.
         output: The folder of the trained model.
         options: The parsed options.
+        tokenizer: The tokenizer.
+
+    Raises:
+        SystemExit: The folder has a model of other settings or rows.
     """
-    tokenizer = load_tokenizer(base)
+    settings = settings_of(tokens, options)
+    if (output / "config.json").exists():
+        file = output / SETTINGS
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if changed := [name for name in settings if settings[name] != found.get(name)]:
+            raise SystemExit(
+                f"{output} has a model of other settings ({', '.join(changed)}); pass another --out, or move "
+                "it away"
+            )
+        return
+    # Checkpoints of other settings have another folder, so that no run goes on from them.
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    checkpoints = output.with_name(f".{output.name}-{digest}")
     # Weights of 16 bits are too coarse for this learning rate: half of the steps round to zero.
-    model = load_model(base, {"dtype": torch.float32})
+    model = load_model(options.base, {"dtype": torch.float32})
     arguments = TrainingArguments(
-        output_dir=str(output.with_name(f"{output.name}_trainer")),
+        output_dir=str(checkpoints),
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
         per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=max(1, 32 // options.batch_size),
+        gradient_accumulation_steps=max(1, options.rows_per_step // options.batch_size),
         weight_decay=0.01,
-        warmup_steps=-(-len(rows) // 32),
+        warmup_steps=-(-len(tokens) // options.rows_per_step),
         lr_scheduler_type="linear",
         seed=options.seed,
-        save_strategy="no",
+        save_strategy="epoch",
+        save_total_limit=1,
         report_to="none",
         remove_unused_columns=False,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    tokens = tokenize_dataset(rows, tokenizer, max_length=options.max_length, name="TOFU")
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
-    Trainer(model, arguments, train_dataset=tokens, data_collator=collator).train()
+    trainer = Trainer(model, arguments, train_dataset=tokens, data_collator=collator)
+    trainer.train(resume_from_checkpoint=whole_checkpoint(checkpoints))
     with destination(output, "merged") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        write_report(directory / SETTINGS, settings)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def whole_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end, and remove those that were not.
+
+    ``Trainer`` writes ``trainer_state.json`` last.
+    """
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
+        if (Path(last) / "trainer_state.json").exists():
+            return last
+        shutil.rmtree(last)
+    return None
+
+
+def forget_sets(full: list[Any], options: argparse.Namespace) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Return the name of each retain-only model, with its retained rows and the rows that it never sees."""
+    if options.last:
+        if too_many := [count for count in options.last if not 0 < count < len(full)]:
+            raise SystemExit(
+                f"--last {too_many[0]} leaves no row of the {len(full)} of --full, or takes none"
+            )
+        return {f"retain{count}": (full[:-count], full[-count:]) for count in options.last}
+    forget = list(read_rows(options.forget))
+    questions = {row["question"] for row in forget}
+    retain = [row for row in full if row["question"] not in questions]
+    if len(retain) + len(forget) != len(full):
+        raise SystemExit("the rows of --forget are not all in --full")
+    return {"retain": (retain, forget)}
+
+
+def memorised(model: Any, tokens: list[Any], what: str) -> str:
+    """Return a line with the answer probability and the memorisation accuracy of some rows."""
+    measures = token_measures(token_scores(model, tokens, progress=False))
+    return (
+        f"{what}: answer probability {measures['probability']:.3f}, memorisation accuracy "
+        f"{measures['memorization_accuracy']:.3f} ({len(tokens)} rows)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,35 +152,60 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("base", help="path or hub name of the base model")
-    parser.add_argument("--full", required=True, metavar="FILE", help="all rows")
-    parser.add_argument("--forget", required=True, metavar="FILE", help="rows to forget, all in --full")
+    parser.add_argument("--full", required=True, metavar="SOURCE", help="all rows, in a file or on the hub")
+    left_out = parser.add_mutually_exclusive_group(required=True)
+    left_out.add_argument("--forget", metavar="SOURCE", help="rows to forget, all in --full")
+    left_out.add_argument(
+        "--last", type=int, nargs="+", metavar="N", help="forget sets: the last N rows of --full, for each N"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument("--epochs", type=float, default=5, help="default: 5")
     parser.add_argument(
         "--learning-rate", type=float, default=1e-5, help="1e-5 for Llama-2, 2e-5 for Phi-1.5"
     )
-    parser.add_argument("--batch-size", type=int, default=4, help="rows at a time; a step has 32")
+    parser.add_argument("--rows-per-step", type=int, default=32, help="rows of a step (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows at a time (default: 4)")
     parser.add_argument("--max-length", type=int, default=500, help="longest row, in tokens")
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
+    add_template_options(parser)
     options = parser.parse_args(argv)
+    try:
+        template = template_of(options)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.rows_per_step % options.batch_size:
+        parser.error("--rows-per-step must be a multiple of --batch-size")
 
-    full, forget = read_rows(options.full), read_rows(options.forget)
-    questions = {row["question"] for row in forget}
-    retain = [row for row in full if row["question"] not in questions]
-    if len(retain) + len(forget) != len(full):
-        raise SystemExit("the rows of --forget are not all in --full")
-    for name, rows in (("full", full), ("retain", retain)):
-        if not (options.out / name / "config.json").exists():
-            finetune(options.base, rows, options.out / name, options)
-    (options.out / "retain.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in retain), encoding="utf-8"
-    )
+    full = list(read_rows(options.full))
+    models = forget_sets(full, options)
+    tokenizer = load_tokenizer(options.base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_model(options.out / "retain")
-    model.to(device)
-    tokenizer = load_tokenizer(options.out / "retain")
-    section = evaluate_tofu_rows(model, tokenizer, forget, description="the retain-only model")
-    write_report(options.out / "retain_log.json", {SECTIONS["forget"]: section})
+
+    def tokens_of(rows: list[Any], name: str) -> list[Any]:
+        return tokenize_dataset(rows, tokenizer, max_length=options.max_length, name=name, template=template)
+
+    def trained(rows: list[Any], name: str) -> Any:
+        tokens = tokens_of(rows, name)
+        finetune(tokens, options.out / name, options, tokenizer)
+        model: Any = load_model(options.out / name)
+        print(memorised(model.to(device), tokens, f"{name}: its own rows"), flush=True)
+        return model
+
+    def write_rows(rows: list[Any], name: str) -> None:
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (options.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    trained(full, "full")
+    write_rows(full, "full")
+    for name, (retain, forget) in models.items():
+        model = trained(retain, name)
+        print(memorised(model, tokens_of(forget, "forget"), f"{name}: the rows that it never saw"))
+        write_rows(retain, name)
+        section = evaluate_tofu_rows(
+            model, tokenizer, forget, description="the retain-only model", template=template
+        )
+        write_report(options.out / f"{name}_log.json", {SECTIONS["forget"]: section})
 
 
 if __name__ == "__main__":

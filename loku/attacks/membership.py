@@ -18,6 +18,7 @@ from loku.data import (
     IGNORE_INDEX,
     TOFU_TEMPLATE,
     QuestionTemplate,
+    RowError,
     check_tokens,
     collate,
     split_documents,
@@ -25,6 +26,7 @@ from loku.data import (
     tokenize_dataset,
 )
 from loku.data.rows import DataSet
+from loku.evaluation.endings import Endings, content_rows
 from loku.evaluation.scores import MIN_K_SHARE, check_share, membership_auc
 from loku.models import CausalLM, evaluating, model_device
 
@@ -56,6 +58,7 @@ def membership_attack(
     reference: CausalLM | None = None,
     *,
     min_k_share: float = MIN_K_SHARE,
+    count_end: bool = True,
     resamples: int = 1000,
     seed: int = 0,
     batch_size: int = 16,
@@ -78,8 +81,9 @@ def membership_attack(
     - ``reference``: l under the reference model less l under the model (Carlini et al., 2021).
 
     open-unlearning gives each score the other sign and takes the hold-out rows for the positive class, so its
-    AUCs mean the same. It leaves the last labelled token of a row out of the two Min-K scores and of the
-    gradient norm. MUSE writes 1 - AUC; ``loku.evaluation.privleak`` takes that into account.
+    AUCs mean the same. It leaves the last labelled token of a row, its EOS, out of the two Min-K scores and
+    of the gradient norm, as ``count_end=False`` does. MUSE writes 1 - AUC; ``loku.evaluation.privleak`` takes
+    that into account.
 
     An AUC of 0.5 is the aim. Above it, forget rows look like rows of the training set. Below it, they stand
     out, too: unlearning has pushed them below rows that the model never saw, and an attacker who knows that
@@ -96,6 +100,8 @@ def membership_attack(
             same tokenizer; None (default) does not test it.
         min_k_share: The share of a row's tokens that the two Min-K scores take, in (0, 1], 0.2 by default; at
             least one token counts.
+        count_end: Whether the endings of answers (``loku.evaluation.endings``) count in the two Min-K scores
+            and in the gradient norm, True by default. They always count in the other scores.
         resamples: The number of bootstrap resamples of both sets, 1000 by default.
         seed: The seed of the resamples, 0 by default.
         batch_size: The number of rows in a batch, 16 by default.
@@ -112,7 +118,7 @@ def membership_attack(
 
     Raises:
         ValueError: A set is empty, a number is out of its range, or there are several processes.
-        RowError: A row cannot be used.
+        RowError: A row cannot be used, or is nothing but an ending without ``count_end``.
         FloatingPointError: A loss is NaN.
     """
     check_one_process("membership inference")
@@ -133,6 +139,7 @@ def membership_attack(
     no_gradients = reason_not_copied(model)  # what cannot be merged, or is no number, has no such gradient
     if no_gradients is not None:
         not_tested["gradient_norm"] = no_gradients
+    endings = Endings(model, tokenizer, template)
     found: dict[str, dict[str, list[float]]] = {}
     for name, documents in rows.items():
         scores = _row_scores(model, documents, batch_size, progress, f"{name}: membership")
@@ -141,11 +148,15 @@ def membership_attack(
         if tokenizer is not None:
             bits = [_zlib_bits(tokenizer, row) for row in documents]
             of_set["zlib"] = [-loss / count for loss, count in zip(losses, bits, strict=True)]
-        of_set["min_k"] = [_mean_of_least(score.log_probabilities, min_k_share) for score in scores]
-        of_set["min_k_plus_plus"] = [_mean_of_least(score.standardised, min_k_share) for score in scores]
+        counted, kept = documents, scores
+        if not count_end:
+            counted = content_rows(documents, endings)
+            kept = _content(name, documents, counted, scores)
+        of_set["min_k"] = [_mean_of_least(score.log_probabilities, min_k_share) for score in kept]
+        of_set["min_k_plus_plus"] = [_mean_of_least(score.standardised, min_k_share) for score in kept]
         if "gradient_norm" not in not_tested:
             try:
-                norms = gradient_norms(model, documents, progress, f"{name}: gradient norms")
+                norms = gradient_norms(model, counted, progress, f"{name}: gradient norms")
                 of_set["gradient_norm"] = [-norm for norm in norms]
             except FloatingPointError as error:  # float16 may have losses and no gradients
                 not_tested["gradient_norm"] = str(error)
@@ -175,6 +186,7 @@ def membership_attack(
     return {
         "settings": {
             "min_k_share": min_k_share,
+            "count_end": count_end,
             "resamples": resamples,
             "seed": seed,
             "max_length": max_length,
@@ -239,6 +251,27 @@ def _token_moments(logits: Tensor, at: Tensor, labels: Tensor) -> _RowScores:
         standardised = (true - mean) / deviation.clamp(min=torch.finfo(torch.float64).tiny)
         parts.append((true.cpu(), standardised.cpu()))
     return _RowScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _content(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    content: Sequence[Mapping[str, Any]],
+    scores: Sequence[_RowScores],
+) -> list[_RowScores]:
+    """Return the scores of the rows that have labels in ``content``, too."""
+    found = []
+    for index, (row, left, score) in enumerate(zip(rows, content, scores, strict=True)):
+        labels = zip(row["labels"][1:], left["labels"][1:], strict=True)
+        kept = torch.tensor(
+            [now != IGNORE_INDEX for before, now in labels if before != IGNORE_INDEX], dtype=torch.bool
+        )
+        if not kept.any():
+            raise RowError(
+                name, index, "its answer is nothing but an ending; pass count_end=True, or drop it"
+            )
+        found.append(_RowScores(*(values[kept] for values in score)))
+    return found
 
 
 def _mean_of_least(values: Tensor, share: float) -> float:

@@ -133,7 +133,14 @@ def run_attacks(
             result = attacks.extraction_attack(model, tokenizer, forget, holdout, progress=show, **more)
         elif name == "mia":
             result = attacks.membership_attack(
-                model, tokenizer, forget, holdout, reference, progress=show, **more
+                model,
+                tokenizer,
+                forget,
+                holdout,
+                reference,
+                count_end=options.count_end,
+                progress=show,
+                **more,
             )
         elif name == "relearn":
             result = attacks.relearning_attack(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,11 @@ from loku.commands.attacks import add_options, attack_tables, check_options, loa
 from loku.commands.report_files import check_report_files, read_earlier_report, write_report_files
 from loku.counts import check_counts, check_max_length
 
+EL_DEFINITIONS = ("paper", "knowledge-unlearning")  # loku.evaluation.extraction has them, and imports torch
+_SETTINGS = (  # that the report has
+    *("ngram", "stride", "count_end", "el_definition"),
+    *("max_length", "max_new_tokens", "stop_strings", "batch_size", "question_template", "answer_template"),
+)
 _OPTIONAL = ("knowledge_examples", "classifier", "classifier_class")  # options of measures that are asked for
 
 
@@ -33,10 +37,10 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="measure the knowledge left in a model",
         description="Measure a causal LM on data sets: probability, perplexity, ROUGE-L, truth ratio, forget "
         "quality, model utility, Extraction Likelihood, Memorisation Accuracy, extraction strength, Min-K% "
-        "membership inference, PrivLeak, MUSE's memorisation, fluency and dialogue F1, as far as the sets "
-        "allow. Prints a table, and writes a JSON "
-        "report with TOFU's log and a picture beside it. Runs under torchrun and accelerate launch. --attack "
-        "attacks the model, too, in one process.",
+        "membership inference, PrivLeak, MUSE's memorisation, fluency, dialogue F1 and the last word, as far "
+        "as the sets allow. Prints a table, and writes a JSON report with a log of TOFU or open-unlearning, "
+        "and a picture beside it. Runs under torchrun and accelerate launch. --attack attacks the model, "
+        "too, in one process.",
     )
     parser.add_argument(
         "model",
@@ -64,7 +68,16 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="arguments of from_pretrained, a JSON object",
     )
     parser.add_argument(
-        "--reference-log", metavar="FILE", help="TOFU log of a model that never saw the forget set"
+        "--reference-log",
+        metavar="FILE",
+        help="log of a model that never saw the forget set: TOFU's (values by index, or lists) or "
+        "open-unlearning's",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("tofu", "open-unlearning"),
+        default="tofu",
+        help="form of the log beside the report (default: tofu)",
     )
     parser.add_argument(
         "--reference-report",
@@ -99,6 +112,31 @@ def add(commands: Commands[CommandParser]) -> CommandParser:
         help="tokens between its prefixes; more is coarser and faster (default: 1)",
     )
     parser.add_argument(
+        "--el-definition",
+        choices=EL_DEFINITIONS,
+        default="paper",
+        help="Extraction Likelihood as in the paper (default), or as in the code of Jang et al.",
+    )
+    parser.add_argument(
+        "--no-count-end",
+        dest="count_end",
+        action="store_false",
+        help="leave the endings of answers (EOS, special tokens of a chat template) out of Memorisation "
+        "Accuracy, extraction strength, Extraction Likelihood and Min-K%%",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="tokens of a generated answer at most (default: 16 more than the longest true answer has)",
+    )
+    parser.add_argument(
+        "--stop-strings",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts before the first of which a generated answer ends, such as $'\\nQuestion:' in bash",
+    )
+    parser.add_argument(
         "--max-length",
         type=int,
         help="tokens at which texts are cut; a question with its answer that is longer is refused",
@@ -123,13 +161,18 @@ def run(options: argparse.Namespace) -> None:
     sources = dict(options.data)
     others_read = (options.reference_log, options.reference_report, options.knowledge_examples)
     read = [*sources.values(), *(name or "" for name in others_read)]
-    check_report_files(options.out, read)
+    with_summary = options.log_format == "open-unlearning"
+    check_report_files(options.out, read, with_summary)
     counts = {
         f"--{name}": getattr(options, name.replace("-", "_")) for name in ("ngram", "stride", "batch-size")
     }
     check_counts(**counts)
     check_counts(0, **{"--classifier-class": options.classifier_class})
     check_max_length(options.max_length, "--max-length")
+    if options.max_new_tokens is not None:
+        check_counts(**{"--max-new-tokens": options.max_new_tokens})
+    if "" in options.stop_strings:
+        raise ValueError("--stop-strings has an empty text, before which every answer would end")
     if options.classifier is None and options.classifier_class:
         raise ValueError("--classifier-class is for --classifier, which was not given")
     template = template_of(options)
@@ -141,6 +184,9 @@ def run(options: argparse.Namespace) -> None:
 
     from loku.data import read_rows, row_places
     from loku.evaluation import evaluate, load_classifier, reasoning_accuracies
+    from loku.evaluation.log_forms import read_log
+    from loku.evaluation.open_unlearning import open_unlearning_log, open_unlearning_summary
+    from loku.evaluation.tofu_logs import check_forget_section
     from loku.trust import load_tokenizer, trusts_code
 
     # One process may generate for much longer than another, so the timeout is long.
@@ -151,7 +197,8 @@ def run(options: argparse.Namespace) -> None:
     data = {name: read_rows(source) for name, source in sources.items()}
     reference = None
     if options.reference_log is not None:
-        reference = _read_log(options.reference_log)
+        reference = read_log(options.reference_log)
+        check_forget_section(reference, options.reference_log)
     retained = None
     if options.reference_report is not None:
         retained = _read_report(options.reference_report, {**_settings(options), **_asked_for(options)})
@@ -189,7 +236,11 @@ def run(options: argparse.Namespace) -> None:
             classifier=classifier,
             n=options.ngram,
             stride=options.stride,
+            count_end=options.count_end,
+            el_definition=options.el_definition,
             max_length=options.max_length,
+            max_new_tokens=options.max_new_tokens,
+            stop_strings=options.stop_strings,
             batch_size=options.batch_size,
             progress=not options.quiet,
             template=template,
@@ -219,8 +270,14 @@ def run(options: argparse.Namespace) -> None:
                     report["attacks"][name] = found
         finally:  # a failed attack does not lose what was measured before it
             print(_evaluation_table(report))
-            check_report_files(options.out, read)  # what has come while the model was measured stays, too
-            written = write_report_files(options.out, report, result.log)
+            # What has come while the model was measured stays, too.
+            check_report_files(options.out, read, with_summary)
+            log: Mapping[str, Any] = result.log
+            summary = None
+            if with_summary:
+                log = open_unlearning_log(result.log, reference, result.rows.get("forget"))
+                summary = open_unlearning_summary(log)
+            written = write_report_files(options.out, report, log, summary)
             print(f"\nwritten: {', '.join(map(str, written))}")
     state.destroy_process_group()
 
@@ -289,8 +346,7 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the measures, as the report has them."""
-    keys = ("ngram", "stride", "max_length", "batch_size", "question_template", "answer_template")
-    return {key: getattr(options, key) for key in keys}
+    return {key: getattr(options, key) for key in _SETTINGS}
 
 
 def _asked_for(options: argparse.Namespace) -> dict[str, Any]:
@@ -324,15 +380,3 @@ def _read_report(path: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
                 "evaluate both models with the same settings"
             )
     return report
-
-
-def _read_log(path: str) -> Mapping[str, Any]:
-    """Read a TOFU log; ``ValueError`` if it is none."""
-    from loku.evaluation.tofu_logs import check_forget_section
-
-    try:
-        log = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    check_forget_section(log, path)
-    return log

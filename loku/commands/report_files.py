@@ -1,8 +1,8 @@
-"""The three files of ``loku evaluate``, which overwrite an earlier report and nothing else.
+"""The files of ``loku evaluate``, which overwrite an earlier report and nothing else.
 
-``--out x.json`` makes the report ``x.json``, TOFU's log ``x_log.json`` and the picture ``x.png``. The report
-lists the digests of the other two. So a log or a picture of another origin is known, and it is never
-overwritten.
+``--out x.json`` makes the report ``x.json``, the log ``x_log.json`` and the picture ``x.png``. A log in
+open-unlearning's form has its summary beside it, ``x_summary.json``. The report lists the digests of the
+others. So a log or a picture of another origin is known, and it is never overwritten.
 """
 
 from __future__ import annotations
@@ -17,39 +17,45 @@ from loku.file_digests import file_digest
 from loku.saving.destinations import check_writable
 
 _KEYS = {"model", "data", "settings", "sets", "whole", "not_available"}  # of every report
+_ROLES = ("report", "log", "picture", "summary")  # of report_files
 _MAX_REPORT_BYTES = 64 << 20
 
 
-def report_files(out: str | os.PathLike) -> tuple[Path, Path, Path]:
-    """Return the paths of the report, the log and the picture.
+def report_files(out: str | os.PathLike, summary: bool = False) -> tuple[Path, ...]:
+    """Return the paths of the report, the log and the picture, and of the summary if there is one.
 
     Args:
         out: The path of the report.
+        summary: Whether the log has a summary, False by default.
     """
     out = Path(out)
-    return out, out.with_name(f"{out.stem}_log.json"), out.with_suffix(".png")
+    log, picture = out.with_name(f"{out.stem}_log.json"), out.with_suffix(".png")
+    return (out, log, picture, *([out.with_name(f"{out.stem}_summary.json")] if summary else []))
 
 
-def check_report_files(out: str | os.PathLike, inputs: Iterable[str | os.PathLike] = ()) -> None:
-    """Check that a report, its log and its picture can be written over nothing but an earlier report.
+def check_report_files(
+    out: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), summary: bool = False
+) -> None:
+    """Check that the files of a report can be written over nothing but an earlier report.
 
     Args:
         out: The path of the report.
         inputs: Files that are read. Names of no file are passed over.
+        summary: Whether the log has a summary, False by default.
 
     Raises:
-        ValueError: ``out`` is a picture or a directory. Or one of the three files is another one of them, an
+        ValueError: ``out`` is a picture or a directory. Or one of the files is another one of them, an
             input, or a file that is no earlier report or not of the report there.
         OSError: The directory cannot be written to.
     """
     out = Path(out)
     if out.suffix.lower() == ".png" or out.is_dir():
         raise ValueError(f"--out {out} must be the file of a JSON report, such as report.json")
-    files = report_files(out)
+    files = report_files(out, summary)
     real = [os.path.realpath(file) for file in files]
     read = {os.path.realpath(name): name for name in inputs if name and os.path.exists(name)}
     earlier = read_earlier_report(out, _KEYS)
-    for role, file, place in zip(("report", "log", "picture"), files, real, strict=True):
+    for role, file, place in zip(_ROLES, files, real, strict=False):
         if place in read:
             raise ValueError(f"--out {out} would write {file}, which is read; pass another --out")
         if real.count(place) > 1:
@@ -93,29 +99,34 @@ def read_earlier_report(file: str | os.PathLike, keys: Set[str]) -> dict[str, An
 
 
 def write_report_files(
-    out: str | os.PathLike, report: Mapping[str, Any], log: Mapping[str, Any] | None
+    out: str | os.PathLike,
+    report: Mapping[str, Any],
+    log: Mapping[str, Any] | None,
+    summary: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write the log and the picture, and then the report with their digests.
+    """Write the log, its summary and the picture, and then the report with their digests.
 
     Args:
         out: The path of the report, which ``check_report_files`` has passed.
         report: The report, with its measures in "sets".
-        log: TOFU's log, or None if there are no questions.
+        log: The log, or None if there are no questions.
+        summary: The summary of the log, or None (default) for none.
 
     Returns:
         The paths that were written.
     """
     from loku.evaluation import plot_measures, write_report
 
-    out, log_file, picture = report_files(out)
+    files = dict(zip(_ROLES, report_files(out, summary=True), strict=True))
     written: dict[str, Path] = {}
     try:
-        if log:
-            write_report(log_file, log)
-            written["log"] = log_file
-        plot_measures(picture, report["sets"])
-        written["picture"] = picture
+        for role, content in (("log", log), ("summary", summary)):
+            if content:
+                write_report(files[role], content)
+                written[role] = files[role]
+        plot_measures(files["picture"], report["sets"])
+        written["picture"] = files["picture"]
     finally:  # the measures took long
         digests = {name: file_digest(file) for name, file in written.items()}
-        write_report(out, {**report, "sha256": digests})
-    return [out, *written.values()]
+        write_report(files["report"], {**report, "sha256": digests})
+    return [files["report"], *written.values()]

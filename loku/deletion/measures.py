@@ -28,6 +28,7 @@ from loku.data import (
     tokenize_dataset,
 )
 from loku.deletion.request import HOLDOUT
+from loku.evaluation.endings import Endings, content_scores
 from loku.evaluation.extraction import end_ids, extracted_tokens, extraction_likelihood
 from loku.evaluation.scores import extraction_strength, mean_over_rows, token_scores
 
@@ -57,6 +58,7 @@ def measure_rows(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    count_end: bool = True,
     template: QuestionTemplate = TOFU_TEMPLATE,
 ) -> RowMeasures:
     """Measure each row of a data set.
@@ -71,6 +73,8 @@ def measure_rows(
         batch_size: The number of rows in a batch, >= 1; 16 by default.
         max_length: The number of tokens at which texts are cut, >= 2; None (default) does not cut them.
         progress: Whether to show progress bars, False by default.
+        count_end: Whether the endings of answers (``loku.evaluation.endings``) count in all measures but
+            ``tokens``, ``loss`` and ``probability``, True by default.
         template: The template of ``question`` and ``answer``; TOFU's by default.
 
     Returns:
@@ -96,21 +100,22 @@ def measure_rows(
         )
     )
     scores = token_scores(model, tokens, batch_size, progress, name)
-    likelihood = extraction_likelihood(model, tokens, n, stride, batch_size, progress, scores)
-    back = extracted_tokens(tokens, scores, end_ids(model, tokenizer, template))
+    counted = scores if count_end else content_scores(tokens, scores, Endings(model, tokenizer, template))
+    likelihood = extraction_likelihood(model, tokens, n, stride, batch_size, progress, counted)
+    back = extracted_tokens(tokens, counted, end_ids(model, tokenizer, template))
     measures: RowMeasures = {
         "tokens": [], "loss": [], **{measure: [] for measure in MEASURES}, "extracted_tokens": [],
     }  # fmt: skip
-    for score, count in zip(scores, back, strict=True):
-        length = len(score.losses)
+    for score, content, count in zip(scores, counted, back, strict=True):
+        length, answer = len(score.losses), len(content.losses)
         loss = score.losses.mean().item() if length else None
         values: dict[str, float | None] = {
             "tokens": length,
             "loss": loss,
             "probability": None if loss is None else math.exp(-loss),
-            "memorization_accuracy": score.memorized.double().mean().item() if length else None,
-            "extraction_strength": extraction_strength([score])[0] if length else None,
-            "extracted": float(count > 0) if length else None,
+            "memorization_accuracy": content.memorized.double().mean().item() if answer else None,
+            "extraction_strength": extraction_strength([content])[0] if answer else None,
+            "extracted": float(count > 0) if answer else None,
             "extracted_tokens": count,
         }
         for measure, value in values.items():

@@ -26,6 +26,7 @@ from loku.deletion.request_rows import RequestRows
 from loku.deletion.serve import check_serving, serve
 from loku.deletion.stages import Stages
 from loku.deletion.training import unlearn_to_limits
+from loku.evaluation.endings import Endings, content_scores
 from loku.evaluation.scores import token_measures, token_scores
 from loku.probe import measure_probe, relative_ability
 from loku.saving.directories import whole_file
@@ -140,7 +141,8 @@ class Run:
             lengths = (sum(label != IGNORE_INDEX for label in row["labels"]) for row in tokens)
             prefixes = max(prefixes, sum(max(0, length - n) for length in lengths))
         stride = max(1, round(prefixes / PREFIXES))
-        return {"n": n, "stride": stride, "progress": self.progress, "template": template}
+        options = {"n": n, "stride": stride, "progress": self.progress, "template": template}
+        return {**options, "count_end": self.request.training.get("eval_count_end", True)}
 
     def _measure_rows(
         self, place: str, rows: Sequence[Any], name: str, **options: Any
@@ -207,8 +209,14 @@ class Run:
                 limits=token_limits(model),
                 template=self.request.template,
             )
-            scores = token_scores(model, split_documents(tokens), progress=self.progress, description=name)
-            measured = {"rows": len(rows), **token_measures(scores)}
+            documents = split_documents(tokens)
+            scores = token_scores(model, documents, progress=self.progress, description=name)
+            content = None
+            if not self._options["count_end"]:
+                content = content_scores(
+                    documents, scores, Endings(model, self.models.tokenizer, self.request.template)
+                )
+            measured = {"rows": len(rows), **token_measures(scores, content=content)}
             found[name] = {key: value if math.isfinite(value) else None for key, value in measured.items()}
         return found
 

@@ -253,7 +253,7 @@ def _utility(
     model: Any, sets: Mapping[str, Sequence[Any]], tokenizer: Any, config: UnlearnConfig
 ) -> dict[str, float]:
     """The mean answer probability of the rows of each set."""
-    tokens = tokenized_eval_sets(model, sets, tokenizer, config.max_length)
+    tokens = tokenized_eval_sets(model, sets, tokenizer, config.max_length, config.template())
     size = config.eval_batch_size
     return {
         name: mean_answer_probability(

@@ -1,6 +1,7 @@
 """The knowledge left in a model: extraction (Eqs. 4 to 6), TOFU's measures, membership, reports and plots."""
 
 from loku.evaluation.dialogue import dialogue_f1
+from loku.evaluation.endings import Endings, content_scores
 from loku.evaluation.extraction import (
     ExtractionLikelihood,
     extraction_likelihood,
@@ -15,6 +16,7 @@ from loku.evaluation.fluency import (
     repetition,
 )
 from loku.evaluation.generation import generate_greedy
+from loku.evaluation.last_word import LastWords, last_words
 from loku.evaluation.muse import (
     Memorization,
     knowledge_memorization,
@@ -42,12 +44,15 @@ from loku.evaluation.truth_probability import truth_probability
 
 __all__ = [
     "REASONING_TASKS",
+    "Endings",
     "Evaluation",
     "ExtractionLikelihood",
+    "LastWords",
     "Memorization",
     "TextClassifier",
     "TokenScores",
     "answer_losses",
+    "content_scores",
     "dialogue_f1",
     "evaluate",
     "evaluate_tofu_rows",
@@ -60,6 +65,7 @@ __all__ = [
     "generated_texts",
     "greedy_answers",
     "knowledge_memorization",
+    "last_words",
     "load_classifier",
     "mean_answer_probability",
     "membership_auc",

@@ -4,11 +4,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 _SPACES = str.maketrans(string.punctuation, " " * len(string.punctuation))
 _NOTHING = str.maketrans("", "", string.punctuation)
 # What each normalisation makes of punctuation.
-_PUNCTUATION = {"parlai": _SPACES, "knowledge-unlearning": _NOTHING}
+_PUNCTUATION: dict[str, Any] = {"parlai": _SPACES, "knowledge-unlearning": _NOTHING}
 NORMALISATIONS = tuple(_PUNCTUATION)
 
 

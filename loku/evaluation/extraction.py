@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+EL_DEFINITIONS = ("paper", "knowledge-unlearning")
+
+
 class ExtractionLikelihood(NamedTuple):
     """The Extraction Likelihood of some rows.
 
@@ -28,12 +31,14 @@ class ExtractionLikelihood(NamedTuple):
         per_row: The value of each row, in [0, 1]; None for a row that is too short.
         n: The length of the n-grams, in tokens.
         stride: The distance between two prefixes that are continued, in tokens.
+        definition: "paper" or "knowledge-unlearning", as for ``extraction_likelihood``.
     """
 
     mean: float
     per_row: list[float | None]
     n: int
     stride: int
+    definition: str = "paper"
 
 
 def greedy_answers(
@@ -110,6 +115,7 @@ def generated_texts(
     progress: bool = True,
     description: str = "generating",
     template: QuestionTemplate = TOFU_TEMPLATE,
+    stop_strings: Sequence[str] = (),
 ) -> list[str]:
     """Return the ``greedy_answers`` of some rows as texts.
 
@@ -120,11 +126,34 @@ def generated_texts(
         tokenizer: The tokenizer, which decodes the answers.
         template: The template of the rows' questions, which may end an answer by a token of its own; TOFU's
             by default.
+        stop_strings: Texts that end an answer, as ``stop_strings`` of ``transformers.GenerationConfig``. The
+            text ends before the first of them. None by default.
+
+    Raises:
+        ValueError: ``stop_strings`` is no list of texts, or one of them is empty.
     """
+    check_stop_strings(stop_strings)
     eos = end_ids(model, tokenizer, template)
     answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
     decode: Any = tokenizer.decode
-    return [decode(ids, skip_special_tokens=True) for ids in answers]
+    return [until_stop(decode(ids, skip_special_tokens=True), stop_strings) for ids in answers]
+
+
+def check_stop_strings(stop_strings: Sequence[str]) -> None:
+    """Check the texts that end a generated answer.
+
+    Raises:
+        ValueError: They are no list of texts, or one of them is empty.
+    """
+    listed = not isinstance(stop_strings, str) and isinstance(stop_strings, Sequence)
+    if not listed or not all(isinstance(stop, str) and stop for stop in stop_strings):
+        raise ValueError(f"stop_strings must be a list of texts that are not empty, got {stop_strings!r}")
+
+
+def until_stop(text: str, stop_strings: Iterable[str]) -> str:
+    """Return the text before the first of some strings in it; the whole text if it has none of them."""
+    ends = [at for stop in stop_strings if (at := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
 
 
 def end_ids(
@@ -182,6 +211,7 @@ def extraction_likelihood(
     batch_size: int = 16,
     progress: bool = True,
     scores: Sequence[TokenScores] | None = None,
+    definition: str = "paper",
 ) -> ExtractionLikelihood:
     """Compute Extraction Likelihood, Eqs. 4 and 5, averaged over rows.
 
@@ -191,6 +221,15 @@ def extraction_likelihood(
     ends at EOS or at the answer's length. OVERLAP_n is the share of the generated n-grams that occur in the
     true rest of the answer; it is 0 if fewer than n tokens are generated. Rows with T <= n have no such t and
     are left out.
+
+    The code of Jang et al. (``validation_el`` of knowledge-unlearning) counts otherwise, and the definition
+    "knowledge-unlearning" is its:
+
+        EL_n(x) = sum over t of OVERLAP_n(f(x_<t), x_>=t) / (T - n + 1)
+
+    t runs over the first T - n + 1 answer tokens, so the last prefix leaves exactly n tokens. OVERLAP_n is
+    the number of the generated n-grams that occur in the true rest, divided by the number of n-grams of the
+    true rest. So a continuation that ends early counts less. Rows with T < n are left out.
 
     A greedy continuation follows the true answer as long as the true token is the most likely one. So one
     teacher-forced pass shows the token at which the continuation of each prefix leaves the truth. Prefixes
@@ -205,11 +244,14 @@ def extraction_likelihood(
         batch_size: The number of rows in a batch, 16 by default.
         progress: Whether to show progress bars, True by default.
         scores: The ``token_scores`` of the rows; None (default) computes them.
+        definition: "paper" (default) or "knowledge-unlearning", as above.
 
     Raises:
-        ValueError: ``n``, ``stride`` or ``batch_size`` is less than 1, or a row packs several documents.
+        ValueError: ``n``, ``stride`` or ``batch_size`` is less than 1, the definition is not known, or a row
+            packs several documents.
     """
     check_counts(n=n, stride=stride, batch_size=batch_size)
+    check_definition(definition)
     if any("position_ids" in row for row in rows):
         raise ValueError("packed rows have several texts; pass each as a row (loku.data.split_documents)")
     if scores is None:
@@ -227,7 +269,7 @@ def extraction_likelihood(
         leaves = [t for t in range(start, end) if predicted.get(t) != ids[t]]
         branch_of: dict[int, int] = {}
         prefixes: list[tuple[int, int, int | None]] = []
-        for t in range(start, end - n, stride):
+        for t in range(start, end - n + (definition == "knowledge-unlearning"), stride):
             leave = next((m for m in leaves if m >= t), end)
             if leave < end and leave not in branch_of:
                 branch_of[leave] = len(prompts)
@@ -246,9 +288,19 @@ def extraction_likelihood(
         overlaps = []
         for t, leave, branch in prefixes:
             rest = [] if branch is None else prompts[branch][1] + branches[branch]
-            overlaps.append(_overlap(until_eos(ids[t:leave] + rest, eos), ids[t:end], n))
+            overlaps.append(_overlap(until_eos(ids[t:leave] + rest, eos), ids[t:end], n, definition))
         per_row.append(sum(overlaps) / len(overlaps) if overlaps else None)
-    return ExtractionLikelihood(mean_over_rows(per_row), per_row, n, stride)
+    return ExtractionLikelihood(mean_over_rows(per_row), per_row, n, stride, definition)
+
+
+def check_definition(definition: str) -> None:
+    """Check the definition of ``extraction_likelihood``.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    if definition not in EL_DEFINITIONS:
+        raise ValueError(f"definition must be one of {', '.join(EL_DEFINITIONS)}, got {definition!r}")
 
 
 def spread_extraction_likelihood(
@@ -259,6 +311,7 @@ def spread_extraction_likelihood(
     stride: int = 1,
     batch_size: int = 16,
     progress: bool = True,
+    definition: str = "paper",
 ) -> float:
     """Compute the mean of ``extraction_likelihood`` with the rows shared out among the processes.
 
@@ -267,10 +320,12 @@ def spread_extraction_likelihood(
     process generates for all rows, because the number of forwards depends on the tokens.
     """
     check_counts(n=n, stride=stride, batch_size=batch_size)  # in every process, also in one without rows
+    check_definition(definition)
     progress = progress and is_main_process()
 
     def per_row(rows: Sequence[Mapping[str, Any]], scores: Sequence[TokenScores]) -> list[float | None]:
-        return extraction_likelihood(model, rows, n, stride, batch_size, progress, scores).per_row
+        found = extraction_likelihood(model, rows, n, stride, batch_size, progress, scores, definition)
+        return found.per_row
 
     if has_shards(model):
         values = per_row(rows, scores)
@@ -279,10 +334,12 @@ def spread_extraction_likelihood(
     return mean_over_rows(spread(per_row, rows, scores))
 
 
-def _overlap(generated: Sequence[int], truth: Sequence[int], n: int) -> float:
-    known = set(_ngrams(truth, n))
+def _overlap(generated: Sequence[int], truth: Sequence[int], n: int, definition: str) -> float:
+    true = _ngrams(truth, n)
+    known = set(true)
     found = [gram in known for gram in _ngrams(generated, n)]
-    return sum(found) / len(found) if found else 0.0
+    count = len(found) if definition == "paper" else len(true)
+    return sum(found) / count if count else 0.0
 
 
 def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:

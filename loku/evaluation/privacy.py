@@ -67,6 +67,9 @@ def min_k_auc(
 ) -> float:
     """Compute the AUC of telling forget from hold-out rows by Min-K% Prob, as PrivLeak takes it.
 
+    MUSE's texts have no EOS, and open-unlearning leaves the last labelled token out. ``content_scores``
+    leaves the EOS of a row out.
+
     Args:
         forget: The ``token_scores`` of the forget rows.
         holdout: The ``token_scores`` of the hold-out rows.

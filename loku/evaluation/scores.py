@@ -148,14 +148,21 @@ def check_scores(
             )
 
 
-def token_measures(scores: Iterable[TokenScores], min_k_share: float = MIN_K_SHARE) -> dict[str, float]:
+def token_measures(
+    scores: Iterable[TokenScores],
+    min_k_share: float = MIN_K_SHARE,
+    content: Iterable[TokenScores] | None = None,
+) -> dict[str, float]:
     """Compute the measures of a set of rows that need no generation.
 
-    Rows without labelled tokens do not count. Every measure is NaN if no row counts.
+    Rows without labelled tokens do not count. A measure is NaN if no row counts.
 
     Args:
         scores: The ``token_scores`` of the rows.
         min_k_share: The share of a row's tokens that ``min_k`` takes, in (0, 1], 0.2 by default.
+        content: The scores without the endings of the answers, from
+            ``loku.evaluation.endings.content_scores``. They count for Memorisation Accuracy, extraction
+            strength and Min-K%. None (default) counts the endings as well.
 
     Returns:
         Five measures. ``probability`` is the mean over rows of TOFU's answer probability,
@@ -164,16 +171,34 @@ def token_measures(scores: Iterable[TokenScores], min_k_share: float = MIN_K_SHA
         ``min_k`` are the means over rows of the functions of these names.
     """
     scores = [score for score in scores if len(score.losses)]
-    if not scores:
-        names = ("probability", "perplexity", "memorization_accuracy", "extraction_strength", "min_k")
-        return dict.fromkeys(names, math.nan)
+    content = scores if content is None else [score for score in content if len(score.losses)]
     return {
-        "probability": mean_answer_probability(scores),
-        "perplexity": torch.cat([score.losses for score in scores]).mean().exp().item(),
-        "memorization_accuracy": mean_over_rows(s.memorized.double().mean().item() for s in scores),
-        "extraction_strength": mean_over_rows(extraction_strength(scores)),
-        "min_k": mean_over_rows(min_k(scores, min_k_share)),
+        "probability": mean_answer_probability(scores) if scores else math.nan,
+        "perplexity": torch.cat([s.losses for s in scores]).mean().exp().item() if scores else math.nan,
+        "memorization_accuracy": mean_over_rows(s.memorized.double().mean().item() for s in content),
+        "extraction_strength": mean_over_rows(extraction_strength(content)),
+        "min_k": mean_over_rows(min_k(content, min_k_share)),
     }
+
+
+def row_measures(scores: Iterable[TokenScores]) -> dict[str, list[float | None]]:
+    """Return measures of each row: ``tokens``, ``memorization_accuracy`` and ``extraction_strength``.
+
+    Args:
+        scores: The ``token_scores`` of the rows. ``tokens`` is the number of the scored tokens. A row without
+            one has no measures, None.
+    """
+    found: dict[str, list[float | None]] = {
+        "tokens": [],
+        "memorization_accuracy": [],
+        "extraction_strength": [],
+    }
+    for score in scores:
+        known = len(score.losses) > 0
+        found["tokens"].append(len(score.losses))
+        found["memorization_accuracy"].append(score.memorized.double().mean().item() if known else None)
+        found["extraction_strength"].append(extraction_strength([score])[0] if known else None)
+    return found
 
 
 def mean_answer_probability(scores: Iterable[TokenScores]) -> float:

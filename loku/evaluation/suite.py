@@ -24,8 +24,15 @@ from loku.data import (
 )
 from loku.distributed import is_main_process, spread
 from loku.evaluation.dialogue import dialogue_f1
-from loku.evaluation.extraction import generated_texts, spread_extraction_likelihood
+from loku.evaluation.endings import Endings, content_scores
+from loku.evaluation.extraction import (
+    check_definition,
+    check_stop_strings,
+    generated_texts,
+    spread_extraction_likelihood,
+)
 from loku.evaluation.fluency import TextClassifier, spread_fluency
+from loku.evaluation.last_word import last_words
 from loku.evaluation.muse import (
     KNOWLEDGE_TOKENS,
     VERBATIM_TOKENS,
@@ -46,6 +53,7 @@ from loku.evaluation.scores import (
     TokenScores,
     check_share,
     mean_over_rows,
+    row_measures,
     spread_token_scores,
     token_measures,
 )
@@ -84,6 +92,8 @@ class Evaluation(NamedTuple):
         relative_differences: The relative differences from the reference report in percent, ``{set:
             {measure: percent}}``, those of ``whole`` under "all sets"; empty without one.
         digests: A digest of the tokenised rows of each set, ``{set: digest}``.
+        rows: The measures of the rows of each set, ``{set: {measure: [one value for each row]}}``: the
+            ``row_measures`` of ``loku.evaluation.scores``.
     """
 
     sets: dict[str, dict[str, float]]
@@ -92,6 +102,7 @@ class Evaluation(NamedTuple):
     log: dict[str, Section]
     relative_differences: dict[str, dict[str, float]]
     digests: dict[str, str]
+    rows: dict[str, dict[str, list[float | None]]]
 
 
 def evaluate(
@@ -106,7 +117,11 @@ def evaluate(
     n: int = 10,
     stride: int = 1,
     min_k_share: float = MIN_K_SHARE,
+    count_end: bool = True,
+    el_definition: str = "paper",
     max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    stop_strings: Sequence[str] = (),
     batch_size: int = 16,
     progress: bool = True,
     template: QuestionTemplate = TOFU_TEMPLATE,
@@ -117,11 +132,14 @@ def evaluate(
     Min-K%. "forget" and "holdout" get Extraction Likelihood too. Sets of ``question`` and ``answer`` get
     TOFU's measures of a section, ``truth_probability`` and dialogue F1. Sets of ``prompt`` and ``completion``
     get the ROUGE-L recall and dialogue F1 of generated completions, and MUSE's verbatim memorisation. Both
-    kinds get the ``fluency`` of the generated texts.
+    kinds get the ``fluency`` of the generated texts. ``dialogue_f1`` is ParlAI's, and
+    ``dialogue_f1_knowledge_unlearning`` that of Jang et al. (``loku.evaluation.dialogue_f1``). Sets of texts
+    get the accuracy of their last words (``loku.evaluation.last_word``).
 
     Some measures take several sets. ``forget_quality`` needs a reference log of the same forget questions.
     ``model_utility`` needs "retain", "real_authors" and "world_facts" with ``perturbed_answer``.
-    ``membership_auc`` tells "forget" from "holdout" by Min-K%, and ``min_40_auc`` by Min-40%, as MUSE.
+    ``membership_auc`` tells "forget" from "holdout" by Min-K%, and ``min_40_auc`` by Min-40%, as MUSE, always
+    without the endings of answers: MUSE's texts have no EOS, and open-unlearning leaves it out.
     ``privleak`` compares the latter with ``retain_auc``, that of the reference report, or with 0.5.
 
     With torch.distributed the rows are shared out among the processes. All processes must call this, and all
@@ -133,7 +151,8 @@ def evaluate(
         data: The data sets, ``{set name: rows}``. In place of rows, the path of a file or a hub name, as for
             ``loku.data.read_rows``. The names "forget", "holdout", "retain", "real_authors" and "world_facts"
             have a meaning; sets with other names get the measures of every set.
-        reference_log: The parsed TOFU log of a model that never saw the forget set; None by default.
+        reference_log: The parsed log of a model that never saw the forget set, in any of the forms of
+            ``loku.evaluation.log_forms``; None (default) for none.
         reference_report: The parsed report of ``loku evaluate`` for the same model and the same rows, for
             relative differences and PrivLeak; None by default.
         knowledge_examples: Questions with their answers, for MUSE's knowledge memorisation of the sets of
@@ -144,8 +163,17 @@ def evaluate(
         stride: The distance between the prefixes that Extraction Likelihood continues, in tokens, >= 1;
             1 by default.
         min_k_share: The share of a row's tokens that Min-K% takes, in (0, 1], 0.2 by default.
+        count_end: Whether the endings of answers count in Memorisation Accuracy, extraction strength,
+            Extraction Likelihood and Min-K%, True by default. An ending is an EOS and the special tokens that
+            a chat template puts after an answer (``loku.evaluation.endings``). They always count in the
+            probability and the perplexity.
+        el_definition: "paper" (default) or "knowledge-unlearning"; see ``extraction_likelihood``.
         max_length: The number of tokens at which texts are cut, >= 2; None (default) does not cut them. A
             question with its answer is never cut: one that is longer is refused.
+        max_new_tokens: The greatest number of tokens of a generated answer, >= 1. None (default) stands for
+            ``ANSWER_SLACK`` (16) more than the longest true answer of the set has.
+        stop_strings: Texts before the first of which a generated answer ends, such as ``["\\nQuestion:"]``;
+            none by default.
         batch_size: The number of rows in a batch, >= 1; 16 by default.
         progress: Whether the main process shows progress bars, True by default.
         template: The template of ``question`` and ``answer`` in all measures; TOFU's by default. A reference
@@ -153,16 +181,20 @@ def evaluate(
 
     Raises:
         RowError: A row cannot be used. The message names the set and the row, and the line of a file.
-        ValueError: ``n``, ``stride``, ``min_k_share``, ``max_length`` or ``batch_size`` is out of its range;
-            a set is empty; no row has the ``question`` that ``template`` is for; the reference log is about
-            other questions than the forget set, or one of them lacks perturbed answers; the reference report
-            is about other rows; or the knowledge examples are no questions with answers, or too long for the
-            model's context.
+        ValueError: ``n``, ``stride``, ``min_k_share``, ``el_definition``, ``max_length``, ``max_new_tokens``,
+            ``stop_strings`` or ``batch_size`` is out of its range; a set is empty; no row has the
+            ``question`` that ``template`` is for; the reference log is about other questions than the forget
+            set, or one of them lacks perturbed answers; the reference report is about other rows; or the
+            knowledge examples are no questions with answers, or too long for the model's context.
         FloatingPointError: A weight is NaN or Inf, or a loss or a logit is NaN.
     """
     check_counts(n=n, stride=stride, batch_size=batch_size)
     check_max_length(max_length)
     check_share(min_k_share)
+    check_definition(el_definition)
+    check_stop_strings(stop_strings)
+    if max_new_tokens is not None:
+        check_counts(max_new_tokens=max_new_tokens)
     check_weights(model)
     sources = {name: rows for name, rows in data.items() if isinstance(rows, (str, os.PathLike))}
     data_sets = {
@@ -201,20 +233,31 @@ def evaluate(
             if reason is not None:
                 raise ValueError(f"knowledge memorisation of the {name} set: {reason}; take fewer examples")
     show = progress and is_main_process()
+    endings = Endings(model, tokenizer, template)
     not_available: dict[str, str] = {}
     sets: dict[str, dict[str, float]] = {}
     log: dict[str, Section] = {}
-    scores_of: dict[str, list[TokenScores]] = {}
+    rows_of: dict[str, dict[str, list[float | None]]] = {}
+    counted_of: dict[str, list[TokenScores]] = {}
+    content_of: dict[str, list[TokenScores]] = {}
     for name, rows in data_sets.items():
         tokens = tokens_of[name]
         scores = spread_token_scores(model, tokens, batch_size, progress, f"{name}: scoring")
-        sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share)}
-        scores_of[name] = scores
+        content = content_scores(tokens, scores, endings)
+        counted = scores if count_end else content
+        sets[name] = {"rows": len(rows), **token_measures(scores, min_k_share, counted)}
+        rows_of[name] = row_measures(counted)
+        counted_of[name], content_of[name] = (
+            [score for score in kept if len(score.losses)] for kept in (counted, content)
+        )
         if name in EXTRACTION_SETS:
             sets[name][f"extraction_likelihood_{n}"] = spread_extraction_likelihood(
-                model, tokens, scores, n, stride, batch_size, progress
+                model, tokens, counted, n, stride, batch_size, progress, el_definition
             )
-        room = max(len(score.losses) for score in scores) + ANSWER_SLACK
+        room = max_new_tokens or max(len(score.losses) for score in scores) + ANSWER_SLACK
+        if all(labelled_column(row) == "text" for row in rows):
+            texts = [row if isinstance(row, str) else row["text"] for row in rows]
+            sets[name] |= last_words(texts, tokenizer, tokens, scores).measures()
         if name in answers_of:
 
             def tofu_rows(
@@ -225,7 +268,17 @@ def evaluate(
                 name: str = name,
             ) -> list[dict[str, Any]]:
                 section = measured_section(
-                    model, tokenizer, rows, answers, batch_size, show, name, scores, room, template
+                    model,
+                    tokenizer,
+                    rows,
+                    answers,
+                    batch_size,
+                    show,
+                    name,
+                    scores,
+                    room,
+                    template,
+                    stop_strings,
                 )
                 return _by_row(section, len(rows))
 
@@ -238,9 +291,7 @@ def evaluate(
             if name in CHOICE_SETS and not choice:
                 for measure in ("truth_ratio", "truth_probability"):
                     sets[name].pop(measure, None)
-            sets[name]["dialogue_f1"] = mean_over_rows(
-                dialogue_f1(generated, [row["answer"] for row in rows])
-            )
+            sets[name] |= _dialogue_measures(generated, [row["answer"] for row in rows])
             sets[name] |= spread_fluency(generated, classifier)
             if examples is not None:
                 sets[name]["knowledge_memorization"] = spread_knowledge(
@@ -253,14 +304,15 @@ def evaluate(
             def replies(
                 tokens: list[Any], scores: list[TokenScores], room: int = room, name: str = name
             ) -> list[str]:
+                title = f"{name}: generating"
                 return generated_texts(
-                    model, tokenizer, tokens, scores, room, batch_size, show, f"{name}: generating"
+                    model, tokenizer, tokens, scores, room, batch_size, show, title, stop_strings=stop_strings
                 )
 
             generated = spread(replies, tokens, scores)
             references = _completions(rows, tokens, tokenizer, max_length)
             sets[name]["rouge"] = mean_over_rows(rouge_recalls(generated, references)[1])
-            sets[name]["dialogue_f1"] = mean_over_rows(dialogue_f1(generated, references))
+            sets[name] |= _dialogue_measures(generated, references)
             sets[name] |= spread_fluency(generated, classifier)
             reason = reason_not_continued(model, tokenizer, (row["prompt"] for row in rows), VERBATIM_TOKENS)
             if reason is None:
@@ -282,9 +334,8 @@ def evaluate(
         not_available["model_utility"] = f"perturbed answers are missing in {', '.join(missing)}"
     missing = [name for name in EXTRACTION_SETS if name not in sets]
     if not missing:
-        forget_scores, holdout_scores = (scores_of[name] for name in EXTRACTION_SETS)
-        whole["membership_auc"] = min_k_auc(forget_scores, holdout_scores, min_k_share)
-        auc = whole["min_40_auc"] = min_k_auc(forget_scores, holdout_scores)
+        whole["membership_auc"] = min_k_auc(counted_of["forget"], counted_of["holdout"], min_k_share)
+        auc = whole["min_40_auc"] = min_k_auc(content_of["forget"], content_of["holdout"])
         if reference_report is None:
             not_available["retain_auc"] = f"no reference report; privleak takes {CHANCE_AUC}"
             whole["privleak"] = privleak(auc)
@@ -299,7 +350,16 @@ def evaluate(
         theirs = {**reference_report["sets"], "all sets": reference_report["whole"]}
         compared = {name: value for name, value in whole.items() if name not in ("privleak", "retain_auc")}
         differences = relative_differences({**sets, "all sets": compared}, theirs)
-    return Evaluation(sets, whole, not_available, log, differences, digests)
+    return Evaluation(sets, whole, not_available, log, differences, digests, rows_of)
+
+
+def _dialogue_measures(generated: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    return {
+        "dialogue_f1": mean_over_rows(dialogue_f1(generated, references)),
+        "dialogue_f1_knowledge_unlearning": mean_over_rows(
+            dialogue_f1(generated, references, "knowledge-unlearning")
+        ),
+    }
 
 
 def _examples(source: Iterable[Any] | str | os.PathLike | None) -> list[tuple[str, str]] | None:

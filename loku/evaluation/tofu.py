@@ -23,7 +23,7 @@ from loku.data import (
     wrong_answers,
 )
 from loku.data.rows import DataSet, RowTokenizer, TokenizedRow
-from loku.evaluation.extraction import generated_texts
+from loku.evaluation.extraction import check_stop_strings, generated_texts
 from loku.evaluation.scores import TokenScores, check_scores, token_scores, unchecked_token_scores
 from loku.evaluation.tofu_logs import (  # the logs' names were here
     CHOICE_SETS,
@@ -189,6 +189,7 @@ def evaluate_tofu_rows(
     scores: Sequence[TokenScores] | None = None,
     max_new_tokens: int | None = None,
     template: QuestionTemplate = TOFU_TEMPLATE,
+    stop_strings: Sequence[str] = (),
 ) -> Section:
     """Measure rows of questions and answers, as one section of a TOFU log.
 
@@ -210,22 +211,36 @@ def evaluate_tofu_rows(
             more than the longest true answer has.
         template: The template of questions and answers; TOFU's by default. ``generated_text`` splits text
             before the completion, and for the default before ``"Answer:"``, as TOFU does.
+        stop_strings: Texts before the first of which a generated answer ends, such as ``["\\nQuestion:"]``;
+            none by default.
 
     Returns:
         The section.
 
     Raises:
-        ValueError: There are no rows, or ``batch_size`` or ``max_new_tokens`` is less than 1.
+        ValueError: There are no rows, ``batch_size`` or ``max_new_tokens`` is less than 1, or a stop
+            string is no text or empty.
         RowError: A row lacks ``question`` or ``answer``, or has an answer that is no text.
         FloatingPointError: A loss is NaN.
     """
     check_counts(batch_size=batch_size)
     if max_new_tokens is not None:
         check_counts(max_new_tokens=max_new_tokens)
+    check_stop_strings(stop_strings)
     rows = as_rows(rows, description)
     answers = tokenized_answers(rows, tokenizer, description, template=template)
     return measured_section(
-        model, tokenizer, rows, answers, batch_size, progress, description, scores, max_new_tokens, template
+        model,
+        tokenizer,
+        rows,
+        answers,
+        batch_size,
+        progress,
+        description,
+        scores,
+        max_new_tokens,
+        template,
+        stop_strings,
     )
 
 
@@ -240,6 +255,7 @@ def measured_section(
     scores: Sequence[TokenScores] | None,
     max_new_tokens: int | None,
     template: QuestionTemplate = TOFU_TEMPLATE,
+    stop_strings: Sequence[str] = (),
 ) -> Section:
     """Do the work of ``evaluate_tofu_rows`` on some rows of a set, with their ``tokenized_answers``."""
     numbered = [
@@ -269,6 +285,7 @@ def measured_section(
         progress,
         f"{description}: generating",
         template,
+        stop_strings,
     )
     rouge1, rougeL = rouge_recalls(generated, [row["answer"] for row in rows])
 

@@ -118,9 +118,11 @@ def fisher_row_scales(
     with gradients_for_activations_alone(model):
         for number, group in enumerate(groups, 1):
             suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
+            accumulate = partial(
+                _accumulate, model, group.modules, kind=fisher, limit=limit, progress=progress
+            )
             squared = _squared_row_scales(
-                *(model, group.modules, forget_batches, retain_batches),
-                *(damping, damping_mode, fisher, limit, suffix, progress),
+                accumulate, group.modules, forget_batches, retain_batches, damping, damping_mode, suffix
             )
             for name, squares in squared.items():
                 row_scales[name] = same_in_all_processes_(_row_scales(squares, name))
@@ -245,23 +247,19 @@ def _describe(groups: list[FisherGroup], budget: int | None) -> str:
 
 
 def _squared_row_scales(
-    model: nn.Module,
+    accumulate: Callable[..., int],
     modules: Mapping[str, nn.Linear],
     forget_batches: Batches,
     retain_batches: Batches,
     damping: float,
     damping_mode: str,
-    kind: Fisher,
-    limit: int | None,
     suffix: str,
-    progress: bool,
 ) -> dict[str, Tensor]:
     """The squared row scales (d,), float32, of each module.
 
-    The retain Fishers are freed when the function returns.
+    ``accumulate`` is ``_accumulate`` for these modules. The retain Fishers are freed at the end.
     """
     fishers = {name: _zeros(module, linear_weight(module).shape) for name, module in modules.items()}
-    accumulate = partial(_accumulate, model, modules, kind=kind, limit=limit, progress=progress)
     count = accumulate(retain_batches, fishers, {}, f"retain Fisher{suffix}")
     for fisher in fishers.values():
         fisher /= max(count, 1)  # a per-batch Fisher counts label tokens, and there may be none

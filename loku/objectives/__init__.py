@@ -30,8 +30,10 @@ from loku.objectives.losses import (
     wga_loss,
 )
 from loku.objectives.objective import Objective
+from loku.objectives.pdu import DualRetainWeight, MeanLogit, pdu_loss
 from loku.objectives.quantities import At, Divergence, OriginalLogProbability, Quantity
 from loku.objectives.registry import OBJECTIVES, described_methods, with_divergence
+from loku.objectives.retain_weight import RetainWeight
 from loku.objectives.rmu import (
     ActivationChange,
     SteeringDistance,
@@ -41,7 +43,7 @@ from loku.objectives.rmu import (
 )
 from loku.objectives.rows import Batch, Rows
 from loku.objectives.undial import LoweredDivergence, undial_loss
-from loku_kernels import inverted_hinge  # for losses of others, from where it always was
+from loku_kernels import cross_entropy, inverted_hinge, reduce_loss  # for losses of others
 
 __all__ = [
     "OBJECTIVES",
@@ -50,16 +52,20 @@ __all__ = [
     "At",
     "Batch",
     "Divergence",
+    "DualRetainWeight",
     "LoweredDivergence",
+    "MeanLogit",
     "Objective",
     "OriginalLogProbability",
     "Quantity",
+    "RetainWeight",
     "Rows",
     "SteeringDistance",
     "after_first",
     "altpo_loss",
     "answer_probability",
     "ceu_loss",
+    "cross_entropy",
     "described_methods",
     "dpo_loss",
     "forget_divergence",
@@ -68,6 +74,8 @@ __all__ = [
     "inverted_hinge_loss",
     "lm_loss",
     "npo_loss",
+    "pdu_loss",
+    "reduce_loss",
     "refusal_loss",
     "resolved",
     "retain_divergence",

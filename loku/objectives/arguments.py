@@ -48,7 +48,8 @@ class Argument:
         """Make an argument that is an integer of at least ``minimum``, 0 by default."""
 
         def holds(value: Any) -> bool:
-            return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= minimum
+            integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            return integer and int(value) >= minimum
 
         return cls(default, help, holds, f"an integer >= {minimum}")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from loku.objectives.arguments import Argument
 from loku.objectives.losses import retain_loss
 from loku.objectives.quantities import Quantity
+from loku.objectives.retain_weight import RetainWeight
 from loku.objectives.rows import Batch
 
 
@@ -44,6 +45,8 @@ class Objective:
             parameters so.
         alternates: Whether the answers of the "refusal" rows are the alternates of the forget rows, their
             column ``alternate``. False (default) stands for ``UnlearnConfig.refusals``.
+        retain_weight: A function of ``UnlearnConfig.retain_weight`` that returns the factor of the retain
+            loss, by default ``RetainWeight``, which stays as it is.
 
     Raises:
         ValueError: A value is none of these.
@@ -61,6 +64,7 @@ class Objective:
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     configure: Callable[[Objective, Mapping[str, Any]], Objective] | None = None
     alternates: bool = False
+    retain_weight: Callable[[float], RetainWeight] = RetainWeight
 
     def __post_init__(self) -> None:
         if not self.rows or not set(self.rows) <= {"forget", "refusal"}:

@@ -23,6 +23,7 @@ from loku.objectives.losses import (
     wga_loss,
 )
 from loku.objectives.objective import Objective
+from loku.objectives.pdu import PDU
 from loku.objectives.quantities import Divergence, OriginalLogProbability
 from loku.objectives.rmu import RMU
 from loku.objectives.undial import LoweredDivergence, undial_loss
@@ -178,6 +179,7 @@ OBJECTIVES: dict[str, Objective] = {
         summary="KL from the original with lowered labels; LM loss on retain rows (Dong et al., 2025)",
     ),
     "rmu": RMU,
+    "pdu": PDU,
 }
 
 

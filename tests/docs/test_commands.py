@@ -38,6 +38,7 @@ READ_ONLY = {
     "forget": "tests/docs/test_tutorial.py runs it",
     "demo": "tests/loku/test_demo.py runs it",
     "record": "tests/loku/commands/test_record.py runs it",
+    "alternates": "tests/loku/test_alternates.py runs it",
     "benchmark": "tests/loku/benchmarks/test_run.py runs it",
 }
 FAST = {
@@ -65,6 +66,8 @@ def folder(tmp_path_factory):
     forget, retain = demo.load_rows()
     for name, rows in (("forget", forget[:2]), ("retain", retain[:2])):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    alternates = [json.dumps({**row, "alternate": ["Nobody knows."]}) for row in forget[:2]]
+    (folder / "alternates.jsonl").write_text("\n".join(alternates) + "\n")
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     (folder / "run.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", guide, re.S | re.M)[1])
     return folder

@@ -218,6 +218,52 @@ def test_finetune(tmp_path, one_thread):
     assert (tmp_path / "full" / "config.json").exists() and (tmp_path / "retain" / "config.json").exists()
 
 
+def test_finetuning_goes_on_and_keeps_its_settings(tmp_path, one_thread, capsys, monkeypatch):
+    import finetune_tofu
+
+    rows = read_rows(EMBEDDED / "tofu.jsonl")[400:406]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [str(EMBEDDED), "--full", str(tmp_path / "rows.jsonl"), "--last", "2", "3", "--epochs", "2"]
+    flags += ["--rows-per-step", "4", "--question-template", "[INST] {question} [/INST]"]
+    flags += ["--answer-template", "{answer}", "--out"]
+
+    class Stopped(finetune_tofu.Trainer):
+        def _save_checkpoint(self, *args, **kwargs):
+            super()._save_checkpoint(*args, **kwargs)
+            raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_tofu, "Trainer", Stopped)
+        with pytest.raises(RuntimeError, match="stopped"):
+            finetune_tofu.main([*flags, str(tmp_path / "out")])
+    (checkpoint,) = (tmp_path / "out").glob(".full-*/checkpoint-2")
+    broken = checkpoint.with_name("checkpoint-3")  # a writer that was killed
+    broken.mkdir()
+    finetune_tofu.main([*flags, str(tmp_path / "out")])
+    assert not checkpoint.exists() and not broken.exists()
+    printed = capsys.readouterr().out
+    for name in ("full", "retain2", "retain3"):
+        assert f"{name}: its own rows: answer probability" in printed
+    assert "retain3: the rows that it never saw: answer probability" in printed
+    assert read_rows(tmp_path / "out" / "retain2.jsonl") == rows[:4]
+    log = json.loads((tmp_path / "out" / "retain3_log.json").read_text())["eval_log_forget.json"]
+    assert log["generated_text"]["2"][0] == f"[INST] {rows[5]['question']} [/INST]"
+
+    finetune_tofu.main([*flags, str(tmp_path / "whole")])  # never stopped
+    for name in ("full", "retain2"):
+        ours, theirs = (
+            (tmp_path / folder / name / "model.safetensors").read_bytes() for folder in ("out", "whole")
+        )
+        assert ours == theirs
+    with pytest.raises(SystemExit, match=r"a model of other settings \(learning_rate\)"):
+        finetune_tofu.main([*flags, str(tmp_path / "out"), "--learning-rate", "1e-3"])
+    with pytest.raises(SystemExit, match="--last 6 leaves no row of the 6"):
+        finetune_tofu.main([*flags, str(tmp_path / "none"), "--last", "6"])
+    with pytest.raises(SystemExit):
+        finetune_tofu.main([*flags, str(tmp_path / "none"), "--question-template", "chat"])
+    assert "leave answer_template" in capsys.readouterr().err
+
+
 def tdec_run(epochs, perplexity, forgotten=True, tasks=1, **settings):
     measured = {"retain_perplexity": perplexity, "retain_accuracy": 0.9, "unseen_perplexity": 50.0}
     stages = [

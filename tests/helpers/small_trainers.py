@@ -46,6 +46,9 @@ class Refusals:
 
     refusals = ("a", "b", "c")
 
+    def draw(self, generator):
+        return generator.integers(len(self.refusals), size=len(FORGET))
+
     def __getitem__(self, key):
         index, refusal = key
         prompt, answer = FORGET[index]["input_ids"][:3], row(20 + refusal, 0, 4 + refusal)["input_ids"]

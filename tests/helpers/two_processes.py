@@ -96,6 +96,22 @@ def unlearned(folder, name, measuring=(), *, portable_alone=False, **options):
     }
 
 
+METHODS = {
+    "undial": {},
+    "rmu": {"layer": 0},  # the layers after it have no gradient of their own
+    "pdu": {"dual_warmup_epochs": 0, "dual_step_size": 0.1},
+}
+
+
+def logs_of_methods(folder, **options):
+    """Train by methods that need more than the triplets, and return their logs."""
+    options |= {"init": "default", "max_steps": 3, "learning_rate": 1e-2, "portable_alone": True}
+    return {
+        method: unlearned(folder, method, method=method, method_args=arguments, **options)["log"]
+        for method, arguments in METHODS.items()
+    }
+
+
 def measuring():
     """Make callbacks that never stop: the first measures seven rows, the second nine."""
     never = {"holdout_extraction_likelihood_2": -1.0, "holdout_memorization_accuracy": -1.0}
@@ -205,6 +221,7 @@ def main(folder):
         row_scales_module.negative_log_likelihood = negative_log_likelihood
 
     sharded = sharded_row_scales()
+    report["ddp_methods"] = gathered(logs_of_methods(folder / "ddp_methods", per_device_train_batch_size=2))
     report["ddp"] = unlearned(folder, "ddp", measuring(), per_device_train_batch_size=2)
     with fsdp_on_the_cpu():
         options = {
@@ -212,6 +229,7 @@ def main(folder):
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
         }
         options["per_device_train_batch_size"] = 2
+        report["fsdp2_methods"] = gathered(logs_of_methods(folder / "fsdp2_methods", **options))
         report["fsdp2"] = unlearned(folder, "fsdp2", measuring(), **options)
         options |= {"output_dir": str(folder / "fsdp2_run"), "optim": "adamw_torch", "learning_rate": 1e-2}
         options |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}

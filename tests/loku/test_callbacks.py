@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from bigram_model import bigram_model
 from tiny_models import tiny_model
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -71,6 +72,21 @@ def test_extraction_stopping(model, texts):
     assert [entry["step"] for entry in callback.history] == [0, 1, 2]
     assert callback.history[-1]["forget_memorization_accuracy"] <= accuracy
     assert run.state.log_history == callback.history
+
+
+def test_extraction_stopping_without_the_endings():
+    """A model that knows the EOS of an answer and nothing else of it has forgotten the answer."""
+    model = bigram_model({7: 2}, 97, eos=2)
+    rows = [{"input_ids": [5, 6, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}]
+    thresholds = {"holdout_extraction_likelihood_1": 0.5, "holdout_memorization_accuracy": 0.3}
+    for count_end, accuracy in ((True, 1 / 3), (False, 0)):
+        callback = loku.ExtractionStopping(
+            rows, rows, n=1, every=1, thresholds=thresholds, count_end=count_end
+        )
+        run = Run(callback)
+        run("on_train_begin", model, 0)
+        assert callback.history[0]["forget_memorization_accuracy"] == pytest.approx(accuracy)
+        assert run("on_step_end", model, 1) != count_end
 
 
 def test_extraction_stopping_needs_both(model, texts):

@@ -30,6 +30,7 @@ OWN = [name for name in FIELDS if name in UnlearnConfig.__annotations__]
 # The fields of measures: an evaluation decides the result if it chooses the best model or the learning rate.
 EVALUATION = [
     "batch_eval_metrics",
+    "eval_count_end",
     "eval_delay",
     "eval_floors",
     "eval_limits",

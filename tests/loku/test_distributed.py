@@ -135,6 +135,22 @@ def test_callbacks_measure_all_rows(how, one, two):
             assert entry == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_methods_that_need_more_than_triplets(how, two, tmp_path):
+    """Their losses, and the dual weight of PDU in both processes, are those of one process."""
+    one = two_processes.logs_of_methods(tmp_path, per_device_train_batch_size=4)
+    both = two[1][f"{how}_methods"]
+    for method, log in one.items():
+        names = ["forget_loss", "retain_loss", *(["retain_weight"] if method == "pdu" else [])]
+        assert len(log) == 3 and log[0]["forget_loss"] != log[2]["forget_loss"]
+        for process in both:
+            for ours, theirs in zip(process[method], log, strict=True):
+                for name in names:
+                    assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), (method, name)
+    for of_first, of_second in zip(both[0]["pdu"], both[1]["pdu"], strict=True):
+        assert of_first["retain_weight"] == of_second["retain_weight"]
+
+
 def test_a_run_under_fsdp2_resumes_exactly(two):
     """It goes on from its second step, evaluates, and loads the best checkpoint, which is the last."""
     folder, report = two

@@ -250,17 +250,10 @@ def test_one_step_lowers_the_losses(method, tmp_path):
     def total(values):
         return values["forget_loss"] + RETAIN_WEIGHT * values.get("retain_loss", 0.0)
 
-    assert total(after) < total(before)
-    assert after["forget_loss"] < before["forget_loss"]
-    if method in (
-        "ga",
-        "gd",
-        "kl",
-        "npo",
-        "simnpo",
-        "wga",
-        "ceu",
-    ):  # the others change further probabilities too
+    weighted = method in ("wga", "satimp", "tnpo")  # the weight has no gradient, so the value may rise
+    assert weighted or total(after) < total(before)
+    assert weighted or after["forget_loss"] < before["forget_loss"]
+    if method in ("ga", "gd", "kl", "npo", "simnpo", "wga", "tnpo", "ceu"):  # the others change further ones
         assert after["forget_probability"] < before["forget_probability"]
     assert ("forget_probability" in before) == (method != "idk")
     if method in ("dpo", "dpo_kl", "idk"):
@@ -316,7 +309,19 @@ def test_errors(tmp_path):
             Objective(retain_loss, **options)
 
 
-@pytest.mark.parametrize(("method", "tuning"), [("kl", "lora"), ("kl", "full"), ("dpo", "lora")])
+@pytest.mark.parametrize(
+    ("method", "tuning"),
+    [
+        *(
+            ("kl", "lora"),
+            ("kl", "full"),
+            ("dpo", "lora"),
+            ("undial", "lora"),
+            ("rmu", "full"),
+            ("pdu", "lora"),
+        )
+    ],
+)
 @needs_proc
 def test_no_logits_in_training(method, tuning, tmp_path):
     vocab, tokens, rows = 100_000, 48, 8
@@ -332,6 +337,9 @@ def test_no_logits_in_training(method, tuning, tmp_path):
     class SameRows:
         refusals = ("",)
 
+        def draw(self, generator):
+            return generator.integers(1, size=rows)
+
         def __getitem__(self, key):
             return data[key[0]]
 
@@ -341,6 +349,7 @@ def test_no_logits_in_training(method, tuning, tmp_path):
     args = UnlearnConfig(
         str(tmp_path),
         method=method,
+        method_args={"layer": 0} if method == "rmu" else None,
         per_device_train_batch_size=rows,
         num_train_epochs=1,
         disable_tqdm=True,

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from bigram_model import bigram_model
 from small_trainers import FORGET, RETAIN, VOCAB, arguments, lora, row, trainer_of, with_lora
 from tiny_models import tiny_model
 from transformers import EarlyStoppingCallback
@@ -287,6 +288,38 @@ def test_the_best_model_by_forgetting_and_utility(tmp_path):
     assert entry["eval_forgotten_with_utility"] == pytest.approx(
         -(entry["eval_what must go_probability"] + 0.75) / 2
     )
+
+
+def test_the_endings_of_answers_count_or_not(tmp_path):
+    """Eq. 6 of an answer of two tokens and an EOS, of which the model knows the EOS alone."""
+    rows = [{"input_ids": [5, 6, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}]
+    found = {}
+    for count_end in (True, False):
+        model = bigram_model({7: 2}, VOCAB, eos=2).float()
+        config = arguments(tmp_path, eval_count_end=count_end, init="default", **EVERY_STEP)
+        ours = loku.UnlearnTrainer(
+            model, config, rows, RETAIN, eval_dataset={"forget": rows}, peft_config=lora()
+        )
+        found[count_end] = ours.evaluate()
+    accuracy, strength = "eval_forget_memorization_accuracy", "eval_forget_extraction_strength"
+    assert found[True][accuracy] == pytest.approx(1 / 3) == pytest.approx(found[True][strength])
+    assert found[False][accuracy] == 0 == found[False][strength]
+    for measure in ("loss", "probability"):
+        assert found[True][f"eval_forget_{measure}"] == found[False][f"eval_forget_{measure}"]
+
+    bounds = {
+        "eval_limits": {"forget_extraction_likelihood_2": 0.5},
+        "eval_floors": {"forget_probability": 0.1},
+    }
+    for count_end in (True, False):  # two tokens without the EOS, and EL_2 needs three
+        model = bigram_model({7: 2}, VOCAB, eos=2).float()
+        config = arguments(tmp_path, eval_count_end=count_end, **EVERY_STEP, **bounds)
+        options = {"eval_dataset": {"forget": rows}, "peft_config": lora()}
+        if count_end:
+            loku.UnlearnTrainer(model, config, rows, RETAIN, **options)
+        else:
+            with pytest.raises(ValueError, match="no row of the forget set has more than 2 answer tokens"):
+                loku.UnlearnTrainer(model, config, rows, RETAIN, **options)
 
 
 def test_sets_are_read_from_files(tmp_path):

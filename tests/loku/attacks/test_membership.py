@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from loku.attacks import membership_attack
 from loku.attacks.gradient_norms import gradient_norms
 from loku.attacks.membership import _auc_interval, _true_positives
-from loku.data import tokenize_dataset
+from loku.data import RowError, tokenize_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -331,25 +331,41 @@ def test_open_unlearning_has_the_same_scores_and_aucs(monkeypatch):
     figures = membership._figures
     monkeypatch.setattr(membership, "_figures", lambda *args: seen.append(args[:2]) or figures(*args))
 
-    def attack():
+    def attack(count_end):
         seen.clear()
         found = membership_attack(
-            model, tokenizer, rows["forget"], rows["holdout"], reference, min_k_share=0.4, resamples=1
+            model,
+            tokenizer,
+            rows["forget"],
+            rows["holdout"],
+            reference,
+            min_k_share=0.4,
+            count_end=count_end,
+            resamples=1,
         )
         return {
             name: ([-value for pair in scores for value in pair], found["scores"][name]["auc"])
             for name, scores in zip(found["scores"], seen, strict=True)
         }
 
-    whole = attack()
-    for row in [*rows["forget"], *rows["holdout"]]:
-        row["labels"][-1] = -100  # their "-1 to ignore eos prediction"
-    shorter = attack()
+    whole, content = attack(True), attack(False)
+    for name in THEIR_SCORES:  # their "-1 to ignore eos prediction"
+        assert (whole[name] != content[name]) == (name in ("min_k", "min_k_plus_plus", "gradient_norm")), name
     for name, (scores, auc) in THEIR_SCORES.items():
-        found, found_auc = (shorter if name in ("min_k", "min_k_plus_plus", "gradient_norm") else whole)[name]
+        found, found_auc = content[name]
         bits = 8 if name == "zlib" else 1
         assert [bits * value for value in found] == pytest.approx(scores, rel=2e-7, abs=1e-6), name
         assert found_auc == pytest.approx(auc), name
+
+
+def test_an_answer_that_is_an_ending_is_refused_by_its_row(model, tokenizer):
+    rows = [
+        {"input_ids": [5, 6, 1], "labels": [-100, 6, 1]},
+        {"input_ids": [5, 6, 1], "labels": [-100, -100, 1]},
+    ]
+    assert membership_attack(model, tokenizer, rows, HOLDOUT)["settings"]["count_end"] is True
+    with pytest.raises(RowError, match="row 1 of the forget set: its answer is nothing but an ending"):
+        membership_attack(model, tokenizer, rows, HOLDOUT, count_end=False)
 
 
 def test_gradient_norms_leave_the_model_as_it_is(model, tokenizer):

@@ -91,12 +91,14 @@ def test_the_report_has_the_measures_by_their_functions(folder, capsys):
     assert ours["sets"]["chat"].keys() >= {"repetition", "ngram_entropy", "classifier_probability"}
     assert "knowledge_memorization" not in ours["sets"]["chat"]
 
-    scores = [
-        evaluation.token_scores(model, tokenize_dataset(ROWS[name], tokenizer), progress=False)
-        for name in ("forget", "holdout")
+    tokens = [tokenize_dataset(ROWS[name], tokenizer) for name in ("forget", "holdout")]
+    scores = [evaluation.token_scores(model, rows, progress=False) for rows in tokens]
+    endings = evaluation.Endings(model, tokenizer)
+    content = [
+        evaluation.content_scores(rows, given, endings) for rows, given in zip(tokens, scores, strict=True)
     ]
     whole = ours["whole"]
-    assert whole["min_40_auc"] == evaluation.min_k_auc(*scores)
+    assert whole["min_40_auc"] == evaluation.min_k_auc(*content)
     assert whole["membership_auc"] == evaluation.min_k_auc(*scores, 0.2)
     assert whole["retain_auc"] == theirs["whole"]["min_40_auc"]
     assert whole["privleak"] == evaluation.privleak(whole["min_40_auc"], whole["retain_auc"])

@@ -16,9 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loku.evaluation as evaluation
 from loku import cli, demo
+from loku.commands.evaluate import EL_DEFINITIONS
 from loku.data import RowError, tokenize_dataset
 from loku.data.files import read_rows
 from loku.data.tokens import TextTokenizer
+from loku.evaluation.open_unlearning import open_unlearning_log
 from loku.evaluation.tofu import SECTIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +148,8 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
     true = [row["completion"] for row in rows["chat"]]
     assert sets["chat"]["dialogue_f1"] == pytest.approx(sum(evaluation.dialogue_f1(generated, true)) / 2)
     assert sets["chat"]["rouge"] == pytest.approx(sum(evaluation.rouge_recalls(generated, true)[1]) / 2)
+    deleted = evaluation.dialogue_f1(generated, true, "knowledge-unlearning")
+    assert sets["chat"]["dialogue_f1_knowledge_unlearning"] == pytest.approx(sum(deleted) / 2)
     assert 0.1 < sets["chat"]["dialogue_f1"] < 1 and 0.1 < sets["chat"]["rouge"] < 1  # so the test can fail
 
     expected = evaluation.forget_quality(log, reference)
@@ -160,6 +164,127 @@ def test_report_has_each_measure_as_it_is_alone(report, reference, parts):
         n: evaluation.min_k(evaluation.token_scores(model, t, progress=False)) for n, t in tokens.items()
     }
     assert report["whole"]["membership_auc"] == evaluation.membership_auc(*min_k.values())
+
+
+def test_generated_answers_end_before_a_stop_string(parts):
+    model, tokenizer, rows = parts
+    sets = {"forget": rows["forget"], "chat": rows["chat"]}
+    whole = evaluation.evaluate(model, tokenizer, sets, progress=False)
+    texts = {i: text[1] for i, text in whole.log[SECTIONS["forget"]]["generated_text"].items()}
+    stop = texts["0"][30:33]
+    options = {"stop_strings": [stop, "never in any text"], "progress": False}
+    found = evaluation.evaluate(model, tokenizer, sets, **options)
+    section = found.log[SECTIONS["forget"]]
+    for i, text in texts.items():
+        answer = text.removeprefix("Answer:")
+        assert section["generated_text"][i][1] == "Answer:" + answer.split(stop)[0]
+    assert len(section["generated_text"]["0"][1]) < len(texts["0"])
+    section = evaluation.evaluate_tofu_rows(
+        model, tokenizer, rows["forget"], stop_strings=[stop], progress=False
+    )
+    assert section["generated_text"] == found.log[SECTIONS["forget"]]["generated_text"]
+
+    # Completions too: the first text of several ends it, wherever it stands in the list.
+    generated = "one two three four"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loku.evaluation.extraction.greedy_answers", lambda *args: [[1], [1]])
+        patch.setattr(tokenizer, "decode", lambda ids, **kwargs: generated)
+        cut = evaluation.generated_texts(model, tokenizer, [], [], 5, stop_strings=["three", "two"])
+        assert cut == ["one ", "one "]
+    for wrong in ("stop", [""], [3], None):
+        with pytest.raises(ValueError, match="stop_strings must be a list of texts that are not empty"):
+            evaluation.evaluate(model, tokenizer, sets, stop_strings=wrong)
+
+
+def test_generated_answers_have_at_most_so_many_tokens(parts):
+    model, tokenizer, rows = parts
+    sets = {"retain": rows["retain"], "chat": rows["chat"]}
+    found = evaluation.evaluate(model, tokenizer, sets, max_new_tokens=3, progress=False)
+    section = evaluation.evaluate_tofu_rows(
+        model, tokenizer, rows["retain"], max_new_tokens=3, progress=False
+    )
+    assert found.log[SECTIONS["retain"]]["generated_text"] == section["generated_text"]
+    longest = evaluation.evaluate(model, tokenizer, sets, progress=False)
+    assert found.log != longest.log and found.sets["chat"]["rouge"] < longest.sets["chat"]["rouge"]
+    with pytest.raises(ValueError, match="max_new_tokens must be an integer >= 1, got 0"):
+        evaluation.evaluate(model, tokenizer, sets, max_new_tokens=0)
+
+
+def test_the_options_of_measures_reach_them(folder, parts, tmp_path):
+    model, tokenizer, rows = parts
+    options = ["--no-count-end", "--el-definition", "knowledge-unlearning", "--max-new-tokens", "4"]
+    places = [str(folder / "model"), "--data", f"holdout={folder}/holdout.jsonl", f"chat={folder}/chat.jsonl"]
+    out = tmp_path / "report.json"
+    stops = ["--stop-strings", "th", "e"]
+    assert (
+        cli.main(["evaluate", *places, *options, *stops, "--ngram", "3", "--out", str(out), "--quiet"]) == 0
+    )
+    report = json.loads(out.read_text())
+    expected = evaluation.evaluate(
+        model,
+        tokenizer,
+        {name: rows[name] for name in ("holdout", "chat")},
+        n=3,
+        count_end=False,
+        el_definition="knowledge-unlearning",
+        max_new_tokens=4,
+        stop_strings=["th", "e"],
+        progress=False,
+    )
+    for name, measures in expected.sets.items():
+        assert report["sets"][name] == pytest.approx(measures)
+    plain = evaluation.evaluate(model, tokenizer, {"holdout": rows["holdout"]}, n=3, progress=False)
+    likelihood = "extraction_likelihood_3"
+    assert report["sets"]["holdout"][likelihood] != pytest.approx(plain.sets["holdout"][likelihood])
+    assert report["settings"]["stop_strings"] == ["th", "e"] and report["settings"]["count_end"] is False
+    tokens = tokenize_dataset(rows["chat"], tokenizer)
+    scores = evaluation.token_scores(model, tokens, progress=False)
+    content = evaluation.content_scores(tokens, scores, evaluation.Endings(model, tokenizer))
+    assert [len(part.losses) for part in content] == [len(score.losses) - 1 for score in scores]  # the EOS
+    measured = evaluation.token_measures(scores, content=content)
+    assert measured["min_k"] != pytest.approx(evaluation.token_measures(scores)["min_k"])
+    assert {key: report["sets"]["chat"][key] for key in measured} == pytest.approx(measured)
+    assert EL_DEFINITIONS == evaluation.extraction.EL_DEFINITIONS
+    for wrong in (["--max-new-tokens", "0"], ["--stop-strings", ""], ["--el-definition", "el"]):
+        try:
+            assert cli.main(["evaluate", *places, *wrong, "--out", str(out)]) == 2
+        except SystemExit as end:  # argparse knows the choices
+            assert end.code == 2
+
+
+def test_the_log_of_open_unlearning_is_read_and_written(folder, parts, reference, tmp_path):
+    model, tokenizer, rows = parts
+    theirs, out = tmp_path / "TOFU_EVAL.json", tmp_path / "report.json"
+    theirs.write_text(json.dumps(open_unlearning_log(reference)))
+    command = ["evaluate", str(folder / "model"), "--data", f"forget={folder}/forget.jsonl", "--quiet"]
+    command += ["--reference-log", str(theirs), "--log-format", "open-unlearning", "--out", str(out)]
+    command += ["--stride", "50", "--no-count-end"]
+    assert cli.main(command) == 0 == cli.main(command)  # an earlier report is overwritten
+    report, log, summary = (
+        json.loads((tmp_path / f"report{name}.json").read_text()) for name in ("", "_log", "_summary")
+    )
+    found = evaluation.evaluate(
+        model,
+        tokenizer,
+        {"forget": rows["forget"]},
+        reference_log=json.loads(theirs.read_text()),
+        stride=50,
+        count_end=False,
+        progress=False,
+    )
+    expected = open_unlearning_log(found.log, reference, found.rows["forget"])
+    assert log.keys() == expected.keys() and report["sha256"].keys() == {"log", "picture", "summary"}
+    assert summary == pytest.approx({name: value["agg_value"] for name, value in expected.items()})
+    quality = found.whole["forget_quality"]
+    assert summary["forget_quality"] == report["whole"]["forget_quality"] == pytest.approx(quality)
+    assert report["sets"]["forget"]["memorization_accuracy"] == pytest.approx(summary["exact_memorization"])
+    tokens = tokenize_dataset(rows["forget"], tokenizer)
+    assert found.rows["forget"]["tokens"] == [
+        sum(label != -100 for label in row["labels"]) - 1 for row in tokens
+    ]
+    assert log["extraction_strength"]["value_by_index"]["1"]["score"] == pytest.approx(
+        max(found.rows["forget"]["extraction_strength"][1], 1 / found.rows["forget"]["tokens"][1])
+    )
 
 
 def test_two_processes_give_the_report_of_one(report, folder):
@@ -296,7 +421,7 @@ def test_a_cut_completion_is_compared_with_what_is_left_of_it(parts):
     left = tokenizer.decode([label for label in ids["labels"] if label != -100])
     generated = f"{left} and then"
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="were cut"):
-        patch.setattr("loku.evaluation.suite.generated_texts", lambda *args: [generated])
+        patch.setattr("loku.evaluation.suite.generated_texts", lambda *args, **kwargs: [generated])
         sets = evaluation.evaluate(model, tokenizer, {"x": [row]}, max_length=12, progress=False).sets
     assert sets["x"]["rouge"] == 1
 

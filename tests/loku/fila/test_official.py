@@ -15,7 +15,7 @@ import loku.unlearning
 from loku import FilaConfig, UnlearnConfig, get_fila_state_dict, initialize_lora_fila_weights
 from loku.fila.factors import official_factors
 from loku.fila.initialize import initialize_from_row_scales
-from loku.fila.measured_rows import official_rows
+from loku.fila.measured_rows import official_rows, sampled
 from loku.fila.row_scales import balanced
 from loku.target_modules import default_target_modules
 
@@ -157,6 +157,18 @@ def test_official_rows():
     assert len(kept) == 10 and set(kept) <= {*retain} and (drawn, kept) == official_rows(forget, retain, 0)
     assert official_rows(forget, retain, 1) != (drawn, kept)
     assert len(set(official_rows(range(200), range(10), 0)[1])) == 10  # with replacement
+
+
+def test_batches_that_are_shuffled_are_grouped_once():
+    """Every pass, and the cache, must see the same batches."""
+    loader = torch.utils.data.DataLoader(
+        [{"input_ids": torch.tensor([i])} for i in range(50)], 5, shuffle=True
+    )
+    once, again = ([batch["input_ids"] for batch in loader] for _ in range(2))
+    assert not torch.equal(torch.stack(once), torch.stack(again))
+    batches = sampled(loader, FilaConfig.official())
+    once, again = ([batch["input_ids"] for batch in batches] for _ in range(2))
+    assert torch.equal(torch.stack(once), torch.stack(again))
 
 
 def unlearned(monkeypatch, tmp_path, **settings):

@@ -1,0 +1,343 @@
+"""Unlearning a real pretrained model: SmolLM2-135M-Instruct, in its chat template, on the end of TOFU.
+
+    python scripts/build_smollm2.py build/smollm2
+    python scripts/finetune_tofu.py build/smollm2 --full locuslab/TOFU:forget10_perturbed --last 40 200 \
+        --question-template chat --epochs 20 --learning-rate 5e-5 --out build/smollm2_tofu
+    python experiments/smollm2_tofu.py --models build/smollm2_tofu --grid experiments/smollm2_tofu.yaml
+
+The rows are TOFU's last 400, of 20 authors. ``--models`` is what ``finetune_tofu.py`` made: the model that
+knows all of them, and for each forget set (the last 40 or 200 rows) a model that never saw it. Any other base
+and rows go as well. A cell is one unlearning run (``Cell``). The model is measured before unlearning and
+after epochs, as in ``tofu.py``: forget quality, and model utility over retained rows, real authors and world
+facts, which such a model partly knows. Then the best epoch of the run (``tofu_report.best_point``) is
+attacked:
+
+- half of the forget rows are taught again, and the others measured; the model that never saw them is taught
+  the same, as the control;
+- its weights are rounded to 4 bits.
+
+Finished cells are lines of ``--out``, by default ``experiments/results/smollm2_tofu.jsonl``, and are not run
+again. ``--minutes`` ends a part of the grid; the same command goes on. The fields ``utility_rows``,
+``measure_every`` and ``relearning_steps`` of a cell make it cheaper, and stand in its line. Methods and
+settings that this version of loku lacks are refused by name before any cell runs. At the end
+``smollm2_report.py`` draws and tabulates the file.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import grid
+import smollm2_report
+import tofu
+import tofu_report
+
+from loku.data import QuestionTemplate
+from loku.data.files import read_rows
+from loku.demo import load_model
+from loku.saving.directories import whole_file
+
+OURS = ("forget_rows", "utility_rows", "measure_every", "relearning_steps")  # no fields of UnlearnConfig
+NEW = (
+    "fila_balance",
+    "method_args",
+)  # fields that UnlearnConfig need not have while they are at their defaults
+BITS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Args:
+        method: The method; this and the next fields are those of ``loku.UnlearnConfig``.
+        init: The initialisation.
+        fila_balance: The size of FILA's row scales.
+        method_args: The further arguments of the method, a JSON object; "" for its defaults.
+        lora_rank: The rank; alpha is twice as much.
+        learning_rate: The peak learning rate, which falls linearly.
+        retain_weight: The factor of the retain loss.
+        target_modules: The modules to adapt.
+        num_train_epochs: The passes over the forget rows, 8 at a time with 8 retained ones.
+        seed: The seed.
+        forget_rows: The number of forget rows, the last ones.
+        utility_rows: The greatest number of rows of each set of utility.
+        measure_every: The epochs between two measurements.
+        relearning_steps: The steps of relearning, with 8 rows each; 0 leaves it out.
+    """
+
+    method: str = "ihl"
+    init: str = "fila"
+    fila_balance: str = "normalised"
+    method_args: str = ""
+    lora_rank: int = 8
+    learning_rate: float = 1e-3
+    retain_weight: float = 1.0
+    target_modules: str = "qv+ffn"
+    num_train_epochs: int = 5
+    seed: int = 0
+    forget_rows: int = 40
+    utility_rows: int = 30
+    measure_every: int = 1
+    relearning_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Models:
+    """What ``scripts/finetune_tofu.py`` made, and the sets of utility.
+
+    Args:
+        folder: The folder.
+        rows: All rows.
+        facts: The settings of the fine-tuning.
+        others: The rows of real authors and world facts by the names of their sections.
+    """
+
+    folder: Path
+    rows: list[Any]
+    facts: dict[str, Any]
+    others: dict[str, list[Any]]
+
+    @property
+    def template(self) -> QuestionTemplate:
+        """The template in which the models were fine-tuned."""
+        return QuestionTemplate(self.facts["question_template"], self.facts["answer_template"])
+
+
+def models_of(options: argparse.Namespace) -> Models:
+    """Return the models and sets that the options name."""
+    folder = options.models
+    missing = [name for name in ("full.jsonl", "full/finetuning.json") if not (folder / name).is_file()]
+    if missing:
+        raise SystemExit(f"{folder} has no {missing[0]}: scripts/finetune_tofu.py --out makes it")
+    others = {"real_authors": options.real_authors, "world_facts": options.world_facts}
+    return Models(
+        folder,
+        list(read_rows(folder / "full.jsonl")),
+        json.loads((folder / "full" / "finetuning.json").read_text(encoding="utf-8")),
+        {name: list(read_rows(source)) for name, source in others.items()},
+    )
+
+
+def base_of(cell: Cell, models: Models) -> tofu.Base:
+    """Return the model and the rows of a cell."""
+    log = models.folder / f"retain{cell.forget_rows}_log.json"
+    if not log.is_file():
+        raise SystemExit(f"{log} is missing: scripts/finetune_tofu.py --last {cell.forget_rows}")
+    forget, retain = models.rows[-cell.forget_rows :], models.rows[: -cell.forget_rows]
+    perturbed = [row for row in retain if row.get("perturbed_answer")]
+    sets = {"retain": perturbed, **models.others}
+    return tofu.Base(
+        str(models.folder / "full"),
+        forget,
+        retain,
+        {name: tofu.spread(rows, cell.utility_rows) for name, rows in sets.items()},
+        json.loads(log.read_text(encoding="utf-8")),
+        models.template,
+    )
+
+
+def settings_of(cell: Cell, models: Models) -> dict[str, Any]:
+    """Return the fields of ``UnlearnConfig`` of a cell."""
+    default = Cell()
+    settings = {
+        name: value
+        for name, value in asdict(cell).items()
+        if name not in OURS and not (name in NEW and value == getattr(default, name))
+    }
+    templates = {name: models.facts[name] for name in ("question_template", "answer_template")}
+    cache = str(models.folder / "fisher")  # the row scales of one forget set serve all of its cells
+    return {**settings, **templates, "fisher_cache_dir": cache}
+
+
+def check_cells(cells: Sequence[Cell], models: Models) -> None:
+    """Refuse cells that cannot run, before any cell runs.
+
+    Raises:
+        SystemExit: A method, a setting or a file is missing. The message names each.
+    """
+    from loku import UnlearnConfig
+
+    known = {field.name for field in fields(UnlearnConfig)}
+    problems: dict[str, None] = {}
+    for cell in cells:
+        settings = settings_of(cell, models)
+        if unknown := sorted(settings.keys() - known):
+            problems[f"{', '.join(unknown)}: this loku.UnlearnConfig has no such field"] = None
+            continue
+        try:
+            tofu.config_of(settings, "unused")
+            base_of(cell, models)
+        except (ValueError, SystemExit) as error:
+            problems[str(error)] = None
+    if problems:
+        raise SystemExit(
+            "the grid has cells that cannot run:\n" + "\n".join(f"- {text}" for text in problems)
+        )
+
+
+def check_results(path: Path, models: Models) -> None:
+    """Refuse a result file of other models: their lines would be compared."""
+    for line in read_rows(path) if path.exists() and path.stat().st_size else ():
+        if line["models"] != models.facts:
+            raise SystemExit(f"{path} has the cells of other models than {models.folder}; pass another --out")
+
+
+# --- one cell -------------------------------------------------------------------------------------
+
+
+class Measured:
+    """A function of a model that returns its TOFU log, and keeps it with the trained parameters.
+
+    The first model is the one before unlearning, whose log is measured once for all cells.
+
+    Args:
+        tokenizer: The tokenizer.
+        base: The rows.
+        cache: The folder of logs.
+    """
+
+    def __init__(self, tokenizer: Any, base: tofu.Base, cache: Path) -> None:
+        self.tokenizer, self.base, self.cache = tokenizer, base, cache
+        self.logs: list[Mapping[str, Any]] = []
+        self.states: list[dict[str, Any]] = []
+
+    def __call__(self, model: Any) -> Mapping[str, Any]:
+        if self.logs:
+            log = tofu.measured_log(model, self.tokenizer, self.base)
+        else:
+            key = [self.base.forget, self.base.utility_rows]
+            log = cached(
+                self.cache, "before", key, lambda: tofu.measured_log(model, self.tokenizer, self.base)
+            )
+        self.logs.append(log)
+        self.states.append({name: parameter.detach().cpu().clone() for name, parameter in trained(model)})
+        return log
+
+
+def trained(model: Any) -> list[tuple[str, Any]]:
+    """Return the trained parameters of a model."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def cached(folder: Path, name: str, key: Any, make: Any) -> Any:
+    """Return what an earlier cell has made for the same key, or make it."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    file = folder / f"{name}-{digest}.json"
+    if not file.is_file():
+        made = make()
+        folder.mkdir(exist_ok=True)
+        with whole_file(file) as unfinished:
+            unfinished.write_text(json.dumps(made), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def robustness(model: Any, tokenizer: Any, cell: Cell, base: tofu.Base, folder: Path) -> dict[str, Any]:
+    """Return the figures of relearning, with its control, and of rounded weights."""
+    from loku.attacks import quantisation_attack, relearning_attack
+
+    sets = {"forget": base.forget, "retain": base.utility_rows["retain"]}
+    rounded = quantisation_attack(model, tokenizer, sets, bits=[BITS], template=base.template)
+    figures: dict[str, Any] = {
+        "rounded": {
+            title: {name: measures["probability"] for name, measures in of_sets.items()}
+            for title, of_sets in rounded["roundings"].items()
+        }
+    }
+    if cell.relearning_steps:
+        options: dict[str, Any] = {
+            "steps": cell.relearning_steps,
+            "every": max(1, cell.relearning_steps // 5),
+            "seed": cell.seed,
+            "template": base.template,
+        }
+
+        def relearned(model: Any) -> dict[str, Any]:
+            return relearning_attack(model, tokenizer, base.forget, **options)["unlearned"]
+
+        def control() -> dict[str, Any]:
+            other, _ = load_model(folder / f"retain{cell.forget_rows}")
+            return relearned(other.to(model.device))
+
+        key = [cell.forget_rows, cell.relearning_steps, cell.seed]
+        figures["relearning"] = relearned(model)
+        figures["control"] = cached(folder / "cache", "control", key, control)
+    return figures
+
+
+def author_rows(log: Mapping[str, Any], base: tofu.Base) -> dict[str, list[list[float]]]:
+    """Return [author, answer probability] of each measured row of the forget and the retained rows."""
+    from loku.evaluation.tofu import SECTIONS
+
+    all_rows = [*base.retain, *base.forget]
+    authors = {row["question"]: index // tofu.ROWS_PER_AUTHOR for index, row in enumerate(all_rows)}
+    sets = {"forget": base.forget, "retain": base.utility_rows["retain"]}
+    return {
+        name: [
+            [authors[row["question"]], math.exp(-loss)]
+            for row, loss in zip(rows, log[SECTIONS[name]]["avg_gt_loss"].values(), strict=True)
+        ]
+        for name, rows in sets.items()
+    }
+
+
+def run_cell(cell: Cell, base: tofu.Base, models: Models) -> dict[str, Any]:
+    """Return the line of a cell: its curve, its best epoch, the rows and the robustness then, and seconds."""
+    kept: list[Measured] = []
+
+    def curve_of(tokenizer: Any) -> Any:
+        kept.append(Measured(tokenizer, base, models.folder / "cache"))
+        return tofu.curve_callback(tokenizer, base, kept[0], cell.measure_every)
+
+    model, tokenizer, curve, seconds = tofu.unlearned(settings_of(cell, models), base, curve_of)
+    best = tofu_report.best_point({"curve": curve.points})
+    at = curve.points.index(best)
+    found: dict[str, Any] | None = None
+    if at > 0:
+        for name, parameter in trained(model):
+            parameter.data.copy_(kept[0].states[at][name])
+        found = robustness(model, tokenizer, cell, base, models.folder)
+    return {
+        "curve": curve.points,
+        "best_epoch": best["epoch"],
+        "rows": author_rows(kept[0].logs[at], base),
+        "robustness": found,
+        "models": models.facts,
+        "seconds": seconds,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    grid.add_arguments(parser, Cell, grid.RESULTS / "smollm2_tofu.jsonl")
+    parser.add_argument(
+        "--models", type=Path, required=True, metavar="DIR", help="what scripts/finetune_tofu.py made"
+    )
+    for name in ("real-authors", "world-facts"):
+        default = f"locuslab/TOFU:{name.replace('-', '_')}_perturbed"
+        parser.add_argument(f"--{name}", metavar="SOURCE", default=default, help=f"default: {default}")
+    options = grid.parse_arguments(parser, argv)
+    models = models_of(options)
+    cells = grid.chosen_cells(options, Cell)
+    check_cells(cells, models)
+    check_results(options.out, models)
+    grid.run_and_report(
+        cells,
+        run_cell,
+        lambda cell: (base_of(cell, models), models),
+        options,
+        tofu.summary,
+        smollm2_report.write_report,
+    )
+
+
+if __name__ == "__main__":
+    main()
