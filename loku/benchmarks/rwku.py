@@ -107,11 +107,11 @@ class Rwku(Benchmark):
                 f"{self.corpus} has no texts about {', '.join(missing)}; a split is the name of one of "
                 f"{len(known)} people, such as {min(known)!r}"
             )
-        forget = [{"text": row["text"]} for row in corpus if row["subject"] in people]
+        forget = [row for row in corpus if row["subject"] in people]
         if self.retain is not None:
             retain = [{"text": text} for text in texts_of(list(read_rows(self.retain)), "retain")]
         else:
-            retain = [{"text": row["text"]} for row in corpus if row["subject"] not in people]
+            retain = [row for row in corpus if row["subject"] not in people]
         if not retain:
             raise ValueError(f"{self.corpus} has no texts about others to keep; name texts by --retain")
         evaluation: dict[str, Any] = {}

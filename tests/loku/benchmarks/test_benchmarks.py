@@ -165,7 +165,7 @@ def test_wmdp(tmp_path, model, tokenizer, harness):
         benchmark.load(source, "chem")
     benchmark_data.write_lines(tmp_path / "wmdp-corpora" / "cyber-forget-corpus.jsonl", [{"text": "short"}])
     with pytest.raises(ValueError, match="cyber-forget-corpus has no text of 50 characters"):
-        benchmark.load(source, "cyber")
+        benchmark.load(Source(tmp_path), "cyber")
 
 
 def test_without_the_harness_wmdp_is_refused(monkeypatch):
