@@ -1,4 +1,4 @@
-"""The knowledge left in a model: extraction (Eqs. 4 to 6), TOFU's measures, membership, reports and plots."""
+"""The knowledge left in a model: extraction, TOFU's and MUSE's measures, privacy, fluency, and reports."""
 
 from loku.evaluation.dialogue import dialogue_f1
 from loku.evaluation.endings import Endings, content_scores
