@@ -272,13 +272,14 @@ class _Work:
     ) -> None:
         """Unlearn the requests of a split one after the other, measure the model and write its entry."""
         start = time.perf_counter()
+        model: Any
         model, tokenizer = self.load(self.plan.model)
         retain = self.benchmark.training_rows(sets.retain, tokenizer, config)
         epochs: list[float] = []
         with self.results.checkpoints(identity) as folder:
             for number, texts in enumerate(sets.requests):
                 request = self.benchmark.training_rows(texts, tokenizer, config)
-                own = copy.copy(config)
+                own: Any = copy.copy(config)
                 own.output_dir = str(folder / str(number))
                 own.resume_from_checkpoint = True if own.save_strategy != "no" else None
                 own.model_init_kwargs = None  # the model is loaded
@@ -289,7 +290,7 @@ class _Work:
                 model = result.model
                 rate = config.learning_rate or default_learning_rate(model)
                 if number + 1 < len(sets.requests) and config.tuning == "lora":
-                    model = result.model.merge_and_unload()
+                    model = model.merge_and_unload()
                 del result
         training = time.perf_counter() - start
         measures = self.benchmark.compared(self.measure(model, sets), reference)

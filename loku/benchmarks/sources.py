@@ -177,8 +177,9 @@ def texts_of(rows: Sequence[Any], name: str) -> list[str]:
     """
     if not len(rows):
         raise ValueError(f"the set {name} is empty")
-    texts = [row.get("text") if isinstance(row, Mapping) else row for row in rows]
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
+    texts: list[str] = []
+    for index, row in enumerate(rows):
+        texts.append(row.get("text") if isinstance(row, Mapping) else row)
+        if not isinstance(texts[-1], str):
             raise ValueError(f"row {index} of the set {name} is no text, and has no 'text' that is one")
     return texts

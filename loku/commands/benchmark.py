@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
     settings = read_yaml(options.config, options.fields, _PLACES) if options.config else {}
     settings.update(joined(options.fields, options))
-    places = {name: getattr(options, name) or settings.get(name) for name in _PLACES}
+    places: dict[str, Any] = {name: getattr(options, name) or settings.get(name) for name in _PLACES}
     for name in _PLACES:
         settings.pop(name, None)
     _check_options(options, settings, places["model"])

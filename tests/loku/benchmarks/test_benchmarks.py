@@ -1,5 +1,6 @@
 """The data and the columns of each benchmark, on small data in the files and columns of the real one."""
 
+import math
 import sys
 
 import benchmark_data
@@ -13,7 +14,7 @@ from loku.benchmarks.rwku import rouge_l_recall
 from loku.benchmarks.tdec import dialogue_prompt, normalised_turn
 from loku.benchmarks.text_rows import first_tokens, measured_rows, pieces
 from loku.commands.benchmark import NAMES
-from loku.evaluation import evaluate, mean_answer_probability, token_scores
+from loku.evaluation import evaluate, evaluate_tofu_rows, mean_answer_probability, token_scores
 from loku.evaluation.tofu_logs import SECTIONS
 from loku.models import load_model
 from loku.trust import load_tokenizer
@@ -77,6 +78,21 @@ def test_tofu(tmp_path, model, tokenizer):
     assert len(limited.reference[SECTIONS["forget"]]["gt_loss"]) == 2
     with pytest.raises(ValueError, match="has 3 forget questions"):
         benchmark.compared(limited, measures.reference)
+
+
+def test_tofu_measures_by_the_template_of_the_run(tmp_path, model, tokenizer):
+    benchmark = Tofu()
+    sets = benchmark.load(Source(benchmark_data.write_tofu(tmp_path)), "forget01")
+    config = UnlearnConfig(question_template="[INST] {question} [/INST]", answer_template=" {answer}")
+    measures = benchmark.measure(model, tokenizer, sets, Measuring(config=config))
+    section = evaluate_tofu_rows(
+        model, tokenizer, sets.evaluation["forget"], progress=False, template=config.template()
+    )
+    values = [math.exp(-loss) for loss in section["avg_gt_loss"].values()]
+    assert measures.values["forget_Q_A_Prob"] == pytest.approx(sum(values) / len(values))
+    assert measures.reference[SECTIONS["forget"]]["gt_loss"] == section["gt_loss"]
+    plain = benchmark.measure(model, tokenizer, sets, Measuring())
+    assert plain.values["forget_Q_A_Prob"] != measures.values["forget_Q_A_Prob"]
 
 
 def test_tofu_refuses_what_it_lacks(tmp_path):
