@@ -186,7 +186,8 @@ def texts_of(rows: Sequence[Any], name: str) -> list[str]:
         raise ValueError(f"the set {name} is empty")
     texts: list[str] = []
     for index, row in enumerate(rows):
-        texts.append(row.get("text") if isinstance(row, Mapping) else row)
-        if not isinstance(texts[-1], str):
+        text = row.get("text") if isinstance(row, Mapping) else row
+        if not isinstance(text, str):
             raise ValueError(f"row {index} of the set {name} is no text, and has no 'text' that is one")
+        texts.append(text)
     return texts
