@@ -95,7 +95,7 @@ class Rwku(Benchmark):
     def __init__(self, corpus: str = "train_positive_llama3", retain: str | None = None) -> None:
         self.corpus, self.retain = corpus, retain
 
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read the texts about the people to forget and about others, the probes and the utility sets."""
         people = [name.strip() for name in split.split(";")]
         corpus = source.rows(REPOSITORY, self.corpus)
