@@ -95,18 +95,23 @@ def test_a_step_of_micro_batches(method, mean, tmp_path):
 
 
 def test_one_mean_of_both_losses(tmp_path):
-    """With "joint" the loss is one mean over the tokens of both kinds; retain tokens have their weight."""
+    """With "joint" the loss is one mean over the tokens of both kinds, which have the losses' weights."""
     model = with_lora(tiny_model("llama", VOCAB).double())
-    trainer = trainer_of(model, "idk", tmp_path, loss_mean="joint")
+    trainer = trainer_of(model, "idk", tmp_path, loss_mean="joint", forget_weight=0.5)
     batch = collate_pairs(items(trainer.train_dataset, range(4)), pad_token_id=0)
     loss = trainer.compute_loss(model, batch)
-    values = {
-        name: parts[0] / trainer._step_log.shares[name][0] for name, parts in trainer._step_log.parts.items()
-    }
+    shares = trainer._step_log.shares
+    values = {name: parts[0] / shares[name][0] for name, parts in trainer._step_log.parts.items()}
     labels = batch["labels"][:, 1:] != -100
     refusal, retain = (labels[batch[f"is_{kind}"]].sum() for kind in ("refusal", "retain"))
-    total = refusal * values["forget_loss"] + retain * RETAIN_WEIGHT * values["retain_loss"]
+    total = 0.5 * refusal * values["forget_loss"] + RETAIN_WEIGHT * retain * values["retain_loss"]
     torch.testing.assert_close(loss, total / (refusal + retain))
+
+
+def test_retain_rows_are_drawn_as_the_settings_say(tmp_path):
+    for sampling, replaces in (("without_replacement", False), ("with_replacement", True)):
+        trainer = trainer_of(tiny_model("llama", VOCAB), "gd", tmp_path, retain_sampling=sampling)
+        assert trainer.train_dataset.with_replacement == replaces
 
 
 @pytest.mark.parametrize("again", ["train", "auto_find_batch_size"])

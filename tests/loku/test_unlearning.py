@@ -81,10 +81,13 @@ def test_every_method_runs(method, tuning, tokenizer, tmp_path):
     model = tiny_model("llama", len(tokenizer))
     original = logits_of(model, tokenizer)
     how = {"tuning": "full"} if tuning == "full" else {"init": tuning}
+    args = {"rmu": {"layer": 1}}.get(method)  # the model has two layers
+    refusals = None if OBJECTIVES[method].alternates else ["No.", "No idea!"]
+    forget = [{**row, "alternate": f"By lake {i}."} for i, row in enumerate(FORGET)]
     options = config(
-        tmp_path, method=method, max_steps=3, learning_rate=1e-3, refusals=["No.", "No idea!"], **how
+        tmp_path, method=method, method_args=args, max_steps=3, learning_rate=1e-3, refusals=refusals, **how
     )
-    result = loku.unlearn(model, FORGET, RETAIN, config=options, tokenizer=tokenizer)
+    result = loku.unlearn(model, forget, RETAIN, config=options, tokenizer=tokenizer)
     kinds = OBJECTIVES[method].kinds
     entries = [entry for entry in result.history if "forget_loss" in entry]
     assert [entry["step"] for entry in entries] == [1, 2, 3]
@@ -92,7 +95,7 @@ def test_every_method_runs(method, tuning, tokenizer, tmp_path):
         assert {name for name in entry if name.endswith("_probability")} == {
             f"{kind}_probability" for kind in kinds
         }
-        assert ("retain_loss" in entry) == ("retain" in kinds)
+        assert ("retain_loss" in entry) == (OBJECTIVES[method].retain is not None)
         assert all(math.isfinite(value) for value in entry.values())
     unlearned = logits_of(result.model.eval(), tokenizer)
     assert (unlearned - original).norm() / original.norm() > 1e-4
