@@ -46,7 +46,7 @@ class Muse(Benchmark):
     defaults: ClassVar[Mapping[str, Any]] = {"max_length": MAX_LENGTH}
     leaderboard = tuple((split, name) for split in ("News", "Books") for name in _LEADERBOARD)
 
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read the texts to forget and to keep, and the sets of verbmem, knowmem and privleak."""
         match = _SPLIT.fullmatch(split)
         if match is None:
@@ -116,12 +116,14 @@ class Muse(Benchmark):
             values[column] = known.mean
             stemmed = rouge_l_f1(known.generated, answers, stemming=True)
             leaderboard[f"{name}_knowmem_ROUGE"] = mean_over_rows(stemmed)
-        scores = []
+        scores: dict[str, Any] = {}
         for name in ("forget", "holdout"):
             max_length = measuring.config.max_length if measuring.config is not None else MAX_LENGTH
             rows = measured_rows(used[f"privleak_{name}"], model, tokenizer, max_length, f"privleak {name}")
-            scores.append(token_scores(model, rows, **options, description=f"privleak {name}"))
-        return Measures(values, {}, {"min_k_auc": min_k_auc(*scores)}, leaderboard)
+            scores[name] = token_scores(model, rows, **options, description=f"privleak {name}")
+        return Measures(
+            values, {}, {"min_k_auc": min_k_auc(scores["forget"], scores["holdout"])}, leaderboard
+        )
 
     def compared(self, measures: Measures, reference: Mapping[str, Any] | None) -> Measures:
         """Add PrivLeak."""

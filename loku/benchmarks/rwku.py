@@ -13,9 +13,9 @@ from loku.benchmarks.sources import Source, check_columns, texts_of
 from loku.benchmarks.text_rows import measured_rows
 from loku.data.files import read_rows
 from loku.evaluation.extraction import end_ids
-from loku.evaluation.fluency import fluency
 from loku.evaluation.generation import generate_greedy
 from loku.evaluation.scores import mean_over_rows, token_scores
+from loku.evaluation.text_fluency import fluency
 from loku.models import CausalLM
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Rwku(Benchmark):
     def __init__(self, corpus: str = "train_positive_llama3", retain: str | None = None) -> None:
         self.corpus, self.retain = corpus, retain
 
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read the texts about the people to forget and about others, the probes and the utility sets."""
         people = [name.strip() for name in split.split(";")]
         corpus = source.rows(REPOSITORY, self.corpus)
@@ -107,11 +107,11 @@ class Rwku(Benchmark):
                 f"{self.corpus} has no texts about {', '.join(missing)}; a split is the name of one of "
                 f"{len(known)} people, such as {min(known)!r}"
             )
-        forget = [{"text": row["text"]} for row in corpus if row["subject"] in people]
+        forget = [row for row in corpus if row["subject"] in people]
         if self.retain is not None:
             retain = [{"text": text} for text in texts_of(list(read_rows(self.retain)), "retain")]
         else:
-            retain = [{"text": row["text"]} for row in corpus if row["subject"] not in people]
+            retain = [row for row in corpus if row["subject"] not in people]
         if not retain:
             raise ValueError(f"{self.corpus} has no texts about others to keep; name texts by --retain")
         evaluation: dict[str, Any] = {}

@@ -35,11 +35,12 @@ class Source:
 
     def __init__(self, folder: str | os.PathLike | None = None) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
+        self._known: dict[tuple[str, str | None, str], list[Any]] = {}
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"{self.folder}, the folder of the benchmark's data, is not a directory")
 
     def rows(self, repository: str, config: str | None, split: str = "train") -> list[Any]:
-        """Read the rows of a set.
+        """Read the rows of a set, once for all splits of a benchmark that have it.
 
         Args:
             repository: The name on the hub, such as "locuslab/TOFU".
@@ -52,6 +53,12 @@ class Source:
         Raises:
             ValueError: The set is not there. The message says how it is downloaded, and to where.
         """
+        key = repository, config, split
+        if key not in self._known:
+            self._known[key] = self._read(*key)
+        return self._known[key]
+
+    def _read(self, repository: str, config: str | None, split: str) -> list[Any]:
         if self.folder is None:
             return self._from_hub(repository, config, split)
         for root in (self.folder / repository.split("/")[-1], self.folder):
@@ -177,8 +184,10 @@ def texts_of(rows: Sequence[Any], name: str) -> list[str]:
     """
     if not len(rows):
         raise ValueError(f"the set {name} is empty")
-    texts = [row.get("text") if isinstance(row, Mapping) else row for row in rows]
-    for index, text in enumerate(texts):
+    texts: list[str] = []
+    for index, row in enumerate(rows):
+        text = row.get("text") if isinstance(row, Mapping) else row
         if not isinstance(text, str):
             raise ValueError(f"row {index} of the set {name} is no text, and has no 'text' that is one")
+        texts.append(text)
     return texts

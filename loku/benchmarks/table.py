@@ -23,6 +23,7 @@ class _Row(NamedTuple):
     split: str
     label: str
     entries: list[Mapping[str, Any]]
+    number: int  # among the rows of this split and label, from 1
 
 
 def markdown_table(benchmark: Benchmark, entries: Entries) -> str:
@@ -44,7 +45,7 @@ def markdown_table(benchmark: Benchmark, entries: Entries) -> str:
         + [str(len(row.entries))]
         for row in rows
     ]
-    parts = [f"# {benchmark.title}", _head(entries), _markdown(lines), _notes(benchmark, entries)]
+    parts = [f"# {benchmark.title}", _head(entries), _markdown(lines), _notes(benchmark, entries, rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -100,9 +101,7 @@ def _rows(benchmark: Benchmark, entries: Entries) -> list[_Row]:
         if first["limit"] is not None:
             label += f", first {first['limit']} rows"
         count = labels[split, label] = labels.get((split, label), 0) + 1
-        if count > 1:  # of other data, or of another version of the model
-            label += f" ({count})"
-        rows.append(_Row(split, label, group))
+        rows.append(_Row(split, label if count == 1 else f"{label} ({count})", group, count))
     order = list(dict.fromkeys(row.split for row in rows))
     return sorted(rows, key=lambda row: (order.index(row.split), row.entries[0]["kind"] == "unlearned"))
 
@@ -136,12 +135,17 @@ def _head(entries: Entries) -> str:
     return text
 
 
-def _notes(benchmark: Benchmark, entries: Entries) -> str:
+def _notes(benchmark: Benchmark, entries: Entries, rows: Sequence[_Row]) -> str:
     lines = [f"- {column.name}: {column.meaning}" for column in benchmark.columns]
     reasons = dict.fromkeys(
         (name, reason) for entry in entries for name, reason in entry["not_available"].items()
     )
     lines += [f"- {name} is not available: {reason}." for name, reason in reasons]
+    if any(row.number > 1 for row in rows):
+        lines.append(
+            "- A number in brackets tells rows of one name apart: they differ in the data, in the version of "
+            "the model or in the retain-only model."
+        )
     if any(entry["limit"] is not None for entry in entries):
         lines.append("- A row of the first N rows was measured on the first N rows of each set alone.")
     return "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command with its parsed options."""
     settings = read_yaml(options.config, options.fields, _PLACES) if options.config else {}
     settings.update(joined(options.fields, options))
-    places = {name: getattr(options, name) or settings.get(name) for name in _PLACES}
+    places: dict[str, Any] = {name: getattr(options, name) or settings.get(name) for name in _PLACES}
     for name in _PLACES:
         settings.pop(name, None)
     _check_options(options, settings, places["model"])
@@ -144,6 +143,7 @@ def run(options: argparse.Namespace) -> None:
     from loku.benchmarks import BENCHMARKS, Measuring, Plan, Results, Source, combinations, run_benchmark
     from loku.benchmarks.run import MEASURED_SETTINGS, run_configs
     from loku.benchmarks.table import leaderboard_rows
+    from loku.evaluation.log_forms import read_log
     from loku.trust import load_tokenizer
 
     transformers.logging.set_verbosity_error()
@@ -171,7 +171,7 @@ def run(options: argparse.Namespace) -> None:
         splits=options.split,
         tokenizer=tokenizer,
         retain_model=retain_model,
-        reference=_log(options.retain_log) if options.retain_log else None,
+        reference=read_log(options.retain_log) if options.retain_log else None,
         measuring=Measuring(options.batch_size, options.limit, not options.quiet, configs[0]),
     )
 
@@ -246,15 +246,3 @@ def _finetuned(
         progress=not options.quiet,
     )
     return str(full), {split: str(place) for split, place in retain.items()}
-
-
-def _log(path: str) -> Mapping[str, Any]:
-    """Read the TOFU log of a retain-only model; ``ValueError`` if it is none."""
-    from loku.evaluation.tofu_logs import check_forget_section
-
-    try:
-        log = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    check_forget_section(log, path)
-    return log

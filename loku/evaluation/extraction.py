@@ -119,8 +119,8 @@ def generated_texts(
 ) -> list[str]:
     """Return the ``greedy_answers`` of some rows as texts.
 
-    An answer ends at the model's or the tokenizer's EOS, which is left out of the text. It takes the
-    other arguments of ``greedy_answers`` too.
+    An answer ends at one of its ``end_ids``, which is left out of the text. It takes the other arguments of
+    ``greedy_answers`` too.
 
     Args:
         tokenizer: The tokenizer, which decodes the answers.
@@ -136,7 +136,8 @@ def generated_texts(
     eos = end_ids(model, tokenizer, template)
     answers = greedy_answers(model, rows, scores, max_new_tokens, batch_size, eos, progress, description)
     decode: Any = tokenizer.decode
-    return [until_stop(decode(ids, skip_special_tokens=True), stop_strings) for ids in answers]
+    contents = [ids[:-1] if ids and ids[-1] in eos else ids for ids in answers]
+    return [until_stop(decode(ids, skip_special_tokens=True), stop_strings) for ids in contents]
 
 
 def check_stop_strings(stop_strings: Sequence[str]) -> None:

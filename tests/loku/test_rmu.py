@@ -142,3 +142,22 @@ def test_compiled(tmp_path):
         trainer.train()
         weights.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(*weights)
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path):
+    """A model that changes in place measures the original again; the vector follows from its seed."""
+
+    def run(**further):
+        options = {"method_args": {**ARGUMENTS, "layer": 1}, "save_strategy": "epoch", "num_train_epochs": 2}
+        trainer = trainer_of(tiny_model("llama"), "rmu", tmp_path, **options, **further)
+        trainer.train()
+        return [parameter.detach() for parameter in trainer.model.parameters()]
+
+    whole = run()
+    rmu.steering_vector.cache_clear()
+    resumed = run(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(map(torch.equal, resumed, whole))
+    with pytest.raises(ValueError, match="method_args"):
+        options = {"method_args": {**ARGUMENTS, "steering_seed": 6}, "save_strategy": "epoch"}
+        further = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
+        trainer_of(tiny_model("llama"), "rmu", tmp_path, **options, **further).train()

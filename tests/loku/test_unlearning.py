@@ -344,7 +344,7 @@ def test_errors(tokenizer, tmp_path):
         run(model)
     with pytest.raises(ValueError, match="o_proj_not_there"):
         run(target_modules=["o_proj_not_there"])
-    with pytest.raises(ValueError, match='"fila", "default" or "pissa"'):
+    with pytest.raises(ValueError, match='"fila", "official-fila", "default" or "pissa"'):
         run(init="eva")
     for method in ("dpo", "idk"):
         with pytest.raises(

@@ -84,7 +84,7 @@ configs:
             source.rows("jinzhuoran/RWKU", config, split)
     (tmp_path / "RWKU" / "README.md").write_text("---\nconfigs: [1]\n---\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"the head of .*README.md is not that of a data set"):
-        source.rows("jinzhuoran/RWKU", "mia_forget", "test")
+        Source(tmp_path).rows("jinzhuoran/RWKU", "mia_forget", "test")
 
 
 def test_a_missing_set_says_what_is_downloaded_to_where(tmp_path):
@@ -131,6 +131,14 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
     assert (
         "hf download locuslab/TOFU --repo-type dataset --local-dir FOLDER/TOFU; then --data FOLDER" in message
     )
+
+
+def test_a_set_of_several_splits_is_read_once(tmp_path):
+    lines(tmp_path / "retain_perturbed.json")
+    source = Source(tmp_path)
+    first = source.rows("locuslab/TOFU", "retain_perturbed")
+    (tmp_path / "retain_perturbed.json").unlink()
+    assert source.rows("locuslab/TOFU", "retain_perturbed") is first
 
 
 def test_columns_and_texts_are_checked():

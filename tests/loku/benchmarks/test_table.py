@@ -59,6 +59,8 @@ def test_people_are_samples_and_other_data_is_not():
     # the same settings on another version of the data
     twice = [entry("unlearned", group, measures={"model_utility": 0.5}) for group in "bc"]
     assert [row.split(" | ")[1] for row in lines(markdown_table(Tofu(), twice))[2:]] == ["ihl", "ihl (2)"]
+    assert "number in brackets" in markdown_table(Tofu(), twice)
+    assert "number in brackets" not in markdown_table(Tofu(), twice[:1])
 
 
 def test_the_leaderboard_has_the_cells_of_open_unlearning():

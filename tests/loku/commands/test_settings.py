@@ -42,8 +42,12 @@ def test_values_are_read_by_their_hints(name, text, value):
 
 
 def test_options_of_a_grid_take_several_values():
+    @dataclasses.dataclass
+    class Inherited(Hints):  # whose fields need no help
+        pass
+
     parser = argparse.ArgumentParser()
-    fields = add_fields(parser, Hints, "own", "common", (), grid=True)
+    fields = add_fields(parser, Inherited, "own", "common", (), grid=True)
     line = "--share 1e-3 2e-3 --count 3 --word no yes --names a b --flag --size 4GiB --mapping {}"
     options = parser.parse_args(line.split())
     assert joined(fields, options) == {
