@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     left_out.add_argument(
         "--last", type=int, nargs="+", metavar="N", help="forget sets: the last N rows of --full, for each N"
     )
+    parser.add_argument("--rows", type=int, metavar="N", help="use the last N rows of --full (default: all)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument("--epochs", type=float, default=5, help="default: 5")
     parser.add_argument(
@@ -177,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--rows-per-step must be a multiple of --batch-size")
 
     full = list(read_rows(options.full))
+    if options.rows is not None and not 0 < options.rows <= len(full):
+        parser.error(f"--rows must be from 1 to {len(full)}, the number of rows of --full")
+    full = full[-(options.rows or len(full)) :]
     models = forget_sets(full, options)
     tokenizer = load_tokenizer(options.base)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -72,7 +72,7 @@ def finetuned_models(
     """
     sets: dict[str, list[Any]] = {"full": Tofu().full_rows(source)}
     for split in splits:
-        sets[RETAIN_SPLITS[split]] = list(Tofu().load(source, split).retain)
+        sets[RETAIN_SPLITS[split]] = list(Tofu().sets(source, split).retain)
     for name, rows in sets.items():
         chosen = {**SETTINGS, **(settings or {})}
         _finetune(base, rows, Path(folder) / name, config, chosen, tokenizer, report, progress)

@@ -46,7 +46,7 @@ class Muse(Benchmark):
     defaults: ClassVar[Mapping[str, Any]] = {"max_length": MAX_LENGTH}
     leaderboard = tuple((split, name) for split in ("News", "Books") for name in _LEADERBOARD)
 
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read the texts to forget and to keep, and the sets of verbmem, knowmem and privleak."""
         match = _SPLIT.fullmatch(split)
         if match is None:

@@ -114,7 +114,7 @@ class Benchmark(ABC):
         """
 
     @abstractmethod
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read and check the data of a split.
 
         Args:
@@ -129,7 +129,7 @@ class Benchmark(ABC):
         """Return rows as ``loku.unlearn`` takes them.
 
         Args:
-            rows: Rows to forget or to keep, of ``load``.
+            rows: Rows to forget or to keep, of ``sets``.
             tokenizer: The tokenizer.
             config: The settings of the run, ``loku.UnlearnConfig``.
         """

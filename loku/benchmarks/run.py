@@ -115,7 +115,7 @@ def run_benchmark(
     configs = run_configs(benchmark, plan.runs)
     source = source or Source()
     splits = list(plan.splits) or [benchmark.default_split]
-    sets = {split: benchmark.load(source, split) for split in splits}
+    sets = {split: benchmark.sets(source, split) for split in splits}
     shared = configs[0] if configs else plan.measuring.config or run_config(benchmark, {})
     plan = replace(plan, measuring=replace(plan.measuring, config=shared))
     failed: list[str] = []
@@ -173,7 +173,7 @@ class _Work:
         self.plan, self.results, self.config, self.report = plan, results, config, report
         self.benchmark = plan.benchmark
         self.environment = {**machine_facts(), "versions": versions()}
-        model, tokenizer = self.load(plan.model)
+        model, tokenizer = self.loaded(plan.model)
         self.identity = {
             "benchmark": self.benchmark.name,
             "parameters": vars(self.benchmark),
@@ -184,7 +184,7 @@ class _Work:
         self.fingerprint = base_fingerprint(model)
         self.tokenizer = tokenizer
 
-    def load(self, place: str | os.PathLike) -> tuple[Any, Any]:
+    def loaded(self, place: str | os.PathLike) -> tuple[Any, Any]:
         """Load a model on the device where it runs, and its tokenizer."""
         model: Any = load_model(place, self.config.init_arguments())
         tokenizer = self.plan.tokenizer or infer_tokenizer(model)
@@ -207,7 +207,7 @@ class _Work:
         places = self.plan.retain_model
         place = places.get(split) if isinstance(places, Mapping) else places
         if place is not None:
-            model, _ = self.load(place)
+            model, _ = self.loaded(place)
             identity = {**of_split, "kind": "retain", "model": base_fingerprint(model)}
             if not self.results.has(identity):
                 self.measured(identity, place, split, sets, model, None)
@@ -216,7 +216,7 @@ class _Work:
         identity = {**of_split, "model": self.fingerprint, "reference": _text_digest(reference)}
         before = {**identity, "kind": "before"}
         if not self.results.has(before):
-            model, _ = self.load(self.plan.model)
+            model, _ = self.loaded(self.plan.model)
             self.measured(before, self.plan.model, split, sets, model, reference)
             del model
         for settings, config in zip(runs, configs, strict=True):
@@ -273,7 +273,7 @@ class _Work:
         """Unlearn the requests of a split one after the other, measure the model and write its entry."""
         start = time.perf_counter()
         model: Any
-        model, tokenizer = self.load(self.plan.model)
+        model, tokenizer = self.loaded(self.plan.model)
         retain = self.benchmark.training_rows(sets.retain, tokenizer, config)
         epochs: list[float] = []
         with self.results.checkpoints(identity) as folder:

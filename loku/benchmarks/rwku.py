@@ -13,9 +13,9 @@ from loku.benchmarks.sources import Source, check_columns, texts_of
 from loku.benchmarks.text_rows import measured_rows
 from loku.data.files import read_rows
 from loku.evaluation.extraction import end_ids
-from loku.evaluation.fluency import fluency
 from loku.evaluation.generation import generate_greedy
 from loku.evaluation.scores import mean_over_rows, token_scores
+from loku.evaluation.text_fluency import fluency
 from loku.models import CausalLM
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Rwku(Benchmark):
     def __init__(self, corpus: str = "train_positive_llama3", retain: str | None = None) -> None:
         self.corpus, self.retain = corpus, retain
 
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read the texts about the people to forget and about others, the probes and the utility sets."""
         people = [name.strip() for name in split.split(";")]
         corpus = source.rows(REPOSITORY, self.corpus)

@@ -86,7 +86,7 @@ class Tdec(Benchmark):
         if self.reasoning:
             check_harness()
 
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read the sequences, the texts to keep, dialogues and texts of perplexity."""
         if source.folder is None:
             raise ValueError(

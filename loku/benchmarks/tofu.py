@@ -64,7 +64,7 @@ class Tofu(Benchmark):
     )
     leaderboard = (("forget10", "forget_quality"), ("forget10", "model_utility"))
 
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read the forget set, its retain set and TOFU's four evaluation sets."""
         if split not in RETAIN_SPLITS:
             raise self.split_error(split)

@@ -48,7 +48,7 @@ class Wmdp(Benchmark):
         """Check that lm-evaluation-harness is installed."""
         check_harness()
 
-    def load(self, source: Source, split: str) -> Sets:
+    def sets(self, source: Source, split: str) -> Sets:
         """Read the corpora, and with a folder WMDP's questions, which the harness loads from the hub else."""
         if split not in CORPORA:
             raise self.split_error(split)

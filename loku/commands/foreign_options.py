@@ -25,7 +25,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "max_length": ("max_len", "max_seq_len", "max_seq_length", "model_max_length", "seq_len"),
     "max_steps": ("num_steps", "steps", "train_steps"),
     "method": ("algorithm", "forget_loss", "loss", "loss_type", "trainer"),
-    "method_args": ("beta1", "beta2", "delta", "ignore_first_n_answer_tokens"),
+    "method_args": (
+        *("beta1", "beta2", "delta", "dual_step_size", "dual_warmup_epochs", "ignore_first_n_answer_tokens"),
+        *("layer_id", "module_regex", "retain_loss_eps", "steering_coeff"),
+    ),
     "model": ("base_model", "model_id", "model_name", "model_name_or_path", "model_path", "pretrained"),
     "model_init_kwargs": ("attn_implementation", "dtype", "load_in_4bit", "load_in_8bit", "torch_dtype"),
     "num_train_epochs": ("epoch", "epochs", "num_epochs"),

@@ -26,9 +26,9 @@ from loku.data.tokens import LabelledText, TextTokenizer
 from loku.deletion.entities import Mentions, row_texts
 from loku.deletion.neighbours import words_of
 from loku.deletion.openings import BEGINNINGS, INSTRUCTIONS
-from loku.evaluation.fluency import repetition
 from loku.evaluation.generation import eos_ids, generate_sampled
 from loku.evaluation.scores import token_scores
+from loku.evaluation.text_fluency import repetition
 from loku.models import CausalLM
 from loku.probe.ability import MOST_REPETITION
 from loku.probe.rows import has_chat_template

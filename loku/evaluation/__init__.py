@@ -8,13 +8,6 @@ from loku.evaluation.extraction import (
     generated_texts,
     greedy_answers,
 )
-from loku.evaluation.fluency import (
-    TextClassifier,
-    fluency,
-    load_classifier,
-    ngram_entropy,
-    repetition,
-)
 from loku.evaluation.generation import generate_greedy
 from loku.evaluation.last_word import LastWords, last_words
 from loku.evaluation.muse import (
@@ -38,6 +31,13 @@ from loku.evaluation.scores import (
     token_scores,
 )
 from loku.evaluation.suite import Evaluation, evaluate
+from loku.evaluation.text_fluency import (
+    TextClassifier,
+    fluency,
+    load_classifier,
+    ngram_entropy,
+    repetition,
+)
 from loku.evaluation.tofu import answer_losses, evaluate_tofu_rows, rouge_recalls
 from loku.evaluation.tofu_logs import forget_quality, model_utility, section_metrics, utility_table
 from loku.evaluation.truth_probability import truth_probability

@@ -49,18 +49,18 @@ def open_unlearning_log(
     """
     log = tofu_log(log, "the log")
     metrics: dict[str, Metric] = {}
-    theirs: dict[str, Section] = {}
     for kind, key in SECTIONS.items():
         if key in log:
             metrics |= dict(_metrics(kind, log[key]))
-    theirs = dict(tofu_log(metrics, "the log")) if metrics else {}
+    theirs = tofu_log(metrics, "the log") if metrics else {}
     if rows is not None:
         metrics |= _memorisation(rows)
     if "forget_truth_ratio" in metrics:
         quality = None if reference_log is None else forget_quality(theirs, reference_log)
         metrics["forget_quality"] = {"agg_value": quality}
-    ratios = [f"{PREFIXES[kind]}_Truth_Ratio" for kind in UTILITY_SETS]
-    if all(ratio in metrics for ratio in ratios):
+    needed = [f"{PREFIXES[kind]}_Truth_Ratio" for kind in UTILITY_SETS]
+    needed += [f"{PREFIXES[kind]}_Q_A_Prob_normalised" for kind in CHOICE_SETS]  # every row has wrong answers
+    if metrics.keys() >= set(needed):
         metrics["model_utility"] = {"agg_value": model_utility(theirs)}
     return dict(sorted(metrics.items()))
 

@@ -31,7 +31,6 @@ from loku.evaluation.extraction import (
     generated_texts,
     spread_extraction_likelihood,
 )
-from loku.evaluation.fluency import TextClassifier, spread_fluency
 from loku.evaluation.last_word import last_words
 from loku.evaluation.muse import (
     KNOWLEDGE_TOKENS,
@@ -57,6 +56,7 @@ from loku.evaluation.scores import (
     spread_token_scores,
     token_measures,
 )
+from loku.evaluation.text_fluency import TextClassifier, spread_fluency
 from loku.evaluation.tofu import ANSWER_SLACK, Answer, measured_section, rouge_recalls, tokenized_answers
 from loku.evaluation.tofu_logs import (
     CHOICE_SETS,

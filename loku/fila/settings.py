@@ -97,7 +97,7 @@ class FilaConfig:
 
         The Fisher is that of batches' mean losses, weighted by label tokens. The damping is 1e-5 in the unit
         of that Fisher. The row scales are as measured. ``torch.svd_lowrank`` decomposes.
-        ``loku.fila.official.official_rows`` draws the rows that the authors' code measures.
+        ``loku.fila.measured_rows.official_rows`` draws the rows that the authors' code measures.
 
         Args:
             options: ``fisher_samples``, ``seed``, ``fisher_memory_budget`` and ``fisher_cache_dir``.

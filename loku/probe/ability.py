@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loku.counts import check_counts
-from loku.evaluation.fluency import repetition
 from loku.evaluation.generation import eos_ids, generate_greedy
 from loku.evaluation.scores import TokenScores, mean_answer_probability, token_scores
+from loku.evaluation.text_fluency import repetition
 from loku.fingerprints import texts_fingerprint
 from loku.models import CausalLM
 from loku.probe.rows import KINDS, ProbeTokens, has_chat_template, probe_rows, probe_tokens

@@ -221,9 +221,11 @@ def test_finetune(tmp_path, one_thread):
 def test_finetuning_goes_on_and_keeps_its_settings(tmp_path, one_thread, capsys, monkeypatch):
     import finetune_tofu
 
-    rows = read_rows(EMBEDDED / "tofu.jsonl")[400:406]
+    rows = read_rows(EMBEDDED / "tofu.jsonl")[399:406]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = rows[1:]
     flags = [str(EMBEDDED), "--full", str(tmp_path / "rows.jsonl"), "--last", "2", "3", "--epochs", "2"]
+    flags += ["--rows", "6"]
     flags += ["--rows-per-step", "4", "--question-template", "[INST] {question} [/INST]"]
     flags += ["--answer-template", "{answer}", "--out"]
 
@@ -259,6 +261,9 @@ def test_finetuning_goes_on_and_keeps_its_settings(tmp_path, one_thread, capsys,
         finetune_tofu.main([*flags, str(tmp_path / "out"), "--learning-rate", "1e-3"])
     with pytest.raises(SystemExit, match="--last 6 leaves no row of the 6"):
         finetune_tofu.main([*flags, str(tmp_path / "none"), "--last", "6"])
+    with pytest.raises(SystemExit):
+        finetune_tofu.main([*flags, str(tmp_path / "none"), "--rows", "8"])
+    assert "--rows must be from 1 to 7" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         finetune_tofu.main([*flags, str(tmp_path / "none"), "--question-template", "chat"])
     assert "leave answer_template" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 from peer_batches import changed, losses_of, projection, token_batch
 from small_trainers import FORGET, RETAIN, trainer_of, with_lora
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PhiConfig
 
 from loku import UnlearnConfig, UnlearnTrainer
 from loku.objectives import DualRetainWeight, pdu_loss
@@ -63,29 +63,40 @@ def test_the_weight_goes_up_above_the_bound_and_down_to_zero():
     assert weight.value == 1.0  # a second run begins anew
 
 
-@pytest.mark.parametrize("config", [CohereConfig, Gemma2Config])
-def test_models_that_change_their_logits(config):
-    """A scale is taken into account, and a softcap is refused before anything is touched."""
-    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+SIZES = {
+    **{"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
+}
+
+
+def model_of(config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**sizes, **heads))
+    return AutoModelForCausalLM.from_config(config(**SIZES))
+
+
+@pytest.mark.parametrize("config", [CohereConfig, PhiConfig])
+def test_models_with_a_scale_or_a_bias(config):
+    model = model_of(config)
+    if config is CohereConfig:
+        model.logit_scale = 0.25
+    else:
+        model.lm_head.bias.data.uniform_(0, 3)
     args = UnlearnConfig(method="pdu", use_cpu=True, disable_tqdm=True)
-    if config is Gemma2Config:
-        with pytest.raises(ValueError, match=r'caps its logits softly .at 30.*method "pdu" does not train'):
-            UnlearnTrainer(model, args, FORGET, RETAIN)
-        return
-    model.logit_scale = 0.25
     trainer = UnlearnTrainer(model, args, FORGET, RETAIN)
-    tokens = trainer.data_collator(
-        [trainer.train_dataset[draw] for draw in list(trainer._get_train_sampler())[:3]]
-    )
+    draws = list(trainer._get_train_sampler())[:3]
+    tokens = trainer.data_collator([trainer.train_dataset[draw] for draw in draws])
     batch, _ = trainer._batch(model, tokens)
-    rows = tokens["is_forget"]
-    labels = tokens["labels"][rows]
-    logits = model(input_ids=tokens["input_ids"][rows], attention_mask=tokens["attention_mask"][rows]).logits
-    logits = logits[:, :-1][labels[:, 1:] != -100]
+    ids, mask, labels = (
+        tokens[name][tokens["is_forget"]] for name in ("input_ids", "attention_mask", "labels")
+    )
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][labels[:, 1:] != -100]
     torch.testing.assert_close(pdu_loss(batch).float(), ((logits.amax(-1) - logits.mean(-1)) ** 2).mean())
+
+
+def test_a_softcap_is_refused_before_anything_is_touched():
+    args = UnlearnConfig(method="pdu", use_cpu=True, disable_tqdm=True)
+    with pytest.raises(ValueError, match=r'caps its logits softly .at 30.*method "pdu" does not train'):
+        UnlearnTrainer(model_of(Gemma2Config), args, FORGET, RETAIN)
 
 
 def test_a_run_follows_its_dual_weight(tmp_path):

@@ -9,7 +9,7 @@ from character_tokenizer import MARKED_CHAT, PLAIN_CHAT, character_tokenizer
 from tiny_models import tiny_model
 
 from loku.demo import load_model
-from loku.evaluation.fluency import repetition
+from loku.evaluation.text_fluency import repetition
 from loku.probe import measure_probe, probe_rows, relative_ability
 from loku.probe.ability import NEW_TOKENS, has_answer
 from loku.probe.rows import KINDS, probe_tokens

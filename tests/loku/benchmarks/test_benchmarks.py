@@ -59,7 +59,7 @@ def test_the_command_knows_the_benchmarks():
 
 def test_tofu(tmp_path, model, tokenizer):
     benchmark = Tofu()
-    sets = benchmark.load(Source(benchmark_data.write_tofu(tmp_path)), "forget01")
+    sets = benchmark.sets(Source(benchmark_data.write_tofu(tmp_path)), "forget01")
     assert [len(rows) for rows in (*sets.requests, sets.retain)] == [3, 4]
     assert set(sets.requests[0][0]) == {"question", "answer"}
     measures = benchmark.measure(model, tokenizer, sets, Measuring(batch_size=4))
@@ -82,7 +82,7 @@ def test_tofu(tmp_path, model, tokenizer):
 
 def test_tofu_measures_by_the_template_of_the_run(tmp_path, model, tokenizer):
     benchmark = Tofu()
-    sets = benchmark.load(Source(benchmark_data.write_tofu(tmp_path)), "forget01")
+    sets = benchmark.sets(Source(benchmark_data.write_tofu(tmp_path)), "forget01")
     config = UnlearnConfig(question_template="[INST] {question} [/INST]", answer_template=" {answer}")
     measures = benchmark.measure(model, tokenizer, sets, Measuring(config=config))
     section = evaluate_tofu_rows(
@@ -98,12 +98,12 @@ def test_tofu_measures_by_the_template_of_the_run(tmp_path, model, tokenizer):
 def test_tofu_refuses_what_it_lacks(tmp_path):
     folder = benchmark_data.write_tofu(tmp_path)
     with pytest.raises(ValueError, match="tofu has no split 'forget02'; it has forget01, forget05, forget10"):
-        Tofu().load(Source(folder), "forget02")
+        Tofu().sets(Source(folder), "forget02")
     with pytest.raises(ValueError, match="has no set 'forget05'"):
-        Tofu().load(Source(folder), "forget05")
+        Tofu().sets(Source(folder), "forget05")
     benchmark_data.write_lines(folder / "retain_perturbed.json", [{"question": "a", "answer": "b"}])
     with pytest.raises(ValueError, match=r"set retain_perturbed has no .*'perturbed_answer'"):
-        Tofu().load(Source(folder), "forget01")
+        Tofu().sets(Source(folder), "forget01")
 
 
 # --- MUSE -----------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_tofu_refuses_what_it_lacks(tmp_path):
 
 def test_muse(tmp_path, model, tokenizer):
     benchmark, source = Muse(), Source(benchmark_data.write_muse(tmp_path))
-    sets = benchmark.load(source, "News")
+    sets = benchmark.sets(source, "News")
     config = UnlearnConfig(max_length=8)
     rows = benchmark.training_rows(sets.requests[0], tokenizer, config)
     joined = tokenizer("\n\n".join(sets.requests[0])).input_ids
@@ -135,13 +135,13 @@ def size(row):
 
 def test_the_requests_of_muse(tmp_path):
     source = Source(benchmark_data.write_muse(tmp_path))
-    assert [len(rows) for rows in Muse().load(source, "News-scal3").requests] == [3]
-    assert [len(rows) for rows in Muse().load(source, "News-sust3").requests] == [1, 1, 1]
+    assert [len(rows) for rows in Muse().sets(source, "News-scal3").requests] == [3]
+    assert [len(rows) for rows in Muse().sets(source, "News-sust3").requests] == [1, 1, 1]
     for split in ("Books-scal1", "News-sust5", "news"):
         with pytest.raises(ValueError, match="muse has no split"):
-            Muse().load(source, split)
+            Muse().sets(source, split)
     with pytest.raises(ValueError, match="muse-bench/MUSE-Books"):
-        Muse().load(source, "Books")
+        Muse().sets(source, "Books")
 
 
 # --- WMDP -----------------------------------------------------------------------------------------
@@ -155,17 +155,17 @@ def harness(monkeypatch):
 def test_wmdp(tmp_path, model, tokenizer, harness):
     benchmark, source = Wmdp(), Source(benchmark_data.write_wmdp(tmp_path))
     for split in ("cyber", "bio"):
-        sets = benchmark.load(source, split)
+        sets = benchmark.sets(source, split)
         assert [len(rows) for rows in (*sets.requests, sets.retain)] == [4, 4]
     measures = benchmark.measure(model, tokenizer, sets, Measuring(batch_size=4, limit=2))
     assert columns(benchmark, measures) == {"wmdp_bio": 1.0, "wmdp_cyber": 1.0, "mmlu": 0.5}
     assert harness["limit"] == 2 and harness["tasks"][2] == "mmlu"
     assert harness["tasks"][0]["dataset_path"] == "json"
     with pytest.raises(ValueError, match="wmdp has no split 'chem'"):
-        benchmark.load(source, "chem")
+        benchmark.sets(source, "chem")
     benchmark_data.write_lines(tmp_path / "wmdp-corpora" / "cyber-forget-corpus.jsonl", [{"text": "short"}])
     with pytest.raises(ValueError, match="cyber-forget-corpus has no text of 50 characters"):
-        benchmark.load(Source(tmp_path), "cyber")
+        benchmark.sets(Source(tmp_path), "cyber")
 
 
 def test_without_the_harness_wmdp_is_refused(monkeypatch):
@@ -181,7 +181,7 @@ def test_without_the_harness_wmdp_is_refused(monkeypatch):
 
 def test_rwku(tmp_path, model, tokenizer):
     benchmark, source = Rwku(), Source(benchmark_data.write_rwku(tmp_path))
-    sets = benchmark.load(source, "Ann Lee")
+    sets = benchmark.sets(source, "Ann Lee")
     assert [len(rows) for rows in (*sets.requests, sets.retain)] == [1, 1]
     assert len(sets.evaluation["forget_level3"]) == 3
     measures = benchmark.measure(model, tokenizer, sets, Measuring(batch_size=4))
@@ -192,16 +192,16 @@ def test_rwku(tmp_path, model, tokenizer):
     assert values["MIA FM"] == pytest.approx(loss)
     assert values["Utility Gen"] in (0.0, 1.0)
     with pytest.raises(ValueError, match="has no texts about Cy Fox; a split is the name of one of 2 people"):
-        benchmark.load(source, "Cy Fox")
+        benchmark.sets(source, "Cy Fox")
     with pytest.raises(ValueError, match="no texts about others to keep; name texts by --retain"):
-        benchmark.load(source, "Ann Lee; Bo Kim")
+        benchmark.sets(source, "Ann Lee; Bo Kim")
     benchmark_data.write_lines(tmp_path / "kept.jsonl", [{"text": "Water is wet."}])
-    kept = Rwku(retain=str(tmp_path / "kept.jsonl")).load(source, "Ann Lee; Bo Kim")
+    kept = Rwku(retain=str(tmp_path / "kept.jsonl")).sets(source, "Ann Lee; Bo Kim")
     assert len(kept.requests[0]) == 2 and kept.retain == [{"text": "Water is wet."}]
 
 
 def test_rwku_needs_a_chat_template(tmp_path, model, tokenizer):
-    sets = Rwku().load(Source(benchmark_data.write_rwku(tmp_path)), "Ann Lee")
+    sets = Rwku().sets(Source(benchmark_data.write_rwku(tmp_path)), "Ann Lee")
     with pytest.raises(ValueError, match="chat template, and this tokenizer has none"):
         Rwku().measure(model, demo.load_model()[1], sets, Measuring())
 
@@ -229,7 +229,7 @@ def test_rouge_l_recall_of_the_package_rouge(generated, reference, expected):
 def test_tdec(tmp_path, model, tokenizer):
     folder = benchmark_data.write_tdec(tmp_path)
     benchmark, source = Tdec(thresholds=(0.1, 0.2)), Source(folder)
-    sets = benchmark.load(source, "lm_extraction_2_0+lm_extraction_2_1")
+    sets = benchmark.sets(source, "lm_extraction_2_0+lm_extraction_2_1")
     assert [len(rows) for rows in sets.requests] == [2, 2] and len(sets.retain) == 3
     assert sets.requests[1][0].startswith("\n10 word0")
     config = UnlearnConfig(**benchmark.defaults)
@@ -249,7 +249,7 @@ def test_tdec(tmp_path, model, tokenizer):
 
 def test_tdec_measures_reasoning_if_it_is_asked_for(tmp_path, model, tokenizer, harness):
     benchmark = Tdec(reasoning=True)
-    sets = benchmark.load(Source(benchmark_data.write_tdec(tmp_path)), "lm_extraction_2_0")
+    sets = benchmark.sets(Source(benchmark_data.write_tdec(tmp_path)), "lm_extraction_2_0")
     measures = benchmark.measure(model, tokenizer, sets, Measuring(limit=1))
     assert columns(benchmark, measures)["Reasoning"] == 0.5 and len(harness["tasks"]) == 9
 
@@ -257,20 +257,20 @@ def test_tdec_measures_reasoning_if_it_is_asked_for(tmp_path, model, tokenizer, 
 def test_tdec_refuses_what_it_lacks(tmp_path):
     folder = benchmark_data.write_tdec(tmp_path)
     with pytest.raises(ValueError, match=r"git clone https://github.com/joeljang/knowledge-unlearning"):
-        Tdec().load(Source(), "lm_extraction_32_0")
+        Tdec().sets(Source(), "lm_extraction_32_0")
     with pytest.raises(ValueError, match="it has lm_extraction_2_0, lm_extraction_2_1"):
-        Tdec().load(Source(folder), "lm_extraction_32_0")
+        Tdec().sets(Source(folder), "lm_extraction_32_0")
     with pytest.raises(ValueError, match="name one of the two"):
         Tdec(thresholds=(0.1, 0.2), holdout="x")
     with pytest.raises(ValueError, match=r"in \[0, 1\], got 5.68"):
         Tdec(thresholds=(5.68, 0.2))
     (folder / "validation_data" / "wizard_of_internet.json").write_text('{"text": {"0": ["one turn"]}}')
     with pytest.raises(ValueError, match=r"dialogue 0 of .*wizard_of_internet.json is no list of two turns"):
-        Tdec().load(Source(folder), "lm_extraction_2_0")
+        Tdec().sets(Source(folder), "lm_extraction_2_0")
     (folder / "validation_data" / "pile.csv").unlink()
     (folder / "validation_data" / "wizard_of_internet.json").write_text('[{"text": ["one", "two"]}]')
     with pytest.raises(ValueError, match=r"there is no .*pile\.csv"):
-        Tdec().load(Source(folder), "lm_extraction_2_0")
+        Tdec().sets(Source(folder), "lm_extraction_2_0")
 
 
 # The figures of normalize_reply in utils.py of joeljang/knowledge-unlearning.

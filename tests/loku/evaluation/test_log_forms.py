@@ -205,6 +205,16 @@ def test_a_log_of_open_unlearning_is_about_the_same_questions(reference):
         check_reference(theirs, rows[1:], "the log")
 
 
+def test_a_set_with_too_few_wrong_answers_has_no_utility(log, reference):
+    section = log[SECTIONS["real_authors"]]
+    wrong = {i: losses for i, losses in section["average_perturb_loss"].items() if i != "4"}
+    part = {**log, SECTIONS["real_authors"]: {**section, "average_perturb_loss": wrong}}
+    metrics = open_unlearning_log(part, reference)
+    assert metrics.keys() == set(OPEN_UNLEARNING[0.8]) - {"model_utility", "ra_Q_A_Prob_normalised"}
+    assert "4" not in metrics["ra_Truth_Ratio"]["value_by_index"]
+    assert open_unlearning_log({}) == {}
+
+
 def test_memorisation_by_row(log):
     rows = {
         "tokens": [4, 5, 0],

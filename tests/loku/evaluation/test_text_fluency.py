@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from loku import demo
 from loku.evaluation import fluency, load_classifier, ngram_entropy, repetition
-from loku.evaluation.fluency import spread_fluency, words
+from loku.evaluation.text_fluency import spread_fluency, words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
