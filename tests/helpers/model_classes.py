@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loku import UnlearnConfig, unlearn
 from loku.adapters import linear_weight
+from loku.objectives import OBJECTIVES
 
 VOCAB = 61
 
@@ -404,7 +405,7 @@ def _run(kind, model, tmp_path, init, options):
         path = tmp_path / save
         result.save(path, save)
         errors[save] = off_by(logits(load(kind, path, save).eval()), trained)
-    npo = 2 / config.beta * math.log(2)
+    npo = 2 / OBJECTIVES["npo"].beta * math.log(2)
     for method, name, expected in (("npo", "forget_loss", npo), ("kl", "retain_loss", 0.0)):
         config = _config(tmp_path, init=init, method=method, max_steps=1, **options)
         history = unlearn(make_model(kind), FORGET, RETAIN, config=config).history
