@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +23,7 @@ from loku.data import (
 from loku.data.rows import DataSet
 from loku.evaluation.extraction import end_ids, greedy_answers
 from loku.evaluation.generation import generate_sampled, until_eos
+from loku.evaluation.rouge import Words, words
 from loku.evaluation.scores import TokenScores, token_scores
 from loku.models import CausalLM
 
@@ -41,11 +40,6 @@ PREFIXES: Mapping[str, Callable[[int], int]] = {
     "from its first quarter": lambda tokens: tokens // 4,
     "from its first half": lambda tokens: tokens // 2,
 }
-# Scripts without spaces: one character is a word. Thai to Khmer, then those of East Asia.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-# The vowels of Hindi or Arabic are marks, which \w leaves out.
-_MARKS = "".join(chr(code) for code in range(0x10000) if unicodedata.category(chr(code)).startswith("M"))
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:[^\W_{_UNSPACED}][{_MARKS}]*)+")
 
 
 class _Target(NamedTuple):
@@ -413,8 +407,7 @@ class _Ways:
 def compare_words(generated: str, true: str) -> tuple[float, bool]:
     """Compare a generated text with the true one by their words.
 
-    A word is a run of letters, their marks and digits of any script, whose case does not count. In a script
-    without spaces, a word is a character.
+    The words are those of ``loku.evaluation.rouge.words``, in any script; their case does not count.
 
     Args:
         generated: The generated text.
@@ -432,20 +425,8 @@ def compare_words(generated: str, true: str) -> tuple[float, bool]:
         return 0.0, False
     count = len(theirs)
     whole = any(ours[i : i + count] == theirs for i in range(len(ours) - count + 1))
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
     return float(scorer.score(true, generated)["rougeL"].recall), whole
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text, as ``compare_words`` defines them."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-class _Words:
-    """The tokenizer of ``RougeScorer``; its own one has the letters a to z alone."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
 
 
 def _union(ways: Iterable[Mapping[str, Any]], rows: int) -> dict[str, Any]:

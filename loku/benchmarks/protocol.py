@@ -92,7 +92,8 @@ class Benchmark(ABC):
         default_split: The split that is run if none is named.
         columns: The columns of its table.
         defaults: The fields of ``loku.UnlearnConfig`` that it sets if the user does not.
-        averages_splits: Whether its splits are samples of one kind, over which a table takes the mean.
+        averages_splits: Whether its splits are samples, over which a table takes the mean if they are of one
+            ``sample_kind``.
         leaderboard: The split and the name of each column of open-unlearning's leaderboard; () if it has no
             table of this benchmark.
     """
@@ -112,6 +113,14 @@ class Benchmark(ABC):
         Raises:
             ImportError: A package is missing. The message says how it is installed.
         """
+
+    def sample_kind(self, split: str) -> str:
+        """Return what a split is a sample of: "" of the usual kind (the default), else a name of the kind.
+
+        Args:
+            split: The name of the split.
+        """
+        return ""
 
     @abstractmethod
     def sets(self, source: Source, split: str) -> Sets:

@@ -147,6 +147,8 @@ class Results:
         """Return what the entries share that are one row of the table: all but seeds and sampled splits."""
         sampled = ("split", "data", "reference") if self.benchmark.averages_splits else ()
         shared = {name: value for name, value in identity.items() if name not in sampled}
+        if sampled:
+            shared["kind of sample"] = self.benchmark.sample_kind(str(identity.get("split", "")))
         if "settings" in shared:
             shared["settings"] = {
                 k: v for k, v in shared["settings"].items() if k not in ("seed", "data_seed")

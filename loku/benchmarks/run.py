@@ -21,6 +21,7 @@ from loku.benchmarks.sources import Source
 from loku.config import UnlearnConfig
 from loku.data import infer_tokenizer
 from loku.deletion.facts import machine_facts, rows_digest, versions
+from loku.evaluation.generation import eos_ids
 from loku.fingerprints import base_fingerprint
 from loku.learning_rates import default_learning_rate
 from loku.models import load_model
@@ -181,7 +182,7 @@ class _Work:
             "measured": {name: getattr(config, name) for name in MEASURED_SETTINGS if name != "use_cpu"},
             "tokenizer": hashlib.sha256(_tokenizer_text(tokenizer).encode()).hexdigest(),
         }
-        self.fingerprint = base_fingerprint(model)
+        self.fingerprint = _fingerprint(model)
         self.tokenizer = tokenizer
 
     def loaded(self, place: str | os.PathLike) -> tuple[Any, Any]:
@@ -208,7 +209,7 @@ class _Work:
         place = places.get(split) if isinstance(places, Mapping) else places
         if place is not None:
             model, _ = self.loaded(place)
-            identity = {**of_split, "kind": "retain", "model": base_fingerprint(model)}
+            identity = {**of_split, "kind": "retain", "model": _fingerprint(model)}
             if not self.results.has(identity):
                 self.measured(identity, place, split, sets, model, None)
             reference = self.results.reference(identity)
@@ -329,6 +330,11 @@ class _Work:
             "seconds": seconds,
             "environment": self.environment,
         }
+
+
+def _fingerprint(model: Any) -> dict[str, Any]:
+    """Return the digests of a model, and the ids at which its generation config ends a text."""
+    return {**base_fingerprint(model), "ends": sorted(eos_ids(model))}
 
 
 def _tokenizer_text(tokenizer: Any) -> str:

@@ -121,6 +121,11 @@ class Rwku(Benchmark):
             evaluation[config] = [row for row in rows if row["subject"] in people]
         return Sets([forget], retain, evaluation)
 
+    def sample_kind(self, split: str) -> str:
+        """Return the number of people that are forgotten at once, if they are several."""
+        count = len(split.split(";"))
+        return "" if count == 1 else f"sets of {count} people"
+
     def measure(
         self,
         model: CausalLM,

@@ -13,6 +13,7 @@ ARROWS = {"higher": "↑", "lower": "↓", "near 0": "→ 0"}
 KINDS = {"before": "before unlearning", "retain": "retain-only model"}
 _LEADERBOARD_KINDS = {"before": "Finetuned", "retain": "Retain"}
 _MANY = "mean"  # of the splits that are samples of one kind
+_Entries = list[Mapping[str, Any]]
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -52,6 +53,9 @@ def markdown_table(benchmark: Benchmark, entries: Entries) -> str:
 def leaderboard_rows(benchmark: Benchmark, entries: Entries) -> str:
     """Return the rows of open-unlearning's ``community/leaderboard.md``, in HTML.
 
+    A model has one row. Rows that the table tells apart, such as those of the first N rows of each set, stay
+    apart.
+
     Args:
         benchmark: The benchmark.
         entries: The entries of its result file.
@@ -63,10 +67,12 @@ def leaderboard_rows(benchmark: Benchmark, entries: Entries) -> str:
         raise ValueError(f"open-unlearning's leaderboard has no table of {benchmark.name}")
     splits = dict.fromkeys(split for split, _ in benchmark.leaderboard)
     by_label: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for row in _rows(benchmark, entries):
+    for row in _rows(benchmark, entries, of_one_model=True):
         kind = row.entries[0]["kind"]
         if row.split in splits:
-            label = _LEADERBOARD_KINDS.get(kind, row.label)
+            label = row.label
+            if kind in _LEADERBOARD_KINDS:
+                label = label.replace(KINDS[kind], _LEADERBOARD_KINDS[kind], 1)
             by_label.setdefault(label, {}).setdefault(row.split, []).extend(row.entries)
     if not by_label:
         raise ValueError(
@@ -82,21 +88,32 @@ def leaderboard_rows(benchmark: Benchmark, entries: Entries) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(benchmark: Benchmark, entries: Entries) -> list[_Row]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in entries:
-        groups.setdefault(entry["group"], []).append(entry)
-    runs = [group[0] for group in groups.values() if group[0]["kind"] == "unlearned"]
+def _rows(benchmark: Benchmark, entries: Entries, of_one_model: bool = False) -> list[_Row]:
+    """Return the rows of a table.
+
+    Args:
+        benchmark: The benchmark.
+        entries: The entries of its result file.
+        of_one_model: Whether the models of different splits are one, such as a news and a books model of
+            MUSE, so that a label names its model only where one split has several. False by default.
+    """
+    groups = _groups(entries)
+    runs = [group[0] for group in groups if group[0]["kind"] == "unlearned"]
     varied = _varied(runs)
-    several_models = len({entry["model"] for entry in entries if entry["kind"] == "before"}) > 1
+    models: dict[str, set[str]] = {}
+    for entry in entries:
+        if entry["kind"] == "before":
+            models.setdefault(entry["split"] if of_one_model else "", set()).add(entry["model"])
     rows: list[_Row] = []
     labels: dict[tuple[str, str], int] = {}
-    for group in groups.values():
+    for group in groups:
         first = group[0]
         names = dict.fromkeys(entry["split"] for entry in group)
-        split = next(iter(names)) if len(names) == 1 else f"{_MANY} of {len(names)}"
+        split = next(iter(names))
+        if len(names) > 1:
+            split = " ".join(filter(None, [f"{_MANY} of {len(names)}", benchmark.sample_kind(split)]))
         label = KINDS.get(first["kind"]) or _label(first, varied)
-        if several_models:
+        if len(models.get(first["split"] if of_one_model else "", ())) > 1:
             label += f", {first['model']}"
         if first["limit"] is not None:
             label += f", first {first['limit']} rows"
@@ -104,6 +121,21 @@ def _rows(benchmark: Benchmark, entries: Entries) -> list[_Row]:
         rows.append(_Row(split, label if count == 1 else f"{label} ({count})", group, count))
     order = list(dict.fromkeys(row.split for row in rows))
     return sorted(rows, key=lambda row: (order.index(row.split), row.entries[0]["kind"] == "unlearned"))
+
+
+def _groups(entries: Entries) -> list[_Entries]:
+    """Return the entries of each row, in their order.
+
+    One split with one seed is in a row once. It comes again if its data or its retain-only model has changed,
+    and the changed figures are no sample of the same kind.
+    """
+    groups: dict[tuple[str, int], _Entries] = {}
+    times: dict[tuple[str, str, str], int] = {}
+    for entry in entries:
+        same = entry["group"], entry["split"], repr(sorted(entry["settings"].items()))
+        times[same] = times.get(same, 0) + 1
+        groups.setdefault((entry["group"], times[same]), []).append(entry)
+    return list(groups.values())
 
 
 def _varied(runs: Entries) -> list[str]:

@@ -108,6 +108,10 @@ class Tdec(Benchmark):
             retain = texts_of(list(read_rows(self.retain)), "retain")
         return Sets(requests, retain, evaluation)
 
+    def sample_kind(self, split: str) -> str:
+        """Return the names of the files without the number of the sample, such as ``lm_extraction_32``."""
+        return "+".join(name.rpartition("_")[0] for name in split.split("+"))
+
     def training_rows(self, rows: Any, tokenizer: PreTrainedTokenizerBase, config: Any) -> Any:
         """Return the first ``max_length`` tokens of each text."""
         return first_tokens(rows, tokenizer, config.max_length, "forget or retain")

@@ -27,7 +27,7 @@ CORPORA: dict[str, tuple[tuple[str, str | None], tuple[str, str]]] = {
 }
 _SUBJECTS = {"wmdp_bio": "biology", "wmdp_cyber": "cybersecurity"}  # in their prompts
 TASKS = ("wmdp_bio", "wmdp_cyber", "mmlu")
-SHORTEST = 50  # characters of a text that is used, as in the authors' code
+SHORTEST = 50  # characters; a longer text is used, as in the authors' code
 
 
 class Wmdp(Benchmark):
@@ -64,9 +64,9 @@ class Wmdp(Benchmark):
     @staticmethod
     def _texts(source: Source, repository: str, config: str | None) -> list[dict[str, str]]:
         name = config or repository
-        texts = [text for text in texts_of(source.rows(repository, config), name) if len(text) >= SHORTEST]
+        texts = [text for text in texts_of(source.rows(repository, config), name) if len(text) > SHORTEST]
         if not texts:
-            raise ValueError(f"the set {name} has no text of {SHORTEST} characters")
+            raise ValueError(f"the set {name} has no text of more than {SHORTEST} characters")
         return [{"text": text} for text in texts]
 
     def measure(

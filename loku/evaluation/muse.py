@@ -9,6 +9,7 @@ from loku.counts import check_counts
 from loku.data import token_limits
 from loku.distributed import spread
 from loku.evaluation.generation import generate_greedy
+from loku.evaluation.rouge import rouge_scores
 from loku.evaluation.scores import mean_over_rows
 from loku.models import CausalLM
 
@@ -204,6 +205,8 @@ def knowledge_prompts(questions: Iterable[str], examples: Iterable[tuple[str, st
 def rouge_l_f1(generated: Iterable[str], references: Iterable[str], stemming: bool = False) -> list[float]:
     """Compute the ROUGE-L F1 of each generated text with the true one.
 
+    The words of texts in other scripts than the Latin are those of ``loku.evaluation.rouge``.
+
     Args:
         generated: The generated texts.
         references: The true texts, in the same order and number.
@@ -212,11 +215,8 @@ def rouge_l_f1(generated: Iterable[str], references: Iterable[str], stemming: bo
     Returns:
         The F1 of each pair, in [0, 1].
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=stemming)
-    pairs = zip(references, generated, strict=True)
-    return [scorer.score(target, text)["rougeL"].fmeasure for target, text in pairs]
+    scores = rouge_scores(generated, references, ["rougeL"], stemming)
+    return [score["rougeL"].fmeasure for score in scores]
 
 
 def reason_not_continued(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from loku.evaluation.log_forms import PREFIXES, SECTIONS, Log, Section, tofu_log
+from loku.evaluation.muse import rouge_l_f1
 from loku.evaluation.tofu_logs import (
     CHOICE_SETS,
     EPSILON,
@@ -115,16 +116,13 @@ def _among(right: float, wrong: Iterable[float]) -> float:
 
 def _rouge(section: Section) -> dict[str, dict[str, Any]]:
     """Return the recalls, the F1 and the texts of each row. TOFU's log has no F1, so it is computed here."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
     found = {}
     for i, (asked, generated, true) in section["generated_text"].items():
         if generated.startswith(_ANSWER):  # TOFU splits prompt and generation before it
             asked, generated = f"{asked}{_ANSWER}", generated.removeprefix(_ANSWER)
         found[i] = {
             "rouge1_recall": section["rouge1_recall"][i],
-            "rougeL_f1": scorer.score(true, generated)["rougeL"].fmeasure,
+            "rougeL_f1": rouge_l_f1([generated], [true], stemming=True)[0],
             "rougeL_recall": section["rougeL_recall"][i],
             "input": asked,
             "ground_truth": true,

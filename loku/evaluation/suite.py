@@ -343,7 +343,7 @@ def evaluate(
             whole["retain_auc"] = reference_report["whole"]["min_40_auc"]
             whole["privleak"] = privleak(auc, reference_report["whole"]["min_40_auc"])
     else:
-        for measure in ("membership_auc", "privleak"):
+        for measure in ("membership_auc", "min_40_auc", "retain_auc", "privleak"):
             not_available[measure] = f"no {' and no '.join(missing)} set"
     differences: dict[str, dict[str, float]] = {}
     if reference_report is not None:

@@ -24,6 +24,7 @@ from loku.data import (
 )
 from loku.data.rows import DataSet, RowTokenizer, TokenizedRow
 from loku.evaluation.extraction import check_stop_strings, generated_texts
+from loku.evaluation.rouge import rouge_scores
 from loku.evaluation.scores import TokenScores, check_scores, token_scores, unchecked_token_scores
 from loku.evaluation.tofu_logs import (  # the logs' names were here
     CHOICE_SETS,
@@ -165,6 +166,8 @@ def answer_losses(
 def rouge_recalls(generated: Iterable[str], references: Iterable[str]) -> tuple[list[float], list[float]]:
     """Compute the ROUGE-1 and ROUGE-L recall of generated texts, with stemming, as TOFU does.
 
+    The words of texts in other scripts than the Latin are those of ``loku.evaluation.rouge``.
+
     Args:
         generated: The generated texts.
         references: The true texts, in the same order and number.
@@ -172,10 +175,7 @@ def rouge_recalls(generated: Iterable[str], references: Iterable[str]) -> tuple[
     Returns:
         The ROUGE-1 recall and the ROUGE-L recall of each text, in [0, 1].
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(target, text) for target, text in zip(references, generated, strict=True)]
+    scores = rouge_scores(generated, references, ["rouge1", "rougeL"], stemming=True)
     return [s["rouge1"].recall for s in scores], [s["rougeL"].recall for s in scores]
 
 

@@ -164,7 +164,7 @@ def test_wmdp(tmp_path, model, tokenizer, harness):
     with pytest.raises(ValueError, match="wmdp has no split 'chem'"):
         benchmark.sets(source, "chem")
     benchmark_data.write_lines(tmp_path / "wmdp-corpora" / "cyber-forget-corpus.jsonl", [{"text": "short"}])
-    with pytest.raises(ValueError, match="cyber-forget-corpus has no text of 50 characters"):
+    with pytest.raises(ValueError, match="cyber-forget-corpus has no text of more than 50 characters"):
         benchmark.sets(Source(tmp_path), "cyber")
 
 

@@ -137,6 +137,12 @@ def test_what_decides_a_result_makes_a_new_one(folder, tmp_path):
     last = entries(tmp_path / "out")[-1]
     assert last["model"] == str(other) and last["measures"] != first[0]["measures"]
     assert str(other) in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    # greedy answers end at the generation config's EOS
+    file = other / "generation_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps({**config, "eos_token_id": [3, 4]}), encoding="utf-8")
+    assert cli.main(command) == 0
+    assert len(entries(tmp_path / "out")) == 6
 
 
 def test_the_log_of_a_retain_only_model(folder, tmp_path, capsys):

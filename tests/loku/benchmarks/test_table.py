@@ -2,7 +2,8 @@
 
 import pytest
 
-from loku.benchmarks import Muse, Rwku, Tofu, Wmdp, leaderboard_rows, markdown_table
+from loku.benchmarks import Muse, Rwku, Tdec, Tofu, Wmdp, leaderboard_rows, markdown_table
+from loku.benchmarks.results import Results
 
 
 def entry(kind, group, split="forget10", **more):
@@ -82,3 +83,67 @@ def test_the_leaderboard_has_the_cells_of_open_unlearning():
         leaderboard_rows(Wmdp(), found)
     with pytest.raises(ValueError, match="has News, Books alone"):
         leaderboard_rows(Muse(), found[1:])
+
+
+def test_the_leaderboard_keeps_apart_what_the_table_does():
+    """A quick look at the first rows, or other data, is no part of a mean with the whole."""
+
+    def model_utility(value, group, **more):
+        return entry("before", group, leaderboard={"model_utility": value}, **more)
+
+    found = [
+        model_utility(0.1, "a", limit=2),
+        model_utility(0.6, "b"),
+        model_utility(0.4, "c"),
+        entry("retain", "d", leaderboard={"model_utility": 0.2}),
+        entry("retain", "e", leaderboard={"model_utility": 0.5}, limit=3),
+    ]
+    text = leaderboard_rows(Tofu(), found)
+    heads = ["Finetuned, first 2 rows", "Finetuned", "Finetuned (2)", "Retain", "Retain, first 3 rows"]
+    assert [line[6:-5] for line in text.splitlines() if "<th>" in line] == heads
+    cells = [line[6:-5] for line in text.splitlines() if "<td>" in line]
+    assert cells == ["", "0.10", "", "0.60", "", "0.40", "", "0.20", "", "0.50"]
+
+
+def test_the_news_and_the_books_model_share_a_row_of_the_leaderboard():
+    found = [
+        entry(kind, f"{kind} {split}", split=split, model=f"{kind} {split}", leaderboard={"privleak": value})
+        for kind in ("before", "retain", "unlearned")
+        for split, value in (("News", 1.0), ("Books", 2.0))
+    ]
+    text = leaderboard_rows(Muse(), found)
+    heads = [line[6:-5] for line in text.splitlines() if "<th>" in line]
+    assert heads == ["Finetuned", "Retain", "ihl"]
+    cells = [line[6:-5] for line in text.splitlines() if "<td>" in line]
+    assert cells == ["", "", "1.00", "", "", "", "2.00", ""] * 3
+    # two models of one split are told apart
+    found.append(entry("before", "z", split="News", model="another", leaderboard={"privleak": 3.0}))
+    heads = [line[6:-5] for line in leaderboard_rows(Muse(), found).splitlines() if "<th>" in line]
+    assert {"Finetuned, before News", "Finetuned, another", "Finetuned"} <= set(heads)
+
+
+def test_samples_of_other_sizes_have_rows_of_their_own(tmp_path):
+    for benchmark, splits, means in (
+        (
+            Tdec(),
+            ["lm_extraction_4_0", "lm_extraction_4_1", "lm_extraction_32_0", "lm_extraction_32_1", "a_1+b_2"],
+            ["mean of 2 lm_extraction_4", "mean of 2 lm_extraction_32", "a_1+b_2"],
+        ),
+        (Rwku(), ["Ann", "Bo", "Ann; Bo", "Bo; Cy"], ["mean of 2", "mean of 2 sets of 2 people"]),
+    ):
+        results = Results(tmp_path / benchmark.name, benchmark)
+        results.folder.mkdir()
+        for split in splits:
+            identity = {"split": split, "data": split, "settings": {"seed": 0}}
+            results.add(identity, entry("unlearned", "", split=split, settings={"seed": 0}))
+        assert [row.strip("| ").split(" | ")[0] for row in lines(results.table())[2:]] == means
+
+
+def test_a_sample_whose_data_has_changed_is_no_second_sample():
+    found = [
+        entry("unlearned", "a", split=split, settings={"seed": 0}, measures={"EL10": value})
+        for split, value in (("x_0", 0.1), ("x_1", 0.3), ("x_0", 0.9))
+    ]
+    text = markdown_table(Tdec(), found)
+    starts = [" | ".join(row.strip("| ").split(" | ")[:3]) for row in lines(text)[2:]]
+    assert starts == ["mean of 2 x | ihl | 0.200 ± 0.141", "x_0 | ihl | 0.900"]

@@ -338,6 +338,8 @@ def test_table_and_figure(report, folder, adapter, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "not available: no reference log" in printed and "perplexity" in printed
     assert "not available: no forget and no holdout set" in printed
+    missing = [name for name, value in json.loads(out.read_text())["whole"].items() if value is None]
+    assert sorted(json.loads(out.read_text())["not_available"]) == sorted(missing)
     assert not (tmp_path / "text_log.json").exists()  # there are no questions
     adapted = json.loads(out.read_text())["sets"]["text"]
     assert adapted["perplexity"] != pytest.approx(report[0]["sets"]["text"]["perplexity"])
