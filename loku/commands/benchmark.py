@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -191,6 +192,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _check_options(options: argparse.Namespace, settings: Mapping[str, Any], model: str | None) -> None:
     """Refuse options that do not belong together, before a file is read."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before the settings join the processes
+        raise ValueError("a benchmark runs in one process: run it without torchrun and accelerate launch")
     if not model:
         options.parser.print_usage(sys.stderr)
         raise ValueError("there is no --model, neither as an option nor in a --config file")

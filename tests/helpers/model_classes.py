@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loku import UnlearnConfig, unlearn
 from loku.adapters import linear_weight
+from loku.objectives import OBJECTIVES
 
 VOCAB = 61
 
@@ -219,7 +220,7 @@ def in_float64(model):
 
 
 def exact_row_scales(model, names):
-    """FILA's row scales of some modules, by float64 autograd on one row after the other."""
+    """FILA's row scales of some modules, as measured, by float64 autograd on one row after the other."""
     model = in_float64(model)
     weights = {name: linear_weight(model.get_submodule(name)) for name in names}
     model.requires_grad_(False)
@@ -238,7 +239,7 @@ def exact_row_scales(model, names):
 
     forget, retain = fisher(FORGET), fisher(RETAIN)
     squares = {name: (forget[name] / (retain[name] + retain[name].mean())).sum(1) for name in names}
-    return {name: (square / square.mean()).sqrt() for name, square in squares.items()}
+    return {name: square.sqrt() for name, square in squares.items()}
 
 
 def exact_gradients(peft_model, batch, retain_weight):
@@ -404,7 +405,7 @@ def _run(kind, model, tmp_path, init, options):
         path = tmp_path / save
         result.save(path, save)
         errors[save] = off_by(logits(load(kind, path, save).eval()), trained)
-    npo = 2 / config.beta * math.log(2)
+    npo = 2 / OBJECTIVES["npo"].beta * math.log(2)
     for method, name, expected in (("npo", "forget_loss", npo), ("kl", "retain_loss", 0.0)):
         config = _config(tmp_path, init=init, method=method, max_steps=1, **options)
         history = unlearn(make_model(kind), FORGET, RETAIN, config=config).history

@@ -50,8 +50,13 @@ OTHER = {
     "model_init_kwargs": {"dtype": "bfloat16"},
     "tf32": False,
 }
-# Settings that only some methods have.
-METHOD_OF = {"beta": "npo", "method_args": "simnpo"}
+OTHER |= {"question_template": "chat", "answer_template": "A: {answer}"}
+# The settings with which a field is allowed.
+BESIDE = {
+    "beta": {"method": "npo"},
+    "method_args": {"method": "simnpo"},
+    "answer_template": {"question_template": "Q: {question} ", "answer_template": "{answer}"},
+}
 
 
 def make(cls=UnlearnConfig, **settings):
@@ -86,10 +91,10 @@ def identity(config, refusals=None):
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_a_deciding_field_changes_the_identity(name):
-    method = {"method": METHOD_OF[name]} if name in METHOD_OF else {}
-    config = make(**{**method, name: other_value(UnlearnConfig, name)})
-    assert getattr(config, name) != getattr(make(**method), name)
-    assert identity(config) != identity(make(**method))
+    beside = BESIDE.get(name, {})
+    config = make(**{**beside, name: other_value(UnlearnConfig, name)})
+    assert getattr(config, name) != getattr(make(**beside), name)
+    assert identity(config) != identity(make(**beside))
 
 
 def changed(name, value="another", **settings):

@@ -194,10 +194,12 @@ def test_the_trainers_loss_is_that_of_whole_logits(kind, method, tmp_path):
     torch.testing.assert_close(loss, exact)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(parameters) >= 8
+    # GPT-Neo's attention is float32 in a float64 model, so its gradients have float32 rounding.
+    share = 1e-6 if kind == "gpt_neo" else 1e-9
     for ours, theirs in zip(
         torch.autograd.grad(loss, parameters), torch.autograd.grad(exact, parameters), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9 * theirs.abs().max().item())
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=share * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("method", ["kl", "dpo", "npo", "tnpo", "dpo_kl"])

@@ -211,6 +211,12 @@ def test_what_cannot_be_right_is_refused_before_a_model_is_loaded(
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_several_processes_are_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert benchmark(folder, "tofu", tmp_path / "out") == 2
+    assert "a benchmark runs in one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_without_the_harness_nothing_is_read(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert benchmark(folder, "wmdp", tmp_path / "out") == 2
