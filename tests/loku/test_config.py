@@ -385,12 +385,21 @@ def test_official_fila_is_one_switch():
         FilaConfig.official(damping=1.0)
 
 
-@pytest.mark.parametrize("value", [0, -1, NAN, INF, True, "much", "0"])
+@pytest.mark.parametrize("value", [0, -1, NAN, INF, True, "much", "0", 1e-40, "1e39"])
 def test_an_impossible_balance_is_refused(value):
+    """float32 rounds row scales of 1e-45 to 0 or to one number, and B of 1e-40 is Inf in a product."""
     with pytest.raises(
-        ValueError, match=r'^fila_balance must be "normalised", "paper" or a finite number > 0'
+        ValueError, match=r'^fila_balance must be "normalised", "paper" or a number from 1e-30 to 1e\+30'
     ):
         make(fila_balance=value)
+
+
+def test_a_balance_without_effect_is_refused():
+    for init, balance in (("default", 0.01), ("default", "paper"), ("pissa", "paper")):
+        with pytest.raises(ValueError, match=f'fila_balance={balance!r} has no effect with init="{init}"'):
+            make(init=init, fila_balance=balance)
+    assert make(init="pissa", fila_balance=0.01).fila_balance == 0.01
+    assert make(init="default", tuning="full", fila_balance=0.01)  # full tuning ignores the LoRA fields
 
 
 def test_a_balance_may_be_a_text_or_a_number(tmp_path):
