@@ -49,7 +49,8 @@ class MeanLogit(Quantity):
         """The means (n,)."""
         _check_linear(at.postprocessing)
         dtype = torch.promote_types(at.hidden.dtype, torch.float32)
-        mean = at.hidden.to(dtype) @ at.weight.mean(0, dtype=dtype)
+        # No @: autocast would round both to 16 bits.
+        mean = (at.hidden.to(dtype) * at.weight.mean(0, dtype=dtype)).sum(-1)
         if at.bias is not None:
             mean = mean + at.bias.mean(dtype=dtype)
         return at.postprocessing.get("logit_scale", 1.0) * mean

@@ -10,7 +10,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PhiConfig
 
 from loku import UnlearnConfig, UnlearnTrainer
-from loku.objectives import DualRetainWeight, pdu_loss
+from loku.objectives import At, DualRetainWeight, pdu_loss
+from loku.objectives.pdu import MeanLogit
 
 BOUND, STEP = 0.3, 0.5
 ARGUMENTS = {"retain_loss_eps": BOUND, "dual_step_size": STEP, "dual_warmup_epochs": 0}
@@ -72,6 +73,16 @@ SIZES = {
 def model_of(config):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config(**SIZES))
+
+
+def test_autocast_does_not_round_the_mean_logit():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator) for n in (5, 97))
+    at = At(hidden, torch.zeros(5, dtype=torch.int64), weight, None, {}, None, (weight, None))
+    exact = (hidden.double() @ weight.double().T).mean(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean = MeanLogit().of_model(at, None)
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [CohereConfig, PhiConfig])
