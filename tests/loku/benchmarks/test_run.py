@@ -145,6 +145,16 @@ def test_what_decides_a_result_makes_a_new_one(folder, tmp_path):
     assert len(entries(tmp_path / "out")) == 6
 
 
+def test_other_refusals_make_a_new_result(folder, tmp_path):
+    """A file of refusals counts by its texts: another file, or the same one with other texts."""
+    settings = ["--init=default", "--method=idk", "--limit=1"]
+    steps = (("a", "I do not know.", 2), ("b", "No idea.", 3), ("a", "I do not know.", 3), ("a", "Why?", 4))
+    for name, text, count in steps:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert benchmark(folder, "tofu", tmp_path / "out", *settings, f"--refusals={tmp_path / name}") == 0
+        assert len(entries(tmp_path / "out")) == count
+
+
 def test_the_log_of_a_retain_only_model(folder, tmp_path, capsys):
     args = ["--init=default", f"--retain-model={folder / 'retain'}"]
     assert benchmark(folder, "tofu", tmp_path / "a", *args) == 0
