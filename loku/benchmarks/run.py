@@ -181,7 +181,7 @@ class _Work:
             "parameters": vars(self.benchmark),
             "limit": plan.measuring.limit,
             "measured": {name: getattr(config, name) for name in MEASURED_SETTINGS if name != "use_cpu"},
-            "tokenizer": hashlib.sha256(_tokenizer_text(tokenizer).encode()).hexdigest(),
+            "tokenizer": tokenizer_digest(tokenizer),
         }
         self.fingerprint = _fingerprint(model)
         self.tokenizer = tokenizer
@@ -347,10 +347,12 @@ def _deciding_settings(config: UnlearnConfig) -> dict[str, Any]:
     return settings
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of what a tokenizer computes with, and of its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return f"{text}{getattr(tokenizer, 'chat_template', None)}"
+    text += str(getattr(tokenizer, "chat_template", None))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _digest(sets: Sets) -> str:
