@@ -11,6 +11,7 @@ Line = Mapping[str, Any]
 ABLATION_STEPS = 10  # step at which the forget answers' probability shows the speed of a run
 ABLATION_MEASURES = ("rank_correlation", "shuffle_correlation", "deficit", "overlap")
 FORGOTTEN = 0.1  # probability of the forget answers at which a run of the balance counts as having forgotten
+BALANCES = ("normalised", "0.1", "0.01", "paper", "-")
 INITS = {"fila": "FILA", "official-fila": "official FILA", "pissa": "PiSSA", "default": "default LoRA"}
 
 
@@ -98,12 +99,16 @@ def crossing(curve: Sequence[Line]) -> tuple[float, float] | None:
 
 
 def balance_groups(lines: Sequence[Line]) -> dict[tuple[str, str, float], list[Line]]:
-    """Return (initialisation, balance, learning rate) -> the runs of its seeds, in the order of the lines."""
+    """Return (initialisation, balance, learning rate) -> the runs of its seeds, in the order of the names."""
     groups: dict[tuple[str, str, float], list[Line]] = {}
     for line in lines:
         groups.setdefault((*arm(line), line["learning_rate"]), []).append(line)
-    arms = list(dict.fromkeys(key[:2] for key in groups))
-    return dict(sorted(groups.items(), key=lambda item: (arms.index(item[0][:2]), item[0][2])))
+    inits = list(INITS.values())
+    return dict(
+        sorted(
+            groups.items(), key=lambda item: (inits.index(item[0][0]), BALANCES.index(item[0][1]), item[0][2])
+        )
+    )
 
 
 def fila_balance(lines: Sequence[Line]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tables
-from ablation_table import fila_ablation
+from ablation_table import fila_ablation, fila_balance
 from forgetting_table import forgetting
 from gpu_tables import gpu
 from result_files import RESULTS, read_result
@@ -23,6 +23,7 @@ from tutorial_tables import TABLES as TUTORIAL
 
 ROOT = Path(__file__).parents[1]
 ABLATION = ROOT / "experiments" / "results" / "fila_ablation.jsonl"
+BALANCE = ROOT / "experiments" / "results" / "fila_balance.jsonl"
 TUTORIAL_RUNS = ROOT / "experiments" / "results" / "tutorial.json"
 SUMMARISED = [f"{name}_cpu.json" for name in ("ihl_kernel", "linear", "unlearn", "fisher", "fila")]
 # name -> the function that makes the table, and the result files whose contents it takes
@@ -41,11 +42,12 @@ TABLES: dict[str, tuple[Callable[..., str], Sequence[str | Path]]] = {
     "demo": (tables.demo, ["demo.json"]),
     "gpu_h200": (gpu, ["gpu_h200.json"]),
     "fila_ablation": (fila_ablation, [ABLATION]),
+    "fila_balance": (fila_balance, [BALANCE]),
     **{name: (make, [TUTORIAL_RUNS]) for name, make in TUTORIAL.items()},
 }
 PAGES = {
     "README.md": ["forgetting", "summary"],
-    "docs/experiments.md": ["fila_ablation"],
+    "docs/experiments.md": ["fila_ablation", "fila_balance"],
     "docs/tutorial.md": [name for name in TUTORIAL if name.startswith("tutorial_paris_")],
 }
 _ELSEWHERE = {name for names in PAGES.values() for name in names} | TUTORIAL.keys()

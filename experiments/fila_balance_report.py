@@ -23,6 +23,7 @@ def write_report(path: Path) -> None:
     """Draw the picture of the result file ``path`` beside it, and print the table."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     path = Path(path)
     runs = read_rows(path) if path.exists() else []
@@ -47,6 +48,10 @@ def write_report(path: Path) -> None:
         right.scatter(*found, **look)
     left.set(xscale="log", yscale="log", xlabel="size of the first step", ylabel="steps")
     right.set(xscale="log", xlabel="steps", ylabel="retain probability then")
+    for axis in (left.xaxis, left.yaxis, right.xaxis):
+        axis.set_major_locator(FixedLocator([1, 2, 3, 5, 10, 20]))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_locator(NullLocator())
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
     handles = [

@@ -138,9 +138,9 @@ class UnlearnConfig(TrainingArguments):
         answer_template: The labelled text after it, with ``{answer}``. None (default) stands for TOFU's,
             ``" {answer}"``. A text as ``question_template`` needs one, and "chat" takes none.
         fila_balance: The size of FILA's row scales, which balances the factors A and B and so acts like a
-            learning rate: "normalised" (default), "paper" (as measured), or a number > 0 that multiplies the
-            normalised ones, and PiSSA's ones, too. Numbers far from 1 make larger steps. See
-            ``loku.FilaConfig``.
+            learning rate: "normalised" (default), "paper" (as measured), or a number from 1e-30 to 1e30
+            that multiplies the normalised ones, and PiSSA's ones, too. Numbers far from 1 make larger steps.
+            "default" LoRA has no balance, and PiSSA has no "paper". See ``loku.FilaConfig``.
         fisher_damping: The damping of the retain Fisher, 1 by default; see ``loku.FilaConfig``.
         fisher_damping_mode: The unit of the damping, "relative" (default) or "absolute"; see
             ``loku.FilaConfig``.
@@ -413,6 +413,7 @@ class UnlearnConfig(TrainingArguments):
         own = ("fisher_damping", "fisher_damping_mode", "fila_balance")
         if self.init != "official-fila":
             damping, damping_mode, balance = (getattr(self, name) for name in own)
+            self._check_balance_used(balance)
             return FilaConfig(damping=damping, damping_mode=damping_mode, balance=balance, **options)
         for name in own:
             if getattr(self, name) != getattr(UnlearnConfig, name):
@@ -421,6 +422,14 @@ class UnlearnConfig(TrainingArguments):
                     'use init="fila"'
                 )
         return FilaConfig.official(**options)
+
+    def _check_balance_used(self, balance: Any) -> None:
+        unused = {"default": balance != "normalised", "pissa": balance == "paper"}.get(self.init, False)
+        if self.tuning == "lora" and unused:
+            raise ValueError(
+                f'fila_balance={balance!r} has no effect with init="{self.init}", which measures no row '
+                "scales: leave it out"
+            )
 
     def template(self) -> QuestionTemplate:
         """The template of rows of questions and answers."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,31 @@ from loku.data.tokens import IGNORE_INDEX
 from loku.head import next_token_labels
 from loku.objectives import Objective
 from loku.token_values import positions_of
+
+
+def check_counted(objective: Objective, method: str, forget: Iterable[Mapping[str, Any]]) -> None:
+    """Check that the forget loss counts a token, if the method leaves some of a row's tokens out.
+
+    A warning counts the rows without one.
+
+    Args:
+        objective: The method.
+        method: Its name, for messages.
+        forget: The tokenised forget rows.
+
+    Raises:
+        ValueError: No row has a token that counts, so nothing would be forgotten.
+    """
+    over = objective.forget_over
+    if not callable(over) or "forget" not in objective.rows:
+        return
+    labels = (torch.tensor([row["labels"]], dtype=torch.int64) for row in forget)
+    found = [bool(over(next_token_labels(row) != IGNORE_INDEX).any()) for row in labels]
+    told = f"the forget loss of method {method!r} counts no token of"
+    if not any(found):
+        raise ValueError(f"{told} any forget row, so it would forget nothing: change its method_args")
+    if not all(found):
+        warnings.warn(f"{told} {found.count(False)} of the {len(found)} forget rows", stacklevel=4)
 
 
 class Shares(NamedTuple):

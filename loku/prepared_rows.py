@@ -83,7 +83,8 @@ def prepare_rows(
         The rows, which ``UnlearnTrainer`` takes as its ``forget``.
 
     Raises:
-        ValueError: A set is empty, the tokenizer is a path or is not found, or refusals cannot be made.
+        ValueError: A set is empty, the tokenizer is a path or is not found, or refusals cannot be made or
+            are not used.
         RowError: A row is unusable, is longer than the model's context, or has a token that the model lacks.
             The message names the set, the row and, for a file, the line. A retain row that is not held in
             memory is checked when it is drawn.
@@ -118,6 +119,11 @@ def prepare_rows(
         raise ValueError(
             f"method {config.method!r} trains on the rows' own alternates, so it takes no refusals: leave "
             'them out, or train by "dpo"'
+        )
+    if "refusal" not in objective.rows and config.refusals is not None:
+        raise ValueError(
+            f"method {config.method!r} trains on no refusals: leave refusals out, or train by "
+            '"dpo", "dpo_kl" or "idk"'
         )
     length, limits = config.max_length, token_limits(model)
     template = config.template()

@@ -42,13 +42,17 @@ def positions_of(
 ) -> dict[str, Tensor]:
     """The mask (B, T), bool, of the positions of each quantity in a batch, by its name.
 
+    Rows that only fill up a batch have no label, and no position of any quantity.
+
     Args:
         needed: The quantities, each with the mask of the rows that have it.
         labels: The labels (B, T), int64.
         attention_mask: The attention mask (B, T), int64. None (default) for packed rows.
     """
+    labelled = (next_token_labels(labels) != IGNORE_INDEX).any(1)
     return {
-        quantity.name: rows[:, None] & quantity.positions(labels, attention_mask) for quantity, rows in needed
+        quantity.name: (rows & labelled)[:, None] & quantity.positions(labels, attention_mask)
+        for quantity, rows in needed
     }
 
 

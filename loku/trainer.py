@@ -55,7 +55,7 @@ from loku.head import (
 from loku.interrupts import uninterrupted
 from loku.learning_rates import with_learning_rate
 from loku.lora_linear import fused_lora
-from loku.loss_shares import LossShares
+from loku.loss_shares import LossShares, check_counted
 from loku.models import CausalLM, evaluating, keep_differentiable_, load_model, unwrapped
 from loku.nan_guard import LossCheck, first_module_not_finite
 from loku.objectives import Batch, Objective, Rows, answer_probability
@@ -244,6 +244,7 @@ class UnlearnTrainer(EvaluatingTrainer):
             if packed[name] and (over == "rows" or callable(over)):
                 does = "compares whole answers" if over == "rows" else "counts the tokens of whole answers"
                 raise ValueError(f"method {args.method!r} {does}; give each document of the {name} set a row")
+        check_counted(self.objective, args.method, forget)
         if any(packed.values()):
             check_packing(model)
             for quantities in self.objective.quantities.values():

@@ -8,6 +8,7 @@ from accelerate.utils import convert_file_size_to_int
 
 Fisher = Literal["per-sample", "per-batch"]
 Balance = float | str  # "normalised", "paper" or a number
+_LEAST, _MOST = 1e-30, 1e30  # the row scales and what is made of them are float32
 
 
 def memory_bytes(budget: int | str | None) -> int | None:
@@ -32,7 +33,7 @@ def check_balance(balance: Any, name: str) -> Balance:
         name: The name of the setting in messages.
 
     Returns:
-        "normalised", "paper" or a finite number > 0.
+        "normalised", "paper" or a number from 1e-30 to 1e30.
 
     Raises:
         ValueError: It is none of these.
@@ -45,8 +46,10 @@ def check_balance(balance: Any, name: str) -> Balance:
         number = math.nan if isinstance(balance, bool) else float(balance)
     except (TypeError, ValueError):
         number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f'{name} must be "normalised", "paper" or a finite number > 0, got {balance!r}')
+    if not _LEAST <= number <= _MOST:
+        raise ValueError(
+            f'{name} must be "normalised", "paper" or a number from {_LEAST:g} to {_MOST:g}, got {balance!r}'
+        )
     return number
 
 
@@ -69,7 +72,7 @@ class FilaConfig:
             measures nothing. None (default) always measures. See ``loku.fila.row_scale_cache``.
         balance: The size of the row scales, which decides the balance of A and B and so the effective step of
             Adam. "normalised" (default) gives them a root mean square of 1 in each module, "paper" takes them
-            as measured, and a number > 0 multiplies the normalised ones. See
+            as measured, and a number from 1e-30 to 1e30 multiplies the normalised ones. See
             ``loku.fila.row_scales.balanced``.
         fisher: "per-sample" (default) squares the gradient of each row's summed loss (Eq. 2). "per-batch"
             squares the gradient of each batch's mean loss, as the authors' code does.

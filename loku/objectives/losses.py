@@ -129,7 +129,9 @@ def tnpo_loss(batch: Batch) -> Tensor:
     ours, beta = cross_entropy(batch.forget.triplet), batch.beta
     theirs = -batch.forget.values["original_log_probability"]
     # Numerator and denominator are divided by p^beta, so that a small p gives no 0 / 0.
-    others = (beta * (ours - theirs)).exp() + batch.arguments["epsilon"] * (beta * ours).exp()
+    others = (beta * (ours - theirs)).exp()
+    if epsilon := batch.arguments["epsilon"]:  # 0 x inf of a very small p would be NaN
+        others = others + epsilon * (beta * ours).exp()
     return _weighted_ascent(2 / (1 + others), batch.forget)
 
 

@@ -22,7 +22,7 @@ TABLES = {
         "demo",
         "gpu_h200",
     },
-    "docs/experiments.md": {"fila_ablation"},
+    "docs/experiments.md": {"fila_ablation", "fila_balance"},
     "docs/tutorial.md": {
         "tutorial_paris_answers",
         "tutorial_paris_figures",

@@ -88,7 +88,7 @@ def committed_cells(name):
     return kind, grid.cells_of(yaml.safe_load((ROOT / "experiments" / f"{name}.yaml").read_text()), kind)
 
 
-@pytest.mark.parametrize("name", ["tofu", "tdec", "fila_ablation"])
+@pytest.mark.parametrize("name", ["tofu", "tdec", "fila_ablation", "fila_balance"])
 def test_committed_grids_make_the_committed_results(name):
     import grid
 

@@ -220,7 +220,7 @@ def in_float64(model):
 
 
 def exact_row_scales(model, names):
-    """FILA's row scales of some modules, by float64 autograd on one row after the other."""
+    """FILA's row scales of some modules, as measured, by float64 autograd on one row after the other."""
     model = in_float64(model)
     weights = {name: linear_weight(model.get_submodule(name)) for name in names}
     model.requires_grad_(False)
@@ -239,7 +239,7 @@ def exact_row_scales(model, names):
 
     forget, retain = fisher(FORGET), fisher(RETAIN)
     squares = {name: (forget[name] / (retain[name] + retain[name].mean())).sum(1) for name in names}
-    return {name: (square / square.mean()).sqrt() for name, square in squares.items()}
+    return {name: square.sqrt() for name, square in squares.items()}
 
 
 def exact_gradients(peft_model, batch, retain_weight):

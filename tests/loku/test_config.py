@@ -50,8 +50,13 @@ OTHER = {
     "model_init_kwargs": {"dtype": "bfloat16"},
     "tf32": False,
 }
-# Settings that only some methods have.
-METHOD_OF = {"beta": "npo", "method_args": "simnpo"}
+OTHER |= {"question_template": "chat", "answer_template": "A: {answer}"}
+# The settings with which a field is allowed.
+BESIDE = {
+    "beta": {"method": "npo"},
+    "method_args": {"method": "simnpo"},
+    "answer_template": {"question_template": "Q: {question} ", "answer_template": "{answer}"},
+}
 
 
 def make(cls=UnlearnConfig, **settings):
@@ -86,10 +91,10 @@ def identity(config, refusals=None):
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_a_deciding_field_changes_the_identity(name):
-    method = {"method": METHOD_OF[name]} if name in METHOD_OF else {}
-    config = make(**{**method, name: other_value(UnlearnConfig, name)})
-    assert getattr(config, name) != getattr(make(**method), name)
-    assert identity(config) != identity(make(**method))
+    beside = BESIDE.get(name, {})
+    config = make(**{**beside, name: other_value(UnlearnConfig, name)})
+    assert getattr(config, name) != getattr(make(**beside), name)
+    assert identity(config) != identity(make(**beside))
 
 
 def changed(name, value="another", **settings):
@@ -380,12 +385,21 @@ def test_official_fila_is_one_switch():
         FilaConfig.official(damping=1.0)
 
 
-@pytest.mark.parametrize("value", [0, -1, NAN, INF, True, "much", "0"])
+@pytest.mark.parametrize("value", [0, -1, NAN, INF, True, "much", "0", 1e-40, "1e39"])
 def test_an_impossible_balance_is_refused(value):
+    """float32 rounds row scales of 1e-45 to 0 or to one number, and B of 1e-40 is Inf in a product."""
     with pytest.raises(
-        ValueError, match=r'^fila_balance must be "normalised", "paper" or a finite number > 0'
+        ValueError, match=r'^fila_balance must be "normalised", "paper" or a number from 1e-30 to 1e\+30'
     ):
         make(fila_balance=value)
+
+
+def test_a_balance_without_effect_is_refused():
+    for init, balance in (("default", 0.01), ("default", "paper"), ("pissa", "paper")):
+        with pytest.raises(ValueError, match=f'fila_balance={balance!r} has no effect with init="{init}"'):
+            make(init=init, fila_balance=balance)
+    assert make(init="pissa", fila_balance=0.01).fila_balance == 0.01
+    assert make(init="default", tuning="full", fila_balance=0.01)  # full tuning ignores the LoRA fields
 
 
 def test_a_balance_may_be_a_text_or_a_number(tmp_path):

@@ -144,6 +144,14 @@ def test_refusals_are_checked_with_the_rows(method, tmp_path):
         prepare_rows(model, ROWS, ROWS, settings, tokenizer)
 
 
+@pytest.mark.parametrize("method", ["ihl", "npo", "rmu"])
+def test_refusals_without_effect_are_refused(method, tmp_path):
+    tokenizer = character_tokenizer()
+    settings = config(tmp_path, method=method, refusals=["I do not know."])
+    with pytest.raises(ValueError, match=f"'{method}' trains on no refusals: leave refusals out"):
+        prepare_rows(tiny_model("llama", len(tokenizer)), ROWS, ROWS, settings, tokenizer)
+
+
 def test_a_padding_token_that_the_model_lacks_does_not_stop_training(tmp_path):
     tokenizer = character_tokenizer()
     model = tiny_model("llama", len(tokenizer))

@@ -82,7 +82,9 @@ def test_every_method_runs(method, tuning, tokenizer, tmp_path):
     original = logits_of(model, tokenizer)
     how = {"tuning": "full"} if tuning == "full" else {"init": tuning}
     args = {"rmu": {"layer": 1}}.get(method)  # the model has two layers
-    refusals = None if OBJECTIVES[method].alternates else ["No.", "No idea!"]
+    objective = OBJECTIVES[method]
+    refused = "refusal" in objective.rows and not objective.alternates
+    refusals = ["No.", "No idea!"] if refused else None
     forget = [{**row, "alternate": f"By lake {i}."} for i, row in enumerate(FORGET)]
     options = config(
         tmp_path, method=method, method_args=args, max_steps=3, learning_rate=1e-3, refusals=refusals, **how
