@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from loku.benchmarks.run import tokenizer_digest
 from loku.benchmarks.sources import Source
 from loku.benchmarks.tofu import RETAIN_SPLITS, Tofu
 from loku.config import UnlearnConfig
@@ -68,7 +69,7 @@ def finetuned_models(
 
     Raises:
         ValueError: A split does not exist, a set is missing, or a model in the folder was made from another
-            base, by other rows or settings.
+            base or tokenizer, by other rows or settings.
     """
     sets: dict[str, list[Any]] = {"full": Tofu().full_rows(source)}
     for split in splits:
@@ -91,10 +92,12 @@ def _finetune(
 ) -> None:
     # Weights of 16 bits are too coarse for this learning rate: half of the steps round to zero.
     model: Any = load_model(base, {**config.init_arguments(), "dtype": torch.float32})
+    tokenizer = tokenizer or infer_tokenizer(model)
     facts = json.loads(
         json.dumps(
             {
                 "base": base_fingerprint(model),
+                "tokenizer": tokenizer_digest(tokenizer),
                 "rows": rows_digest(rows),
                 "settings": dict(settings),
                 "templates": [config.question_template, config.answer_template],
@@ -105,12 +108,11 @@ def _finetune(
     if (output / "config.json").is_file():
         if _facts(output) != facts:
             raise ValueError(
-                f"{output} was fine-tuned from another base, by other rows or settings; pass another --out, "
-                "or delete it"
+                f"{output} was fine-tuned from another base or tokenizer, or by other rows or settings; pass "
+                "another --out, or delete it"
             )
         return
     report(f"fine-tuning {base} on {len(rows)} rows of {output.name}")
-    tokenizer = tokenizer or infer_tokenizer(model)
     size = settings["per_device_train_batch_size"]
     output.parent.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(

@@ -19,12 +19,13 @@ from loku.benchmarks.protocol import Benchmark, Measures, Measuring, Sets
 from loku.benchmarks.results import Entry, Results
 from loku.benchmarks.sources import Source
 from loku.config import UnlearnConfig
-from loku.data import infer_tokenizer
+from loku.data import infer_tokenizer, load_refusals
 from loku.deletion.facts import machine_facts, rows_digest, versions
 from loku.evaluation.generation import eos_ids
 from loku.fingerprints import base_fingerprint
 from loku.learning_rates import default_learning_rate
 from loku.models import load_model
+from loku.objectives import OBJECTIVES
 from loku.unlearning import unlearn
 
 MEASURED_SETTINGS = (  # all runs have one value
@@ -180,7 +181,7 @@ class _Work:
             "parameters": vars(self.benchmark),
             "limit": plan.measuring.limit,
             "measured": {name: getattr(config, name) for name in MEASURED_SETTINGS if name != "use_cpu"},
-            "tokenizer": hashlib.sha256(_tokenizer_text(tokenizer).encode()).hexdigest(),
+            "tokenizer": tokenizer_digest(tokenizer),
         }
         self.fingerprint = _fingerprint(model)
         self.tokenizer = tokenizer
@@ -221,11 +222,11 @@ class _Work:
             self.measured(before, self.plan.model, split, sets, model, reference)
             del model
         for settings, config in zip(runs, configs, strict=True):
-            deciding = {**identity, "kind": "unlearned", "settings": config.deciding_settings()}
-            if self.results.has(deciding):
-                continue
             name = f"{split}: {config.method} {json.dumps(dict(settings), default=str)}"
             try:
+                deciding = {**identity, "kind": "unlearned", "settings": _deciding_settings(config)}
+                if self.results.has(deciding):
+                    continue
                 self.unlearned(deciding, split, sets, settings, config, reference)
             except Exception as error:  # another setting may work
                 failed.append(f"{name} ({type(error).__name__}: {error})")
@@ -337,10 +338,21 @@ def _fingerprint(model: Any) -> dict[str, Any]:
     return {**base_fingerprint(model), "ends": sorted(eos_ids(model))}
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
+def _deciding_settings(config: UnlearnConfig) -> dict[str, Any]:
+    """Return the settings that decide a result, and the texts of the refusals if the method has some."""
+    settings = config.deciding_settings()
+    objective = OBJECTIVES.get(config.method)
+    if objective is not None and "refusal" in objective.rows and not objective.alternates:
+        settings["refusals"] = _text_digest(load_refusals(config.refusals))
+    return settings
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of what a tokenizer computes with, and of its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return f"{text}{getattr(tokenizer, 'chat_template', None)}"
+    text += str(getattr(tokenizer, "chat_template", None))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _digest(sets: Sets) -> str:

@@ -6,6 +6,7 @@ import sys
 import benchmark_data
 import pytest
 from harness_in_place import use_harness
+from transformers import AutoTokenizer
 
 from loku import cli
 from loku.benchmarks import BENCHMARKS, Measures, Tofu, combinations, leaderboard_rows, run
@@ -145,6 +146,16 @@ def test_what_decides_a_result_makes_a_new_one(folder, tmp_path):
     assert len(entries(tmp_path / "out")) == 6
 
 
+def test_other_refusals_make_a_new_result(folder, tmp_path):
+    """A file of refusals counts by its texts: another file, or the same one with other texts."""
+    settings = ["--init=default", "--method=idk", "--limit=1"]
+    steps = (("a", "I do not know.", 2), ("b", "No idea.", 3), ("a", "I do not know.", 3), ("a", "Why?", 4))
+    for name, text, count in steps:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert benchmark(folder, "tofu", tmp_path / "out", *settings, f"--refusals={tmp_path / name}") == 0
+        assert len(entries(tmp_path / "out")) == count
+
+
 def test_the_log_of_a_retain_only_model(folder, tmp_path, capsys):
     args = ["--init=default", f"--retain-model={folder / 'retain'}"]
     assert benchmark(folder, "tofu", tmp_path / "a", *args) == 0
@@ -174,7 +185,14 @@ def test_fine_tuning_makes_both_models_once(folder, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in times} == times and len(entries(tmp_path)) == 3
     capsys.readouterr()
     assert benchmark(folder, "tofu", tmp_path, "--finetune", '{"max_steps": 3}', "--init=default") == 2
-    assert "was fine-tuned from another base, by other rows or settings" in capsys.readouterr().err
+    refused = "was fine-tuned from another base or tokenizer, or by other rows or settings"
+    assert refused in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
+    tokenizer.chat_template = "another"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    other = f"--tokenizer={tmp_path / 'tokenizer'}"
+    assert benchmark(folder, "tofu", tmp_path, *tune, other) == 2
+    assert refused in capsys.readouterr().err
 
 
 def test_a_rule_stops_training(folder, tmp_path):
