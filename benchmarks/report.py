@@ -48,7 +48,7 @@ TABLES: dict[str, tuple[Callable[..., str], Sequence[str | Path]]] = {
 PAGES = {
     "README.md": ["forgetting", "summary"],
     "docs/experiments.md": ["fila_ablation", "fila_balance"],
-    "docs/tutorial.md": [name for name in TUTORIAL if name.startswith("tutorial_paris_")],
+    "docs/tutorial.md": list(TUTORIAL),
 }
 _ELSEWHERE = {name for names in PAGES.values() for name in names} | TUTORIAL.keys()
 PAGES["docs/benchmarks.md"] = [name for name in TABLES if name not in _ELSEWHERE]

@@ -27,6 +27,9 @@ TABLES = {
         "tutorial_paris_answers",
         "tutorial_paris_figures",
         "tutorial_paris_attacks",
+        "tutorial_planted_answers",
+        "tutorial_planted_figures",
+        "tutorial_planted_attacks",
     },
 }
 
