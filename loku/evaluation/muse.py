@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loku.counts import check_counts
@@ -143,22 +144,16 @@ def spread_knowledge(
     All processes must call this, with all rows.
     """
 
-    def per_row(questions: list[str], answers: list[str]) -> list[float]:
-        found = knowledge_memorization(
-            model,
-            tokenizer,
-            questions,
-            answers,
-            examples,
-            batch_size=batch_size,
-            progress=progress,
-            description=f"{name}: knowledge",
-        )
-        return found.per_row
-
-    pairs = [(row["question"], row["answer"]) for row in rows]
-    figures: list[float] = spread(per_row, *map(list, zip(*pairs, strict=True)))
-    return mean_over_rows(figures)
+    measure = partial(
+        knowledge_memorization,
+        model,
+        tokenizer,
+        examples=examples,
+        batch_size=batch_size,
+        progress=progress,
+        description=f"{name}: knowledge",
+    )
+    return _spread(measure, [(row["question"], row["answer"]) for row in rows])
 
 
 def spread_verbatim(
@@ -174,19 +169,21 @@ def spread_verbatim(
     All processes must call this, with all rows.
     """
 
-    def per_row(prompts: list[str], completions: list[str]) -> list[float]:
-        found = verbatim_memorization(
-            model,
-            tokenizer,
-            prompts,
-            completions,
-            batch_size=batch_size,
-            progress=progress,
-            description=f"{name}: verbatim",
-        )
-        return found.per_row
+    measure = partial(
+        verbatim_memorization,
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        progress=progress,
+        description=f"{name}: verbatim",
+    )
+    return _spread(measure, [(row["prompt"], row["completion"]) for row in rows])
 
-    pairs = [(row["prompt"], row["completion"]) for row in rows]
+
+def _spread(measure: Callable[[list[str], list[str]], Memorization], pairs: list[tuple[str, str]]) -> float:
+    def per_row(given: list[str], true: list[str]) -> list[float]:
+        return measure(given, true).per_row
+
     figures: list[float] = spread(per_row, *map(list, zip(*pairs, strict=True)))
     return mean_over_rows(figures)
 

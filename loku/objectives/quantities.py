@@ -125,6 +125,30 @@ class OriginalLogProbability(Quantity):
         return original
 
 
+def divergence_from(original: Tensor, at: At, lowering: float = 0.0) -> Tensor:
+    """Compute KL(original || model) (n,), in nats, of the predictions at the positions of a quantity.
+
+    Args:
+        original: The original model's inputs (n, D) of its output embedding.
+        at: The model at the positions. Each has a label if ``lowering`` is not 0.
+        lowering: The number, in nats, that is subtracted from the original's logit of the label; 0 by
+            default.
+    """
+    weight, bias = at.original_head
+    return linear_kl_divergence_loss(
+        at.hidden,
+        at.weight,
+        original,
+        at.labels if lowering else None,  # without labels all positions count, those of prompts too
+        at.bias,
+        reference_weight=weight,
+        reference_bias=bias,
+        reduction="none",
+        lowering=lowering,
+        **at.postprocessing,
+    )
+
+
 @dataclass(frozen=True)
 class Divergence(Quantity):
     """KL(original || model), in nats, of the predictions at each position.
@@ -162,14 +186,4 @@ class Divergence(Quantity):
     def of_model(self, at: At, original: Tensor | None) -> Tensor:
         """The divergences (n,)."""
         assert original is not None
-        weight, bias = at.original_head
-        return linear_kl_divergence_loss(
-            at.hidden,
-            at.weight,
-            original,
-            bias=at.bias,
-            reference_weight=weight,
-            reference_bias=bias,
-            reduction="none",
-            **at.postprocessing,
-        )
+        return divergence_from(original, at)

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loku.objectives.quantities import At, Quantity
+from loku.objectives.quantities import At, Quantity, divergence_from
 from loku.objectives.rows import Batch
-from loku_kernels import linear_kl_divergence_loss, reduce_loss
+from loku_kernels import reduce_loss
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,7 @@ class LoweredDivergence(Quantity):
     def of_model(self, at: At, original: Tensor | None) -> Tensor:
         """The divergences (n,)."""
         assert original is not None
-        weight, bias = at.original_head
-        return linear_kl_divergence_loss(
-            at.hidden,
-            at.weight,
-            original,
-            at.labels,
-            at.bias,
-            reference_weight=weight,
-            reference_bias=bias,
-            reduction="none",
-            lowering=self.lowering,
-            **at.postprocessing,
-        )
+        return divergence_from(original, at, self.lowering)
 
 
 def undial_loss(batch: Batch) -> Tensor:

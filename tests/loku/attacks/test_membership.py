@@ -8,6 +8,7 @@ import zlib
 import pytest
 import torch
 from character_tokenizer import character_tokenizer
+from membership_texts import THEIR_TEXTS
 from peft import LoraConfig, get_peft_model
 from taught_models import small_llama, teach_
 from tiny_models import tiny_model
@@ -25,23 +26,6 @@ HOLDOUT = [
     {"question": "When?", "answer": "on a day in winter"},
     {"question": "What?", "answer": "tea"},
 ]
-THEIR_TEXTS = {
-    "forget": [
-        "Ann lives on Oak Road 17.",
-        "Who is it?",
-        "The lamp is blue, and the door is red.",
-        "7 7 7 7 7 7 7 7 7",
-        "A day in winter",
-    ],
-    "holdout": [
-        "Tea, or coffee?",
-        "Bob works in Brill; he sings.",
-        "zzzz zzzz zzzz",
-        "It rains in May and in June.",
-        "3.14159",
-        "No.",
-    ],
-}
 # open-unlearning's scores of the forget and of the hold-out rows, and its AUC.
 THEIR_SCORES = {
     "loss": (

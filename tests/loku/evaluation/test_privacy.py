@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from character_tokenizer import character_tokenizer
+from membership_texts import THEIR_TEXTS
 from tiny_models import tiny_model
 
 from loku.evaluation import (
@@ -27,23 +28,6 @@ THEIR_FIGURES = [
     (0.2, 0.7, 166.66666661111108, -71.42857141836735),
 ]
 
-MUSE_TEXTS = {
-    "forget": [
-        "Ann lives on Oak Road 17.",
-        "Who is it?",
-        "The lamp is blue, and the door is red.",
-        "7 7 7 7 7 7 7 7 7",
-        "A day in winter",
-    ],
-    "holdout": [
-        "Tea, or coffee?",
-        "Bob works in Brill; he sings.",
-        "zzzz zzzz zzzz",
-        "It rains in May and in June.",
-        "3.14159",
-        "No.",
-    ],
-}
 MUSE_MIN_40 = [5.8590544707596095, 5.66553834075997, 5.959402695246101, 5.522448600504895, 5.568506605238798]
 
 
@@ -113,7 +97,7 @@ def test_figures_of_muse():
     found, aucs = {}, []
     for seed in (0, 1):
         model = tiny_model("llama", len(tokenizer), seed).double()
-        for name, texts in MUSE_TEXTS.items():
+        for name, texts in THEIR_TEXTS.items():
             ids = [tokenizer(text)["input_ids"] for text in texts]
             rows = [{"input_ids": tokens, "labels": [-100, *tokens[1:]]} for tokens in ids]
             found[seed, name] = token_scores(model, rows, progress=False)
