@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -141,7 +142,8 @@ def run(
 ) -> int:
     """Run the cells that a result file lacks, in fresh processes, and append a line for each.
 
-    A cell that fails has its error printed, and the others go on.
+    A cell that fails has its error printed, and the others go on. The log beside the result file, ``.log``,
+    has the command, the commit and the machine of each run, and the outcome of each of its cells.
 
     Args:
         cells: The cells, all of one class.
@@ -161,6 +163,8 @@ def run(
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     where = result_files.environment()
+    facts = ", ".join(f"{name} {where[name]}" for name in ("commit", "device", "cores"))
+    log(out, f"{where['command']} ({facts}): {len(todo)} of {len(cells)} cells to run")
     os.environ["OMP_NUM_THREADS"] = str(max(1, where["cores"] // jobs))
     failed, end = 0, math.inf if minutes is None else time.monotonic() + 60 * minutes
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
@@ -178,15 +182,31 @@ def run(
                     line = future.result()
                 except Exception as error:
                     failed += 1
+                    log(out, f"failed: {cell}: {error!r}")
                     tqdm.write(f"failed: {cell}: {error!r}", file=sys.stderr)
                 else:
                     file.write(json.dumps({**asdict(cell), **line, "environment": where}) + "\n")
                     file.flush()
                     bar.set_postfix_str(summary(line))
+                    log(out, f"{own_settings(cell)}: {summary(line)}")
                 bar.update()
+    log(out, f"the end: {failed} cells failed, {len(waiting)} are left")
     if waiting:
         print(f"the time is over, and {len(waiting)} cells are left: repeat the command", flush=True)
     return failed
+
+
+def log(out: Path, text: str) -> None:
+    """Append a line with its time, UTC, to the log beside a result file."""
+    with out.with_suffix(".log").open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
+
+
+def own_settings(cell: Any) -> str:
+    """Return the settings of a cell that are not the defaults."""
+    default = asdict(type(cell)())
+    own = [f"{name} {value}" for name, value in asdict(cell).items() if value != default[name]]
+    return ", ".join(own) or "the defaults"
 
 
 def run_and_report(

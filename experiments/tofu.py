@@ -67,6 +67,8 @@ class Base:
         utility_rows: section of a TOFU log -> the rows that are measured for it.
         retain_log: TOFU's log of the retain-only model, if there is one.
         template: The template of all questions; TOFU's by default.
+        dtype: The dtype of the model's weights, "float32" by default. Adapters are float32 in any case.
+        batch_size: The number of rows that are measured at a time, 32 by default.
     """
 
     model: str
@@ -75,6 +77,8 @@ class Base:
     utility_rows: dict[str, list[Any]]
     retain_log: dict[str, Any] | None
     template: QuestionTemplate = TOFU_TEMPLATE
+    dtype: str = "float32"
+    batch_size: int = 32
 
 
 # --- the sets -------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ def measured_log(model: Any, tokenizer: Any, base: Base) -> dict[str, Any]:
     from loku.evaluation.tofu import SECTIONS
 
     sets = {"forget": base.forget, **base.utility_rows}
-    options: dict[str, Any] = {"batch_size": 32, "progress": False, "template": base.template}
+    options: dict[str, Any] = {"batch_size": base.batch_size, "progress": False, "template": base.template}
     return {
         SECTIONS[name]: evaluate_tofu_rows(model, tokenizer, rows, **options) for name, rows in sets.items()
     }
@@ -231,7 +235,7 @@ def unlearned(settings: Mapping[str, Any], base: Base, curve_of: Callable[[Any],
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load_model(base.model)
+    model, tokenizer = load_model(base.model, base.dtype)
     curve = curve_of(tokenizer)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KEPT = 0.95  # share of the utility before unlearning that a counted epoch keeps
 FORGOTTEN = 0.05  # p-value at which the test no longer tells the model from one that never saw the set
 SMALLEST = 1e-30  # smaller p-values are drawn and averaged as this
-MEASURED = {"curve", "seconds", "environment", "best_epoch", "rows", "robustness", "models"}
+MEASURED = {"curve", "seconds", "environment", "best_epoch", "robustness", "models"}
 # Settings that the first table compares.
 COMPARED = ("seed", "learning_rate", "method", "init", "retain_weight")
 ASPECTS = {  # heading -> the settings that a table of its own varies

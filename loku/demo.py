@@ -77,15 +77,16 @@ def load_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return rows[-FORGET_ROWS:], rows[:-FORGET_ROWS]
 
 
-def load_model(path: str | os.PathLike = EMBEDDED) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model in float32 and its tokenizer, by default the embedded ones."""
-    import torch
+def load_model(
+    path: str | os.PathLike = EMBEDDED, dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in a dtype and its tokenizer, by default the embedded ones in float32."""
     from transformers import AutoModelForCausalLM
 
     from loku.trust import load_tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        path, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
     return model, load_tokenizer(path)
 

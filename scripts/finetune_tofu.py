@@ -12,7 +12,7 @@ The script writes ``DIR/full`` and its rows, ``DIR/full.jsonl``. With ``--forget
 ``DIR/retain.jsonl`` (the rows of ``--full`` that are not in ``--forget``), ``DIR/retain`` (the model trained
 on them) and ``DIR/retain_log.json`` (TOFU's log of that model on the rows of ``--forget``). ``--last`` makes
 the same for forget sets that are the last rows of ``--full``, each with its number in the names:
-``DIR/retain40`` and so on. ``experiments/smollm2_tofu.py`` reads these.
+``DIR/retain40`` and so on. ``experiments/claims.py`` reads these.
 
 A finished model is not trained again, and one that was stopped goes on from its last epoch. In its folder
 ``finetuning.json`` has the settings. The script prints what each model has memorised of its rows, and of the
@@ -45,7 +45,7 @@ from loku.trust import load_tokenizer
 
 SETTINGS = "finetuning.json"
 # The options that decide a model beside its rows.
-DECIDING = ("base", "epochs", "learning_rate", "rows_per_step", "batch_size", "max_length", "seed")
+DECIDING = ("base", "epochs", "learning_rate", "rows_per_step", "batch_size", "max_length", "seed", "bf16")
 
 
 def settings_of(tokens: list[Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -96,7 +96,8 @@ def finetune(tokens: list[Any], output: Path, options: argparse.Namespace, token
         save_total_limit=1,
         report_to="none",
         remove_unused_columns=False,
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
@@ -168,6 +169,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="rows at a time (default: 4)")
     parser.add_argument("--max-length", type=int, default=500, help="longest row, in tokens")
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        help="compute in bfloat16, with weights of float32 (default: on a GPU that has it)",
+    )
     add_template_options(parser)
     options = parser.parse_args(argv)
     try:

@@ -68,6 +68,11 @@ def test_cells_go_on_where_one_fails(tmp_path, capsys, monkeypatch):
         output = capsys.readouterr()
         assert f"3 cells, {3 - unfinished} of them finished" in output.out
         assert "failed: Sum(a=-1): ValueError('less than nothing')" in output.err
+    log = [line[20:] for line in (tmp_path / "sums.log").read_text().splitlines()]  # without the times
+    assert "3 of 3 cells to run" in log[0] and "commit " in log[0] and "cores " in log[0]
+    failed = "failed: Sum(a=-1): ValueError('less than nothing')"
+    assert log[1:5] == ["a 1: 11", failed, "a 2: 12", "the end: 1 cells failed, 0 are left"]
+    assert "1 of 3 cells to run" in log[5] and log[6] == failed
 
 
 def test_another_model_needs_a_result_file_of_its_own(capsys):

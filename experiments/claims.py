@@ -1,26 +1,32 @@
-"""Unlearning a real pretrained model: SmolLM2-135M-Instruct, in its chat template, on the end of TOFU.
+"""The claims of the paper again: methods and initialisations on TOFU, with the figures of each author.
+
+    python experiments/claims.py --grid experiments/claims_embedded.yaml --out RECORD/cells.jsonl
+
+runs on the embedded model. A real pretrained model, SmolLM2-135M-Instruct in its chat template, runs so:
 
     python scripts/build_smollm2.py build/smollm2
     python scripts/finetune_tofu.py build/smollm2 --full locuslab/TOFU:forget10_perturbed --last 40 200 \
-        --question-template chat --epochs 20 --learning-rate 5e-5 --out build/smollm2_tofu
-    python experiments/smollm2_tofu.py --models build/smollm2_tofu --grid experiments/smollm2_tofu.yaml
+        --question-template chat --epochs 5 --learning-rate 3e-4 --rows-per-step 8 --bf16 \
+        --out build/smollm2_tofu
+    python experiments/claims.py --models build/smollm2_tofu --grid experiments/claims_smollm2.yaml \
+        --out RECORD/cells.jsonl
 
-The rows are TOFU's last 400, of 20 authors. ``--models`` is what ``finetune_tofu.py`` made: the model that
+Its rows are TOFU's last 400, of 20 authors. ``--models`` is what ``finetune_tofu.py`` made: the model that
 knows all of them, and for each forget set (the last 40 or 200 rows) a model that never saw it. Any other base
 and rows go as well. A cell is one unlearning run (``Cell``). The model is measured before unlearning and
 after epochs, as in ``tofu.py``: forget quality, and model utility over retained rows, real authors and world
-facts, which such a model partly knows. Then the best epoch of the run (``tofu_report.best_point``) is
-attacked:
+facts, which a real model partly knows. A line also has the answer probability of each row at each epoch.
+Then the best epoch of the run (``tofu_report.best_point``) is attacked:
 
 - half of the forget rows are taught again, and the others measured; the model that never saw them is taught
-  the same, as the control;
+  the same, as the control, where there is one;
 - its weights are rounded to 4 bits.
 
-Finished cells are lines of ``--out``, by default ``experiments/results/smollm2_tofu.jsonl``, and are not run
-again. ``--minutes`` ends a part of the grid; the same command goes on. The fields ``utility_rows``,
+Finished cells are lines of ``--out``, by default ``experiments/results/claims.jsonl``, and are not run again.
+``--minutes`` ends a part of the grid; the same command goes on. The fields ``utility_rows``,
 ``measure_every`` and ``relearning_steps`` of a cell make it cheaper, and stand in its line. Methods and
 settings that this version of loku lacks are refused by name before any cell runs. At the end
-``smollm2_report.py`` draws and tabulates the file.
+``claims_report.py`` draws and tabulates the file.
 """
 
 import argparse
@@ -32,22 +38,26 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import claims_report
 import grid
-import smollm2_report
 import tofu
 import tofu_report
 
-from loku.data import QuestionTemplate
+from loku.data import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.files import read_rows
-from loku.demo import load_model
+from loku.demo import EMBEDDED, load_model
 from loku.saving.directories import whole_file
 
-OURS = ("forget_rows", "utility_rows", "measure_every", "relearning_steps")  # no fields of UnlearnConfig
+# No fields of UnlearnConfig.
+OURS = ("forget_rows", "utility_rows", "measure_every", "relearning_steps", "dtype")
 NEW = (
     "fila_balance",
     "method_args",
 )  # fields that UnlearnConfig need not have while they are at their defaults
 BITS = 4
+DIGITS = 6  # of the probabilities in a line
+BATCH = 4  # rows that are measured at a time: on a CPU a real model takes small batches faster
+EMBEDDED_CACHE = Path(__file__).parents[1] / "build" / "claims_embedded"
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ class Cell:
         forget_rows: The number of forget rows, the last ones.
         utility_rows: The greatest number of rows of each set of utility.
         measure_every: The epochs between two measurements.
-        relearning_steps: The steps of relearning, with 8 rows each; 0 leaves it out.
+        relearning_steps: The steps of relearning, with 8 rows each; 0 leaves the attacks out.
+        dtype: The dtype of the weights. Adapters are float32 in any case.
     """
 
     method: str = "ihl"
@@ -85,19 +96,22 @@ class Cell:
     utility_rows: int = 30
     measure_every: int = 1
     relearning_steps: int = 10
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
 class Models:
-    """What ``scripts/finetune_tofu.py`` made, and the sets of utility.
+    """What ``scripts/finetune_tofu.py`` made, or the embedded model; and the sets of utility.
 
     Args:
-        folder: The folder.
+        full: The path of the model that knows all rows.
+        folder: The folder of the models that never saw the forget rows, and of what cells share.
         rows: All rows.
         facts: The settings of the fine-tuning.
         others: The rows of real authors and world facts by the names of their sections.
     """
 
+    full: Path
     folder: Path
     rows: list[Any]
     facts: dict[str, Any]
@@ -108,15 +122,39 @@ class Models:
         """The template in which the models were fine-tuned."""
         return QuestionTemplate(self.facts["question_template"], self.facts["answer_template"])
 
+    def retain_log(self, forget_rows: int) -> dict[str, Any]:
+        """Return TOFU's log of the model that never saw the last rows.
+
+        Raises:
+            SystemExit: There is no log for so many rows.
+        """
+        if self.full == EMBEDDED:
+            authors, rest = divmod(forget_rows, tofu.ROWS_PER_AUTHOR)
+            if rest:
+                raise SystemExit(f"an author has {tofu.ROWS_PER_AUTHOR} rows, got forget_rows {forget_rows}")
+            return tofu.twin_log(authors)
+        log = self.folder / f"retain{forget_rows}_log.json"
+        if not log.is_file():
+            raise SystemExit(f"{log} is missing: scripts/finetune_tofu.py --last {forget_rows}")
+        return json.loads(log.read_text(encoding="utf-8"))
+
 
 def models_of(options: argparse.Namespace) -> Models:
     """Return the models and sets that the options name."""
     folder = options.models
+    if folder is None:
+        template = {
+            "question_template": TOFU_TEMPLATE.question,
+            "answer_template": TOFU_TEMPLATE.answer,
+        }
+        facts = {"base": "the embedded model", **template}
+        return Models(EMBEDDED, EMBEDDED_CACHE, list(read_rows(EMBEDDED / "tofu.jsonl")), facts, {})
     missing = [name for name in ("full.jsonl", "full/finetuning.json") if not (folder / name).is_file()]
     if missing:
         raise SystemExit(f"{folder} has no {missing[0]}: scripts/finetune_tofu.py --out makes it")
     others = {"real_authors": options.real_authors, "world_facts": options.world_facts}
     return Models(
+        folder / "full",
         folder,
         list(read_rows(folder / "full.jsonl")),
         json.loads((folder / "full" / "finetuning.json").read_text(encoding="utf-8")),
@@ -126,19 +164,18 @@ def models_of(options: argparse.Namespace) -> Models:
 
 def base_of(cell: Cell, models: Models) -> tofu.Base:
     """Return the model and the rows of a cell."""
-    log = models.folder / f"retain{cell.forget_rows}_log.json"
-    if not log.is_file():
-        raise SystemExit(f"{log} is missing: scripts/finetune_tofu.py --last {cell.forget_rows}")
     forget, retain = models.rows[-cell.forget_rows :], models.rows[: -cell.forget_rows]
     perturbed = [row for row in retain if row.get("perturbed_answer")]
     sets = {"retain": perturbed, **models.others}
     return tofu.Base(
-        str(models.folder / "full"),
+        str(models.full),
         forget,
         retain,
         {name: tofu.spread(rows, cell.utility_rows) for name, rows in sets.items()},
-        json.loads(log.read_text(encoding="utf-8")),
+        models.retain_log(cell.forget_rows),
         models.template,
+        cell.dtype,
+        tofu.Base.batch_size if models.full == EMBEDDED else BATCH,
     )
 
 
@@ -211,7 +248,7 @@ class Measured:
         if self.logs:
             log = tofu.measured_log(model, self.tokenizer, self.base)
         else:
-            key = [self.base.forget, self.base.utility_rows]
+            key = [self.base.forget, self.base.utility_rows, self.base.dtype]
             log = cached(
                 self.cache, "before", key, lambda: tofu.measured_log(model, self.tokenizer, self.base)
             )
@@ -231,7 +268,7 @@ def cached(folder: Path, name: str, key: Any, make: Any) -> Any:
     file = folder / f"{name}-{digest}.json"
     if not file.is_file():
         made = make()
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as unfinished:
             unfinished.write_text(json.dumps(made), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
@@ -243,29 +280,29 @@ def robustness(model: Any, tokenizer: Any, cell: Cell, base: tofu.Base, folder: 
 
     sets = {"forget": base.forget, "retain": base.utility_rows["retain"]}
     rounded = quantisation_attack(model, tokenizer, sets, bits=[BITS], template=base.template)
+    options: dict[str, Any] = {
+        "steps": cell.relearning_steps,
+        "every": max(1, cell.relearning_steps // 5),
+        "seed": cell.seed,
+        "template": base.template,
+    }
+
+    def relearned(model: Any) -> dict[str, Any]:
+        return relearning_attack(model, tokenizer, base.forget, **options)["unlearned"]
+
+    def control() -> dict[str, Any]:
+        other, _ = load_model(never_saw, cell.dtype)
+        return relearned(other.to(model.device))
+
     figures: dict[str, Any] = {
         "rounded": {
             title: {name: measures["probability"] for name, measures in of_sets.items()}
             for title, of_sets in rounded["roundings"].items()
-        }
+        },
+        "relearning": relearned(model),
     }
-    if cell.relearning_steps:
-        options: dict[str, Any] = {
-            "steps": cell.relearning_steps,
-            "every": max(1, cell.relearning_steps // 5),
-            "seed": cell.seed,
-            "template": base.template,
-        }
-
-        def relearned(model: Any) -> dict[str, Any]:
-            return relearning_attack(model, tokenizer, base.forget, **options)["unlearned"]
-
-        def control() -> dict[str, Any]:
-            other, _ = load_model(folder / f"retain{cell.forget_rows}")
-            return relearned(other.to(model.device))
-
-        key = [cell.forget_rows, cell.relearning_steps, cell.seed]
-        figures["relearning"] = relearned(model)
+    if (never_saw := folder / f"retain{cell.forget_rows}").is_dir():
+        key = [cell.forget_rows, cell.relearning_steps, cell.seed, cell.dtype]
         figures["control"] = cached(folder / "cache", "control", key, control)
     return figures
 
@@ -279,7 +316,7 @@ def author_rows(log: Mapping[str, Any], base: tofu.Base) -> dict[str, list[list[
     sets = {"forget": base.forget, "retain": base.utility_rows["retain"]}
     return {
         name: [
-            [authors[row["question"]], math.exp(-loss)]
+            [authors[row["question"]], round(math.exp(-loss), DIGITS)]
             for row, loss in zip(rows, log[SECTIONS[name]]["avg_gt_loss"].values(), strict=True)
         ]
         for name, rows in sets.items()
@@ -287,7 +324,7 @@ def author_rows(log: Mapping[str, Any], base: tofu.Base) -> dict[str, list[list[
 
 
 def run_cell(cell: Cell, base: tofu.Base, models: Models) -> dict[str, Any]:
-    """Return the line of a cell: its curve, its best epoch, the rows and the robustness then, and seconds."""
+    """Return the line of a cell: its curve with the rows, its best epoch and the robustness then, seconds."""
     kept: list[Measured] = []
 
     def curve_of(tokenizer: Any) -> Any:
@@ -298,14 +335,16 @@ def run_cell(cell: Cell, base: tofu.Base, models: Models) -> dict[str, Any]:
     best = tofu_report.best_point({"curve": curve.points})
     at = curve.points.index(best)
     found: dict[str, Any] | None = None
-    if at > 0:
+    if at > 0 and cell.relearning_steps:
         for name, parameter in trained(model):
             parameter.data.copy_(kept[0].states[at][name])
         found = robustness(model, tokenizer, cell, base, models.folder)
     return {
-        "curve": curve.points,
+        "curve": [
+            {**point, "rows": author_rows(log, base)}
+            for point, log in zip(curve.points, kept[0].logs, strict=True)
+        ],
         "best_epoch": best["epoch"],
-        "rows": author_rows(kept[0].logs[at], base),
         "robustness": found,
         "models": models.facts,
         "seconds": seconds,
@@ -317,9 +356,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    grid.add_arguments(parser, Cell, grid.RESULTS / "smollm2_tofu.jsonl")
+    grid.add_arguments(parser, Cell, grid.RESULTS / "claims.jsonl")
     parser.add_argument(
-        "--models", type=Path, required=True, metavar="DIR", help="what scripts/finetune_tofu.py made"
+        "--models",
+        type=Path,
+        metavar="DIR",
+        help="what scripts/finetune_tofu.py made (default: the embedded model)",
     )
     for name in ("real-authors", "world-facts"):
         default = f"locuslab/TOFU:{name.replace('-', '_')}_perturbed"
@@ -335,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lambda cell: (base_of(cell, models), models),
         options,
         tofu.summary,
-        smollm2_report.write_report,
+        claims_report.write_report,
     )
 
 
