@@ -133,10 +133,11 @@ def test_the_grids_are_of_cells():
             yaml.safe_load((ROOT / "experiments" / f"claims_{name}.yaml").read_text(encoding="utf-8")),
             claims.Cell,
         )
-        for name in ("smollm2", "embedded")
+        for name in ("smollm2", "smollm2_200", "embedded")
     }
     assert {cell.method for cell in cells["smollm2"]} == {"ihl", "npo", "simnpo", "gd", "rmu"}
-    assert {cell.forget_rows for cell in cells["smollm2"]} == {40, 200}
+    assert {cell.forget_rows for cell in cells["smollm2"]} == {40}
+    assert {cell.forget_rows for cell in cells["smollm2_200"]} == {200}
     assert {cell.fila_balance for cell in cells["smollm2"]} == {"normalised", "paper"}
     embedded = cells["embedded"]
     assert {cell.seed for cell in embedded} == {0, 1, 2, 3, 4}
