@@ -82,19 +82,21 @@ def arm(line: Line) -> tuple[str, str]:
     return INITS[init], fixed.get(init, balance)
 
 
-def crossing(curve: Sequence[Line]) -> tuple[float, float] | None:
-    """Return the step at which a curve falls to ``FORGOTTEN``, and the retain probability at that step.
+def crossing(curve: Sequence[Line], name: str = "retain_probability") -> tuple[float, float] | None:
+    """Return the step at which a curve falls to ``FORGOTTEN``, and another measure at that step.
 
     Both are interpolated between two points. None stands for a curve that stays above.
+
+    Args:
+        curve: The points of a run.
+        name: The other measure, the retain probability by default.
     """
     for before, after in pairwise(curve):
         high, low = before["forget_probability"], after["forget_probability"]
         if low <= FORGOTTEN < high:
             share = (high - FORGOTTEN) / (high - low)
-            step, retain = (
-                before[name] + share * (after[name] - before[name]) for name in ("step", "retain_probability")
-            )
-            return step, retain
+            step, other = (before[key] + share * (after[key] - before[key]) for key in ("step", name))
+            return step, other
     return None
 
 
@@ -109,6 +111,11 @@ def balance_groups(lines: Sequence[Line]) -> dict[tuple[str, str, float], list[L
             groups.items(), key=lambda item: (inits.index(item[0][0]), BALANCES.index(item[0][1]), item[0][2])
         )
     )
+
+
+def forgetting(lines: Sequence[Line], forget: str) -> list[Line]:
+    """Return the runs that forget "authors", or every other of their "rows"."""
+    return [line for line in lines if line.get("forget", "authors") == forget]
 
 
 def fila_balance(lines: Sequence[Line]) -> str:
@@ -139,5 +146,35 @@ def fila_balance(lines: Sequence[Line]) -> str:
             "forget quality at the end, by seed",
             "retain probability at the end",
         ],
-        [row(key, group) for key, group in balance_groups(lines).items()],
+        [row(key, group) for key, group in balance_groups(forgetting(lines, "authors")).items()],
+    )
+
+
+def fila_overlap(lines: Sequence[Line]) -> str:
+    """Return the table of the runs that forget every other row, with the rows between, by seed."""
+
+    def row(key: tuple[str, str, float], group: list[Line]) -> list[str]:
+        found = [
+            [crossing(line["curve"], f"{name}_probability") for line in group]
+            for name in ("neighbour", "retain")
+        ]
+        return [
+            *key[:2],
+            f"{key[2]:g}",
+            ", ".join("-" if pair is None else f"{pair[0]:.1f}" for pair in found[0]),
+            *(", ".join("-" if pair is None else f"{pair[1]:.2f}" for pair in pairs) for pairs in found),
+            ", ".join(f"{line['curve'][-1]['neighbour_probability']:.2f}" for line in group),
+        ]
+
+    return markdown_table(
+        [
+            "initialisation",
+            "balance",
+            "learning rate",
+            f"steps to a forget probability of {FORGOTTEN}, by seed",
+            "probability of the rows between, then",
+            "probability of other authors, then",
+            "probability of the rows between, at the end",
+        ],
+        [row(key, group) for key, group in balance_groups(forgetting(lines, "rows")).items()],
     )

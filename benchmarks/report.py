@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tables
-from ablation_table import fila_ablation, fila_balance
+from ablation_table import fila_ablation, fila_balance, fila_overlap
 from forgetting_table import forgetting
 from gpu_tables import gpu
 from result_files import RESULTS, read_result
@@ -43,11 +43,12 @@ TABLES: dict[str, tuple[Callable[..., str], Sequence[str | Path]]] = {
     "gpu_h200": (gpu, ["gpu_h200.json"]),
     "fila_ablation": (fila_ablation, [ABLATION]),
     "fila_balance": (fila_balance, [BALANCE]),
+    "fila_overlap": (fila_overlap, [BALANCE]),
     **{name: (make, [TUTORIAL_RUNS]) for name, make in TUTORIAL.items()},
 }
 PAGES = {
     "README.md": ["forgetting", "summary"],
-    "docs/experiments.md": ["fila_ablation", "fila_balance"],
+    "docs/experiments.md": ["fila_ablation", "fila_balance", "fila_overlap"],
     "docs/tutorial.md": list(TUTORIAL),
 }
 _ELSEWHERE = {name for names in PAGES.values() for name in names} | TUTORIAL.keys()

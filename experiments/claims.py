@@ -56,7 +56,7 @@ NEW = (
 )  # fields that UnlearnConfig need not have while they are at their defaults
 BITS = 4
 DIGITS = 6  # of the probabilities in a line
-BATCH = 4  # rows that are measured at a time: on a CPU a real model takes small batches faster
+BATCH = 16  # rows of a real model that are measured at a time
 EMBEDDED_CACHE = Path(__file__).parents[1] / "build" / "claims_embedded"
 
 

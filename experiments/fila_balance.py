@@ -9,15 +9,19 @@ forgets the model's last two authors in ``STEPS`` steps of 8 + 8 rows, at a cons
 retain weight of 1. The figures are the probabilities of the forget answers and of 40 retained answers after
 every second step, and TOFU's forget quality at the end.
 
+FILA's row scales could help where the sets overlap. A cell of ``forget="rows"`` forgets every other row of
+these authors. The rows between are retained, and measured as "neighbour". No model never saw the forget rows
+alone, so there is no forget quality.
+
 Finished cells are lines of ``--out``, by default ``experiments/results/fila_balance.jsonl``, and are not run
-again. ``fila_balance_report.py`` draws them, and ``benchmarks/report.py`` makes the table in
+again. ``fila_balance_report.py`` draws them, and ``benchmarks/report.py`` makes the tables in
 ``docs/experiments.md``.
 """
 
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,7 @@ from loku.evaluation.scores import mean_answer_probability, token_scores
 from loku.evaluation.tofu import SECTIONS
 
 FORGET_AUTHORS, RANK = 2, 8
-EPOCHS, STEPS = 4, 20
+STEPS = 20
 EVERY = 2  # steps between two measurements of probabilities
 RETAINED = 40  # retained rows whose probability is measured
 
@@ -51,12 +55,30 @@ class Cell:
             "default" has none.
         learning_rate: The learning rate.
         seed: The seed.
+        forget: "authors" forgets the last two authors, "rows" every other row of them.
     """
 
     init: str = "fila"
     fila_balance: str = "normalised"
     learning_rate: float = 2e-3
     seed: int = 0
+    forget: str = "authors"
+
+
+def base_of(cell: Cell) -> tuple[tofu.Base, list[Any]]:
+    """Return the model and the rows of a cell, and the retained rows of the authors to forget.
+
+    Raises:
+        ValueError: ``forget`` is neither "authors" nor "rows".
+    """
+    base = tofu.embedded_base(FORGET_AUTHORS)
+    if cell.forget == "authors":
+        return base, []
+    if cell.forget != "rows":
+        raise ValueError(f'forget must be "authors" or "rows", got {cell.forget!r}')
+    neighbours = base.forget[1::2]
+    rows = {"forget": base.forget[::2], "retain": [*base.retain, *neighbours]}
+    return replace(base, **rows, retain_log=None), neighbours
 
 
 @lru_cache
@@ -85,13 +107,11 @@ class Curve(TrainerCallback):
     ``points`` are the measures, and ``step_size`` is that of the initial adapter.
     """
 
-    def __init__(self, tokenizer: Any, base: tofu.Base) -> None:
+    def __init__(self, tokenizer: Any, base: tofu.Base, neighbours: Sequence[Any] = ()) -> None:
         self.tokenizer, self.base = tokenizer, base
-        retained = tofu.spread(base.retain, RETAINED)
-        self.rows = {
-            name: tokenize_dataset(rows, tokenizer)
-            for name, rows in {"forget": base.forget, "retain": retained}.items()
-        }
+        others = base.retain[: len(base.retain) - len(neighbours)]
+        sets = {"forget": base.forget, "retain": tofu.spread(others, RETAINED), "neighbour": neighbours}
+        self.rows = {name: tokenize_dataset(rows, tokenizer) for name, rows in sets.items() if rows}
         self.points: list[dict[str, Any]] = []
         self.step_size = 0.0
 
@@ -114,10 +134,11 @@ class Curve(TrainerCallback):
             self.measure(state, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measure forget quality."""
+        """Measure forget quality, if there is the log that it needs."""
+        if self.base.retain_log is None:
+            return
         rows = self.base.forget  # the test needs the losses of answers, and no generated ones
         section = evaluate_tofu_rows(model, self.tokenizer, rows, 32, progress=False, max_new_tokens=1)
-        assert self.base.retain_log is not None
         self.points[-1]["forget_quality"] = forget_quality(
             {SECTIONS["forget"]: section}, self.base.retain_log
         )
@@ -129,17 +150,18 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    base = tofu.embedded_base(FORGET_AUTHORS)
+    base, neighbours = base_of(cell)
     model, tokenizer = load_model(base.model)
-    curve = Curve(tokenizer, base)
+    curve = Curve(tokenizer, base, neighbours)
+    settings = {name: value for name, value in asdict(cell).items() if name != "forget"}
     with tempfile.TemporaryDirectory() as directory:
         config = UnlearnConfig(
-            **asdict(cell),
+            **settings,
             output_dir=directory,
             lora_rank=RANK,
             lora_alpha=2 * RANK,
             retain_weight=1.0,
-            num_train_epochs=EPOCHS,
+            max_steps=STEPS,
             lr_scheduler_type="constant",
             per_device_train_batch_size=8,
             fisher_cache_dir=str(Path(cache_folder().name)),

@@ -5,7 +5,7 @@
 ``fila_balance.png`` is written beside the result file. On the left it draws the steps until the forget
 answers have the probability ``FORGOTTEN`` against the size of the first step, ``step_size`` times the
 learning rate. On the right it draws the retain probability at that moment against the same steps. A mark is
-a run. The table is in ``docs/experiments.md``.
+a run that forgets authors. The tables are in ``docs/experiments.md``.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ MARKERS = {"normalised": "o", "0.1": "s", "0.01": "^", "paper": "D", "-": "x"}
 
 
 def write_report(path: Path) -> None:
-    """Draw the picture of the result file ``path`` beside it, and print the table."""
+    """Draw the picture of the result file ``path`` beside it, and print the tables."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
@@ -30,14 +30,14 @@ def write_report(path: Path) -> None:
     if not runs:
         print(f"{path} has no runs: nothing to draw")
         return
-    print(ablation_table.fila_balance(runs))
+    print(ablation_table.fila_balance(runs), ablation_table.fila_overlap(runs), sep="\n\n")
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     figure.suptitle(
         f"Steps until the forget answers have a probability of {ablation_table.FORGOTTEN}; IHL, rank 8"
     )
     left, right = figure.subplots(1, 2)
     shown: dict[tuple[str, str], None] = {}
-    for run in runs:
+    for run in ablation_table.forgetting(runs, "authors"):
         found = ablation_table.crossing(run["curve"])
         if found is None:
             continue

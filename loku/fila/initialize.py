@@ -465,7 +465,8 @@ def initialize_lora_fila_weights(
         forget_dataloader: The batches of the forget set, as for ``get_fila_state_dict``. It is not needed
             with ``fila_state_dict``.
         retain_dataloader: The batches of the retain set, in the same form.
-        fila_state_dict: The row scales that ``get_fila_state_dict`` returned; None (default) measures them.
+        fila_state_dict: The row scales that ``get_fila_state_dict`` returned, used as they are: the damping
+            and the balance of ``config`` do not change them. None (default) measures them.
         adapter_name: The name of the adapter, "default" by default.
         config: The settings, ``FilaConfig()`` by default.
         progress: Whether to show the passes and a progress bar.

@@ -90,5 +90,15 @@ def resolved(
         if not arguments[name].holds(value):
             raise ValueError(
                 f"method_args: {name} of method {method!r} must be {arguments[name].wanted}, got {value!r}"
+                f"{_yaml_hint(value)}"
             )
     return values
+
+
+def _yaml_hint(value: Any) -> str:
+    """Return what to write in place of a text that would be a number in Python, such as "1e-5"."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    return "" if math.isnan(number) else ", a text; YAML takes a number with a dot, such as 1.0e-5"

@@ -22,7 +22,7 @@ TABLES = {
         "demo",
         "gpu_h200",
     },
-    "docs/experiments.md": {"fila_ablation", "fila_balance"},
+    "docs/experiments.md": {"fila_ablation", "fila_balance", "fila_overlap"},
     "docs/tutorial.md": {
         "tutorial_paris_answers",
         "tutorial_paris_figures",

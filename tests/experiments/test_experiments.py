@@ -433,17 +433,43 @@ def test_fila_balance_report(tmp_path, capsys):
         balance_run([1.0, 0.0, 0.0], [1.0, 0.5, 0.4], init="official-fila"),
         balance_run([1.0, 0.0, 0.0], [1.0, 0.5, 0.4], init="default", learning_rate=4e-3),
     ]
+    for init, between in (("pissa", 0.8), ("fila", 0.6)):
+        runs.append(balance_run([1.0, 0.4, 0.0], [1.0, 0.9, 0.5], init=init, forget="rows"))
+        for point, probability in zip(runs[-1]["curve"], [1.0, between, 0.0], strict=True):
+            point["neighbour_probability"] = probability
     path = tmp_path / "fila_balance.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in runs))
     fila_balance_report.write_report(path)
     assert (tmp_path / "fila_balance.png").stat().st_size > 10_000
-    _, _, *rows = capsys.readouterr().out.splitlines()
-    assert rows == [
+    table, overlap = capsys.readouterr().out.split("\n\n")
+    assert overlap.splitlines()[2:] == [
+        "| FILA | normalised | 0.002 | 3.5 | 0.15 | 0.60 | 0.00 |",
+        "| PiSSA | normalised | 0.002 | 3.5 | 0.20 | 0.60 | 0.00 |",
+    ]
+    assert table.splitlines()[2:] == [
         "| FILA | normalised | 0.002 | 0.20 | 3.6, 4.0 | 0.760 | 0.25, 0.25 | 0.750 |",
         "| FILA | 0.01 | 0.0005 | 0.05 | - | - | 0.25 | 0.700 |",
         "| official FILA | paper | 0.002 | 0.20 | 1.8 | 0.550 | 0.25 | 0.400 |",
         "| default LoRA | - | 0.004 | 0.40 | 1.8 | 0.550 | 0.25 | 0.400 |",
     ]
+
+
+def test_the_rows_between_are_retained_and_measured():
+    import fila_balance
+
+    base, neighbours = fila_balance.base_of(fila_balance.Cell(forget="rows"))
+    rows = read_rows(demo.EMBEDDED / "tofu.jsonl")
+    assert base.forget == rows[-40::2] and neighbours == rows[-39::2]
+    assert base.retain == [*rows[:-40], *neighbours] and base.retain_log is None
+    _, tokenizer = demo.load_model()
+    measured = fila_balance.Curve(tokenizer, base, neighbours).rows
+    assert {name: len(of_name) for name, of_name in measured.items()} == {
+        "forget": 20,
+        "retain": 40,
+        "neighbour": 20,
+    }
+    with pytest.raises(ValueError, match='forget must be "authors" or "rows", got \'half\''):
+        fila_balance.base_of(fila_balance.Cell(forget="half"))
 
 
 def test_step_size_is_that_of_random_signs(seeded):

@@ -264,6 +264,10 @@ def test_impossible_values_are_refused_by_name(name, values, wanted):
         ),
         ({"method": "satimp", "method_args": {"beta2": -1}}, "must be a finite number >= 0, got -1"),
         (
+            {"method": "satimp", "method_args": {"beta2": "1e-5"}},
+            r"got '1e-5', a text; YAML takes .* such as 1\.0e-5",
+        ),
+        (
             {"method": "ceu", "method_args": {"ignore_first_n_answer_tokens": 1.5}},
             "must be an integer >= 0, got 1.5",
         ),
