@@ -16,7 +16,7 @@ knows all of them, and for each forget set (the last 40 or 200 rows) a model tha
 and rows go as well. A cell is one unlearning run (``Cell``). The model is measured before unlearning and
 after epochs, as in ``tofu.py``: forget quality, and model utility over retained rows, real authors and world
 facts, which a real model partly knows. A line also has the answer probability of each row at each epoch.
-Then the best epoch of the run (``tofu_report.best_point``) is attacked:
+Then the epoch at which the run counts (``claims_report.forgotten_point``) is attacked, if there is one:
 
 - half of the forget rows are taught again, and the others measured; the model that never saw them is taught
   the same, as the control, where there is one;
@@ -41,7 +41,6 @@ from typing import Any
 import claims_report
 import grid
 import tofu
-import tofu_report
 
 from loku.data import TOFU_TEMPLATE, QuestionTemplate
 from loku.data.files import read_rows
@@ -324,7 +323,7 @@ def author_rows(log: Mapping[str, Any], base: tofu.Base) -> dict[str, list[list[
 
 
 def run_cell(cell: Cell, base: tofu.Base, models: Models) -> dict[str, Any]:
-    """Return the line of a cell: its curve with the rows, its best epoch and the robustness then, seconds."""
+    """Return the line of a cell: its curve with the rows, its robustness, the models and the seconds."""
     kept: list[Measured] = []
 
     def curve_of(tokenizer: Any) -> Any:
@@ -332,19 +331,17 @@ def run_cell(cell: Cell, base: tofu.Base, models: Models) -> dict[str, Any]:
         return tofu.curve_callback(tokenizer, base, kept[0], cell.measure_every)
 
     model, tokenizer, curve, seconds = tofu.unlearned(settings_of(cell, models), base, curve_of)
-    best = tofu_report.best_point({"curve": curve.points})
-    at = curve.points.index(best)
     found: dict[str, Any] | None = None
-    if at > 0 and cell.relearning_steps:
+    counted = claims_report.forgotten_point({"curve": curve.points})
+    if counted is not None and cell.relearning_steps:
         for name, parameter in trained(model):
-            parameter.data.copy_(kept[0].states[at][name])
+            parameter.data.copy_(kept[0].states[curve.points.index(counted)][name])
         found = robustness(model, tokenizer, cell, base, models.folder)
     return {
         "curve": [
             {**point, "rows": author_rows(log, base)}
             for point, log in zip(curve.points, kept[0].logs, strict=True)
         ],
-        "best_epoch": best["epoch"],
         "robustness": found,
         "models": models.facts,
         "seconds": seconds,

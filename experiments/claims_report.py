@@ -3,9 +3,10 @@
     python experiments/claims_report.py [experiments/results/claims.jsonl]
 
 The files are written beside the result file, with its name: ``.md``, ``_tradeoff.png`` (forget quality
-against utility by epoch) and ``_rates.png`` (the best forget quality by learning rate). For each forget set
-``.md`` has these tables. Intervals are of 95%, by a bootstrap over seeds and authors. All runs have the same
-authors, so a resample takes the same ones from each.
+against the retain probability by epoch) and ``_equal_quality.png`` (the retain probability at equal forget
+quality). For each forget set ``.md`` has these tables. Intervals are of 95%, by a bootstrap over seeds and
+authors. All runs have the same authors, so a resample takes the same ones from each. With one seed the
+interval is that of the authors alone.
 
 - The table of ``tofu_report.py``: a row for each setting at its best learning rate, over seeds.
 - Equal forget quality. A run counts at the epoch of the highest retain probability among those whose forget
@@ -13,13 +14,13 @@ authors, so a resample takes the same ones from each.
   the mean of these epochs is highest.
 - FILA against PiSSA, which is FILA without the Fisher information: the differences of runs of IHL of equal
   balance, learning rate and seeds.
-- Collapse: the lowest share of utility that a setting keeps, at each learning rate.
-- Robustness of the best epochs: relearning and rounding.
+- Collapse: the lowest share of the retain probability that a setting keeps, at each learning rate.
+- Robustness of the epochs that count at equal forget quality: relearning and rounding.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import geometric_mean, mean
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,15 +28,11 @@ from grid import RESULTS, Group, Run, grouped, report_command, varied_fields
 from shared import result_files
 from tofu_report import (
     FORGOTTEN,
-    KEPT,
     MEASURED,
+    PANEL_TITLES,
     Point,
-    add_legend,
-    best_point,
-    best_settings,
     draw_tradeoff,
     quality,
-    quality_axes,
     table,
 )
 
@@ -46,7 +43,7 @@ if TYPE_CHECKING:
 
 COMPARED = ("method", "init", "fila_balance")
 BASELINE = ("ihl", "default")  # method and initialisation with which the others are compared
-COLLAPSED = 0.5  # share of the utility before unlearning under which a run has collapsed
+COLLAPSED = 0.5  # share of the retain probability before unlearning under which a run has collapsed
 RESAMPLES = 2000
 
 Values = dict[int, list[float]]  # author -> the values of its rows
@@ -141,7 +138,7 @@ def settings_cells(run: Run, names: Sequence[str]) -> list[str]:
 def forgotten_point(run: Run) -> Point | None:
     """Return the epoch of the highest retain probability whose forget quality is ``FORGOTTEN``, or None."""
     found = [point for point in run["curve"][1:] if quality(point) >= FORGOTTEN]
-    return max(found, key=lambda point: point["retain"]["probability"], default=None)
+    return max(found, key=retain_probability, default=None)
 
 
 def forgotten_points(group: Group) -> list[Point]:
@@ -154,16 +151,22 @@ def rate_at_equal_quality(group: Group) -> Group:
 
     def rank(runs: Group) -> tuple[int, float, float]:
         points = forgotten_points(runs)
-        retained = mean(point["retain"]["probability"] for point in points) if points else 0.0
+        retained = mean(map(retain_probability, points)) if points else 0.0
         return len(runs), len(points) / len(runs), retained
 
     return max(grouped(group, MEASURED, "seed").values(), key=rank)
 
 
+def rates_at_equal_quality(runs: Sequence[Run]) -> list[Group]:
+    """Return the runs of each setting at the rate of ``rate_at_equal_quality``."""
+    return [
+        rate_at_equal_quality(group) for group in grouped(runs, MEASURED, "seed", "learning_rate").values()
+    ]
+
+
 def equal_quality_table(runs: Sequence[Run]) -> str:
     """Return the Markdown table of the settings at equal forget quality, the best first."""
-    settings = grouped(runs, MEASURED, "seed", "learning_rate").values()
-    groups = [rate_at_equal_quality(group) for group in settings]
+    groups = rates_at_equal_quality(runs)
     names = [*COMPARED, *varied_fields(groups, MEASURED, "seed", "learning_rate", *COMPARED)]
     points = [forgotten_points(group) for group in groups]
     baseline: list[Values] | None = None
@@ -245,7 +248,7 @@ def fisher_table(runs: Sequence[Run]) -> str | None:
 
 
 def collapse_table(runs: Sequence[Run]) -> str:
-    """Return the Markdown table of the lowest and the last share of utility kept, by learning rate."""
+    """Return the Markdown table of the lowest and the last share of retain probability, by learning rate."""
     rates = sorted({run["learning_rate"] for run in runs})
     rows = []
     for group in grouped(runs, MEASURED, "seed", "learning_rate").values():
@@ -256,7 +259,7 @@ def collapse_table(runs: Sequence[Run]) -> str:
                 cells.append("")
                 continue
             shares = [
-                [point["model_utility"] / run["curve"][0]["model_utility"] for point in run["curve"]]
+                [retain_probability(point) / retain_probability(run["curve"][0]) for point in run["curve"]]
                 for run in chosen
             ]
             lowest = min(map(min, shares))
@@ -280,13 +283,14 @@ def figures_of(group: Group, *path: str) -> str:
 
 
 def robustness_row(group: Group, names: Sequence[str]) -> list[str]:
-    """Return the cells of a setting: probabilities, relearning and rounding at the best epochs."""
-    points = [best_point(run) for run in group]
+    """Return the cells of a setting: probabilities, relearning and rounding at the epochs that count."""
+    points = forgotten_points(group)
     return [
         *settings_cells(group[0], names),
         f"{group[0]['learning_rate']:g}",
-        ", ".join(str(run["best_epoch"]) for run in group),
+        ", ".join(str(point["epoch"]) for point in points),
         *(shown_interval([by_author(point, name) for point in points]) for name in ("forget", "retain")),
+        figures_of(group, "relearning", "before"),
         figures_of(group, "relearning", "best"),
         figures_of(group, "control", "best"),
         figures_of(group, "rounded", "4 bits", "forget"),
@@ -300,10 +304,11 @@ def robustness_table(groups: Sequence[Group]) -> str:
     header = [
         *(name.replace("_", " ") for name in names),
         "learning rate",
-        "best epochs",
+        "epochs",
         "forget probability (95%)",
         "retain probability (95%)",
-        "relearned, the other half",
+        "the half that is not taught",
+        "the same, relearned",
         "the same of the control",
         "4 bits: forget probability",
         "4 bits: retain probability",
@@ -314,31 +319,38 @@ def robustness_table(groups: Sequence[Group]) -> str:
 # --- pictures and files ---------------------------------------------------------------------------
 
 
-def draw_rates(path: Path, runs: Sequence[Run]) -> None:
-    """Draw the best forget quality that keeps utility by learning rate, with a panel for each forget set."""
-    sizes = sorted({run["forget_rows"] for run in runs})
-    figure, axes = quality_axes(
-        len(sizes), f"The best epoch that keeps {KEPT:.0%} of utility", xlabel="learning rate", xscale="log"
-    )
-    labels = list(dict.fromkeys(label_of(run) for run in runs))
-    for panel, size in zip(axes, sizes, strict=True):
-        panel.set_title(f"{size} rows forgotten")
-        for index, label in enumerate(labels):
-            chosen = [run for run in runs if run["forget_rows"] == size and label_of(run) == label]
-            points = sorted(
-                (group[0]["learning_rate"], geometric_mean(quality(best_point(run)) for run in group))
-                for group in grouped(chosen, MEASURED, "seed").values()
-            )
-            if points:
-                rates, best = zip(*points, strict=True)
-                panel.plot(rates, best, marker="o", ms=4, color=f"C{index}", label=label)
-    add_legend(figure, axes)
+def retain_probability(point: Point) -> float:
+    """Return the mean answer probability of the retained rows."""
+    return point["retain"]["probability"]
+
+
+def draw_equal_quality(path: Path, groups: Sequence[Group], panel_field: str) -> None:
+    """Draw the retain probability at equal forget quality with its interval, a panel for each forget set."""
+    from matplotlib.figure import Figure  # pyplot would choose a backend for the whole process
+
+    values = sorted({group[0][panel_field] for group in groups})
+    figure = Figure(figsize=(4.8 * len(values) + 1.6, 4.4), layout="constrained")
+    figure.suptitle(f"Retain probability once forget quality is {FORGOTTEN}, with 95% intervals")
+    panels = figure.subplots(1, len(values), squeeze=False)[0]
+    for panel, value in zip(panels, values, strict=True):
+        drawn = []
+        for group in groups:
+            points = forgotten_points(group)
+            if group[0][panel_field] == value and points:
+                drawn.append((interval([by_author(point, "retain") for point in points]), label_of(group[0])))
+        drawn.sort()
+        for at, ((center, low, high), _) in enumerate(drawn):
+            panel.errorbar(center, at, xerr=[[center - low], [high - center]], fmt="o", color="C0", capsize=3)
+        panel.set_yticks(range(len(drawn)), [label for _, label in drawn])
+        panel.set(title=PANEL_TITLES[panel_field].format(value), xlabel="retain probability")
+        panel.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 
 def label_of(run: Run) -> str:
-    """Return the settings of ``COMPARED`` as one text."""
-    return ", ".join(str(run[name]) for name in COMPARED)
+    """Return the settings of ``COMPARED`` and the learning rate as one text."""
+    settings = [text for text in settings_cells(run, COMPARED) if text not in ("-", "normalised")]
+    return ", ".join([*settings, f"{run['learning_rate']:g}"])
 
 
 def description(facts: dict[str, Any]) -> str:
@@ -368,17 +380,27 @@ def write_report(path: Path) -> None:
             lines += ["### FILA minus PiSSA", fisher]
         lines += [
             "### Collapse",
-            "The lowest share of utility kept over epochs and seeds, and the mean share at the end, by "
-            f"learning rate. Bold: under {COLLAPSED:.0%}.",
+            "The lowest share of the retain probability kept over epochs and seeds, and the mean share at "
+            f"the end, by learning rate. Bold: under {COLLAPSED:.0%}.",
             collapse_table(chosen),
         ]
-        if any(run["robustness"] for run in chosen):
-            lines += ["### Robustness at the best epoch", robustness_table(best_settings(chosen))]
+        attacked = [run for run in chosen if run["robustness"]]
+        if attacked:
+            table_of_attacked = robustness_table(rates_at_equal_quality(attacked))
+            lines += ["### Robustness at equal forget quality", table_of_attacked]
     text = "\n\n".join(lines)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    draw_tradeoff(path.with_name(f"{path.stem}_tradeoff.png"), best_settings(runs), "forget_rows", COMPARED)
-    draw_rates(path.with_name(f"{path.stem}_rates.png"), runs)
+    groups = rates_at_equal_quality(runs)
+    draw_tradeoff(
+        path.with_name(f"{path.stem}_tradeoff.png"),
+        groups,
+        "forget_rows",
+        (*COMPARED, "learning_rate"),
+        retain_probability,
+        "retain probability",
+    )
+    draw_equal_quality(path.with_name(f"{path.stem}_equal_quality.png"), groups, "forget_rows")
 
 
 if __name__ == "__main__":

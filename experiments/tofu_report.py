@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KEPT = 0.95  # share of the utility before unlearning that a counted epoch keeps
 FORGOTTEN = 0.05  # p-value at which the test no longer tells the model from one that never saw the set
 SMALLEST = 1e-30  # smaller p-values are drawn and averaged as this
-MEASURED = {"curve", "seconds", "environment", "best_epoch", "robustness", "models"}
+MEASURED = {"curve", "seconds", "environment", "robustness", "models"}
 # Settings that the first table compares.
 COMPARED = ("seed", "learning_rate", "method", "init", "retain_weight")
 ASPECTS = {  # heading -> the settings that a table of its own varies
@@ -229,13 +229,24 @@ def steps_table(runs: Sequence[Run]) -> str:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def mean_curve(group: Group) -> Iterator[tuple[int, float, float]]:
-    """Yield (step, share of utility kept, forget quality) of each epoch, averaged over seeds."""
+def utility_of(point: Point) -> float:
+    """Return the model utility."""
+    return point["model_utility"]
+
+
+def mean_curve(
+    group: Group, kept_measure: Callable[[Point], float] = utility_of
+) -> Iterator[tuple[int, float, float]]:
+    """Yield (step, share of a measure kept, forget quality) of each epoch, averaged over seeds.
+
+    Args:
+        group: The runs of the seeds.
+        kept_measure: The measure that should stay, model utility by default.
+    """
     curves = [run["curve"] for run in group]
     for points in zip(*curves, strict=False):
         kept_shares = [
-            point["model_utility"] / curve[0]["model_utility"]
-            for point, curve in zip(points, curves, strict=True)
+            kept_measure(point) / kept_measure(curve[0]) for point, curve in zip(points, curves, strict=True)
         ]
         yield points[0]["step"], mean(kept_shares), geometric_mean(map(quality, points))
 
@@ -273,9 +284,14 @@ def add_legend(figure: "Figure", axes: Sequence["Axes"], sizes: Sequence[int] = 
 
 
 def draw_tradeoff(
-    path: Path, groups: Sequence[Group], panel_field: str, names: Sequence[str] | None = None
+    path: Path,
+    groups: Sequence[Group],
+    panel_field: str,
+    names: Sequence[str] | None = None,
+    kept_measure: Callable[[Point], float] = utility_of,
+    kept_name: str = "utility",
 ) -> None:
-    """Draw forget quality against utility, with a panel for each value of a setting.
+    """Draw forget quality against the share of a measure kept, with a panel for each value of a setting.
 
     Args:
         path: The picture.
@@ -283,20 +299,22 @@ def draw_tradeoff(
         panel_field: The setting with a panel for each value.
         names: The settings that the label of a line shows; None (default) for the method, and the
             initialisation unless it has the panels.
+        kept_measure: The measure that should stay, model utility by default.
+        kept_name: Its name, "utility" by default.
     """
     values = sorted({group[0][panel_field] for group in groups})
     names = names or (["method"] if panel_field == "init" else ["method", "init"])
     labels = list(dict.fromkeys(", ".join(map(str, value_of(names)(group[0]))) for group in groups))
-    title = "TOFU: forgetting against utility, by epoch; mean over seeds"
-    figure, axes = quality_axes(len(values), title, xlabel="share of utility kept")
+    title = f"TOFU: forgetting against {kept_name}, by epoch; mean over seeds"
+    figure, axes = quality_axes(len(values), title, xlabel=f"share of {kept_name} kept")
     longest = 0
     for panel, value in zip(axes, values, strict=True):
-        panel.set(title=PANEL_TITLES[panel_field].format(value), xlim=(-0.05, 1.05))
-        panel.axvline(KEPT, color="0.6", lw=0.8, ls=":", label=f"kept: {KEPT:.0%} of utility")
+        panel.set(title=PANEL_TITLES[panel_field].format(value), xlim=(-0.05, 1.1))
+        panel.axvline(KEPT, color="0.6", lw=0.8, ls=":", label=f"kept: {KEPT:.0%} of {kept_name}")
         for group in groups:
             if group[0][panel_field] != value:
                 continue
-            _, utility, forget = zip(*mean_curve(group), strict=True)
+            _, utility, forget = zip(*mean_curve(group, kept_measure), strict=True)
             label = ", ".join(map(str, value_of(names)(group[0])))
             color = f"C{labels.index(label)}"
             panel.plot(utility, forget, color=color, lw=1, label=label)

@@ -60,11 +60,11 @@ def flags(models):
 
 def test_a_cell_runs_and_is_not_run_again(models, capsys, one_thread, monkeypatch):
     import claims
+    import claims_report
     import grid
-    import tofu_report
     from torch import nn
 
-    monkeypatch.setattr(tofu_report, "KEPT", 0.1)  # one long step counts as forgetting
+    monkeypatch.setattr(claims_report, "FORGOTTEN", 1e-12)  # one long step counts as forgetting
     arm = ["--method", "ihl", "--init", "default", "--learning-rate", "0.4"]
     out = models.parent / "out.jsonl"
     claims.main([*flags(models), *arm, "--minutes", "0"])
@@ -85,7 +85,6 @@ def test_a_cell_runs_and_is_not_run_again(models, capsys, one_thread, monkeypatc
     assert before["forget"]["probability"] > 0.99 and before["world_facts"]["probability"] > 0.5
     assert 0 < before["model_utility"] <= 1
     assert after["forget"]["probability"] < 0.9
-    assert found["best_epoch"] == 1
     mean = sum(probability for _, probability in after["rows"]["forget"]) / 8
     assert mean == pytest.approx(after["forget"]["probability"], abs=1e-6)
     assert {author for author, _ in after["rows"]["forget"]} == {0}
@@ -179,8 +178,9 @@ def made_line(seed, rate, best, retain=0.9, **settings):
 
     curve = [point(0, 1e-9, 0.9, 0.9), point(1, best, 0.3, retain), point(2, best / 2, 0.3, retain / 3)]
     rounded = {"not rounded": {"forget": 0.1, "retain": 0.9}, "4 bits": {"forget": 0.25, "retain": 0.75}}
-    robustness = {"rounded": rounded, "relearning": {"best": 0.5}, "control": {"best": 0.375}}
-    line = {**asdict(Cell(seed=seed, learning_rate=rate, **settings)), "curve": curve, "best_epoch": 1}
+    relearning = {"before": 0.3, "best": 0.5}
+    robustness = {"rounded": rounded, "relearning": relearning, "control": {"best": 0.375}}
+    line = {**asdict(Cell(seed=seed, learning_rate=rate, **settings)), "curve": curve}
     return {**line, "robustness": robustness, "models": {**FACTS, **TEMPLATE}, "seconds": 1.0}
 
 
@@ -199,7 +199,7 @@ def test_report(tmp_path, capsys):
         for rate in (1e-3, 3e-3)
         for seed in (0, 1)
     ]
-    lines.append({**made_line(0, 1e-3, 1e-9, method="gd"), "robustness": None, "best_epoch": 0})
+    lines.append({**made_line(0, 1e-3, 1e-9, method="gd"), "robustness": None})
     path = written(tmp_path / "cells.jsonl", lines)
     claims_report.write_report(path)
     text = (tmp_path / "cells.md").read_text()
@@ -208,13 +208,11 @@ def test_report(tmp_path, capsys):
     )
     assert text.index("## 40 rows forgotten") < text.index("## 200 rows forgotten")
     assert "| paper | ihl | fila | 0.003 | 2 | 5.00e-01 (5.0e-01 to 5.0e-01) | 5 |" in text
-    robust = "| 0.500 | 0.375 | 0.250 | 0.750 |"
-    assert text.count(robust) == 4
-    assert (
-        "| gd | fila | normalised | 0.001 | 0 | 0.600 (0.000 to 0.900) | 0.600 (0.000 to 0.900) | - | - |"
-        in text
+    robust = (
+        "| 0.003 | 1, 1 | 0.200 (0.000 to 0.300) | 0.600 (0.000 to 0.900) | 0.300 | 0.500 | 0.375 | 0.250 |"
     )
-    for name in ("tradeoff", "rates"):
+    assert text.count(robust) == 4 and "| ihl | fila | paper | " + robust[2:] in text
+    for name in ("tradeoff", "equal_quality"):
         assert (tmp_path / f"cells_{name}.png").stat().st_size > 1000
     (tmp_path / "empty.jsonl").write_text("")
     claims_report.write_report(tmp_path / "empty.jsonl")
