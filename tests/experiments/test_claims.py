@@ -180,6 +180,8 @@ def made_line(seed, rate, best, retain=0.9, **settings):
     rounded = {"not rounded": {"forget": 0.1, "retain": 0.9}, "4 bits": {"forget": 0.25, "retain": 0.75}}
     relearning = {"before": 0.3, "best": 0.5}
     robustness = {"rounded": rounded, "relearning": relearning, "control": {"best": 0.375}}
+    if best < 0.05:
+        robustness = None
     line = {**asdict(Cell(seed=seed, learning_rate=rate, **settings)), "curve": curve}
     return {**line, "robustness": robustness, "models": {**FACTS, **TEMPLATE}, "seconds": 1.0}
 
