@@ -20,106 +20,46 @@ rows that it never saw.
 """
 
 import argparse
-import hashlib
 import json
-import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from loku.benchmarks.finetuning import SETTINGS, finetune, is_finetuned
 from loku.commands import add_template_options, template_of
-from loku.data import collate, padding_id, tokenize_dataset
+from loku.data import tokenize_dataset
 from loku.data.files import read_rows
 from loku.evaluation import evaluate_tofu_rows, token_scores, write_report
 from loku.evaluation.scores import token_measures
 from loku.evaluation.tofu import SECTIONS
 from loku.fingerprints import ordered_rows_fingerprint
 from loku.models import load_model
-from loku.saving.destinations import destination
 from loku.trust import load_tokenizer
 
-SETTINGS = "finetuning.json"
 # The options that decide a model beside its rows.
 DECIDING = ("base", "epochs", "learning_rate", "rows_per_step", "batch_size", "max_length", "seed", "bf16")
 
 
-def settings_of(tokens: list[Any], options: argparse.Namespace) -> dict[str, Any]:
+def facts_of(tokens: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     """Return what decides a fine-tuned model: the options, the template and the digest of its rows."""
     names = (*DECIDING, "question_template", "answer_template")
-    settings = {name: getattr(options, name) for name in names}
-    return {**settings, "rows": len(tokens), "rows_digest": ordered_rows_fingerprint(tokens)}
+    facts = {name: getattr(options, name) for name in names}
+    return {**facts, "rows": len(tokens), "rows_digest": ordered_rows_fingerprint(tokens)}
 
 
-def finetune(tokens: list[Any], output: Path, options: argparse.Namespace, tokenizer: Any) -> None:
-    """Train a model on tokenised rows and save it and its tokenizer, unless that was done before.
-
-    Args:
-        tokens: The rows.
-        output: The folder of the trained model.
-        options: The parsed options.
-        tokenizer: The tokenizer.
-
-    Raises:
-        SystemExit: The folder has a model of other settings or rows.
-    """
-    settings = settings_of(tokens, options)
-    if (output / "config.json").exists():
-        file = output / SETTINGS
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if changed := [name for name in settings if settings[name] != found.get(name)]:
-            raise SystemExit(
-                f"{output} has a model of other settings ({', '.join(changed)}); pass another --out, or move "
-                "it away"
-            )
-        return
-    # Checkpoints of other settings have another folder, so that no run goes on from them.
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    checkpoints = output.with_name(f".{output.name}-{digest}")
-    # Weights of 16 bits are too coarse for this learning rate: half of the steps round to zero.
-    model = load_model(options.base, {"dtype": torch.float32})
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=max(1, options.rows_per_step // options.batch_size),
-        weight_decay=0.01,
-        warmup_steps=-(-len(tokens) // options.rows_per_step),
-        lr_scheduler_type="linear",
-        seed=options.seed,
-        save_strategy="epoch",
-        save_total_limit=1,
-        report_to="none",
-        remove_unused_columns=False,
-        bf16=options.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    collator = partial(collate, pad_token_id=padding_id(tokenizer))
-    trainer = Trainer(model, arguments, train_dataset=tokens, data_collator=collator)
-    trainer.train(resume_from_checkpoint=whole_checkpoint(checkpoints))
-    with destination(output, "merged") as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        write_report(directory / SETTINGS, settings)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-def whole_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end, and remove those that were not.
-
-    ``Trainer`` writes ``trainer_state.json`` last.
-    """
-    while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
-        if (Path(last) / "trainer_state.json").exists():
-            return last
-        shutil.rmtree(last)
-    return None
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of ``transformers.TrainingArguments`` that the options stand for."""
+    return {
+        **SETTINGS,
+        "num_train_epochs": options.epochs,
+        "learning_rate": options.learning_rate,
+        "per_device_train_batch_size": options.batch_size,
+        "seed": options.seed,
+        "bf16": options.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+    }
 
 
 def forget_sets(full: list[Any], options: argparse.Namespace) -> dict[str, tuple[list[Any], list[Any]]]:
@@ -196,9 +136,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         return tokenize_dataset(rows, tokenizer, max_length=options.max_length, name=name, template=template)
 
     def trained(rows: list[Any], name: str) -> Any:
-        tokens = tokens_of(rows, name)
-        finetune(tokens, options.out / name, options, tokenizer)
-        model: Any = load_model(options.out / name)
+        tokens, output = tokens_of(rows, name), options.out / name
+        facts = facts_of(tokens, options)
+        try:
+            finished = is_finetuned(output, facts)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        if not finished:
+            base = load_model(options.base, {"dtype": torch.float32})
+            finetune(base, tokenizer, tokens, output, facts, settings_of(options), options.rows_per_step)
+        model: Any = load_model(output)
         print(memorised(model.to(device), tokens, f"{name}: its own rows"), flush=True)
         return model
 

@@ -1,9 +1,11 @@
-"""The two models of TOFU from any base: one that knows all authors, and one without those to forget."""
+"""Fine-tuning as TOFU's: models that know rows, from any base, finished once and resumed if stopped."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from loku.benchmarks.run import tokenizer_digest
 from loku.benchmarks.sources import Source
@@ -33,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "seed": 42,
 }
-_FACTS = "loku_finetuning.json"
+FACTS = "finetuning.json"  # in the folder of a model: what decided it
 
 
 def finetuned_models(
@@ -49,8 +52,9 @@ def finetuned_models(
 ) -> tuple[Path, dict[str, Path]]:
     """Fine-tune a base on TOFU, whole and without each split's forget set.
 
-    A finished model is not made again. All parameters are trained, in float32, as TOFU's models are: 5
-    epochs, steps of 32 rows, AdamW with a weight decay of 0.01, and a linear warm-up over the first epoch.
+    A finished model is not made again, and one that was stopped goes on from its last epoch. All parameters
+    are trained, in float32, as TOFU's models are: 5 epochs, steps of 32 rows, AdamW with a weight decay of
+    0.01, and a linear warm-up over the first epoch.
 
     Args:
         base: The path or hub name of the base.
@@ -90,57 +94,109 @@ def _finetune(
     report: Callable[[str], None],
     progress: bool,
 ) -> None:
-    # Weights of 16 bits are too coarse for this learning rate: half of the steps round to zero.
     model: Any = load_model(base, {**config.init_arguments(), "dtype": torch.float32})
     tokenizer = tokenizer or infer_tokenizer(model)
-    facts = json.loads(
-        json.dumps(
-            {
-                "base": base_fingerprint(model),
-                "tokenizer": tokenizer_digest(tokenizer),
-                "rows": rows_digest(rows),
-                "settings": dict(settings),
-                "templates": [config.question_template, config.answer_template],
-                "max_length": config.max_length,
-            }
-        )
-    )
-    if (output / "config.json").is_file():
-        if _facts(output) != facts:
-            raise ValueError(
-                f"{output} was fine-tuned from another base or tokenizer, or by other rows or settings; pass "
-                "another --out, or delete it"
-            )
+    facts = {
+        "base": base_fingerprint(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "rows": rows_digest(rows),
+        "settings": dict(settings),
+        "templates": [config.question_template, config.answer_template],
+        "max_length": config.max_length,
+    }
+    if is_finetuned(output, facts):
         return
     report(f"fine-tuning {base} on {len(rows)} rows of {output.name}")
-    size = settings["per_device_train_batch_size"]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    arguments = TrainingArguments(
-        output_dir=str(output.parent),  # nothing is saved there
-        gradient_accumulation_steps=max(1, STEP_ROWS // size),
-        warmup_steps=-(-len(rows) // STEP_ROWS),
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        use_cpu=config.use_cpu,
-        bf16=not config.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        disable_tqdm=not progress,
-        logging_strategy="epoch",
-        **settings,
-    )
     tokens = tokenize_dataset(
         rows, tokenizer, max_length=config.max_length, name="TOFU", template=config.template()
     )
+    gpu = not config.use_cpu and torch.cuda.is_available()
+    own = {"use_cpu": config.use_cpu, "bf16": gpu and torch.cuda.is_bf16_supported()}
+    own |= {"disable_tqdm": not progress, "logging_strategy": "epoch"}
+    finetune(model, tokenizer, tokens, output, facts, {**own, **settings})
+
+
+def is_finetuned(output: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a folder has a finished model.
+
+    Args:
+        output: The folder of the model.
+        facts: What decides it, JSON.
+
+    Raises:
+        ValueError: The model was decided by other facts. The message names them.
+    """
+    if not (output / "config.json").is_file():
+        return False
+    try:
+        found = json.loads((output / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    wanted = json.loads(json.dumps(facts))
+    if changed := [name for name in wanted if wanted[name] != found.get(name)]:
+        raise ValueError(
+            f"{output} has a model of other settings ({', '.join(changed)}); pass another --out, or move it "
+            "away"
+        )
+    return True
+
+
+def finetune(
+    model: Any,
+    tokenizer: Any,
+    tokens: list[Any],
+    output: Path,
+    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    step_rows: int = STEP_ROWS,
+) -> None:
+    """Fine-tune all parameters of a model as TOFU's are, and save it with its tokenizer.
+
+    A run that was stopped goes on from its last epoch.
+
+    Args:
+        model: The base, in float32: weights of 16 bits are too coarse for TOFU's learning rate, and half of
+            the steps round to zero.
+        tokenizer: The tokenizer.
+        tokens: The tokenised rows.
+        output: The folder of the model, for which ``is_finetuned`` is False.
+        facts: What decides the model, JSON; they are saved beside it as ``FACTS``.
+        settings: The fields of ``transformers.TrainingArguments``, with ``per_device_train_batch_size``.
+        step_rows: The rows of a step, 32 by default.
+    """
+    # Checkpoints of other facts have another folder, so that no run goes on from them.
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    checkpoints = output.with_name(f".{output.name}-{digest}")
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(checkpoints),
+            "gradient_accumulation_steps": max(1, step_rows // settings["per_device_train_batch_size"]),
+            "warmup_steps": -(-len(tokens) // step_rows),
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
+            "report_to": "none",
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **settings,
+        }
+    )
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
-    Trainer(model, arguments, train_dataset=tokens, data_collator=collator).train()
+    trainer = Trainer(model, arguments, train_dataset=tokens, data_collator=collator)
+    trainer.train(resume_from_checkpoint=_whole_checkpoint(checkpoints))
     with destination(output, "merged") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    write_report(output.with_name(f"{output.name}.{_FACTS}"), facts)
+        write_report(directory / FACTS, dict(facts))
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _facts(output: Path) -> Any:
-    try:
-        return json.loads(output.with_name(f"{output.name}.{_FACTS}").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _whole_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end, and remove those that were not.
+
+    ``Trainer`` writes ``trainer_state.json`` last.
+    """
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
+        if (Path(last) / "trainer_state.json").exists():
+            return last
+        shutil.rmtree(last)
+    return None

@@ -226,6 +226,8 @@ def test_finetune(tmp_path, one_thread):
 def test_finetuning_goes_on_and_keeps_its_settings(tmp_path, one_thread, capsys, monkeypatch):
     import finetune_tofu
 
+    from loku.benchmarks import finetuning
+
     rows = read_rows(EMBEDDED / "tofu.jsonl")[399:406]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = rows[1:]
@@ -234,13 +236,13 @@ def test_finetuning_goes_on_and_keeps_its_settings(tmp_path, one_thread, capsys,
     flags += ["--rows-per-step", "4", "--question-template", "[INST] {question} [/INST]"]
     flags += ["--answer-template", "{answer}", "--out"]
 
-    class Stopped(finetune_tofu.Trainer):
+    class Stopped(finetuning.Trainer):
         def _save_checkpoint(self, *args, **kwargs):
             super()._save_checkpoint(*args, **kwargs)
             raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_tofu, "Trainer", Stopped)
+        patch.setattr(finetuning, "Trainer", Stopped)
         with pytest.raises(RuntimeError, match="stopped"):
             finetune_tofu.main([*flags, str(tmp_path / "out")])
     (checkpoint,) = (tmp_path / "out").glob(".full-*/checkpoint-2")
