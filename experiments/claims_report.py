@@ -216,7 +216,7 @@ def fisher_table(runs: Sequence[Run]) -> str | None:
         if not seeds:
             continue
         fila, pissa = ([arms[name][seed] for seed in seeds] for name in ("fila", "pissa"))
-        middle = len(fila[0]["curve"]) // 2
+        middle = (len(fila[0]["curve"]) - 1) // 2
 
         def difference(name: str, at: int, fila: Group = fila, pissa: Group = pissa) -> str:
             return shown_interval(
