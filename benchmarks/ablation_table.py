@@ -103,7 +103,7 @@ def crossing(curve: Sequence[Line], name: str = "retain_probability") -> tuple[f
 def balance_groups(lines: Sequence[Line]) -> dict[tuple[str, str, float], list[Line]]:
     """Return (initialisation, balance, learning rate) -> the runs of its seeds, in the order of the names."""
     groups: dict[tuple[str, str, float], list[Line]] = {}
-    for line in lines:
+    for line in sorted(lines, key=lambda line: line["seed"]):
         groups.setdefault((*arm(line), line["learning_rate"]), []).append(line)
     inits = list(INITS.values())
     return dict(

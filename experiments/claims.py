@@ -16,7 +16,8 @@ knows all of them, and for each forget set (the last 40 or 200 rows) a model tha
 and rows go as well. A cell is one unlearning run (``Cell``). The model is measured before unlearning and
 after epochs, as in ``tofu.py``: forget quality, and model utility over retained rows, real authors and world
 facts, which a real model partly knows. A line also has the answer probability of each row at each epoch.
-Then the epoch at which the run counts (``claims_report.forgotten_point``) is attacked, if there is one:
+Then the epoch of the highest retain probability among those whose forget quality is at least 0.05 is
+attacked, if there is one (``claims_report.attacked_point``):
 
 - half of the forget rows are taught again, and the others measured; the model that never saw them is taught
   the same, as the control, where there is one;
@@ -146,7 +147,8 @@ def models_of(options: argparse.Namespace) -> Models:
             "question_template": TOFU_TEMPLATE.question,
             "answer_template": TOFU_TEMPLATE.answer,
         }
-        facts = {"base": "the embedded model", **template}
+        weights = hashlib.sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()[:16]
+        facts = {"base": "the embedded model", "weights": weights, **template}
         return Models(EMBEDDED, EMBEDDED_CACHE, list(read_rows(EMBEDDED / "tofu.jsonl")), facts, {})
     missing = [name for name in ("full.jsonl", "full/finetuning.json") if not (folder / name).is_file()]
     if missing:
@@ -235,11 +237,11 @@ class Measured:
     Args:
         tokenizer: The tokenizer.
         base: The rows.
-        cache: The folder of logs.
+        models: The models, in whose folder the log is kept.
     """
 
-    def __init__(self, tokenizer: Any, base: tofu.Base, cache: Path) -> None:
-        self.tokenizer, self.base, self.cache = tokenizer, base, cache
+    def __init__(self, tokenizer: Any, base: tofu.Base, models: Models) -> None:
+        self.tokenizer, self.base, self.models = tokenizer, base, models
         self.logs: list[Mapping[str, Any]] = []
         self.states: list[dict[str, Any]] = []
 
@@ -249,7 +251,7 @@ class Measured:
         else:
             key = [self.base.forget, self.base.utility_rows, self.base.dtype]
             log = cached(
-                self.cache, "before", key, lambda: tofu.measured_log(model, self.tokenizer, self.base)
+                self.models, "before", key, lambda: tofu.measured_log(model, self.tokenizer, self.base)
             )
         self.logs.append(log)
         self.states.append({name: parameter.detach().cpu().clone() for name, parameter in trained(model)})
@@ -261,8 +263,9 @@ def trained(model: Any) -> list[tuple[str, Any]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def cached(folder: Path, name: str, key: Any, make: Any) -> Any:
-    """Return what an earlier cell has made for the same key, or make it."""
+def cached(models: Models, name: str, key: Any, make: Any) -> Any:
+    """Return what an earlier cell has made for the same models and key, or make it."""
+    folder, key = models.folder / "cache", [models.facts, key]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = folder / f"{name}-{digest}.json"
     if not file.is_file():
@@ -273,7 +276,7 @@ def cached(folder: Path, name: str, key: Any, make: Any) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def robustness(model: Any, tokenizer: Any, cell: Cell, base: tofu.Base, folder: Path) -> dict[str, Any]:
+def robustness(model: Any, tokenizer: Any, cell: Cell, base: tofu.Base, models: Models) -> dict[str, Any]:
     """Return the figures of relearning, with its control, and of rounded weights."""
     from loku.attacks import quantisation_attack, relearning_attack
 
@@ -300,9 +303,9 @@ def robustness(model: Any, tokenizer: Any, cell: Cell, base: tofu.Base, folder: 
         },
         "relearning": relearned(model),
     }
-    if (never_saw := folder / f"retain{cell.forget_rows}").is_dir():
+    if (never_saw := models.folder / f"retain{cell.forget_rows}").is_dir():
         key = [cell.forget_rows, cell.relearning_steps, cell.seed, cell.dtype]
-        figures["control"] = cached(folder / "cache", "control", key, control)
+        figures["control"] = cached(models, "control", key, control)
     return figures
 
 
@@ -327,16 +330,16 @@ def run_cell(cell: Cell, base: tofu.Base, models: Models) -> dict[str, Any]:
     kept: list[Measured] = []
 
     def curve_of(tokenizer: Any) -> Any:
-        kept.append(Measured(tokenizer, base, models.folder / "cache"))
+        kept.append(Measured(tokenizer, base, models))
         return tofu.curve_callback(tokenizer, base, kept[0], cell.measure_every)
 
     model, tokenizer, curve, seconds = tofu.unlearned(settings_of(cell, models), base, curve_of)
     found: dict[str, Any] | None = None
-    counted = claims_report.forgotten_point({"curve": curve.points})
+    counted = claims_report.attacked_point({"curve": curve.points})
     if counted is not None and cell.relearning_steps:
         for name, parameter in trained(model):
             parameter.data.copy_(kept[0].states[curve.points.index(counted)][name])
-        found = robustness(model, tokenizer, cell, base, models.folder)
+        found = robustness(model, tokenizer, cell, base, models)
     return {
         "curve": [
             {**point, "rows": author_rows(log, base)}

@@ -5,23 +5,26 @@
 The files are written beside the result file, with its name: ``.md``, ``_tradeoff.png`` (forget quality
 against the retain probability by epoch) and ``_equal_quality.png`` (the retain probability at equal forget
 quality). For each forget set ``.md`` has these tables. Intervals are of 95%, by a bootstrap over seeds and
-authors. All runs have the same authors, so a resample takes the same ones from each. With one seed the
-interval is that of the authors alone.
+retained authors. All runs have the same authors, so a resample takes the same ones from each. With one seed
+the interval is that of the authors alone. Forget rows are of too few authors for intervals.
 
 - The table of ``tofu_report.py``: a row for each setting at its best learning rate, over seeds.
-- Equal forget quality. A run counts at the epoch of the highest retain probability among those whose forget
-  quality is at least ``FORGOTTEN``. A setting counts at its best learning rate: most of its seeds forget, and
-  the mean of these epochs is highest.
+- Equal forget quality. The retain probabilities of a run are interpolated to the moment at which its forget
+  quality first passes ``FORGOTTEN``, linearly between two measured epochs in the logarithm of the quality. A
+  setting counts at the learning rate at which most seeds get there, and of these the one with the highest
+  retain probability. The intervals know nothing of this choice.
 - FILA against PiSSA, which is FILA without the Fisher information: the differences of runs of IHL of equal
-  balance, learning rate and seeds.
-- Collapse: the lowest share of the retain probability that a setting keeps, at each learning rate.
-- Robustness of the epochs that count at equal forget quality: relearning and rounding.
+  balance, learning rate and seeds, at each measured epoch.
+- Collapse: the lowest shares of the retain probability and of utility that a setting keeps, at each rate.
+- Robustness of the attacked epochs: relearning and rounding.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from grid import RESULTS, Group, Run, grouped, report_command, varied_fields
@@ -33,7 +36,9 @@ from tofu_report import (
     Point,
     draw_tradeoff,
     quality,
+    shown,
     table,
+    utility_of,
 )
 
 from loku.data.files import read_rows
@@ -128,67 +133,105 @@ def by_author(point: Point, name: str) -> Values:
 
 
 def settings_cells(run: Run, names: Sequence[str]) -> list[str]:
-    """Return the texts of some settings. The balance is FILA's alone."""
-    return [
-        "-" if name == "fila_balance" and run["init"] in ("default", "official-fila") else str(run[name])
-        for name in names
-    ]
+    """Return the texts of some settings."""
+    return [shown(run, name) for name in names]
 
 
-def forgotten_point(run: Run) -> Point | None:
+def attacked_point(run: Run) -> Point | None:
     """Return the epoch of the highest retain probability whose forget quality is ``FORGOTTEN``, or None."""
     found = [point for point in run["curve"][1:] if quality(point) >= FORGOTTEN]
     return max(found, key=retain_probability, default=None)
 
 
-def forgotten_points(group: Group) -> list[Point]:
-    """Return the ``forgotten_point`` of each run that has one."""
-    return [point for run in group if (point := forgotten_point(run)) is not None]
+class Crossing(NamedTuple):
+    """The moment at which a run first has the forget quality ``FORGOTTEN``, between two epochs.
+
+    Attributes:
+        epoch: The epoch, interpolated.
+        forget: The forget probability then.
+        retain: The probabilities of the retained rows then, by author.
+        utility: The share of model utility kept at the later epoch.
+    """
+
+    epoch: float
+    forget: float
+    retain: Values
+    utility: float
 
 
-def rate_at_equal_quality(group: Group) -> Group:
-    """Return the runs of the best rate: most seeds, most of them forget, the highest retain probability."""
+def crossing(run: Run) -> Crossing | None:
+    """Return the ``Crossing`` of a run, or None if it never forgets."""
+    for before, after in pairwise(run["curve"]):
+        low, high = math.log(quality(before)), math.log(quality(after))
+        if low < math.log(FORGOTTEN) <= high:
+            share = (math.log(FORGOTTEN) - low) / (high - low)
 
-    def rank(runs: Group) -> tuple[int, float, float]:
-        points = forgotten_points(runs)
-        retained = mean(map(retain_probability, points)) if points else 0.0
-        return len(runs), len(points) / len(runs), retained
+            def between(x: float, y: float, share: float = share) -> float:
+                return x + share * (y - x)
 
-    return max(grouped(group, MEASURED, "seed").values(), key=rank)
+            starts, ends = by_author(before, "retain"), by_author(after, "retain")
+            return Crossing(
+                between(before["epoch"], after["epoch"]),
+                between(before["forget"]["probability"], after["forget"]["probability"]),
+                {author: [*map(between, starts[author], ends[author])] for author in starts},
+                after["model_utility"] / run["curve"][0]["model_utility"],
+            )
+    return None
+
+
+def crossings(group: Group) -> list[Crossing]:
+    """Return the ``crossing`` of each run that has one."""
+    return [found for run in group if (found := crossing(run)) is not None]
 
 
 def rates_at_equal_quality(runs: Sequence[Run]) -> list[Group]:
-    """Return the runs of each setting at the rate of ``rate_at_equal_quality``."""
+    """Return the runs of each setting at the rate at which most seeds forget, and then retain most."""
+
+    def rank(group: Group) -> tuple[int, float]:
+        found = crossings(group)
+        return len(found), mean_of([at.retain for at in found]) if found else 0.0
+
     return [
-        rate_at_equal_quality(group) for group in grouped(runs, MEASURED, "seed", "learning_rate").values()
+        max(grouped(group, MEASURED, "seed").values(), key=rank)
+        for group in grouped(runs, MEASURED, "seed", "learning_rate").values()
     ]
 
 
-def equal_quality_table(runs: Sequence[Run]) -> str:
-    """Return the Markdown table of the settings at equal forget quality, the best first."""
-    groups = rates_at_equal_quality(runs)
+def baseline_of(group: Group, groups: Sequence[Group]) -> list[Values] | None:
+    """Return the retain probabilities of ``BASELINE`` with the other settings of a group, or None."""
+    free = (*COMPARED, "method_args", "learning_rate", "seed")
+    (others,) = grouped(group, MEASURED, *free)
+    for candidate in groups:
+        first = candidate[0]
+        if (first["method"], first["init"]) == BASELINE and others in grouped(candidate, MEASURED, *free):
+            return [at.retain for at in crossings(candidate)] or None
+    return None
+
+
+def equal_quality_table(groups: Sequence[Group]) -> str:
+    """Return the Markdown table of the settings at equal forget quality, the best first.
+
+    Args:
+        groups: The settings, from ``rates_at_equal_quality``.
+    """
     names = [*COMPARED, *varied_fields(groups, MEASURED, "seed", "learning_rate", *COMPARED)]
-    points = [forgotten_points(group) for group in groups]
-    baseline: list[Values] | None = None
-    for group, found in zip(groups, points, strict=True):
-        if (group[0]["method"], group[0]["init"]) == BASELINE and found:
-            baseline = [by_author(point, "retain") for point in found]
     rows = []
-    for group, found in zip(groups, points, strict=True):
+    for group in groups:
+        found = crossings(group)
         cells = [*settings_cells(group[0], names), f"{group[0]['learning_rate']:g}"]
         cells.append(f"{len(found)} of {len(group)}")
         if not found:
             rows.append((0.0, [*cells, *["-"] * 5]))
             continue
-        retained = [by_author(point, "retain") for point in found]
-        before = group[0]["curve"][0]["model_utility"]
+        retained = [at.retain for at in found]
+        baseline = baseline_of(group, groups)
         own = (group[0]["method"], group[0]["init"]) == BASELINE
         cells += [
-            ", ".join(str(point["epoch"]) for point in found),
-            f"{mean(point['forget']['probability'] for point in found):.3f}",
+            ", ".join(f"{at.epoch:.1f}" for at in found),
+            f"{mean(at.forget for at in found):.3f}",
             shown_interval(retained),
             "-" if own or baseline is None else shown_interval(retained, baseline),
-            f"{mean(point['model_utility'] for point in found) / before:.3f}",
+            f"{mean(at.utility for at in found):.3f}",
         ]
         rows.append((mean_of(retained), cells))
     header = [
@@ -199,7 +242,7 @@ def equal_quality_table(runs: Sequence[Run]) -> str:
         "forget probability",
         "retain probability (95%)",
         f"minus that of {', '.join(BASELINE)} (95%)",
-        "utility kept",
+        "utility kept at the next measured epoch",
     ]
     return result_files.markdown_table(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
 
@@ -215,56 +258,55 @@ def fisher_table(runs: Sequence[Run]) -> str | None:
         seeds = sorted(arms["fila"].keys() & arms["pissa"].keys())
         if not seeds:
             continue
-        fila, pissa = ([arms[name][seed] for seed in seeds] for name in ("fila", "pissa"))
-        middle = (len(fila[0]["curve"]) - 1) // 2
-
-        def difference(name: str, at: int, fila: Group = fila, pissa: Group = pissa) -> str:
-            return shown_interval(
-                [by_author(run["curve"][at], name) for run in fila],
-                [by_author(run["curve"][at], name) for run in pissa],
-                paired=True,
+        curves = [[arms[name][seed]["curve"] for seed in seeds] for name in ("fila", "pissa")]
+        for at in range(1, len(curves[0][0])):
+            fila, pissa = ([curve[at] for curve in of_arm] for of_arm in curves)
+            rows.append(
+                [
+                    str(group[0]["fila_balance"]),
+                    f"{group[0]['learning_rate']:g}",
+                    str(len(seeds)),
+                    str(fila[0]["epoch"]),
+                    *(
+                        ", ".join(f"{point['forget']['probability']:.3f}" for point in points)
+                        for points in (fila, pissa)
+                    ),
+                    *(", ".join(f"{quality(point):.2g}" for point in points) for points in (fila, pissa)),
+                    shown_interval(
+                        *([by_author(point, "retain") for point in points] for points in (fila, pissa)),
+                        paired=True,
+                    ),
+                ]
             )
-
-        cells = [str(group[0]["fila_balance"]), f"{group[0]['learning_rate']:g}", str(len(seeds))]
-        cells += [difference(name, at) for name in ("forget", "retain") for at in (middle, -1)]
-        cells.append(
-            ", ".join(
-                f"{run['curve'][-1]['forget_quality']:.2g} and {other['curve'][-1]['forget_quality']:.2g}"
-                for run, other in zip(fila, pissa, strict=True)
-            )
-        )
-        rows.append(cells)
     header = [
         "balance",
         "learning rate",
         "seeds",
-        "forget probability, half-way",
-        "forget probability, at the end",
-        "retain probability, half-way",
-        "retain probability, at the end",
-        "forget quality at the end of FILA and of PiSSA, by seed",
+        "epoch",
+        "forget probability of FILA, by seed",
+        "of PiSSA",
+        "forget quality of FILA, by seed",
+        "of PiSSA",
+        "retain probability of FILA minus that of PiSSA (95%)",
     ]
     return result_files.markdown_table(header, rows) if rows else None
 
 
 def collapse_table(runs: Sequence[Run]) -> str:
-    """Return the Markdown table of the lowest and the last share of retain probability, by learning rate."""
+    """Return the Markdown table of the lowest shares kept over epochs and seeds, by learning rate."""
     rates = sorted({run["learning_rate"] for run in runs})
     rows = []
     for group in grouped(runs, MEASURED, "seed", "learning_rate").values():
         cells = settings_cells(group[0], COMPARED)
         for rate in rates:
-            chosen = [run for run in group if run["learning_rate"] == rate]
-            if not chosen:
-                cells.append("")
-                continue
-            shares = [
-                [retain_probability(point) / retain_probability(run["curve"][0]) for point in run["curve"]]
-                for run in chosen
+            curves = [run["curve"] for run in group if run["learning_rate"] == rate]
+            lowest = [
+                min((measure(point) / measure(curve[0]) for curve in curves for point in curve), default=None)
+                for measure in (retain_probability, utility_of)
             ]
-            lowest = min(map(min, shares))
-            text = f"{lowest:.2f}, {mean(share[-1] for share in shares):.2f}"
-            cells.append(f"**{text}**" if lowest < COLLAPSED else text)
+            text = ", ".join(f"{share:.2f}" for share in lowest if share is not None)
+            collapsed = lowest[0] is not None and lowest[0] < COLLAPSED
+            cells.append(f"**{text}**" if collapsed else text)
         rows.append(cells)
     header = [*(name.replace("_", " ") for name in COMPARED), *(f"{rate:g}" for rate in rates)]
     return result_files.markdown_table(header, sorted(rows))
@@ -282,38 +324,39 @@ def figures_of(group: Group, *path: str) -> str:
     return f"{mean(values):.3f}" if values else "-"
 
 
-def robustness_row(group: Group, names: Sequence[str]) -> list[str]:
-    """Return the cells of a setting: probabilities, relearning and rounding at the epochs that count."""
-    points = forgotten_points(group)
-    return [
-        *settings_cells(group[0], names),
-        f"{group[0]['learning_rate']:g}",
-        ", ".join(str(point["epoch"]) for point in points),
-        *(shown_interval([by_author(point, name) for point in points]) for name in ("forget", "retain")),
-        figures_of(group, "relearning", "before"),
-        figures_of(group, "relearning", "best"),
-        figures_of(group, "control", "best"),
-        figures_of(group, "rounded", "4 bits", "forget"),
-        figures_of(group, "rounded", "4 bits", "retain"),
-    ]
-
-
 def robustness_table(groups: Sequence[Group]) -> str:
-    """Return a Markdown table of ``robustness_row``."""
+    """Return a Markdown table of the attacked epochs of settings: probabilities, relearning and rounding."""
     names = [*COMPARED, *varied_fields(groups, MEASURED, "seed", "learning_rate", *COMPARED)]
+    rows = []
+    for group in groups:
+        points = [point for run in group if (point := attacked_point(run)) is not None]
+        rows.append(
+            [
+                *settings_cells(group[0], names),
+                f"{group[0]['learning_rate']:g}",
+                ", ".join(str(point["epoch"]) for point in points),
+                f"{mean(point['forget']['probability'] for point in points):.3f}",
+                f"{mean(map(retain_probability, points)):.3f}",
+                figures_of(group, "relearning", "before"),
+                figures_of(group, "relearning", "best"),
+                figures_of(group, "control", "best"),
+                figures_of(group, "rounded", "4 bits", "forget"),
+                figures_of(group, "rounded", "4 bits", "retain"),
+            ]
+        )
     header = [
         *(name.replace("_", " ") for name in names),
         "learning rate",
         "epochs",
-        "forget probability (95%)",
-        "retain probability (95%)",
+        "forget probability",
+        "retain probability",
         "the half that is not taught",
         "the same, relearned",
         "the same of the control",
         "4 bits: forget probability",
         "4 bits: retain probability",
     ]
-    return result_files.markdown_table(header, [robustness_row(group, names) for group in groups])
+    return result_files.markdown_table(header, rows)
 
 
 # --- pictures and files ---------------------------------------------------------------------------
@@ -330,17 +373,17 @@ def draw_equal_quality(path: Path, groups: Sequence[Group], panel_field: str) ->
 
     values = sorted({group[0][panel_field] for group in groups})
     figure = Figure(figsize=(4.8 * len(values) + 1.6, 4.4), layout="constrained")
-    figure.suptitle(f"Retain probability once forget quality is {FORGOTTEN}, with 95% intervals")
+    figure.suptitle(f"Retain probability when forget quality passes {FORGOTTEN}, with 95% intervals")
     panels = figure.subplots(1, len(values), squeeze=False)[0]
     for panel, value in zip(panels, values, strict=True):
-        drawn = []
-        for group in groups:
-            points = forgotten_points(group)
-            if group[0][panel_field] == value and points:
-                drawn.append((interval([by_author(point, "retain") for point in points]), label_of(group[0])))
-        drawn.sort()
+        drawn = sorted(
+            (interval([at.retain for at in found]), label_of(group[0]))
+            for group in groups
+            if group[0][panel_field] == value and (found := crossings(group))
+        )
         for at, ((center, low, high), _) in enumerate(drawn):
-            panel.errorbar(center, at, xerr=[[center - low], [high - center]], fmt="o", color="C0", capsize=3)
+            ends = [[max(center - low, 0.0)], [max(high - center, 0.0)]]  # rounding may exchange them
+            panel.errorbar(center, at, xerr=ends, fmt="o", color="C0", capsize=3)
         panel.set_yticks(range(len(drawn)), [label for _, label in drawn])
         panel.set(title=PANEL_TITLES[panel_field].format(value), xlabel="retain probability")
         panel.grid(alpha=0.3)
@@ -375,19 +418,19 @@ def write_report(path: Path) -> None:
     for size in sorted({run["forget_rows"] for run in runs}):
         chosen = [run for run in runs if run["forget_rows"] == size]
         lines += [f"## {size} rows forgotten", table(chosen, ("fila_balance",))]
-        lines += ["### At equal forget quality", equal_quality_table(chosen)]
+        lines += ["### At equal forget quality", equal_quality_table(rates_at_equal_quality(chosen))]
         if (fisher := fisher_table(chosen)) is not None:
-            lines += ["### FILA minus PiSSA", fisher]
+            lines += ["### FILA and PiSSA", fisher]
         lines += [
             "### Collapse",
-            "The lowest share of the retain probability kept over epochs and seeds, and the mean share at "
-            f"the end, by learning rate. Bold: under {COLLAPSED:.0%}.",
+            "The lowest shares of the retain probability and of utility that are kept over epochs and seeds, "
+            f"by learning rate. Bold: a share of the retain probability under {COLLAPSED:.0%}.",
             collapse_table(chosen),
         ]
         attacked = [run for run in chosen if run["robustness"]]
         if attacked:
-            table_of_attacked = robustness_table(rates_at_equal_quality(attacked))
-            lines += ["### Robustness at equal forget quality", table_of_attacked]
+            attacked_groups = list(grouped(attacked, MEASURED, "seed").values())
+            lines += ["### Robustness", robustness_table(attacked_groups)]
     text = "\n\n".join(lines)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)

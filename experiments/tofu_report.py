@@ -117,8 +117,10 @@ def varying(aspect: Sequence[str], runs: Sequence[Run], compared: Sequence[Run])
 
 
 def shown(run: Run, name: str) -> str:
-    """Return the text of a setting. Full tuning has no initialisation."""
-    return "-" if name == "init" and run.get("tuning") == "full" else str(run[name])
+    """Return the text of a setting. Full tuning has no initialisation, and some have no balance of FILA."""
+    no_init = name == "init" and run.get("tuning") == "full"
+    no_balance = name == "fila_balance" and run["init"] in ("default", "official-fila")
+    return "-" if no_init or no_balance else str(run[name])
 
 
 def row(group: Group, varied: Sequence[str]) -> list[str]:

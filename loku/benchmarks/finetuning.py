@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from loku.deletion.facts import rows_digest
 from loku.evaluation.report import write_report
 from loku.fingerprints import base_fingerprint
 from loku.models import load_model
-from loku.saving.destinations import destination
+from loku.saving.destinations import check_room, destination
 
 STEP_ROWS = 32  # rows of a step
 # Those of TOFU (Maini et al., 2024, appendix); the learning rate is the one for Llama-2.
@@ -37,6 +38,8 @@ SETTINGS: dict[str, Any] = {
     "seed": 42,
 }
 FACTS = "finetuning.json"  # in the folder of a model: what decided it
+# Settings that ``finetune`` chooses, because a stopped run goes on by them.
+FIXED = ("output_dir", "save_strategy", "save_total_limit", "save_only_model", "load_best_model_at_end")
 
 
 def finetuned_models(
@@ -72,9 +75,11 @@ def finetuned_models(
         The folder of the model that knows all, and those of the models without a split's forget set.
 
     Raises:
-        ValueError: A split does not exist, a set is missing, or a model in the folder was made from another
-            base or tokenizer, by other rows or settings.
+        ValueError: A split does not exist, a set is missing, a setting is one of ``FIXED``, or a model in the
+            folder was made from another base or tokenizer, by other rows or settings.
+        OSError: The disk has no room for the checkpoints.
     """
+    check_settings(settings or {})
     sets: dict[str, list[Any]] = {"full": Tofu().full_rows(source)}
     for split in splits:
         sets[RETAIN_SPLITS[split]] = list(Tofu().sets(source, split).retain)
@@ -116,6 +121,16 @@ def _finetune(
     finetune(model, tokenizer, tokens, output, facts, {**own, **settings})
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse a setting of fine-tuning that is one of ``FIXED``.
+
+    Raises:
+        ValueError: There is one. The message names it.
+    """
+    if fixed := [name for name in FIXED if name in settings]:
+        raise ValueError(f"{fixed[0]} cannot be set for fine-tuning: a run that was stopped goes on by it")
+
+
 def is_finetuned(output: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a folder has a finished model.
 
@@ -124,14 +139,16 @@ def is_finetuned(output: Path, facts: Mapping[str, Any]) -> bool:
         facts: What decides it, JSON.
 
     Raises:
-        ValueError: The model was decided by other facts. The message names them.
+        ValueError: The model was decided by other facts, which the message names, or nobody knows by which.
     """
     if not (output / "config.json").is_file():
         return False
     try:
         found = json.loads((output / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{output} has a model of an unknown origin, without {FACTS}; pass another --out, or move it away"
+        ) from error
     wanted = json.loads(json.dumps(facts))
     if changed := [name for name in wanted if wanted[name] != found.get(name)]:
         raise ValueError(
@@ -152,7 +169,9 @@ def finetune(
 ) -> None:
     """Fine-tune all parameters of a model as TOFU's are, and save it with its tokenizer.
 
-    A run that was stopped goes on from its last epoch.
+    A run that was stopped goes on from its last epoch. Its checkpoints are in a hidden folder beside the
+    model's until the model is finished. While one checkpoint replaces another they take about 24 bytes a
+    parameter, for which there must be room.
 
     Args:
         model: The base, in float32: weights of 16 bits are too coarse for TOFU's learning rate, and half of
@@ -163,10 +182,17 @@ def finetune(
         facts: What decides the model, JSON; they are saved beside it as ``FACTS``.
         settings: The fields of ``transformers.TrainingArguments``, with ``per_device_train_batch_size``.
         step_rows: The rows of a step, 32 by default.
+
+    Raises:
+        ValueError: A setting is one of ``FIXED``.
+        OSError: The disk has no room for the checkpoints.
     """
-    # Checkpoints of other facts have another folder, so that no run goes on from them.
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    check_settings(settings)
+    # Checkpoints of other facts or another precision have another folder, so that no run goes on from them.
+    decided = [dict(facts), settings.get("bf16"), settings.get("use_cpu")]
+    digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
     checkpoints = output.with_name(f".{output.name}-{digest}")
+    check_room(checkpoints, 24 * sum(p.numel() for p in model.parameters()), "the checkpoints")
     arguments = TrainingArguments(
         **{
             "output_dir": str(checkpoints),
@@ -196,7 +222,8 @@ def _whole_checkpoint(folder: Path) -> str | None:
     ``Trainer`` writes ``trainer_state.json`` last.
     """
     while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
-        if (Path(last) / "trainer_state.json").exists():
+        with suppress(OSError, ValueError):
+            json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
             return last
         shutil.rmtree(last)
     return None

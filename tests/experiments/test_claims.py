@@ -1,6 +1,7 @@
 """The experiment on the claims: its cells run, go on, are checked before they run, and its report."""
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -97,7 +98,7 @@ def test_a_cell_runs_and_is_not_run_again(models, capsys, one_thread, monkeypatc
 
     # What all cells share is measured once.
     (log,) = (models / "cache").glob("before-*.json")
-    again = claims.Measured(None, base, models / "cache")(nn.Linear(1, 1))
+    again = claims.Measured(None, base, made)(nn.Linear(1, 1))
     assert again == json.loads(log.read_text())
     assert len(list((models / "cache").glob("control-*.json"))) == 1
 
@@ -210,10 +211,8 @@ def test_report(tmp_path, capsys):
     )
     assert text.index("## 40 rows forgotten") < text.index("## 200 rows forgotten")
     assert "| paper | ihl | fila | 0.003 | 2 | 5.00e-01 (5.0e-01 to 5.0e-01) | 5 |" in text
-    robust = (
-        "| 0.003 | 1, 1 | 0.200 (0.000 to 0.300) | 0.600 (0.000 to 0.900) | 0.300 | 0.500 | 0.375 | 0.250 |"
-    )
-    assert text.count(robust) == 4 and "| ihl | fila | paper | " + robust[2:] in text
+    robust = "0.003 | 1, 1 | 0.200 | 0.600 | 0.300 | 0.500 | 0.375 | 0.250 | 0.750 |"
+    assert text.count(robust) == 4 and f"| ihl | fila | paper | {robust}" in text
     for name in ("tradeoff", "equal_quality"):
         assert (tmp_path / f"cells_{name}.png").stat().st_size > 1000
     (tmp_path / "empty.jsonl").write_text("")
@@ -229,22 +228,39 @@ def test_report_of_the_claims(tmp_path):
         made_line(0, 1e-3, 0.5, 0.6, init="fila"),
         made_line(0, 1e-3, 0.5, 0.9, init="pissa"),
         made_line(0, 1e-3, 0.5, 0.3, method="npo", init="default"),
-        made_line(0, 3e-3, 0.01, 0.9, method="npo", init="default"),  # never forgets
+        *(made_line(seed, 3e-3, 0.01, 0.9, method="npo", init="default") for seed in (0, 1)),  # never forgets
         made_line(0, 1e-3, 0.01, 0.9, method="gd", init="default"),
+        made_line(0, 1e-3, 0.5, 0.9, method="simnpo", init="default", num_train_epochs=9),
     ]
     claims_report.write_report(written(tmp_path / "cells.jsonl", lines))
     text = (tmp_path / "cells.md").read_text()
-    # The epoch that forgets and retains most, at the rate that forgets; authors alone make the interval.
-    npo = "| npo | default | - | 0.001 | 1 of 1 | 1 | 0.200 | 0.200 (0.000 to 0.300) |"
-    assert f"{npo} -0.400 (-0.600 to +0.000) | 0.333 |" in text
-    assert (
-        "| ihl | default | - | 0.001 | 2 of 2 | 1, 1 | 0.200 | 0.600 (0.000 to 0.900) | - | 1.000 |" in text
-    )
-    assert "| gd | default | - | 0.001 | 0 of 1 | - | - | - | - | - |" in text
-    fisher = "| normalised | 0.001 | 1 | +0.000 (+0.000 to +0.000) | +0.000 (+0.000 to +0.000) |"
-    halfway, end = "-0.200 (-0.300 to +0.000)", "-0.067 (-0.100 to +0.000)"
-    assert f"{fisher} {halfway} | {end} | 0.25 and 0.25 |" in text
+    # Where the quality is 0.05 between 1e-9 and 0.5: log(0.05 / 1e-9) / log(0.5 / 1e-9) = 0.885 of epoch 1.
+    share = math.log(0.05e9) / math.log(0.5e9)
+    forget, retain = ((0.9 + share * (after - 0.9)) * 2 / 3 for after in (0.3, 0.3))
+    assert f"{share:.1f} | {forget:.3f} | {retain:.3f}" == "0.9 | 0.246 | 0.246"
+    # The rate at which a seed forgets, and authors alone make the interval.
+    npo = "| npo | default | - | 5 | 0.001 | 1 of 1 | 0.9 | 0.246 | 0.246 (0.000 to 0.369) |"
+    assert f"{npo} -0.354 (-0.531 to +0.000) | 0.333 |" in text
+    own = "| ihl | default | - | 5 | 0.001 | 2 of 2 | 0.9, 0.9 | 0.246 | 0.600 (0.000 to 0.900) | - | 1.000 |"
+    assert own in text
+    assert "| gd | default | - | 5 | 0.001 | 0 of 1 | - | - | - | - | - |" in text
+    # There is no baseline of nine epochs.
+    assert "| simnpo | default | - | 9 | 0.001 | 1 of 1 | 0.9 | 0.246 | 0.600 (0.000 to 0.900) | - |" in text
+    fisher = "| normalised | 0.001 | 1 | {} | 0.200 | 0.200 | {} | {} | {} |"
+    assert fisher.format(1, 0.5, 0.5, "-0.200 (-0.300 to +0.000)") in text
+    assert fisher.format(2, 0.25, 0.25, "-0.067 (-0.100 to +0.000)") in text
     assert "| npo | default | - | **0.11, 0.11** | **0.33, 0.33** |" in text
+
+
+def test_a_run_crosses_at_the_first_passing():
+    from claims_report import crossing
+
+    line = made_line(0, 1e-3, 0.5)
+    dipped = {**line, "curve": [*line["curve"][:2], {**line["curve"][0], "epoch": 2}, *line["curve"][1:]]}
+    assert crossing(dipped) == crossing(line)
+    assert crossing({**line, "curve": line["curve"][:1]}) is None
+    at = {**line["curve"][0], "forget_quality": 0.05, "epoch": 1}
+    assert crossing({**line, "curve": [line["curve"][0], at]}).epoch == 1.0  # equal is enough
 
 
 def test_an_interval_is_that_of_clusters():

@@ -129,11 +129,31 @@ def test_a_cast_to_float32_loses_no_digits():
     assert (ours - exact)[counted].abs().max() < 1e-9 < (exact.float() - exact)[counted].abs().max()
 
 
+ROWS_OF_ANY_KIND = {
+    "random": None,
+    "one token": [7] * 12,
+    "two tokens": [7, 9],
+    "palindrome": [7, 9, 7],
+    "odd": [1, 2, 3, 3, 3, 3, 3],
+}
+
+
+@pytest.mark.parametrize("row", ROWS_OF_ANY_KIND)
 @pytest.mark.parametrize("kind", ["bert", "xlnet"])
-def test_a_model_that_sees_later_tokens_is_refused(kind):
+def test_a_model_that_sees_later_tokens_is_refused(kind, row):
     model, batch = model_classes.make_model(kind), a_batch()
+    ids = batch["input_ids"] % 61 if row == "random" else torch.tensor([ROWS_OF_ANY_KIND[row]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(ValueError, match=r"lets a token see the tokens after it, so it is no causal LM"):
-        check_head(model, {**batch, "input_ids": batch["input_ids"] % 61})
+        check_head(model, batch)
+
+
+@pytest.mark.parametrize("row", ROWS_OF_ANY_KIND)
+def test_a_causal_model_passes_with_any_row(row):
+    ids = a_batch()["input_ids"] if row == "random" else torch.tensor([ROWS_OF_ANY_KIND[row]])
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval().to(dtype)
+        check_head(model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
 
 
 class RoundedByShape(LlamaForCausalLM):

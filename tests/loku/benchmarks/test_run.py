@@ -186,12 +186,18 @@ def test_fine_tuning_makes_both_models_once(folder, tmp_path, capsys):
     capsys.readouterr()
     assert benchmark(folder, "tofu", tmp_path, "--finetune", '{"max_steps": 3}', "--init=default") == 2
     assert "has a model of other settings (settings)" in capsys.readouterr().err
+    fixed = ["--finetune", '{"save_strategy": "no"}', "--init=default"]
+    assert benchmark(folder, "tofu", tmp_path / "fixed", *fixed) == 2
+    assert "save_strategy cannot be set for fine-tuning" in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
     tokenizer.chat_template = "another"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     other = f"--tokenizer={tmp_path / 'tokenizer'}"
     assert benchmark(folder, "tofu", tmp_path, *tune, other) == 2
     assert "has a model of other settings (tokenizer)" in capsys.readouterr().err
+    (tmp_path / "models" / "full" / "finetuning.json").unlink()
+    assert benchmark(folder, "tofu", tmp_path, *tune) == 2
+    assert "has a model of an unknown origin, without finetuning.json" in capsys.readouterr().err
 
 
 def test_a_rule_stops_training(folder, tmp_path):
