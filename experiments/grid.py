@@ -288,7 +288,7 @@ def new_figure(panels: int, title: str, ylabel: str, **labels: Any) -> "tuple[Fi
     """
     from matplotlib.figure import Figure  # pyplot would choose a backend for the whole process
 
-    figure = Figure(figsize=(4.2 * panels, 4.1), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 4.2 * panels), 4.1), layout="constrained")
     figure.suptitle(title)
     axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
     for panel in axes:

@@ -306,7 +306,11 @@ def draw_tradeoff(
     """
     values = sorted({group[0][panel_field] for group in groups})
     names = names or (["method"] if panel_field == "init" else ["method", "init"])
-    labels = list(dict.fromkeys(", ".join(map(str, value_of(names)(group[0]))) for group in groups))
+
+    def label_of(group: Group) -> str:
+        return ", ".join(text for name in names if (text := shown(group[0], name)) != "-")
+
+    labels = list(dict.fromkeys(map(label_of, groups)))
     title = f"TOFU: forgetting against {kept_name}, by epoch; mean over seeds"
     figure, axes = quality_axes(len(values), title, xlabel=f"share of {kept_name} kept")
     longest = 0
@@ -317,11 +321,12 @@ def draw_tradeoff(
             if group[0][panel_field] != value:
                 continue
             _, utility, forget = zip(*mean_curve(group, kept_measure), strict=True)
-            label = ", ".join(map(str, value_of(names)(group[0])))
+            label = label_of(group)
             color = f"C{labels.index(label)}"
             panel.plot(utility, forget, color=color, lw=1, label=label)
-            panel.scatter(utility, forget, s=[*map(marker_area, range(len(utility)))], color=color)
-            longest = max(longest, len(utility) - 1)
+            epochs = [point["epoch"] for point in group[0]["curve"][: len(utility)]]
+            panel.scatter(utility, forget, s=[*map(marker_area, epochs)], color=color)
+            longest = max(longest, epochs[-1])
     add_legend(figure, axes, sizes=sorted({0, longest // 2, longest}))
     figure.savefig(path, dpi=130)
 

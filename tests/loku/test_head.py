@@ -141,6 +141,8 @@ ROWS_OF_ANY_KIND = {
 @pytest.mark.parametrize("row", ROWS_OF_ANY_KIND)
 @pytest.mark.parametrize("kind", ["bert", "xlnet"])
 def test_a_model_that_sees_later_tokens_is_refused(kind, row):
+    if (kind, row) == ("xlnet", "one token"):
+        pytest.skip("attention to equal tokens without absolute positions is that to one of them")
     model, batch = model_classes.make_model(kind), a_batch()
     ids = batch["input_ids"] % 61 if row == "random" else torch.tensor([ROWS_OF_ANY_KIND[row]])
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
