@@ -17,7 +17,7 @@ and rows go as well. A cell is one unlearning run (``Cell``). The model is measu
 after epochs, as in ``tofu.py``: forget quality, and model utility over retained rows, real authors and world
 facts, which a real model partly knows. A line also has the answer probability of each row at each epoch.
 Then the epoch of the highest retain probability among those whose forget quality is at least 0.05 is
-attacked, if there is one (``claims_report.attacked_point``):
+attacked, if there is one (``claims_report.passing_point``):
 
 - half of the forget rows are taught again, and the others measured; the model that never saw them is taught
   the same, as the control, where there is one;
@@ -335,7 +335,7 @@ def run_cell(cell: Cell, base: tofu.Base, models: Models) -> dict[str, Any]:
 
     model, tokenizer, curve, seconds = tofu.unlearned(settings_of(cell, models), base, curve_of)
     found: dict[str, Any] | None = None
-    counted = claims_report.attacked_point({"curve": curve.points})
+    counted = claims_report.passing_point({"curve": curve.points})
     if counted is not None and cell.relearning_steps:
         for name, parameter in trained(model):
             parameter.data.copy_(kept[0].states[curve.points.index(counted)][name])

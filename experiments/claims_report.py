@@ -12,7 +12,8 @@ the interval is that of the authors alone. Forget rows are of too few authors fo
 - Equal forget quality. The retain probabilities of a run are interpolated to the moment at which its forget
   quality first passes ``FORGOTTEN``, linearly between two measured epochs in the logarithm of the quality. A
   setting counts at the learning rate at which most seeds get there, and of these the one with the highest
-  retain probability. The intervals know nothing of this choice.
+  retain probability. The intervals know nothing of this choice. Many runs go through a dip and recover, so
+  the last columns have the measured epoch of the highest retain probability whose quality is at least that.
 - FILA against PiSSA, which is FILA without the Fisher information: the differences of runs of IHL of equal
   balance, learning rate and seeds, at each measured epoch.
 - Collapse: the lowest shares of the retain probability and of utility that a setting keeps, at each rate.
@@ -137,7 +138,7 @@ def settings_cells(run: Run, names: Sequence[str]) -> list[str]:
     return [shown(run, name) for name in names]
 
 
-def attacked_point(run: Run) -> Point | None:
+def passing_point(run: Run) -> Point | None:
     """Return the epoch of the highest retain probability whose forget quality is ``FORGOTTEN``, or None."""
     found = [point for point in run["curve"][1:] if quality(point) >= FORGOTTEN]
     return max(found, key=retain_probability, default=None)
@@ -177,6 +178,11 @@ def crossing(run: Run) -> Crossing | None:
                 after["model_utility"] / run["curve"][0]["model_utility"],
             )
     return None
+
+
+def passing_points(group: Group) -> list[Point]:
+    """Return the ``passing_point`` of each run that has one."""
+    return [point for run in group if (point := passing_point(run)) is not None]
 
 
 def crossings(group: Group) -> list[Crossing]:
@@ -221,9 +227,10 @@ def equal_quality_table(groups: Sequence[Group]) -> str:
         cells = [*settings_cells(group[0], names), f"{group[0]['learning_rate']:g}"]
         cells.append(f"{len(found)} of {len(group)}")
         if not found:
-            rows.append((0.0, [*cells, *["-"] * 5]))
+            rows.append((0.0, [*cells, *["-"] * 8]))
             continue
         retained = [at.retain for at in found]
+        best = passing_points(group)
         baseline = baseline_of(group, groups)
         own = (group[0]["method"], group[0]["init"]) == BASELINE
         cells += [
@@ -232,6 +239,9 @@ def equal_quality_table(groups: Sequence[Group]) -> str:
             shown_interval(retained),
             "-" if own or baseline is None else shown_interval(retained, baseline),
             f"{mean(at.utility for at in found):.3f}",
+            ", ".join(str(point["epoch"]) for point in best),
+            ", ".join(f"{quality(point):.2g}" for point in best),
+            shown_interval([by_author(point, "retain") for point in best]),
         ]
         rows.append((mean_of(retained), cells))
     header = [
@@ -243,6 +253,9 @@ def equal_quality_table(groups: Sequence[Group]) -> str:
         "retain probability (95%)",
         f"minus that of {', '.join(BASELINE)} (95%)",
         "utility kept at the next measured epoch",
+        "best epochs",
+        "forget quality then",
+        "retain probability then (95%)",
     ]
     return result_files.markdown_table(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
 
@@ -329,7 +342,7 @@ def robustness_table(groups: Sequence[Group]) -> str:
     names = [*COMPARED, *varied_fields(groups, MEASURED, "seed", "learning_rate", *COMPARED)]
     rows = []
     for group in groups:
-        points = [point for run in group if (point := attacked_point(run)) is not None]
+        points = passing_points(group)
         rows.append(
             [
                 *settings_cells(group[0], names),
@@ -373,18 +386,27 @@ def draw_equal_quality(path: Path, groups: Sequence[Group], panel_field: str) ->
 
     values = sorted({group[0][panel_field] for group in groups})
     figure = Figure(figsize=(4.8 * len(values) + 1.6, 4.4), layout="constrained")
-    figure.suptitle(f"Retain probability when forget quality passes {FORGOTTEN}, with 95% intervals")
+    figure.suptitle(f"Retain probability at a forget quality of {FORGOTTEN}, with 95% intervals")
     panels = figure.subplots(1, len(values), squeeze=False)[0]
     for panel, value in zip(panels, values, strict=True):
         drawn = sorted(
-            (interval([at.retain for at in found]), label_of(group[0]))
+            (
+                interval([at.retain for at in found]),
+                label_of(group[0]),
+                interval([by_author(point, "retain") for point in passing_points(group)]),
+            )
             for group in groups
             if group[0][panel_field] == value and (found := crossings(group))
         )
-        for at, ((center, low, high), _) in enumerate(drawn):
-            ends = [[max(center - low, 0.0)], [max(high - center, 0.0)]]  # rounding may exchange them
-            panel.errorbar(center, at, xerr=ends, fmt="o", color="C0", capsize=3)
-        panel.set_yticks(range(len(drawn)), [label for _, label in drawn])
+        for number, (title, shape) in enumerate((("first passing", "o"), ("best epoch that passes", "s"))):
+            for at, row in enumerate(drawn):
+                center, low, high = row[2 * number]
+                ends = [[max(center - low, 0.0)], [max(high - center, 0.0)]]  # rounding may exchange them
+                look: dict[str, Any] = {"fmt": shape, "color": f"C{number}", "capsize": 3}
+                label = None if at else title
+                panel.errorbar(center, at - 0.2 * number, xerr=ends, label=label, **look)
+        panel.legend(fontsize="small")
+        panel.set_yticks(range(len(drawn)), [label for _, label, _ in drawn])
         panel.set(title=PANEL_TITLES[panel_field].format(value), xlabel="retain probability")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -240,10 +240,11 @@ def test_report_of_the_claims(tmp_path):
     assert f"{share:.1f} | {forget:.3f} | {retain:.3f}" == "0.9 | 0.246 | 0.246"
     # The rate at which a seed forgets, and authors alone make the interval.
     npo = "| npo | default | - | 5 | 0.001 | 1 of 1 | 0.9 | 0.246 | 0.246 (0.000 to 0.369) |"
-    assert f"{npo} -0.354 (-0.531 to +0.000) | 0.333 |" in text
+    best = "1 | 0.5 | 0.200 (0.000 to 0.300) |"
+    assert f"{npo} -0.354 (-0.531 to +0.000) | 0.333 | {best}" in text
     own = "| ihl | default | - | 5 | 0.001 | 2 of 2 | 0.9, 0.9 | 0.246 | 0.600 (0.000 to 0.900) | - | 1.000 |"
     assert own in text
-    assert "| gd | default | - | 5 | 0.001 | 0 of 1 | - | - | - | - | - |" in text
+    assert "| gd | default | - | 5 | 0.001 | 0 of 1 | - | - | - | - | - | - |" in text
     # There is no baseline of nine epochs.
     assert "| simnpo | default | - | 9 | 0.001 | 1 of 1 | 0.9 | 0.246 | 0.600 (0.000 to 0.900) | - |" in text
     fisher = "| normalised | 0.001 | 1 | {} | 0.200 | 0.200 | {} | {} | {} |"
