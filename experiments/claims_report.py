@@ -405,7 +405,8 @@ def draw_equal_quality(path: Path, groups: Sequence[Group], panel_field: str) ->
                 look: dict[str, Any] = {"fmt": shape, "color": f"C{number}", "capsize": 3}
                 label = None if at else title
                 panel.errorbar(center, at - 0.2 * number, xerr=ends, label=label, **look)
-        panel.legend(fontsize="small")
+        if drawn:
+            panel.legend(fontsize="small")
         panel.set_yticks(range(len(drawn)), [label for _, label, _ in drawn])
         panel.set(title=PANEL_TITLES[panel_field].format(value), xlabel="retain probability")
         panel.grid(alpha=0.3)
