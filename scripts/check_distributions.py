@@ -21,7 +21,14 @@ WIKITEXT = "experiments/data/wikitext.jsonl"
 NOT_IN_SDIST = (".ci/", ".gitignore", ".clang-format", WIKITEXT)
 DATA = (".csv", ".gz", ".json", ".jsonl", ".npz", ".parquet", ".png", ".safetensors", ".svg", ".txt")
 # What was made here, and what derives from TOFU; loku/embedded/LICENSE is the notice of the latter.
-OWN_DATA = ("benchmarks/results/", "docs/", "experiments/results/", "scripts/", "tests/lower_bounds.txt")
+OWN_DATA = (
+    "benchmarks/results/",
+    "docs/",
+    "experiments/records/",
+    "experiments/results/",
+    "scripts/",
+    "tests/lower_bounds.txt",
+)
 OWN_DATA += ("experiments/tutorial/", "loku/probe/", "tests/data/public_names.json")
 OF_TOFU = ("loku/embedded/", "tests/data/phi_")
 NOTICE = "loku/embedded/LICENSE"

@@ -253,6 +253,23 @@ def test_report_of_the_claims(tmp_path):
     assert "| npo | default | - | **0.11, 0.11** | **0.33, 0.33** |" in text
 
 
+RECORDS = sorted((ROOT / "experiments" / "records").glob("*-claims-*/cells.jsonl"))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.parent.name)
+def test_the_tables_of_a_record_are_those_of_its_cells(record, tmp_path):
+    import claims
+    import claims_report
+    import grid
+
+    claims_report.write_report(shutil.copy(record, tmp_path))
+    made, committed = (folder.joinpath("cells.md").read_text() for folder in (tmp_path, record.parent))
+    assert made == committed
+    name = record.parent.name.split("-claims-")[1]
+    text = (ROOT / "experiments" / f"claims_{name}.yaml").read_text(encoding="utf-8")
+    assert grid.finished(record, claims.Cell) <= set(grid.cells_of(yaml.safe_load(text), claims.Cell))
+
+
 def test_a_run_crosses_at_the_first_passing():
     from claims_report import crossing
 
