@@ -15,7 +15,13 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md")
-RESULTS = ("benchmarks/results/*.png", "experiments/results/*.png", "experiments/results/*.md")
+RESULTS = (
+    "benchmarks/results/*.png",
+    "experiments/results/*.png",
+    "experiments/results/*.md",
+    "experiments/records/*/*.png",
+    "experiments/records/*/*.md",
+)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 
 
