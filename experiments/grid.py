@@ -131,6 +131,18 @@ def finished(path: Path, kind: type[Cell]) -> set[Cell]:
     return {kind(**{name: value for name, value in line.items() if name in names}) for line in lines}
 
 
+def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a cell's fields of ``UnlearnConfig`` without the retain weight where there is no retain loss.
+
+    A cell has all fields. ``UnlearnConfig`` refuses one without effect.
+    """
+    from loku.objectives import OBJECTIVES
+
+    objective = OBJECTIVES.get(settings.get("method", "ihl"))
+    unused = {"retain_weight"} if objective is not None and objective.retain is None else set()
+    return {name: value for name, value in settings.items() if name not in unused}
+
+
 def run(
     cells: Sequence[Any],
     function: Callable[..., dict[str, Any]],

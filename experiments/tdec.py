@@ -308,6 +308,7 @@ def run_cell(cell: Cell, base: Base) -> dict[str, Any]:
         name: getattr(cell, name)
         for name in ("method", "tuning", "init", "lora_rank", "learning_rate", "target_modules", "seed")
     }
+    settings["retain_weight"] = 1.0  # Eq. 3
     done: list[dict[str, Any]] = []
     thresholds = None
     for task in range(cell.tasks):
@@ -316,9 +317,8 @@ def run_cell(cell: Cell, base: Base) -> dict[str, Any]:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
             config = UnlearnConfig(
-                **settings,
+                **grid.used_settings(settings),
                 lora_alpha=2 * cell.lora_rank,
-                retain_weight=1.0,  # Eq. 3
                 num_train_epochs=cell.num_train_epochs,
                 lr_scheduler_type="constant",  # the rule decides the number of epochs
                 output_dir=directory,

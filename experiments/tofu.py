@@ -208,7 +208,7 @@ def config_of(settings: Mapping[str, Any], output_dir: str) -> Any:
     from loku import UnlearnConfig
 
     return UnlearnConfig(
-        **settings,
+        **grid.used_settings(settings),
         lora_alpha=2 * settings["lora_rank"],
         output_dir=output_dir,
         per_device_train_batch_size=8,

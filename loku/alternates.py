@@ -8,6 +8,7 @@ drawn again.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ PROMPT = (
     "fact that the answer above gives must be replaced by a different one.\n"
 )
 BEGINNING = "Another answer:"  # of what the model writes
-ENDS = ("Question:", "Q:")  # an answer ends before what begins a further example
+# An answer ends before what begins a further example. "FAQ:" and "the IQ: 130" begin none.
+ENDS = re.compile(rf"\b(?:Question|Q|{BEGINNING[:-1]}):")
 DRAWS = 8  # of an alternate, at most
 
 
@@ -164,6 +166,4 @@ class _Writer:
         """Return the alternate in the ids that a model has written; "" if there is none."""
         decode: Any = self.tokenizer.decode  # of one text
         text: str = decode(ids, skip_special_tokens=True)
-        for end in (*ENDS, BEGINNING):
-            text = text.partition(end)[0]
-        return text.strip()
+        return ENDS.split(text, maxsplit=1)[0].strip()

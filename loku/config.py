@@ -17,8 +17,9 @@ from loku.fila.settings import FilaConfig, check_balance
 from loku.free_fields import EVALUATION_FIELDS, REASONS
 from loku.objectives import OBJECTIVES, Objective, described_methods, resolved
 from loku.target_modules import check_patterns
+from loku.unused_settings import refuse_unused_settings
 
-# The values that a run can have. None stands for the field's own meaning of it.
+# The values that a run can have.
 _COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -38,6 +39,7 @@ _NOT_NEGATIVE = (
     "dataloader_num_workers",
 )
 _SHARES = ("adam_beta1", "adam_beta2")
+_MAY_BE_NONE = ("learning_rate", "beta", "fisher_samples", "max_grad_norm")
 _CHOICES = {
     "loss_reduction": ("batch", "micro_batch"),
     "loss_mean": ("separate", "joint"),
@@ -50,11 +52,14 @@ def _check_ranges(config: Any) -> None:
 
     def check(names: tuple[str, ...], wanted: str, holds: Callable[[Any], bool]) -> None:
         for name in names:
-            value = getattr(config, name, None)
-            if value is not None and not (isinstance(value, numbers.Real) and holds(value)):
+            value = getattr(config, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not (isinstance(value, numbers.Real) and holds(value)):
                 raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
-    check_counts(**{name: value for name in _COUNTS if (value := getattr(config, name)) is not None})
+    counts = {name: getattr(config, name) for name in _COUNTS}
+    check_counts(**{k: v for k, v in counts.items() if not (v is None and k in _MAY_BE_NONE)})
     check_max_length(config.max_length)
     check((*_POSITIVE, *_NOT_NEGATIVE), "a finite number", math.isfinite)
     check(_POSITIVE, "> 0", lambda v: v > 0)
@@ -363,7 +368,7 @@ class UnlearnConfig(TrainingArguments):
                 wanted = " or ".join(f'"{choice}"' for choice in choices)
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
         objective = self.objective()  # it checks beta and method_args
-        objective.check_settings(self.method, self.loss_mean, self.retain_sampling)
+        refuse_unused_settings(self, objective)
         self.fila_config()  # it checks its own
         self.template()  # it, too
         self.eval_limits = check_bounds("eval_limits", self.eval_limits)
@@ -413,7 +418,6 @@ class UnlearnConfig(TrainingArguments):
         own = ("fisher_damping", "fisher_damping_mode", "fila_balance")
         if self.init != "official-fila":
             damping, damping_mode, balance = (getattr(self, name) for name in own)
-            self._check_balance_used(balance)
             return FilaConfig(damping=damping, damping_mode=damping_mode, balance=balance, **options)
         for name in own:
             if getattr(self, name) != getattr(UnlearnConfig, name):
@@ -422,14 +426,6 @@ class UnlearnConfig(TrainingArguments):
                     'use init="fila"'
                 )
         return FilaConfig.official(**options)
-
-    def _check_balance_used(self, balance: Any) -> None:
-        unused = {"default": balance != "normalised", "pissa": balance == "paper"}.get(self.init, False)
-        if self.tuning == "lora" and unused:
-            raise ValueError(
-                f'fila_balance={balance!r} has no effect with init="{self.init}", which measures no row '
-                "scales: leave it out"
-            )
 
     def template(self) -> QuestionTemplate:
         """The template of rows of questions and answers."""

@@ -22,6 +22,7 @@ from loku.benchmarks.tofu import RETAIN_SPLITS, Tofu
 from loku.config import UnlearnConfig
 from loku.data import collate, infer_tokenizer, padding_id, tokenize_dataset
 from loku.deletion.facts import rows_digest
+from loku.directory_lock import DirectoryLock
 from loku.evaluation.report import write_report
 from loku.fingerprints import base_fingerprint
 from loku.models import load_model
@@ -76,7 +77,8 @@ def finetuned_models(
 
     Raises:
         ValueError: A split does not exist, a set is missing, a setting is one of ``FIXED``, or a model in the
-            folder was made from another base or tokenizer, by other rows or settings.
+            folder was made from another base or tokenizer, by other rows or settings. Or another process
+            fine-tunes it.
         OSError: The disk has no room for the checkpoints.
     """
     check_settings(settings or {})
@@ -184,7 +186,7 @@ def finetune(
         step_rows: The rows of a step, 32 by default.
 
     Raises:
-        ValueError: A setting is one of ``FIXED``.
+        ValueError: A setting is one of ``FIXED``, or another process fine-tunes the same model.
         OSError: The disk has no room for the checkpoints.
     """
     check_settings(settings)
@@ -193,6 +195,28 @@ def finetune(
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
     checkpoints = output.with_name(f".{output.name}-{digest}")
     check_room(checkpoints, 24 * sum(p.numel() for p in model.parameters()), "the checkpoints")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    lock = DirectoryLock(checkpoints, "fine-tunes in", "Pass another folder")
+    lock.acquire()
+    try:
+        if not is_finetuned(output, facts):  # another process may have finished it just now
+            _train(model, tokenizer, tokens, output, facts, settings, step_rows, checkpoints)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    tokens: list[Any],
+    output: Path,
+    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    step_rows: int,
+    checkpoints: Path,
+) -> None:
+    """Do the work of ``finetune`` with the folder of its checkpoints, which this process alone may change."""
     arguments = TrainingArguments(
         **{
             "output_dir": str(checkpoints),
@@ -213,7 +237,6 @@ def finetune(
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         write_report(directory / FACTS, dict(facts))
-    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _whole_checkpoint(folder: Path) -> str | None:

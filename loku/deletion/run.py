@@ -101,10 +101,13 @@ class Run:
         ):
             if place is not None and Path(place).is_dir():
                 self.inputs[name] = facts.model_digests(place)
-        if self.rows.earlier:
+        given = self.inputs["model"]
+        if self.models.start != request.model:
             arguments = self.models.arguments(request.model)
-            now = facts.model_digests(request.model, revision=request.revision, model_arguments=arguments)
-            ledger.check_model(self.rows.earlier[0], now)
+            given = facts.model_digests(request.model, revision=request.revision, model_arguments=arguments)
+        if self.rows.earlier:
+            ledger.check_model(self.rows.earlier[0], given)
+        _check_base(self.inputs.get("trained_adapter", {}), given)
         self.machine, self.versions = facts.machine_facts(), facts.versions()
         identity = {
             "request": request_facts(request),
@@ -403,3 +406,23 @@ def _limit(
     value = None if after is None else after["forget"][name]
     met = None if after is None else value is not None and value <= limit
     return {"limit": limit, "before": before["forget"][name], "after": value, "met": met}
+
+
+def _check_base(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Refuse an adapter of another model: its deletion would not leave the model that is measured.
+
+    Args:
+        adapter: The ``model_digests`` of the adapter; empty if there is none.
+        model: Those of the model of the request.
+    """
+    base = adapter.get("base")
+    if base is not None and _weights(base) != _weights(model):
+        raise ValueError(
+            f"trained_adapter: the weights of its base, {base['name']}, are not those of the model "
+            f"{model['name']}. Nothing was started; name that base as the model, or an adapter of this model"
+        )
+
+
+def _weights(digests: Mapping[str, Any]) -> dict[str, str]:
+    files = digests.get("files", {})
+    return {file: digest for file, digest in files.items() if file.endswith((".safetensors", ".bin"))}

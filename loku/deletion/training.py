@@ -28,6 +28,7 @@ from loku.eval_bounds import JOINT_MEASURE
 from loku.evaluation.scores import mean_answer_probability, spread_token_scores
 from loku.learning_rates import default_learning_rate
 from loku.models import load_model
+from loku.objectives import OBJECTIVES
 from loku.trainer_evaluation import tokenized_eval_sets
 from loku.unlearning import UnlearnResult, unlearn
 
@@ -234,6 +235,9 @@ def _config(fields: Mapping[str, Any], rows: int, directory: Path, progress: boo
         "disable_tqdm": not progress,
     }
     given = {**_DEFAULTS, **fields}
+    objective = OBJECTIVES.get(given.get("method", "ihl"))
+    if objective is not None and objective.retain is None and "retain_weight" not in fields:
+        del given["retain_weight"]
     every = given.get("eval_steps", 1)
     config = UnlearnConfig(**{**own, **given, "eval_steps": every, "save_steps": every})
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size

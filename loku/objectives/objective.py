@@ -193,26 +193,3 @@ class Objective:
         if self.retain is not None:
             counts["retain_loss"] = count(self.retain_over, (self.retain_on,))
         return counts
-
-    def check_settings(self, method: str, loss_mean: str, retain_sampling: str) -> None:
-        """Refuse settings of ``UnlearnConfig`` that mean nothing for this method.
-
-        Args:
-            method: The name of the method, for messages.
-            loss_mean: ``UnlearnConfig.loss_mean``.
-            retain_sampling: ``UnlearnConfig.retain_sampling``.
-
-        Raises:
-            ValueError: The message names the setting and the method.
-        """
-        if retain_sampling != "without_replacement" and "retain" not in self.kinds:
-            raise ValueError(
-                f"retain_sampling={retain_sampling!r} draws retain rows, and method {method!r} runs none: "
-                "leave it out"
-            )
-        over_tokens = self.forget_over == "tokens" and self.retain_over == "tokens"
-        if loss_mean == "joint" and (self.retain is None or not over_tokens):
-            raise ValueError(
-                'loss_mean="joint" is one mean over the labelled tokens of two losses, and those of method '
-                f"{method!r} are no two means over tokens: leave it out"
-            )

@@ -69,6 +69,9 @@ def test_the_true_answer_and_an_empty_one_are_drawn_again(model, tokenizer):
     with patch:
         assert made(model, tokenizer, rows=ROWS[:1], count=1) == [["Ann sails."]]
     assert [keys for _, keys in calls] == [[(0, 0, 0, draw)] for draw in range(3)]
+    for text in ("Ann has an IQ: 130.", "Ann wrote the FAQ: all of it."):  # no further example
+        with spoken([text + " Another answer: no"], tokenizer)[0]:
+            assert made(model, tokenizer, rows=ROWS[:1], count=1) == [[text]]
     patch, calls = spoken([ROWS[0]["answer"]], tokenizer)
     with (
         patch,

@@ -216,22 +216,22 @@ def test_a_method_that_trains_on_refusals_resumes_under_the_same_texts_only(tmp_
 @pytest.mark.parametrize(
     ("name", "values", "wanted"),
     [
-        ("per_device_train_batch_size", [0, -1, 2.5], "an integer >= 1"),
+        ("per_device_train_batch_size", [0, -1, 2.5, None], "an integer >= 1"),
         ("per_device_eval_batch_size", [0, -8], "an integer >= 1"),
         ("gradient_accumulation_steps", [0, -1, 1.5], "an integer >= 1"),
-        ("lora_rank", [0, -4, 2.5, "8"], "an integer >= 1"),
+        ("lora_rank", [0, -4, 2.5, "8", None], "an integer >= 1"),
         ("max_length", [0, -1, 1, 3.5], "an integer >= 2"),
         ("fisher_samples", [0, -3, 0.5, True], "an integer >= 1"),
         ("learning_rate", [0, -1e-3, NAN, INF], "> 0"),
         ("beta", [0, -0.1, NAN, INF], "> 0"),
-        ("lora_alpha", [0, -16, NAN, INF], "> 0"),
+        ("lora_alpha", [0, -16, NAN, INF, None], "> 0"),
         ("num_train_epochs", [-1, NAN, INF], ">= 0"),
-        ("retain_weight", [-1, NAN, INF], ">= 0"),
-        ("forget_weight", [-1, NAN, INF], ">= 0"),
+        ("retain_weight", [-1, NAN, INF, None], ">= 0"),
+        ("forget_weight", [-1, NAN, INF, None], ">= 0"),
         ("loss_reduction", ["mean", None], '"batch" or "micro_batch"'),
         ("loss_mean", ["both"], '"separate" or "joint"'),
         ("retain_sampling", ["random"], '"without_replacement" or "with_replacement"'),
-        ("fisher_damping", [-1, NAN, INF], ">= 0"),
+        ("fisher_damping", [-1, NAN, INF, None], ">= 0"),
         ("weight_decay", [-0.1, NAN, INF], ">= 0"),
         ("adam_epsilon", [-1e-8, NAN], ">= 0"),
         ("max_grad_norm", [-1.0], ">= 0 or inf"),
@@ -243,7 +243,7 @@ def test_a_method_that_trains_on_refusals_resumes_under_the_same_texts_only(tmp_
 )
 def test_impossible_values_are_refused_by_name(name, values, wanted):
     for value in values:
-        told = "a finite number" if value in (NAN, INF) and "<" not in wanted else wanted
+        told = "a finite number" if value in (NAN, INF, None) and wanted in (">= 0", "> 0") else wanted
         with pytest.raises(ValueError, match=rf"^{name} must be {re.escape(told)}, got {value!r}"):
             make(**{name: value})
 
@@ -350,7 +350,7 @@ def test_the_limits_themselves_are_taken():
     make(max_grad_norm=INF)
     with pytest.raises(ValueError, match="max_grad_norm must be >= 0 or inf, got nan"):
         make(max_grad_norm=NAN)
-    make(max_length=None, fisher_samples=None, learning_rate=None, seed=2**32 - 1)
+    make(max_length=None, fisher_samples=None, learning_rate=None, max_grad_norm=None, seed=2**32 - 1)
 
 
 # One place for each field
@@ -398,12 +398,32 @@ def test_an_impossible_balance_is_refused(value):
         make(fila_balance=value)
 
 
-def test_a_balance_without_effect_is_refused():
-    for init, balance in (("default", 0.01), ("default", "paper"), ("pissa", "paper")):
-        with pytest.raises(ValueError, match=f'fila_balance={balance!r} has no effect with init="{init}"'):
-            make(init=init, fila_balance=balance)
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"init": "default", "fila_balance": 0.01}, 'fila_balance=0.01 has no effect with init="default"'),
+        ({"init": "default", "fila_balance": "paper"}, "fila_balance='paper' has no effect"),
+        ({"init": "pissa", "fila_balance": "paper"}, 'fila_balance="paper" has no effect with init="pissa"'),
+        ({"init": "pissa", "fisher_damping": 0.1}, 'fisher_damping=0.1 has no effect with init="pissa"'),
+        (
+            {"init": "pissa", "fisher_damping_mode": "absolute"},
+            "fisher_damping_mode='absolute' has no effect",
+        ),
+        ({"method": "ga", "retain_weight": 5.0}, "retain_weight=5.0 has no effect with method 'ga'"),
+        ({"method": "ceu", "retain_weight": 0.0}, "retain_weight=0.0 has no effect with method 'ceu'"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        make(**settings)
+
+
+def test_settings_that_have_an_effect_or_change_no_result_stay():
     assert make(init="pissa", fila_balance=0.01).fila_balance == 0.01
     assert make(init="default", tuning="full", fila_balance=0.01)  # full tuning ignores the LoRA fields
+    assert make(init="pissa", fisher_samples=8, fisher_cache_dir="there", fisher_memory_budget="1GiB")
+    assert make(method="ga", retain_weight=1.5)  # the default
+    assert make(method="ga_kl", retain_weight=5.0)  # the weight of its divergence
 
 
 def test_a_balance_may_be_a_text_or_a_number(tmp_path):

@@ -179,6 +179,23 @@ def test_the_adapter_that_is_to_be_deleted_and_the_control_are_identified(tmp_pa
     assert inputs["control"]["files"] == inputs["model"]["files"]
 
 
+def test_an_adapter_of_another_model_is_refused(tmp_path, unknown):
+    """Its deletion would leave a model that nobody measured."""
+    other, adapter = tmp_path / "other", tmp_path / "adapter"
+    other.mkdir()
+    (other / "config.json").write_bytes((EMBEDDED / "config.json").read_bytes())
+    (other / "model.safetensors").write_bytes(b"others")
+    adapter.mkdir()
+    for base in (other, EMBEDDED):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        request = write_request(tmp_path, trained_adapter=str(adapter))
+        if base == other:
+            with pytest.raises(ValueError, match=f"its base, {other}, are not those of the model {EMBEDDED}"):
+                run(request, tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+    assert run(request, tmp_path / "out").outcome == "not known"
+
+
 def test_the_lines_serve_the_adapter_on_the_base_that_it_was_measured_on(tmp_path):
     """A model that is an adapter, or a merged state of a ledger, is not what the result stands on."""
     request = read_request(write_request(tmp_path, serving="vllm"))

@@ -1,0 +1,64 @@
+"""Settings without effect are refused: who gives one expects an effect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loku.objectives import Objective
+
+if TYPE_CHECKING:
+    from loku.config import UnlearnConfig
+
+# No row scales are measured without FILA. The number of measured rows, their memory and their cache may stay,
+# because they only bound the cost of measuring.
+_FISHER = ("fisher_damping", "fisher_damping_mode")
+_UNUSED_BY_INIT = {"default": (*_FISHER, "fila_balance"), "pissa": _FISHER}
+
+
+def refuse_unused_settings(config: UnlearnConfig, objective: Objective) -> None:
+    """Refuse settings that the method or the initialisation of a run has no use for.
+
+    A setting counts as given if it is not the default of its class. With ``tuning="full"`` the settings of
+    adapters do not count.
+
+    Args:
+        config: The settings.
+        objective: The method with its arguments.
+
+    Raises:
+        ValueError: The message names the setting, and the method or the initialisation.
+    """
+    method = f"method {config.method!r}"
+    if objective.retain is None and _is_given(config, "retain_weight"):
+        raise ValueError(
+            f"retain_weight={config.retain_weight!r} has no effect with {method}, which has no retain loss: "
+            "leave it out"
+        )
+    if "retain" not in objective.kinds and _is_given(config, "retain_sampling"):
+        raise ValueError(
+            f"retain_sampling={config.retain_sampling!r} draws retain rows, and {method} runs none: leave it "
+            "out"
+        )
+    over_tokens = objective.forget_over == "tokens" and objective.retain_over == "tokens"
+    if config.loss_mean == "joint" and (objective.retain is None or not over_tokens):
+        raise ValueError(
+            'loss_mean="joint" is one mean over the labelled tokens of two losses, and those of '
+            f"{method} are no two means over tokens: leave it out"
+        )
+    if config.tuning == "full":
+        return
+    for name in _UNUSED_BY_INIT.get(config.init, ()):
+        if _is_given(config, name):
+            raise ValueError(
+                f'{name}={getattr(config, name)!r} has no effect with init="{config.init}", which measures '
+                'no row scales: leave it out, or use init="fila"'
+            )
+    if config.init == "pissa" and config.fila_balance == "paper":
+        raise ValueError(
+            'fila_balance="paper" has no effect with init="pissa", which measures no row scales: leave it '
+            "out, or give a number"
+        )
+
+
+def _is_given(config: UnlearnConfig, name: str) -> bool:
+    return getattr(config, name) != getattr(type(config), name)
