@@ -10,10 +10,11 @@ the interval is that of the authors alone. Forget rows are of too few authors fo
 
 - The table of ``tofu_report.py``: a row for each setting at its best learning rate, over seeds.
 - Equal forget quality. The retain probabilities of a run are interpolated to the moment at which its forget
-  quality first passes ``FORGOTTEN``, linearly between two measured epochs in the logarithm of the quality. A
-  setting counts at the learning rate at which most seeds get there, and of these the one with the highest
-  retain probability. The intervals know nothing of this choice. Many runs go through a dip and recover, so
-  the last columns have the measured epoch of the highest retain probability whose quality is at least that.
+  quality first passes ``FORGOTTEN``, linearly between two measured epochs in the logarithm of the quality.
+  The picture has each setting at the learning rate at which most seeds get there, and of these the one with
+  the highest retain probability. It is bold in the table. The intervals know nothing of this choice. Many
+  runs go through a dip and recover, so the last columns have the measured epoch of the highest retain
+  probability whose quality is at least that.
 - FILA against PiSSA, which is FILA without the Fisher information: the differences of runs of IHL of equal
   balance, learning rate and seeds, at each measured epoch.
 - Collapse: the lowest shares of the retain probability and of utility that a setting keeps, at each rate.
@@ -32,6 +33,7 @@ from grid import RESULTS, Group, Run, grouped, report_command, varied_fields
 from shared import result_files
 from tofu_report import (
     FORGOTTEN,
+    KEPT,
     MEASURED,
     PANEL_TITLES,
     Point,
@@ -53,6 +55,29 @@ COLLAPSED = 0.5  # share of the retain probability before unlearning under which
 RESAMPLES = 2000
 
 Values = dict[int, list[float]]  # author -> the values of its rows
+
+# What the tables of the written file show.
+BEST_TEXT = (
+    "A row has a setting at its best learning rate and its best epoch. That is the epoch of the highest "
+    f"forget quality among those that keep {KEPT:.0%} of model utility. Where no later epoch keeps it, it is "
+    'the epoch before unlearning. So "never" beside a high forget probability says that utility was lost '
+    "first."
+)
+EQUAL_TEXT = (
+    f"The middle columns are the moment at which a forget quality of {FORGOTTEN} is first passed, "
+    "interpolated between two measured epochs. The last three are the measured epoch of the highest retain "
+    "probability among those that pass. Bold: the rate at which most seeds pass, and of these the one with "
+    "the highest retain probability at the first passing. Intervals are a bootstrap over seeds and retained "
+    "authors. They do not cover the interpolation and the choice of the rate."
+)
+FISHER_TEXT = (
+    "FILA and PiSSA have the same balance, learning rate and seeds. They differ in the Fisher information "
+    "alone."
+)
+ROBUSTNESS_TEXT = (
+    "The attacked epoch is that of the highest retain probability among those that pass. One half of the "
+    "forget rows is taught again, and the other half is measured. The control never saw the forget rows."
+)
 
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -190,6 +215,12 @@ def crossings(group: Group) -> list[Crossing]:
     return [found for run in group if (found := crossing(run)) is not None]
 
 
+def rates_by_setting(runs: Sequence[Run]) -> list[list[Group]]:
+    """Return the runs of each learning rate of each setting."""
+    settings = grouped(runs, MEASURED, "seed", "learning_rate").values()
+    return [list(grouped(group, MEASURED, "seed").values()) for group in settings]
+
+
 def rates_at_equal_quality(runs: Sequence[Run]) -> list[Group]:
     """Return the runs of each setting at the rate at which most seeds forget, and then retain most."""
 
@@ -197,10 +228,12 @@ def rates_at_equal_quality(runs: Sequence[Run]) -> list[Group]:
         found = crossings(group)
         return len(found), mean_of([at.retain for at in found]) if found else 0.0
 
-    return [
-        max(grouped(group, MEASURED, "seed").values(), key=rank)
-        for group in grouped(runs, MEASURED, "seed", "learning_rate").values()
-    ]
+    return [max(rates, key=rank) for rates in rates_by_setting(runs)]
+
+
+def is_baseline(group: Group) -> bool:
+    """Whether runs are of ``BASELINE``."""
+    return (group[0]["method"], group[0]["init"]) == BASELINE
 
 
 def baseline_of(group: Group, groups: Sequence[Group]) -> list[Values] | None:
@@ -208,31 +241,35 @@ def baseline_of(group: Group, groups: Sequence[Group]) -> list[Values] | None:
     free = (*COMPARED, "method_args", "learning_rate", "seed")
     (others,) = grouped(group, MEASURED, *free)
     for candidate in groups:
-        first = candidate[0]
-        if (first["method"], first["init"]) == BASELINE and others in grouped(candidate, MEASURED, *free):
+        if is_baseline(candidate) and others in grouped(candidate, MEASURED, *free):
             return [at.retain for at in crossings(candidate)] or None
     return None
 
 
-def equal_quality_table(groups: Sequence[Group]) -> str:
+def equal_quality_table(runs: Sequence[Run]) -> str:
     """Return the Markdown table of the settings at equal forget quality, the best first.
 
     Args:
-        groups: The settings, from ``rates_at_equal_quality``.
+        runs: The runs of one forget set.
     """
+    best_rates = rates_at_equal_quality(runs)
+    groups = list(grouped(runs, MEASURED, "seed").values())
     names = [*COMPARED, *varied_fields(groups, MEASURED, "seed", "learning_rate", *COMPARED)]
+    rates_of = {id(run): len(rates) for rates in rates_by_setting(runs) for group in rates for run in group}
     rows = []
     for group in groups:
         found = crossings(group)
-        cells = [*settings_cells(group[0], names), f"{group[0]['learning_rate']:g}"]
+        rate = f"{group[0]['learning_rate']:g}"
+        chosen = rates_of[id(group[0])] > 1 and group in best_rates
+        cells = [*settings_cells(group[0], names), f"**{rate}**" if chosen else rate]
         cells.append(f"{len(found)} of {len(group)}")
         if not found:
             rows.append((0.0, [*cells, *["-"] * 8]))
             continue
         retained = [at.retain for at in found]
         best = passing_points(group)
-        baseline = baseline_of(group, groups)
-        own = (group[0]["method"], group[0]["init"]) == BASELINE
+        baseline = baseline_of(group, best_rates)
+        own = is_baseline(group) and group in best_rates
         cells += [
             ", ".join(f"{at.epoch:.1f}" for at in found),
             f"{mean(at.forget for at in found):.3f}",
@@ -440,10 +477,11 @@ def write_report(path: Path) -> None:
     lines = [f"The model: {description(runs[0]['models'])}."]
     for size in sorted({run["forget_rows"] for run in runs}):
         chosen = [run for run in runs if run["forget_rows"] == size]
-        lines += [f"## {size} rows forgotten", table(chosen, ("fila_balance",))]
-        lines += ["### At equal forget quality", equal_quality_table(rates_at_equal_quality(chosen))]
+        lines += [f"## {size} rows forgotten", BEST_TEXT, table(chosen, ("fila_balance",))]
+        equal = equal_quality_table(chosen)
+        lines += ["### At equal forget quality", EQUAL_TEXT, equal]
         if (fisher := fisher_table(chosen)) is not None:
-            lines += ["### FILA and PiSSA", fisher]
+            lines += ["### FILA and PiSSA", FISHER_TEXT, fisher]
         lines += [
             "### Collapse",
             "The lowest shares of the retain probability and of utility that are kept over epochs and seeds, "
@@ -453,7 +491,7 @@ def write_report(path: Path) -> None:
         attacked = [run for run in chosen if run["robustness"]]
         if attacked:
             attacked_groups = list(grouped(attacked, MEASURED, "seed").values())
-            lines += ["### Robustness", robustness_table(attacked_groups)]
+            lines += ["### Robustness", ROBUSTNESS_TEXT, robustness_table(attacked_groups)]
     text = "\n\n".join(lines)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)

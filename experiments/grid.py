@@ -134,7 +134,7 @@ def finished(path: Path, kind: type[Cell]) -> set[Cell]:
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a cell's fields of ``UnlearnConfig`` without the retain weight where there is no retain loss.
 
-    A cell has all fields. ``UnlearnConfig`` refuses one without effect.
+    A cell has all fields. A config refuses a retain weight without effect.
     """
     from loku.objectives import OBJECTIVES
 

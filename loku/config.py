@@ -1,6 +1,7 @@
 """The settings of an unlearning run."""
 
 import dataclasses
+import json
 import math
 import numbers
 from collections.abc import Callable
@@ -68,6 +69,19 @@ def _check_ranges(config: Any) -> None:
     check(_SHARES, ">= 0 and < 1", lambda v: 0 <= v < 1)
     integers = "an integer from 0 to 2^32 - 1"
     check(("seed",), integers, lambda v: isinstance(v, numbers.Integral) and 0 <= int(v) < 2**32)
+
+
+def _check_json(config: Any) -> None:
+    """Raise ValueError if a text that stands for a dict is no JSON; ``TrainingArguments`` names no field."""
+    for name in config._VALID_DICT_FIELDS:
+        value = getattr(config, name)
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} must be a JSON object, with its names in double quotes, got {value!r}: {error}"
+                ) from None
 
 
 @dataclass
@@ -335,6 +349,7 @@ class UnlearnConfig(TrainingArguments):
             # The better model has forgotten more: a higher loss, and lower values of the other measures.
             forgets = self.metric_for_best_model.removeprefix("eval_").startswith("forget_")
             self.greater_is_better = forgets == self.metric_for_best_model.endswith("loss")
+        _check_json(self)
         super().__post_init__()
         self.remove_unused_columns = False  # the columns are pairs of rows, not arguments of the model
         if self.ddp_find_unused_parameters is None:
@@ -358,8 +373,8 @@ class UnlearnConfig(TrainingArguments):
                 'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '
                 f"{self.train_sampling_strategy!r}"
             )
-        if self.max_steps == 0:  # transformers would train num_train_epochs
-            raise ValueError("max_steps must be > 0, or -1 for num_train_epochs, got 0")
+        if self.max_steps == 0 or self.max_steps < -1:  # transformers would train num_train_epochs
+            raise ValueError(f"max_steps must be > 0, or -1 for num_train_epochs, got {self.max_steps}")
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device for which to pin
         _check_ranges(self)

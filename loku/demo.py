@@ -60,7 +60,7 @@ MEASURES = {
     "memorization_accuracy": ("lower", "the share of tokens to forget that are its first guess"),
     "forget_quality": (
         "higher",
-        "the p-value of the test that it answers like the twin; above 0.05 they agree",
+        "the p-value of the test that it answers like the twin; above 0.05 it tells no difference",
     ),
     "retain_perplexity": ("lower", "its surprise at a token of the answers to keep; 1 is none"),
 }

@@ -9,24 +9,24 @@ from loku.objectives import Objective
 if TYPE_CHECKING:
     from loku.config import UnlearnConfig
 
-# No row scales are measured without FILA. The number of measured rows, their memory and their cache may stay,
-# because they only bound the cost of measuring.
-_FISHER = ("fisher_damping", "fisher_damping_mode")
+# Without FILA no row scales are measured. The memory of measuring and its cache may stay, because they never
+# change a result.
+_FISHER = ("fisher_damping", "fisher_damping_mode", "fisher_samples")
 _UNUSED_BY_INIT = {"default": (*_FISHER, "fila_balance"), "pissa": _FISHER}
 
 
 def refuse_unused_settings(config: UnlearnConfig, objective: Objective) -> None:
-    """Refuse settings that the method or the initialisation of a run has no use for.
+    """Refuse settings that a run has no use for.
 
-    A setting counts as given if it is not the default of its class. With ``tuning="full"`` the settings of
-    adapters do not count.
+    A setting counts as given if it is not the default of its class. ``tuning="full"`` ignores the settings of
+    adapters, as trainers do, so that one set of settings serves both.
 
     Args:
         config: The settings.
         objective: The method with its arguments.
 
     Raises:
-        ValueError: The message names the setting, and the method or the initialisation.
+        ValueError: The message names the setting, and what makes it useless.
     """
     method = f"method {config.method!r}"
     if objective.retain is None and _is_given(config, "retain_weight"):
@@ -44,6 +44,13 @@ def refuse_unused_settings(config: UnlearnConfig, objective: Objective) -> None:
         raise ValueError(
             'loss_mean="joint" is one mean over the labelled tokens of two losses, and those of '
             f"{method} are no two means over tokens: leave it out"
+        )
+    if config.forget_weight == 0 and (objective.retain is None or config.retain_weight == 0):
+        raise ValueError("forget_weight=0 leaves no loss to train by: give it or retain_weight another value")
+    if config.load_best_model_at_end and config.eval_strategy == "no":
+        raise ValueError(
+            'load_best_model_at_end=True chooses among evaluations, and eval_strategy="no" makes none: set '
+            "eval_strategy and save_strategy, or leave it out"
         )
     if config.tuning == "full":
         return

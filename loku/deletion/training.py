@@ -221,6 +221,13 @@ def _check(
             raise ValueError(f"training: UnlearnConfig has no field {name!r}")
 
 
+def _defaults_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that have an effect beside the given fields."""
+    objective = OBJECTIVES.get(fields.get("method", "ihl"))
+    unused = "retain_weight" if objective is not None and objective.retain is None else None
+    return {name: value for name, value in _DEFAULTS.items() if name != unused}
+
+
 def _config(fields: Mapping[str, Any], rows: int, directory: Path, progress: bool) -> UnlearnConfig:
     """The settings of a run, still without its bounds."""
     own = {
@@ -234,10 +241,7 @@ def _config(fields: Mapping[str, Any], rows: int, directory: Path, progress: boo
         "logging_strategy": "no",
         "disable_tqdm": not progress,
     }
-    given = {**_DEFAULTS, **fields}
-    objective = OBJECTIVES.get(given.get("method", "ihl"))
-    if objective is not None and objective.retain is None and "retain_weight" not in fields:
-        del given["retain_weight"]
+    given = {**_defaults_of(fields), **fields}
     every = given.get("eval_steps", 1)
     config = UnlearnConfig(**{**own, **given, "eval_steps": every, "save_steps": every})
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size

@@ -20,9 +20,13 @@ def memory_bytes(budget: int | str | None) -> int | None:
     if budget is None:
         return None
     size = int(budget) if isinstance(budget, str) and budget.isdecimal() else budget
+    wanted = f'fisher_memory_budget must be a size like "4GiB", a number of bytes or None, got {budget!r}'
     if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise ValueError(f'a memory budget is a size like "4GiB", bytes or None, got {budget!r}')
-    return convert_file_size_to_int(size)
+        raise ValueError(wanted)
+    try:
+        return convert_file_size_to_int(size)
+    except ValueError as error:
+        raise ValueError(wanted) from error
 
 
 def check_balance(balance: Any, name: str) -> Balance:

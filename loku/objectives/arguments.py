@@ -79,7 +79,9 @@ def resolved(
     """
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        raise ValueError(f"method_args must be a dict, got {given!r}")
+        raise ValueError(
+            f'method_args must be a dict, or a JSON object such as {{"delta": 0.5}}, got {given!r}'
+        )
     unknown = [name for name in given if name not in arguments]
     if unknown:
         known = f"it has {', '.join(arguments)}" if arguments else "it has none"

@@ -63,7 +63,10 @@ class _OfActivations(Quantity):
 
     def module(self, model: nn.Module) -> nn.Module:
         """The layer."""
-        return find_layer(model, self.layer)
+        try:
+            return find_layer(model, self.layer)
+        except ValueError as error:
+            raise ValueError(f'{error}. Choose one by method_args={{"layer": ...}}') from None
 
 
 @dataclass(frozen=True)

@@ -239,11 +239,13 @@ def test_report_of_the_claims(tmp_path):
     forget, retain = ((0.9 + share * (after - 0.9)) * 2 / 3 for after in (0.3, 0.3))
     assert f"{share:.1f} | {forget:.3f} | {retain:.3f}" == "0.9 | 0.246 | 0.246"
     # The rate at which a seed forgets, and authors alone make the interval.
-    npo = "| npo | default | - | 5 | 0.001 | 1 of 1 | 0.9 | 0.246 | 0.246 (0.000 to 0.369) |"
+    npo = "| npo | default | - | 5 | **0.001** | 1 of 1 | 0.9 | 0.246 | 0.246 (0.000 to 0.369) |"
     best = "1 | 0.5 | 0.200 (0.000 to 0.300) |"
     assert f"{npo} -0.354 (-0.531 to +0.000) | 0.333 | {best}" in text
-    own = "| ihl | default | - | 5 | 0.001 | 2 of 2 | 0.9, 0.9 | 0.246 | 0.600 (0.000 to 0.900) | - | 1.000 |"
-    assert own in text
+    own = "| ihl | default | - | 5 | **0.001** | 2 of 2 | 0.9, 0.9 | 0.246 | 0.600 (0.000 to 0.900) |"
+    assert f"{own} - | 1.000 |" in text
+    assert "| ihl | default | - | 5 | 0.003 | 2 of 2 |" in text  # another rate
+    assert "| npo | default | - | 5 | 0.003 | 0 of 2 | - |" in text
     assert "| gd | default | - | 5 | 0.001 | 0 of 1 | - | - | - | - | - | - |" in text
     # There is no baseline of nine epochs.
     assert "| simnpo | default | - | 9 | 0.001 | 1 of 1 | 0.9 | 0.246 | 0.600 (0.000 to 0.900) | - |" in text

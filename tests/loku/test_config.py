@@ -257,7 +257,10 @@ def test_impossible_values_are_refused_by_name(name, values, wanted):
             "method_args: method 'simnpo' has no argument 'gamma': it has delta",
         ),
         ({"method": "npo", "method_args": {"beta": 1}}, "it has none; beta is a setting of its own"),
-        ({"method": "simnpo", "method_args": [1]}, r"method_args must be a dict, got \[1\]"),
+        ({"method": "simnpo", "method_args": [1]}, r"method_args must be a dict, or .*, got \[1\]"),
+        ({"method": "simnpo", "method_args": "delta=1"}, "or a JSON object such as .*, got 'delta=1'"),
+        ({"method": "simnpo", "method_args": "{delta: 1}"}, "^method_args must be a JSON object, with its"),
+        ({"eval_limits": "{forget: 1}"}, "^eval_limits must be a JSON object, with its names in double"),
         (
             {"method": "simnpo", "method_args": {"delta": NAN}},
             "delta of method 'simnpo' must be a finite number, got nan",
@@ -340,7 +343,7 @@ def test_bounds_are_named_without_eval_and_may_be_json():
 
 @pytest.mark.parametrize("value", ["much", "4XB", True])
 def test_an_impossible_memory_budget_is_refused(value):
-    with pytest.raises(ValueError, match=r"memory|size"):
+    with pytest.raises(ValueError, match=r"^fisher_memory_budget must be a size like"):
         make(fisher_memory_budget=value)
 
 
@@ -411,6 +414,9 @@ def test_an_impossible_balance_is_refused(value):
         ),
         ({"method": "ga", "retain_weight": 5.0}, "retain_weight=5.0 has no effect with method 'ga'"),
         ({"method": "ceu", "retain_weight": 0.0}, "retain_weight=0.0 has no effect with method 'ceu'"),
+        ({"forget_weight": 0, "retain_weight": 0}, "leaves no loss to train by"),
+        ({"method": "ga", "forget_weight": 0}, "leaves no loss to train by"),
+        ({"load_best_model_at_end": True}, 'eval_strategy="no" makes none'),
     ],
 )
 def test_a_setting_without_effect_is_refused(settings, told):
@@ -420,8 +426,9 @@ def test_a_setting_without_effect_is_refused(settings, told):
 
 def test_settings_that_have_an_effect_or_change_no_result_stay():
     assert make(init="pissa", fila_balance=0.01).fila_balance == 0.01
+    assert make(init="pissa", fisher_cache_dir="there", fisher_memory_budget="1GiB")
     assert make(init="default", tuning="full", fila_balance=0.01)  # full tuning ignores the LoRA fields
-    assert make(init="pissa", fisher_samples=8, fisher_cache_dir="there", fisher_memory_budget="1GiB")
+    assert make(forget_weight=0)  # training on retain rows alone
     assert make(method="ga", retain_weight=1.5)  # the default
     assert make(method="ga_kl", retain_weight=5.0)  # the weight of its divergence
 

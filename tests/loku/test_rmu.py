@@ -119,7 +119,10 @@ def test_wrong_arguments_are_refused_first(tmp_path):
         rmu_config(vector=3)
     model = tiny_model("llama")
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match="there is no layer 7: LlamaForCausalLM has the layers 0 to 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"there is no layer 7: LlamaForCausalLM has the layers 0 to 1\. Choose one by method_args",
+    ):
         trainer_of(model, "rmu", tmp_path)
     assert [name for name, _ in model.named_modules()] == names
 

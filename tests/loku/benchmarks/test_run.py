@@ -51,7 +51,10 @@ def short_answers(monkeypatch):
 def benchmark(folder, name, out, *more, fast=True):
     places = [f"--model={folder / 'model'}", f"--data={folder / name}", f"--out={out}"]
     splits = [] if "--split" in more else ["--split", *SPLIT[name]]
-    return cli.main(["benchmark", name, *places, *splits, *(FAST if fast else FAST[-3:]), *more])
+    flags = FAST if fast else FAST[-3:]
+    if "--init=default" in more:  # it measures no Fisher
+        flags = [flag for flag in flags if not flag.startswith("--fisher")]
+    return cli.main(["benchmark", name, *places, *splits, *flags, *more])
 
 
 def entries(out):
@@ -275,9 +278,9 @@ def test_a_missing_model_or_folder_is_named(folder, tmp_path, capsys):
 
 
 def test_settings_of_a_file_and_checkpoints(folder, tmp_path):
-    (tmp_path / "run.yaml").write_text("init: default\nsave_strategy: steps\nsave_steps: 1\n")
+    (tmp_path / "run.yaml").write_text("method: gd\nsave_strategy: steps\nsave_steps: 1\n")
     assert benchmark(folder, "tofu", tmp_path / "out", f"--config={tmp_path / 'run.yaml'}") == 0
-    assert entries(tmp_path / "out")[-1]["settings"]["init"] == "default"
+    assert entries(tmp_path / "out")[-1]["settings"]["method"] == "gd"
     (checkpoints,) = (tmp_path / "out").glob("checkpoints-*")
     assert [*checkpoints.rglob("checkpoint-1")]
 

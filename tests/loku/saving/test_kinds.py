@@ -233,7 +233,7 @@ def test_a_residual_save_is_unlearned_further(init, tmp_path):
     make_base("llama").save_pretrained(tmp_path / "original")
 
     def unlearn(model, init):
-        options = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 2, "fisher_samples": 2}
+        options = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 2}
         config = loku.UnlearnConfig(
             output_dir=str(tmp_path / "run"), init=init, use_cpu=True, disable_tqdm=True, **options
         )
