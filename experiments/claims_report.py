@@ -260,7 +260,7 @@ def equal_quality_table(runs: Sequence[Run]) -> str:
     for group in groups:
         found = crossings(group)
         rate = f"{group[0]['learning_rate']:g}"
-        chosen = rates_of[id(group[0])] > 1 and group in best_rates
+        chosen = bool(found) and rates_of[id(group[0])] > 1 and group in best_rates
         cells = [*settings_cells(group[0], names), f"**{rate}**" if chosen else rate]
         cells.append(f"{len(found)} of {len(group)}")
         if not found:

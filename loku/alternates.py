@@ -34,7 +34,7 @@ PROMPT = (
 )
 BEGINNING = "Another answer:"  # of what the model writes
 # An answer ends before what begins a further example. "FAQ:" and "the IQ: 130" begin none.
-ENDS = re.compile(rf"\b(?:Question|Q|{BEGINNING[:-1]}):")
+ENDS = re.compile(rf"Question:|(?<![A-Za-z])Q:|{BEGINNING}")
 DRAWS = 8  # of an alternate, at most
 
 

@@ -18,7 +18,7 @@ from loku.fila.settings import FilaConfig, check_balance
 from loku.free_fields import EVALUATION_FIELDS, REASONS
 from loku.objectives import OBJECTIVES, Objective, described_methods, resolved
 from loku.target_modules import check_patterns
-from loku.unused_settings import refuse_unused_settings
+from loku.unused_settings import is_given, refuse_unused_settings
 
 # The values that a run can have.
 _COUNTS = (
@@ -373,8 +373,9 @@ class UnlearnConfig(TrainingArguments):
                 'train_sampling_strategy must be "random", "sequential" or "group_by_length", got '
                 f"{self.train_sampling_strategy!r}"
             )
-        if self.max_steps == 0 or self.max_steps < -1:  # transformers would train num_train_epochs
-            raise ValueError(f"max_steps must be > 0, or -1 for num_train_epochs, got {self.max_steps}")
+        # transformers would train num_train_epochs
+        if not isinstance(self.max_steps, numbers.Integral) or self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be > 0, or -1 for num_train_epochs, got {self.max_steps!r}")
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device for which to pin
         _check_ranges(self)
@@ -435,7 +436,7 @@ class UnlearnConfig(TrainingArguments):
             damping, damping_mode, balance = (getattr(self, name) for name in own)
             return FilaConfig(damping=damping, damping_mode=damping_mode, balance=balance, **options)
         for name in own:
-            if getattr(self, name) != getattr(UnlearnConfig, name):
+            if is_given(self, name):
                 raise ValueError(
                     f'init="official-fila" has its own {name}, got {getattr(self, name)!r}: leave it out, or '
                     'use init="fila"'

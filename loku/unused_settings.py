@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loku.objectives import Objective
+from loku.objectives.retain_weight import RetainWeight
 
 if TYPE_CHECKING:
     from loku.config import UnlearnConfig
@@ -18,7 +19,7 @@ _UNUSED_BY_INIT = {"default": (*_FISHER, "fila_balance"), "pissa": _FISHER}
 def refuse_unused_settings(config: UnlearnConfig, objective: Objective) -> None:
     """Refuse settings that a run has no use for.
 
-    A setting counts as given if it is not the default of its class. ``tuning="full"`` ignores the settings of
+    A setting counts as given by ``is_given``. ``tuning="full"`` ignores the settings of
     adapters, as trainers do, so that one set of settings serves both.
 
     Args:
@@ -29,12 +30,12 @@ def refuse_unused_settings(config: UnlearnConfig, objective: Objective) -> None:
         ValueError: The message names the setting, and what makes it useless.
     """
     method = f"method {config.method!r}"
-    if objective.retain is None and _is_given(config, "retain_weight"):
+    if objective.retain is None and is_given(config, "retain_weight"):
         raise ValueError(
             f"retain_weight={config.retain_weight!r} has no effect with {method}, which has no retain loss: "
             "leave it out"
         )
-    if "retain" not in objective.kinds and _is_given(config, "retain_sampling"):
+    if "retain" not in objective.kinds and is_given(config, "retain_sampling"):
         raise ValueError(
             f"retain_sampling={config.retain_sampling!r} draws retain rows, and {method} runs none: leave it "
             "out"
@@ -45,9 +46,11 @@ def refuse_unused_settings(config: UnlearnConfig, objective: Objective) -> None:
             'loss_mean="joint" is one mean over the labelled tokens of two losses, and those of '
             f"{method} are no two means over tokens: leave it out"
         )
-    if config.forget_weight == 0 and (objective.retain is None or config.retain_weight == 0):
+    stays = objective.retain_weight is RetainWeight  # another kind may grow from 0
+    if config.forget_weight == 0 and (objective.retain is None or (config.retain_weight == 0 and stays)):
         raise ValueError("forget_weight=0 leaves no loss to train by: give it or retain_weight another value")
-    if config.load_best_model_at_end and config.eval_strategy == "no":
+    evaluates = config.eval_strategy != "no" or config.eval_on_start
+    if config.load_best_model_at_end and not evaluates:
         raise ValueError(
             'load_best_model_at_end=True chooses among evaluations, and eval_strategy="no" makes none: set '
             "eval_strategy and save_strategy, or leave it out"
@@ -55,7 +58,7 @@ def refuse_unused_settings(config: UnlearnConfig, objective: Objective) -> None:
     if config.tuning == "full":
         return
     for name in _UNUSED_BY_INIT.get(config.init, ()):
-        if _is_given(config, name):
+        if is_given(config, name):
             raise ValueError(
                 f'{name}={getattr(config, name)!r} has no effect with init="{config.init}", which measures '
                 'no row scales: leave it out, or use init="fila"'
@@ -67,5 +70,7 @@ def refuse_unused_settings(config: UnlearnConfig, objective: Objective) -> None:
         )
 
 
-def _is_given(config: UnlearnConfig, name: str) -> bool:
-    return getattr(config, name) != getattr(type(config), name)
+def is_given(config: UnlearnConfig, name: str) -> bool:
+    """Whether a setting is none of the defaults of the class and of those that it derives from."""
+    classes = [cls for cls in type(config).__mro__ if name in vars(cls)]
+    return all(getattr(config, name) != vars(cls)[name] for cls in classes)

@@ -139,11 +139,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens, output = tokens_of(rows, name), options.out / name
         facts = facts_of(tokens, options)
         try:
-            if not is_finetuned(output, facts):
-                base = load_model(options.base, {"dtype": torch.float32})
-                finetune(base, tokenizer, tokens, output, facts, settings_of(options), options.rows_per_step)
+            finished = is_finetuned(output, facts)
         except ValueError as error:
             raise SystemExit(str(error)) from error
+        if not finished:
+            base = load_model(options.base, {"dtype": torch.float32})
+            finetune(base, tokenizer, tokens, output, facts, settings_of(options), options.rows_per_step)
         model: Any = load_model(output)
         print(memorised(model.to(device), tokens, f"{name}: its own rows"), flush=True)
         return model

@@ -233,6 +233,7 @@ def _train(
     collator = partial(collate, pad_token_id=padding_id(tokenizer))
     trainer = Trainer(model, arguments, train_dataset=tokens, data_collator=collator)
     trainer.train(resume_from_checkpoint=_whole_checkpoint(checkpoints))
+    is_finetuned(output, facts)  # another process may have put a model of other settings there: it is named
     with destination(output, "merged") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

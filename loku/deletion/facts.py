@@ -136,18 +136,21 @@ def _model_digests(name: str, arguments: Mapping[str, Any], most_bases: int) -> 
         raise ValueError(f"{name} has no files of a model")
     found: dict[str, Any] = {"name": name, "revision": commit, "files": dict(sorted(digests.items()))}
     if "adapter_config.json" in files:
-        base = _base_of(files["adapter_config.json"])
+        base, of_base = _base_of(files["adapter_config.json"])
         if base:
-            found["base"] = _model_digests(base, {}, most_bases - 1)
+            found["base"] = _model_digests(base, of_base, most_bases - 1)
     return found
 
 
-def _base_of(config: Path) -> str | None:
+def _base_of(config: Path) -> tuple[str | None, dict[str, str]]:
+    """The base of an adapter, and the arguments with which it is loaded."""
     try:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{config} is not the config of an adapter") from error
-    return base if isinstance(base, str) else None
+    arguments = {"revision": revision} if isinstance(revision, str) else {}
+    return base if isinstance(base, str) else None, arguments
 
 
 def _folder(name: str, arguments: Mapping[str, Any]) -> tuple[Path, str | None]:

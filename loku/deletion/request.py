@@ -417,8 +417,10 @@ def _training(value: YamlValue, folder: Path) -> dict[str, Any]:
     try:
         UnlearnConfig(output_dir="unused", **settings)
     except (ValueError, TypeError, ImportError) as error:
-        named = [inner for name, inner in given.items() if re.search(rf"\b{name}\b", str(error))]
-        raise (named[0] if named else value).error(error) from error
+        found = {name: re.search(rf"\b{name}\b", str(error)) for name in given}
+        places = {name: match.start() for name, match in found.items() if match is not None}
+        first = min(places, key=places.__getitem__, default=None)  # the field that the error is about
+        raise (value if first is None else given[first]).error(error) from error
     return {"training": settings}
 
 

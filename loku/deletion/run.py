@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class Run:
             given = facts.model_digests(request.model, revision=request.revision, model_arguments=arguments)
         if self.rows.earlier:
             ledger.check_model(self.rows.earlier[0], given)
-        _check_base(self.inputs.get("trained_adapter", {}), given)
+        _check_base(self.inputs.get("trained_adapter", {}), self.inputs["model"], given)
         self.machine, self.versions = facts.machine_facts(), facts.versions()
         identity = {
             "request": request_facts(request),
@@ -408,21 +409,31 @@ def _limit(
     return {"limit": limit, "before": before["forget"][name], "after": value, "met": met}
 
 
-def _check_base(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+def _check_base(adapter: Mapping[str, Any], start: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """Refuse an adapter of another model: its deletion would not leave the model that is measured.
 
     Args:
         adapter: The ``model_digests`` of the adapter; empty if there is none.
+        start: Those of the model from which the run starts. A state of a ledger may be an adapter on the
+            model of the request. Then the adapter that is to be deleted stands on that model, too.
         model: Those of the model of the request.
     """
     base = adapter.get("base")
-    if base is not None and _weights(base) != _weights(model):
+    states = [start] if start is model else [start, start.get("base", {})]
+    if base is not None and not any(_same_weights(base, state) for state in states):
         raise ValueError(
             f"trained_adapter: the weights of its base, {base['name']}, are not those of the model "
-            f"{model['name']}. Nothing was started; name that base as the model, or an adapter of this model"
+            f"{start['name']}. Nothing was started; name an adapter of this model, or the base as the model"
         )
 
 
-def _weights(digests: Mapping[str, Any]) -> dict[str, str]:
-    files = digests.get("files", {})
-    return {file: digest for file, digest in files.items() if file.endswith((".safetensors", ".bin"))}
+def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the weights of two models have the same digests, in the first format that both have."""
+    for pattern in ("*model*.safetensors", "*model*.bin"):
+        first, second = (
+            {name: digest for name, digest in digests.get("files", {}).items() if fnmatch(name, pattern)}
+            for digests in (one, other)
+        )
+        if first and second:
+            return first == second
+    return False

@@ -122,7 +122,7 @@ def run_loku(folder, arguments, monkeypatch):
                 "--retain=retain.jsonl",
                 f"--output={adapter}",
             ]
-            assert cli.main(["unlearn", *places, "--init=default", *FAST["unlearn"]]) == 0
+            assert cli.main(["unlearn", *places, *FAST["unlearn"]]) == 0
     assert cli.main([*arguments, *FAST.get(name, [])]) == 0
 
 

@@ -239,7 +239,7 @@ def test_finetuning_goes_on_and_keeps_its_settings(tmp_path, one_thread, capsys,
     class Stopped(finetuning.Trainer):
         def _save_checkpoint(self, *args, **kwargs):
             super()._save_checkpoint(*args, **kwargs)
-            with pytest.raises(SystemExit, match=r"fine-tunes in .*/.full-.*; nothing was started"):
+            with pytest.raises(ValueError, match=r"fine-tunes in .*/.full-.*; nothing was started"):
                 finetune_tofu.main([*flags, str(tmp_path / "out")])  # a second run meanwhile
             raise RuntimeError("stopped")
 

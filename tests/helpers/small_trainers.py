@@ -92,7 +92,7 @@ def trainer_of(model, method, tmp_path, forget=FORGET, **options):
         "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
-        "retain_weight": RETAIN_WEIGHT,
+        **({} if OBJECTIVES[method].retain is None else {"retain_weight": RETAIN_WEIGHT}),
         "beta": BETA if OBJECTIVES[method].beta else None,
         "disable_tqdm": True,
         "use_cpu": True,

@@ -69,8 +69,12 @@ def test_the_true_answer_and_an_empty_one_are_drawn_again(model, tokenizer):
     with patch:
         assert made(model, tokenizer, rows=ROWS[:1], count=1) == [["Ann sails."]]
     assert [keys for _, keys in calls] == [[(0, 0, 0, draw)] for draw in range(3)]
-    for text in ("Ann has an IQ: 130.", "Ann wrote the FAQ: all of it."):  # no further example
-        with spoken([text + " Another answer: no"], tokenizer)[0]:
+    for text, end in (
+        ("Ann has an IQ: 130.", " Another answer: no"),  # "IQ:" begins no further example
+        ("Ann wrote the FAQ: all of it.", "Question: no"),  # a special token between them is not decoded
+        ("Ann was born in 1970", "Q: no"),
+    ):
+        with spoken([text + end], tokenizer)[0]:
             assert made(model, tokenizer, rows=ROWS[:1], count=1) == [[text]]
     patch, calls = spoken([ROWS[0]["answer"]], tokenizer)
     with (

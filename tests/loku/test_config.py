@@ -416,6 +416,7 @@ def test_an_impossible_balance_is_refused(value):
         ({"method": "ceu", "retain_weight": 0.0}, "retain_weight=0.0 has no effect with method 'ceu'"),
         ({"forget_weight": 0, "retain_weight": 0}, "leaves no loss to train by"),
         ({"method": "ga", "forget_weight": 0}, "leaves no loss to train by"),
+        ({"max_steps": -3}, "max_steps must be > 0, or -1 for num_train_epochs, got -3"),
         ({"load_best_model_at_end": True}, 'eval_strategy="no" makes none'),
     ],
 )
@@ -428,6 +429,14 @@ def test_settings_that_have_an_effect_or_change_no_result_stay():
     assert make(init="pissa", fila_balance=0.01).fila_balance == 0.01
     assert make(init="pissa", fisher_cache_dir="there", fisher_memory_budget="1GiB")
     assert make(init="default", tuning="full", fila_balance=0.01)  # full tuning ignores the LoRA fields
+    assert make(method="pdu", forget_weight=0, retain_weight=0)  # the weight of PDU grows
+    assert make(load_best_model_at_end=True, eval_on_start=True)
+
+    @dataclasses.dataclass
+    class Sampled(UnlearnConfig):
+        fisher_samples: int | None = 8
+
+    assert make(Sampled, init="pissa") and make(Sampled, init="pissa", fisher_samples=None)
     assert make(forget_weight=0)  # training on retain rows alone
     assert make(method="ga", retain_weight=1.5)  # the default
     assert make(method="ga_kl", retain_weight=5.0)  # the weight of its divergence

@@ -76,7 +76,8 @@ class TableModel(nn.Module):
 
 def our_loss(tmp_path, method, **settings):
     """The loss of a step of one batch, and the gradient (COUNT, VOCAB) of the table."""
-    config = UnlearnConfig(str(tmp_path), method=method, **{"retain_weight": 1.0, **settings})
+    weight = {} if OBJECTIVES[method].retain is None else {"retain_weight": 1.0}
+    config = UnlearnConfig(str(tmp_path), method=method, **{**weight, **settings})
     objective, (beta, arguments) = config.objective(), config.method_arguments()
     table, original_table, ids, labels = a_batch()
     model, original = TableModel(table), TableModel(original_table)

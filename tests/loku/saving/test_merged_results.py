@@ -20,7 +20,7 @@ def original(tmp_path):
 
 
 def config(tmp_path, **options):
-    defaults = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 2, "fisher_samples": 2}
+    defaults = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 2}
     options = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, **options}
     return loku.UnlearnConfig(**{**defaults, **options})
 
