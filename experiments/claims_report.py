@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+from bootstrap import Values, interval, mean_of, shown_interval
 from grid import RESULTS, Group, Run, grouped, report_command, varied_fields
 from shared import result_files
 from tofu_report import (
@@ -46,15 +46,9 @@ from tofu_report import (
 
 from loku.data.files import read_rows
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 COMPARED = ("method", "init", "fila_balance")
 BASELINE = ("ihl", "default")  # method and initialisation with which the others are compared
 COLLAPSED = 0.5  # share of the retain probability before unlearning under which a run has collapsed
-RESAMPLES = 2000
-
-Values = dict[int, list[float]]  # author -> the values of its rows
 
 # What the tables of the written file show.
 BEST_TEXT = (
@@ -80,71 +74,7 @@ ROBUSTNESS_TEXT = (
 )
 
 
-# --- intervals ------------------------------------------------------------------------------------
-
-
-def resampled_means(
-    groups: Sequence[Sequence[Values]], paired: bool = False, seed: int = 0
-) -> "NDArray[np.float64]":
-    """Return means of resamples, float64 (resamples, groups), by a bootstrap over runs and authors.
-
-    Args:
-        groups: For each group the values of its runs by author. All runs have the same authors.
-        paired: Whether the runs of all groups are of the same seeds in the same order, so that a resample
-            takes the same ones; False by default.
-        seed: The seed of the resampling, 0 by default.
-    """
-    generator = np.random.default_rng(seed)
-    authors = sorted(groups[0][0])
-    # [run, author, (sum, count)] of each group
-    tables = [
-        np.array([[(sum(run[author]), len(run[author])) for author in authors] for run in group], np.float64)
-        for group in groups
-    ]
-    means = np.empty((RESAMPLES, len(groups)))
-    for resample in means:
-        chosen = generator.integers(len(authors), size=len(authors))
-        runs = generator.integers(len(tables[0]), size=len(tables[0]))
-        for at, sums in enumerate(tables):
-            if at and not paired:
-                runs = generator.integers(len(sums), size=len(sums))
-            total, count = sums[np.ix_(runs, chosen)].sum((0, 1))
-            resample[at] = total / count
-    return means
-
-
-def mean_of(group: Sequence[Values]) -> float:
-    """Return the mean over all values of some runs."""
-    return mean(value for run in group for values in run.values() for value in values)
-
-
-def interval(
-    group: Sequence[Values], baseline: Sequence[Values] | None = None, paired: bool = False
-) -> tuple[float, float, float]:
-    """Return a mean and its 95% interval.
-
-    Args:
-        group: The values of runs by author.
-        baseline: The runs whose mean is subtracted; None (default) for none.
-        paired: As for ``resampled_means``.
-    """
-    if baseline is None:
-        value, means = mean_of(group), resampled_means([group])[:, 0]
-    else:
-        value = mean_of(group) - mean_of(baseline)
-        means = -np.diff(resampled_means([group, baseline], paired))[:, 0]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return value, float(low), float(high)
-
-
-def shown_interval(
-    group: Sequence[Values], baseline: Sequence[Values] | None = None, paired: bool = False
-) -> str:
-    """Return ``interval`` as text."""
-    sign = "" if baseline is None else "+"
-    # Adding 0 leaves no "-0.000".
-    value, low, high = (format(round(x, 3) + 0.0, f"{sign}.3f") for x in interval(group, baseline, paired))
-    return f"{value} ({low} to {high})"
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def by_author(point: Point, name: str) -> Values:
@@ -153,9 +83,6 @@ def by_author(point: Point, name: str) -> Values:
     for author, probability in point["rows"][name]:
         found.setdefault(author, []).append(probability)
     return found
-
-
-# --- tables ---------------------------------------------------------------------------------------
 
 
 def settings_cells(run: Run, names: Sequence[str]) -> list[str]:

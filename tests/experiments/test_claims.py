@@ -284,7 +284,7 @@ def test_a_run_crosses_at_the_first_passing():
 
 
 def test_an_interval_is_that_of_clusters():
-    from claims_report import interval
+    from bootstrap import interval
 
     assert interval([{0: [1.0] * 20, 1: [0.0] * 20}]) == (0.5, 0.0, 1.0)  # two clusters, of however many rows
     many = {cluster: [float(cluster % 2)] for cluster in range(200)}
