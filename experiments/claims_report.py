@@ -180,14 +180,15 @@ def equal_quality_table(runs: Sequence[Run]) -> str:
         runs: The runs of one forget set.
     """
     best_rates = rates_at_equal_quality(runs)
-    groups = list(grouped(runs, MEASURED, "seed").values())
-    names = [*COMPARED, *varied_fields(groups, MEASURED, "seed", "learning_rate", *COMPARED)]
-    rates_of = {id(run): len(rates) for rates in rates_by_setting(runs) for group in rates for run in group}
+    settings = rates_by_setting(runs)
+    groups = [(group, len(rates) > 1) for rates in settings for group in rates]
+    varied = varied_fields([group for group, _ in groups], MEASURED, "seed", "learning_rate", *COMPARED)
+    names = [*COMPARED, *varied]
     rows = []
-    for group in groups:
+    for group, has_others in groups:
         found = crossings(group)
         rate = f"{group[0]['learning_rate']:g}"
-        chosen = bool(found) and rates_of[id(group[0])] > 1 and group in best_rates
+        chosen = has_others and bool(found) and group in best_rates
         cells = [*settings_cells(group[0], names), f"**{rate}**" if chosen else rate]
         cells.append(f"{len(found)} of {len(group)}")
         if not found:

@@ -29,7 +29,7 @@ def _holder(directory: Path) -> str:
 
 
 class DirectoryLock:
-    """A lock of a directory, which ends with its process at the latest.
+    """A lock of a directory, which ends with its process at the latest; also a context, which holds it.
 
     The lock is ``flock``'s, so nothing has to be cleaned up after a process that was killed. On a file system
     without ``flock`` a file stands for the lock. It may outlive a process that was killed on another host.
@@ -49,6 +49,12 @@ class DirectoryLock:
         self._directory = Path(directory)
         self._holder_does, self._instead = holder_does, instead
         self._lock: BaseFileLock | None = None
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def acquire(self) -> None:
         """Take the lock, without waiting for it.

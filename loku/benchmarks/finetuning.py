@@ -196,48 +196,32 @@ def finetune(
     checkpoints = output.with_name(f".{output.name}-{digest}")
     check_room(checkpoints, 24 * sum(p.numel() for p in model.parameters()), "the checkpoints")
     checkpoints.mkdir(parents=True, exist_ok=True)
-    lock = DirectoryLock(checkpoints, "fine-tunes in", "Pass another folder")
-    lock.acquire()
-    try:
-        if not is_finetuned(output, facts):  # another process may have finished it just now
-            _train(model, tokenizer, tokens, output, facts, settings, step_rows, checkpoints)
+    with DirectoryLock(checkpoints, "fine-tunes in", "Pass another folder"):
+        if is_finetuned(output, facts):  # another process may have finished it just now
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            return
+        arguments = TrainingArguments(
+            **{
+                "output_dir": str(checkpoints),
+                "gradient_accumulation_steps": max(1, step_rows // settings["per_device_train_batch_size"]),
+                "warmup_steps": -(-len(tokens) // step_rows),
+                "save_strategy": "epoch",
+                "save_total_limit": 1,
+                "report_to": "none",
+                "remove_unused_columns": False,
+                "dataloader_pin_memory": torch.cuda.is_available(),
+                **settings,
+            }
+        )
+        collator = partial(collate, pad_token_id=padding_id(tokenizer))
+        trainer = Trainer(model, arguments, train_dataset=tokens, data_collator=collator)
+        trainer.train(resume_from_checkpoint=_whole_checkpoint(checkpoints))
+        is_finetuned(output, facts)  # it names a model of other settings that another process has put there
+        with destination(output, "merged") as directory:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            write_report(directory / FACTS, dict(facts))
         shutil.rmtree(checkpoints, ignore_errors=True)
-    finally:
-        lock.release()
-
-
-def _train(
-    model: Any,
-    tokenizer: Any,
-    tokens: list[Any],
-    output: Path,
-    facts: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    step_rows: int,
-    checkpoints: Path,
-) -> None:
-    """Do the work of ``finetune`` with the folder of its checkpoints, which this process alone may change."""
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(checkpoints),
-            "gradient_accumulation_steps": max(1, step_rows // settings["per_device_train_batch_size"]),
-            "warmup_steps": -(-len(tokens) // step_rows),
-            "save_strategy": "epoch",
-            "save_total_limit": 1,
-            "report_to": "none",
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **settings,
-        }
-    )
-    collator = partial(collate, pad_token_id=padding_id(tokenizer))
-    trainer = Trainer(model, arguments, train_dataset=tokens, data_collator=collator)
-    trainer.train(resume_from_checkpoint=_whole_checkpoint(checkpoints))
-    is_finetuned(output, facts)  # another process may have put a model of other settings there: it is named
-    with destination(output, "merged") as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        write_report(directory / FACTS, dict(facts))
 
 
 def _whole_checkpoint(folder: Path) -> str | None:

@@ -56,13 +56,11 @@ class Results:
         check_writable(results.folder)
         new = not results.folder.exists()
         results.folder.mkdir(parents=True, exist_ok=True)
-        lock = DirectoryLock(results.folder, "is writing results to", "Pass another --out")
-        lock.acquire()
         try:
-            results.entries = results._read()
-            yield results
+            with DirectoryLock(results.folder, "is writing results to", "Pass another --out"):
+                results.entries = results._read()
+                yield results
         finally:
-            lock.release()
             if new and not any(results.folder.iterdir()):
                 results.folder.rmdir()
 

@@ -7,8 +7,8 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def forget(
         locks.callback(_remove_if_empty, work)  # of a request that was refused
         # Two requests of one ledger that ran beside each other would start from one state.
         for place in (work, *([] if request.ledger is None else [Path(request.ledger)])):
-            locks.enter_context(_locked(place))
+            locks.enter_context(DirectoryLock(place, "is working in", "Pass another --output"))
         if not (directory / seal.SUMS).is_file():
             Run(request, directory, work, progress).run(key)
             result = _finished(request, directory)
@@ -102,16 +102,6 @@ def forget(
 def _remove_if_empty(directory: Path) -> None:
     with suppress(OSError):
         directory.rmdir()
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    lock = DirectoryLock(directory, "is working in", "Pass another --output")
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _directory(request: Request, output: str | os.PathLike | None) -> Path:
