@@ -12,8 +12,8 @@ the interval is that of the authors alone. Forget rows are of too few authors fo
 - Equal forget quality. The retain probabilities of a run are interpolated to the moment at which its forget
   quality first passes ``FORGOTTEN``, linearly between two measured epochs in the logarithm of the quality.
   The picture has each setting at the learning rate at which most seeds get there, and of these the one with
-  the highest retain probability. It is bold in the table. The intervals know nothing of this choice. Many
-  runs go through a dip and recover, so the last columns have the measured epoch of the highest retain
+  the highest retain probability. That rate is bold in the table. The intervals know nothing of this choice.
+  Many runs go through a dip and recover, so the last columns have the measured epoch of the highest retain
   probability whose quality is at least that.
 - FILA against PiSSA, which is FILA without the Fisher information: the differences of runs of IHL of equal
   balance, learning rate and seeds, at each measured epoch.

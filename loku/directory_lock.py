@@ -29,7 +29,9 @@ def _holder(directory: Path) -> str:
 
 
 class DirectoryLock:
-    """A lock of a directory, which ends with its process at the latest; also a context, which holds it.
+    """A lock of a directory, which ends with its process at the latest.
+
+    A ``with`` block holds it.
 
     The lock is ``flock``'s, so nothing has to be cleaned up after a process that was killed. On a file system
     without ``flock`` a file stands for the lock. It may outlive a process that was killed on another host.

@@ -415,7 +415,7 @@ def _check_base(adapter: Mapping[str, Any], start: Mapping[str, Any], model: Map
     Args:
         adapter: The ``model_digests`` of the adapter; empty if there is none.
         start: Those of the model from which the run starts. A state of a ledger may be an adapter on the
-            model of the request. Then the adapter that is to be deleted stands on that model, too.
+            model of the request. The adapter that is to be deleted may stand on that model then.
         model: Those of the model of the request.
     """
     base = adapter.get("base")
